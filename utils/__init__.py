@@ -1,0 +1,1 @@
+"""What several stages share. One subject per file; nothing here knows a particular script."""

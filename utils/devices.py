@@ -1,0 +1,62 @@
+"""Devices and dtypes as users name them. Imports nothing of ours but the error type."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from utils.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def parse_dtype(name: str, flag: str) -> torch.dtype:
+    """``"bf16"`` or ``"bfloat16"`` and the like -> torch dtype; a UserError names ``flag`` otherwise."""
+    try:
+        return DTYPES[name.lower().removeprefix("torch.")]
+    except KeyError:
+        raise UserError(f"{flag} does not know the dtype {name!r}; use float32, float16 or bfloat16.") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` -> ``"float16"``, the spelling used in cache files."""
+    return str(dtype).removeprefix("torch.")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called ``name``, or CUDA where there is one and the CPU otherwise.
+
+    Raises:
+        UserError: CUDA was asked for by name and this machine or this torch build has none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device does not know {name!r}; use cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--device cuda was asked for, but torch finds no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory of dropped models back before the next one is loaded."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,36 @@
+"""The one exception for mistakes a user can mend, and the entry point that prints it without a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+STATUS_FAILED = 1
+STATUS_USER_ERROR = 2
+STATUS_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake in input, flags or environment.
+
+    The message is a full sentence: what is wrong, where (file, line, key, item), and what to do about it.
+    """
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and leave the process with its status.
+
+    ``main`` returns None or 0 for success, or an exit status. A ``UserError`` is printed as one line on stderr and
+    ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(STATUS_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(STATUS_INTERRUPTED)
+    sys.exit(status or 0)

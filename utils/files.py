@@ -1,0 +1,42 @@
+"""Files that appear under their final name only when whole. Imports nothing of ours but the error type."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
+
+    On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
+    keeps the suffix, so that writers which choose a format by suffix work.
+    """
+    final = Path(path)
+    temporary = final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_file(path: str | os.PathLike[str], what: str) -> Path:
+    """Return ``path`` if it is a readable file, else raise a UserError that says ``what`` was expected there."""
+    found = Path(path)
+    if not found.exists():
+        raise UserError(f"{what} not found: {found} does not exist.")
+    if not found.is_file():
+        raise UserError(f"{what} must be a file, but {found} is a folder.")
+    return found

@@ -1,1 +1,42 @@
-"""The HunyuanVideo networks and how to run them. Knows nothing of datasets or training."""
+"""The networks of HunyuanVideo and how to run them. Knows nothing of datasets or training.
+
+What other programs use is importable from here; each is imported when it is first asked for, so that a script which
+needs one network does not import the libraries of the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hunyuan_model.loading import check_text_encoder_files, check_transformer_file, check_vae_file, load_transformer
+    from hunyuan_model.text_encoder_clip import load_text_encoder_2
+    from hunyuan_model.text_encoder_llm import load_text_encoder_1
+    from hunyuan_model.vae_loading import load_vae
+
+__all__ = [
+    "check_text_encoder_files",
+    "check_transformer_file",
+    "check_vae_file",
+    "load_text_encoder_1",
+    "load_text_encoder_2",
+    "load_transformer",
+    "load_vae",
+]
+
+_HOMES = {
+    "check_text_encoder_files": "hunyuan_model.loading",
+    "check_transformer_file": "hunyuan_model.loading",
+    "check_vae_file": "hunyuan_model.loading",
+    "load_transformer": "hunyuan_model.loading",
+    "load_vae": "hunyuan_model.vae_loading",
+    "load_text_encoder_1": "hunyuan_model.text_encoder_llm",
+    "load_text_encoder_2": "hunyuan_model.text_encoder_clip",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

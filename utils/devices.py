@@ -28,6 +28,13 @@ def parse_dtype(name: str, flag: str) -> torch.dtype:
         raise UserError(f"{flag} does not know the dtype {name!r}; use float32, float16 or bfloat16.") from None
 
 
+def choose_dtype(name: str | None, flag: str, device: torch.device, on_cuda: torch.dtype) -> torch.dtype:
+    """The dtype called ``name``; without a name ``on_cuda`` on CUDA and float32 on the CPU, where half precision is slow."""
+    if name is not None:
+        return parse_dtype(name, flag)
+    return on_cuda if device.type == "cuda" else torch.float32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float16`` -> ``"float16"``, the spelling used in cache files."""
     return str(dtype).removeprefix("torch.")
@@ -48,7 +55,8 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
-                "--device cuda was asked for, but torch finds no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+                f"--device {name} was asked for, but torch finds no CUDA device here. "
+                "Use --device cpu, or install a CUDA build of torch."
             )
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"--device {name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices.")

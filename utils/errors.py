@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the pipe's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except UserError as error:

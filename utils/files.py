@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -22,14 +22,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives; some writers put a private file in its place
         yield temporary
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, final)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # usually gone by now, or its folder could not be made
+            temporary.unlink()
 
 
 def require_file(path: str | os.PathLike[str], what: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,60 @@ def read_tensors(path: str | os.PathLike[str], what: str = "safetensors file") -
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save tensors under ``path``, which appears only when whole. Metadata values must be strings."""
+    """Save tensors under ``path``, which appears only when whole. Metadata values must be strings.
+
+    Raises:
+        UserError: the folder cannot be written to or the disk is full; an earlier file under ``path`` is untouched.
+    """
     with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+        except SafetensorError as error:  # how the library reports an I/O error while writing
+            raise UserError(f"cannot write {path}: {error}. Check the folder and the free disk space.") from error
+
+
+_STORED_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensor_stream(
+    path: str | os.PathLike[str],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor, so that a large file needs memory for one tensor only.
+
+    Args:
+        layout: dtype and shape of every tensor, in file order.
+        tensors: (name, tensor) in that same order; each must have the dtype and shape that ``layout`` says.
+
+    Raises:
+        UserError: the folder cannot be written to or the disk is full; an earlier file under ``path`` is untouched.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _STORED_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)  # readers map the data, which must start aligned
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for expected, (name, tensor) in zip(layout, tensors, strict=True):
+            if name != expected or (tensor.dtype, tuple(tensor.shape)) != layout[name]:
+                raise ValueError(
+                    f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the layout expects {expected}: {layout[expected]}"
+                )
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

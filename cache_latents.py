@@ -1,0 +1,269 @@
+"""Cache the VAE latents of every picture and clip of a dataset, so that training needs neither media nor VAE.
+
+Threads decode and resize while the VAE encodes. Items that cannot be read are listed at the end and do not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+import hunyuan_model
+from dataset import load_dataset_config
+from dataset.cache_files import (
+    CacheListing,
+    NonFiniteError,
+    latent_cache_path,
+    latent_shape_for,
+    list_caches,
+    read_latent_shape,
+    save_latents,
+)
+from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_sheet
+from dataset.items import Item, list_items, name_some, require_captions
+from dataset.preparation import Failure, Prepared, Target, prepare
+from dataset.report import DatasetReport, count_caches, format_table, report_items, require_batches, require_items
+from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
+from hunyuan_model.vae_loading import check_vae_options, configure_vae
+from utils.arguments import add_device_argument, add_vae_arguments, positive_int, script_parser
+from utils.devices import choose_dtype, pick_device
+from utils.errors import STATUS_FAILED, UserError, run_script
+
+logger = logging.getLogger("cache_latents")
+
+TILE_SIZE = 256
+CONSOLE_WIDTH = 80
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of this script."""
+    parser = script_parser("Cache the VAE latents of the pictures and clips of a dataset.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_config", metavar="TOML", required=True, help="dataset description, see dataset/dataset_config.md")
+    data.add_argument(
+        "--batch_size", type=positive_int, metavar="N", help="encode at most N at once (default: the dataset's batch_size)"
+    )
+    data.add_argument(
+        "--num_workers",
+        type=positive_int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        metavar="N",
+        help="threads that decode and resize (default: processor cores - 1)",
+    )
+    data.add_argument(
+        "--skip_existing", action="store_true", help="keep caches that exist and have the right size (default: make all again)"
+    )
+    model = parser.add_argument_group("model")
+    add_vae_arguments(model, required=False)
+    add_device_argument(model)
+    debug = parser.add_argument_group("looking at the data, without caching")
+    debug.add_argument(
+        "--debug_mode",
+        choices=("image", "console"),
+        help="write contact sheets to the folder debug in the cache directory, or draw in the terminal (default: cache latents)",
+    )
+    debug.add_argument("--console_width", type=positive_int, metavar="N", help="columns of a drawing (default: 80)")
+    debug.add_argument(
+        "--console_back",
+        type=str.upper,
+        choices=tuple(CONSOLE_BACKS),
+        help="draw in characters on a background of this colour (default: in half blocks, which cover it)",
+    )
+    debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="draw only the first N (default: all)")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be said before media are read.
+
+    Raises:
+        UserError: --vae is missing or not a VAE, or the tile size is impossible.
+    """
+    if args.debug_mode != "console":
+        for name in ("console_width", "console_back", "console_num_images"):
+            if getattr(args, name) is not None:
+                logger.warning("--%s has an effect only with --debug_mode console.", name)
+    if args.debug_mode is None:
+        if args.vae is None:
+            raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
+        check_vae_options(args.vae, tile_size=tile_size(args))
+
+
+def tile_size(args: argparse.Namespace) -> int | None:
+    """Side of the VAE's spatial tiles in pixels; None without tiling."""
+    return args.vae_spatial_tile_sample_min_size or (TILE_SIZE if args.vae_tiling else None)
+
+
+def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]:
+    """Write or draw every picture and window as training will see it; returns the items that could not be read."""
+    failures = []
+    shown = 0
+    for result in prepare(items, args.num_workers):
+        if isinstance(result, Failure):
+            failures.append(result)
+        elif isinstance(result, Prepared):
+            print(describe(result))
+            if args.debug_mode == "image":
+                print(f"    {save_sheet(result)}")
+            else:
+                print(console_picture(result.pixels, args.console_width or CONSOLE_WIDTH, args.console_back))
+                shown += 1
+                if shown == args.console_num_images:
+                    break
+    return failures
+
+
+def is_cached(listing: CacheListing, target: Target) -> bool:
+    """Whether the latents of a target lie in the cache with the shape it asks for, under our name or that of other tools."""
+    names = {target.cache_path.name}
+    if target.window is not None:
+        names.add(latent_cache_path(target.item, target.bucket, target.window).name)
+    wanted = latent_shape_for(target.bucket, target.frames)
+    for path in listing.latents.get((target.item.stem, target.window), []):
+        if path.name in names:
+            try:
+                if read_latent_shape(path)[1:] == wanted[1:]:
+                    return True
+            except UserError as error:
+                logger.warning("%s; it is made again.", error)
+    return False
+
+
+def encode(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """One sample of the posterior for each, (16, F, H, W). It depends on the item and its cache name, not on the batch or run."""
+    x = torch.stack([pixels_to_input(prepared, device, dtype) for prepared in batch])
+    try:
+        with torch.inference_mode():
+            posterior = vae.encode(x)
+    except torch.OutOfMemoryError as error:
+        frames, height, width = x.shape[2:]
+        raise UserError(
+            f"out of memory while encoding {len(batch)} x {frames} frame(s) of {width}x{height}; "
+            "use --vae_tiling, a smaller --vae_spatial_tile_sample_min_size, --vae_chunk_size 32, or --batch_size 1."
+        ) from error
+    samples = []
+    for prepared, mean, logvar in zip(batch, posterior.mean, posterior.logvar):
+        digest = hashlib.sha256(prepared.target.cache_path.name.encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        samples.append(DiagonalGaussian(mean, logvar).sample(generator))
+    return samples
+
+
+def pixels_to_input(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast."""
+    pixels = torch.from_numpy(prepared.pixels).to(device).permute(3, 0, 1, 2)
+    return (pixels.float() / 127.5 - 1).to(dtype)
+
+
+def cache_batch(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[Failure]:
+    """Encode and save; returns those whose latents are not numbers."""
+    failures = []
+    for prepared, latents in zip(batch, encode(vae, batch, device, dtype)):
+        target = prepared.target
+        try:
+            save_latents(target.cache_path, latents, target.original_size, target.window and target.frames)
+        except NonFiniteError as error:
+            failures.append(Failure(target.item, f"{target.label}: {error}"))
+    return failures
+
+
+def cache_dataset(
+    args: argparse.Namespace,
+    vae: AutoencoderKLCausal3D,
+    items: Sequence[Item],
+    report: DatasetReport,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Failure]:
+    """Cache one dataset, fill in its report, and return what failed."""
+    listing = list_caches(report.dataset)
+    batch_size = min(args.batch_size or report.dataset.batch_size, report.dataset.batch_size)
+    wanted = (lambda target: not is_cached(listing, target)) if args.skip_existing else (lambda target: True)
+    save = partial(cache_batch, vae, device=device, dtype=dtype)
+    waiting: dict[tuple[tuple[int, int], int], list[Prepared]] = {}  # by bucket and number of frames
+    failures: list[Failure] = []
+    called_for = set()
+    report.decoded = report.too_short = 0
+    progress = tqdm(total=len(items), desc=report.dataset.label, unit="item")
+    for result in prepare(items, args.num_workers, wanted):
+        if isinstance(result, Prepared):
+            key = (result.target.bucket, result.target.frames)
+            waiting.setdefault(key, []).append(result)
+            if len(waiting[key]) == batch_size:
+                failures += save(waiting.pop(key))
+            continue
+        progress.update()
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        report.decoded += result.decoded
+        called_for |= {(target.item.stem, target.window) for target in result.targets}
+        if not result.targets:
+            report.too_short += 1
+            logger.warning("%s has fewer frames than every target_frames and is left out.", result.item.path)
+    for batch in waiting.values():
+        failures += save(batch)
+    progress.close()
+    failed = {failure.item.stem for failure in failures}
+    report.failed = len(failed)
+    warn_of_leftovers(report, called_for, failed)
+    count_caches(report)
+    return failures
+
+
+def warn_of_leftovers(report: DatasetReport, called_for: set, failed: set[str]) -> None:
+    """Say which latents in the cache belong to nothing in the dataset: training would use them."""
+    latents = list_caches(report.dataset).latents
+    left = [path for key, paths in latents.items() if key not in called_for and key[0] not in failed for path in paths]
+    if left:
+        logger.warning(
+            "%s: %d latent cache(s) in %s belong to no item any more. Training will use them; delete what is not wanted: %s",
+            report.dataset.label,
+            len(left),
+            report.dataset.cache_directory,
+            name_some(path.name for path in left),
+        )
+
+
+def main() -> int:
+    """Parse, check, load, cache, report."""
+    args = build_parser().parse_args()
+    check_arguments(args)
+    device = pick_device(args.device)
+    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, on_cuda=torch.float16)
+    group = load_dataset_config(args.dataset_config)
+    listed = [list_items(dataset) for dataset in group.datasets]
+    reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
+    print(format_table(reports), flush=True)
+    require_items(reports)
+
+    failures: list[Failure] = []
+    if args.debug_mode:
+        failures = show_items(args, [item for items in listed for item in items])
+    else:
+        for items in listed:
+            require_captions(items)
+        vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
+        configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))
+        for items, report in zip(listed, reports):
+            failures += cache_dataset(args, vae, items, report, device, dtype)
+        print(format_table(reports), flush=True)
+    if failures:
+        print(f"{len(failures)} failure(s):", file=sys.stderr)
+    for failure in failures:
+        print(f"  {failure.message}", file=sys.stderr)
+    if not args.debug_mode:
+        require_batches(reports)
+    return STATUS_FAILED if failures else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,59 @@
+"""Convert a LoRA file between the layout of sd-scripts (``default``) and the one that ComfyUI and diffusers read (``other``)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, to_other
+from utils.arguments import script_parser
+from utils.errors import UserError, run_script
+from utils.safetensors_io import save_tensors
+from utils.training_metadata import tensor_hashes
+
+LAYOUT_KEYS = {DEFAULT: "lora_unet_*.lora_down.weight", OTHER: "diffusion_model.*.lora_A.weight"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the conversion."""
+    parser = script_parser("Convert a LoRA file to another layout of its keys.")
+    parser.add_argument("--input", metavar="PATH", required=True, help="LoRA to read (.safetensors)")
+    parser.add_argument("--output", metavar="PATH", required=True, help="file to write (.safetensors)")
+    parser.add_argument(
+        "--target",
+        choices=(OTHER, DEFAULT),
+        required=True,
+        help="layout to write: other (diffusion_model.*.lora_A, for ComfyUI and diffusers) or default (lora_unet_*, as trained)",
+    )
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be converted, from the file's header alone."""
+    if Path(args.output).suffix != ".safetensors":
+        raise UserError(f"--output {args.output} must end in .safetensors.")
+    if Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder; give a file name.")
+    if Path(args.input).resolve() == Path(args.output).resolve():
+        raise UserError(f"--input and --output are the same file, {args.input}; give the result another name.")
+    layout = check_lora_file(args.input)
+    if layout == args.target:
+        raise UserError(
+            f"--input {args.input} has the layout {layout} already ({LAYOUT_KEYS[layout]}); "
+            f"--target {DEFAULT if layout == OTHER else OTHER} is the one to convert it to."
+        )
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_arguments(args)
+    lora = read_lora(args.input)
+    tensors = to_other(lora.tensors, args.input) if args.target == OTHER else lora.tensors
+    hashes = tensor_hashes(tensors, lora.metadata)
+    metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items()}  # only the hashes are no longer true
+    save_tensors(args.output, tensors, metadata or None)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,232 @@
+"""From cache files to training batches: which caches belong together, in which order, and how they are stacked.
+
+The media need not be there any more. A batch holds items of one dataset whose latents have one shape, and that shape is
+the one in the cache file: nothing here computes a bucket.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
+
+from dataset.cache_files import (
+    CacheKey,
+    CacheListing,
+    LatentShape,
+    list_caches,
+    read_latent_shape,
+    read_latents,
+    read_text,
+)
+from dataset.config import DatasetConfig, DatasetGroup
+from dataset.frames import Window
+from dataset.items import name_some
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(TypedDict):
+    """What the training loop gets.
+
+    latents (B, C, F, H, W) as stored, not multiplied by the scaling factor; text_states (B, L, D), L the longest caption in
+    the batch (at least 1), rows beyond a caption are zero; text_mask (B, L) int64, the ones come first; text_states_2 (B, D2);
+    names: the items, for messages.
+    """
+
+    latents: torch.Tensor
+    text_states: torch.Tensor
+    text_mask: torch.Tensor
+    text_states_2: torch.Tensor
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One picture or one window of a clip, ready for training."""
+
+    stem: str
+    window: Window | None
+    latents_path: Path
+    text_path: Path
+    shape: LatentShape
+
+
+@dataclass(frozen=True)
+class CachedGroup:
+    """The cached items of one dataset, sorted by name."""
+
+    dataset: DatasetConfig
+    items: tuple[CachedItem, ...]
+
+    def by_shape(self) -> dict[LatentShape, list[int]]:
+        """Positions in ``items`` by latent shape, repeated ``num_repeats`` times."""
+        positions: dict[LatentShape, list[int]] = {}
+        for index, item in enumerate(self.items):
+            positions.setdefault(item.shape, []).extend([index] * self.dataset.num_repeats)
+        return dict(sorted(positions.items()))
+
+
+def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
+    """The latent cache of each (stem, window), sorted. Where several files stand for one, the newest is taken, with a warning.
+
+    That happens when a source was replaced by one of another size, or when another tool named its files by the bucket.
+    """
+    chosen = {}
+    for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
+        newest = max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        if len(paths) > 1:
+            others = name_some(path.name for path in paths if path != newest)
+            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", newest, others)
+        chosen[key] = newest
+    return chosen
+
+
+def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:
+    """Pair the latents of every dataset with the text encoder outputs, from the files in the cache directories.
+
+    Raises:
+        UserError: a dataset has no latents, or latents without text encoder outputs (the script to run is named), or a
+            cache file is unreadable or of another model.
+    """
+    return [_pair_caches(dataset, group.path) for dataset in group.datasets]
+
+
+def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
+    listing = list_caches(dataset)
+    where = f"{dataset.label} of {toml} (cache_directory {dataset.cache_directory})"
+    if not listing.latents:
+        raise UserError(
+            f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ..."
+        )
+    without_text = sorted({stem for stem, _ in listing.latents if stem not in listing.texts})
+    if without_text:
+        raise UserError(
+            f"{where} has latents without text encoder outputs for {len(without_text)} item(s): {name_some(without_text)}; run: "
+            f"python cache_text_encoder_outputs.py --dataset_config {toml} --text_encoder1 ... --text_encoder2 ..., "
+            "or delete the latents of items that are gone."
+        )
+    items = (
+        CachedItem(stem, window, path, listing.texts[stem], read_latent_shape(path))
+        for (stem, window), path in newest_latents(listing).items()
+    )
+    return CachedGroup(dataset, tuple(items))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item as read from its caches. ``text``: (valid rows, D)."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    pooled: torch.Tensor
+    name: str
+
+
+class CachedDataset(Dataset):
+    """Map-style dataset over the items of all groups, one after the other; files are memory-mapped when an item is read.
+
+    ``dataset[i]`` raises a UserError that names the file when a cache is missing, damaged or holds NaN; in a loader's worker
+    the message reaches the training process.
+    """
+
+    def __init__(self, groups: Sequence[CachedGroup]) -> None:
+        self.items = [item for group in groups for item in group.items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Sample:
+        item = self.items[index]
+        latents = read_latents(item.latents_path)
+        if tuple(latents.shape) != item.shape:
+            raise UserError(
+                f"{item.latents_path} changed from {item.shape} to {tuple(latents.shape)} since the start; start again."
+            )
+        text = read_text(item.text_path)
+        return Sample(latents, text.llm[text.llm_mask.bool()], text.clip, item.latents_path.name)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples whose latents have one shape; text is padded with zeros to the longest caption among them."""
+    lengths = torch.tensor([len(sample.text) for sample in samples])
+    longest = max(1, int(lengths.max()))
+    text = pad_sequence([sample.text for sample in samples], batch_first=True)
+    if text.shape[1] < longest:  # every caption is empty
+        text = text.new_zeros(len(samples), longest, text.shape[2])
+    return Batch(
+        latents=torch.stack([sample.latents for sample in samples]),
+        text_states=text,
+        text_mask=(torch.arange(longest) < lengths[:, None]).to(torch.int64),
+        text_states_2=torch.stack([sample.pooled for sample in samples]),
+        names=[sample.name for sample in samples],
+    )
+
+
+class ShapeBatchSampler(Sampler[list[int]]):
+    """Batches of indices into a ``CachedDataset`` over the same groups; each batch has one dataset and one shape.
+
+    The order of an epoch depends on the seed and the number of the epoch only, so any position in it can be found again.
+    A last batch that is not full is kept. With several ranks every rank gets the same number of batches: where they do not
+    divide evenly, the first ones of the epoch are used again at its end.
+
+    Args:
+        groups: what ``find_cached_items`` returned.
+        seed: of the order.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(self, groups: Sequence[CachedGroup], seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size}")
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        offsets = accumulate((len(group.items) for group in groups), initial=0)
+        self.pools = [
+            ([offset + position for position in positions], group.dataset.batch_size)
+            for offset, group in zip(offsets, groups)
+            for positions in group.by_shape().values()
+        ]
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on each rank, whatever ``skip`` said."""
+        batches = sum(-(-len(pool) // size) for pool, size in self.pools)
+        return -(-batches // self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through, from its first batch."""
+        self.epoch, self.start = epoch, 0
+
+    def skip(self, batches: int) -> None:
+        """Let iterations of this epoch begin after that many of this rank's batches."""
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"cannot skip {batches} of {len(self)} batches")
+        self.start = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._epoch_batches()
+        # The epoch comes round again when there are fewer batches than ranks ask for.
+        mine = (batches[position % len(batches)] for position in range(self.rank, len(self) * self.world_size, self.world_size))
+        for number, batch in enumerate(mine):
+            if number >= self.start:
+                yield batch
+
+    def _epoch_batches(self) -> list[list[int]]:
+        # A generator seeded with text is the same on every platform and Python version.
+        order = random.Random(f"{self.seed}:{self.epoch}")
+        batches = []
+        for pool, size in self.pools:
+            shuffled = order.sample(pool, len(pool))
+            batches += [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+        order.shuffle(batches)
+        return batches

@@ -1,0 +1,56 @@
+"""Which frames of a video become clips: windows (start, length) for each way of cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform")
+
+Window = tuple[int, int]
+
+
+def is_clip_length(frames: int) -> bool:
+    """Whether the VAE takes clips of this many frames: the first one alone, then groups of four."""
+    return frames >= 1 and frames % 4 == 1
+
+
+def cut_windows(frame_count: int, target_frames: Sequence[int], mode: str, stride: int = 1, sample: int = 1) -> list[Window]:
+    """The distinct windows cut from a video of ``frame_count`` frames, as (first frame, number of frames).
+
+    Args:
+        target_frames: clip lengths; a length greater than the video gives no window.
+        mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
+            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last.
+        stride: frames from one start to the next, for ``slide``.
+        sample: number of clips, for ``uniform``; starts that coincide in a short video are cut once.
+
+    Returns:
+        Windows in the order of ``target_frames``, by start within each length; every window once.
+    """
+    windows = [
+        (start, length)
+        for length in target_frames
+        if length <= frame_count
+        for start in _starts(frame_count - length, length, mode, stride, sample)
+    ]
+    return list(dict.fromkeys(windows))
+
+
+def _starts(last_start: int, length: int, mode: str, stride: int, sample: int) -> Iterable[int]:
+    if mode == "head":
+        return [0]
+    if mode == "chunk":
+        return range(0, last_start + 1, length)
+    if mode == "slide":
+        return range(0, last_start + 1, stride)
+    if mode == "uniform":
+        # existing caches carry these starts in their names, so the rounding of linspace is part of the format
+        return np.linspace(0, last_start, sample, dtype=int).tolist()
+    raise ValueError(f"unknown frame extraction {mode!r}")
+
+
+def frames_needed(target_frames: Sequence[int], mode: str) -> int | None:
+    """How many frames of a video decide its windows: None means that all must be counted."""
+    return max(target_frames) if mode == "head" else None

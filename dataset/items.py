@@ -1,0 +1,148 @@
+"""The items of a dataset: media files with their captions, from a folder or a JSONL file. Opens no media."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import DatasetConfig
+from dataset.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from utils.errors import UserError
+
+NAMED_ITEMS = 5  # how many files an error lists before it says "and N more"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture or clip.
+
+    Attributes:
+        dataset: the dataset it belongs to.
+        path: the media file; it need not exist yet when the item comes from a JSONL file.
+        caption: the caption without surrounding white space; None where there is no caption file or no ``caption`` key.
+            An empty caption file is an empty caption, which is allowed.
+        stem: what the names of its cache files begin with.
+    """
+
+    dataset: DatasetConfig
+    path: Path
+    caption: str | None
+    stem: str
+
+
+def list_items(dataset: DatasetConfig) -> list[Item]:
+    """Every item of a dataset, sorted by path (folder) or in the order of the lines (JSONL).
+
+    Raises:
+        UserError: the folder or file cannot be read, a JSONL line is malformed (file and line are named), a caption is
+            not UTF-8, or two items would share a cache file (both are named).
+    """
+    items = _items_of_folder(dataset) if dataset.jsonl_file is None else _items_of_jsonl(dataset)
+    _refuse_shared_caches(items)
+    return items
+
+
+def require_captions(items: Iterable[Item]) -> None:
+    """Raise a UserError that names up to five of the items that have no caption, if there are any."""
+    missing = [item for item in items if item.caption is None]
+    if not missing:
+        return
+    first = missing[0].dataset
+    if first.jsonl_file is None:
+        remedy = f"write a text file {missing[0].stem}{first.caption_extension} beside each, or set caption_extension"
+    else:
+        remedy = f'give each line of {first.jsonl_file} a "caption"'
+    raise UserError(f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}.")
+
+
+def name_some(paths: Iterable[Path | str]) -> str:
+    """``"a, b, c and 7 more"``: at most ``NAMED_ITEMS`` names."""
+    names = [str(path) for path in paths]
+    rest = len(names) - NAMED_ITEMS
+    return ", ".join(names[:NAMED_ITEMS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _items_of_folder(dataset: DatasetConfig) -> list[Item]:
+    extensions = IMAGE_EXTENSIONS if dataset.kind == "image" else VIDEO_EXTENSIONS
+    try:
+        with os.scandir(dataset.directory) as entries:
+            files = {entry.name for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise UserError(f"cannot list the folder {dataset.directory}: {error.strerror or error}.") from error
+    items = []
+    for name in sorted(files):
+        path = dataset.directory / name
+        # Dot files are temporary or the "._x" doubles that macOS writes; neither is a picture.
+        if path.suffix.lower() in extensions and not name.startswith("."):
+            caption_name = path.stem + dataset.caption_extension if dataset.caption_extension else None
+            caption = _read_text(dataset.directory / caption_name).strip() if caption_name in files else None
+            items.append(Item(dataset, path, caption, path.stem))
+    return items
+
+
+def _items_of_jsonl(dataset: DatasetConfig) -> list[Item]:
+    key = f"{dataset.kind}_path"
+    items = []
+    # split("\n"), not splitlines(): a caption may hold U+2028 and its like unescaped.
+    for number, line in enumerate(_read_text(dataset.jsonl_file).split("\n"), start=1):
+        if line.strip():
+            path, caption = _parse_line(line, key, f"{dataset.jsonl_file}:{number}")
+            path = _find_media(path, dataset.jsonl_file)
+            items.append(Item(dataset, path, caption, path.stem))
+    return items
+
+
+def _parse_line(line: str, key: str, where: str) -> tuple[str, str | None]:
+    """Media path and caption of one JSONL line; ``where`` is ``file:line`` for the errors."""
+    example = f'expected one object a line, such as {{"{key}": "folder/name.ext", "caption": "what it shows"}}'
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}); {example}.") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} holds a {type(entry).__name__}, not an object; {example}.")
+    path, caption = entry.get(key), entry.get("caption")
+    if path is None:
+        keys = ", ".join(map(repr, entry)) or "no keys"
+        raise UserError(f"{where} has no {key!r} (it has {keys}); {example}.")
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise UserError(f"{where}: {key!r} must be the path of a file, not {path!r}; {example}.")
+    if not isinstance(caption, str | None):
+        raise UserError(f"{where}: 'caption' must be text, not {caption!r}; {example}.")
+    try:
+        f"{path}{caption}".encode()
+    except UnicodeEncodeError:  # "\ud800" is legal JSON, but no text
+        raise UserError(f"{where} holds half of a surrogate pair; write the character itself, in UTF-8.") from None
+    return path, None if caption is None else caption.strip()
+
+
+def _find_media(path: str, jsonl_file: Path) -> Path:
+    """Relative paths are those of the working folder, or else of the JSONL file's folder."""
+    found = Path(path)
+    beside = jsonl_file.parent / found
+    return beside if not found.exists() and beside.exists() else found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _refuse_shared_caches(items: list[Item]) -> None:
+    """Cache files are named by stem, so one stem may stand only once in a dataset."""
+    seen: dict[str, Item] = {}
+    for item in items:
+        key = os.path.normcase(item.stem)  # Windows does not tell a.png from A.png
+        other = seen.setdefault(key, item)
+        if other is not item:
+            raise UserError(
+                f"{other.path} and {item.path} would share the cache files {item.stem}_*_hv*.safetensors in "
+                f"{item.dataset.cache_directory}; rename one of them, or put it in a dataset with another cache_directory."
+            )

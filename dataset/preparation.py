@@ -1,0 +1,169 @@
+"""Decode, cut and resize items in threads while the caller encodes what came before.
+
+Threads and not processes: Pillow and PyAV release the interpreter lock while they work, frames need no copying between
+processes, and an error always carries the file it is about.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from queue import Full, Queue
+from threading import Event
+
+import numpy as np
+
+from dataset.buckets import choose_bucket
+from dataset.cache_files import latent_cache_path
+from dataset.frames import Window, cut_windows, frames_needed
+from dataset.items import Item
+from dataset.media import count_frames, fit_to_bucket, probe_image, probe_video, read_clip_windows, read_image
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One latent cache file that an item calls for.
+
+    Attributes:
+        window: (first frame, frames) of a clip, None for a picture.
+        original_size: (W, H) of the source.
+        bucket: (W, H) to train at.
+    """
+
+    item: Item
+    window: Window | None
+    original_size: tuple[int, int]
+    bucket: tuple[int, int]
+
+    @property
+    def frames(self) -> int:
+        """Number of frames; 1 for a picture."""
+        return 1 if self.window is None else self.window[1]
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache file."""
+        return latent_cache_path(self.item, self.original_size, self.window)
+
+    @property
+    def label(self) -> str:
+        """For messages: the file, and the frames for a clip."""
+        if self.window is None:
+            return str(self.item.path)
+        return f"{self.item.path} frames {self.window[0]} to {self.window[0] + self.window[1] - 1}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket."""
+
+    target: Target
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An item is through. ``targets``: all that it calls for, also unwanted ones; none means that the clip is too short."""
+
+    item: Item
+    targets: tuple[Target, ...]
+    decoded: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item could not be read; ``message`` names the file. Windows that came before stay valid."""
+
+    item: Item
+    message: str
+
+
+Result = Prepared | Finished | Failure
+
+
+def plan_targets(item: Item) -> tuple[Target, ...]:
+    """The cache files an item calls for, without decoding more than that needs. MediaError if the file is unreadable."""
+    dataset = item.dataset
+    windows: list[Window | None]
+    if dataset.kind == "image":
+        size, windows = probe_image(item.path), [None]
+    else:
+        info = probe_video(item.path)
+        size = (info.width, info.height)
+        mode = dataset.frame_extraction
+        frames = count_frames(item.path, limit=frames_needed(dataset.target_frames, mode))
+        windows = list(cut_windows(frames, dataset.target_frames, mode, dataset.frame_stride, dataset.frame_sample))
+    bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
+    return tuple(Target(item, window, size, bucket) for window in windows)
+
+
+def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
+    """Prepare one item: each wanted target, then ``Finished``; or, wherever it fails, a ``Failure`` and nothing more."""
+    try:
+        targets = plan_targets(item)
+        missing = {target.window: target for target in targets if wanted(target)}
+        if missing and item.dataset.kind == "image":
+            target = missing[None]
+            yield Prepared(target, fit_to_bucket(read_image(item.path), target.bucket)[None])
+        elif missing:
+            for window, pixels in read_clip_windows(item.path, list(missing), targets[0].bucket):
+                yield Prepared(missing[window], pixels)
+    except UserError as error:
+        yield Failure(item, str(error))
+    except Exception as error:
+        # Decoders fail on damaged files in ways nobody can list; one such file must not end the others' night.
+        logger.debug("%s", item.path, exc_info=True)
+        yield Failure(item, f"{item.path}: {type(error).__name__}: {error}")
+    else:
+        yield Finished(item, targets, decoded=bool(missing))
+
+
+def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
+    """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
+
+    Memory is bounded: at most ``num_workers`` items are being decoded, and at most two more wait; each holds one result
+    back, besides the windows it is cutting. ``wanted`` is called in the threads.
+    """
+    stop = Event()
+    remaining = iter(items)
+    waiting: deque[Queue[Result | None]] = deque()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
+
+        def start(count: int) -> None:
+            for item in islice(remaining, count):
+                queue: Queue[Result | None] = Queue(maxsize=1)
+                waiting.append(queue)
+                pool.submit(_fill, queue, item, wanted, stop)
+
+        try:
+            start(num_workers + 2)
+            while waiting:
+                queue = waiting.popleft()
+                while (result := queue.get()) is not None:
+                    yield result
+                start(1)
+        finally:
+            stop.set()
+
+
+def _fill(queue: Queue[Result | None], item: Item, wanted: Callable[[Target], bool], stop: Event) -> None:
+    """Put an item's results into its queue, then None; leave when ``stop`` is set, since nobody reads any more."""
+    results = prepare_item(item, wanted)
+    while not stop.is_set():
+        result = next(results, None)
+        while not stop.is_set():
+            try:
+                queue.put(result, timeout=0.1)
+                break
+            except Full:
+                continue
+        if result is None:
+            return

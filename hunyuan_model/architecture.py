@@ -1,0 +1,108 @@
+"""The size of a transformer, and how to read it off the shapes in a checkpoint. Nothing else fixes a size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that decides the shapes of ``HYVideoDiffusionTransformer``. The defaults are the published model."""
+
+    hidden_size: int = 3072
+    heads: int = 24
+    head_dim: int = 128
+    double_depth: int = 20
+    single_depth: int = 40
+    refiner_depth: int = 2
+    mlp_size: int = 12288
+    text_dim: int = 4096
+    pooled_dim: int = 768
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_dims: tuple[int, int, int] = (16, 56, 56)
+    rope_theta: float = 256.0
+    frequency_dim: int = 256
+    guidance: bool = True
+
+
+def rope_dims_for(head_dim: int) -> tuple[int, int, int]:
+    """How a head of ``head_dim`` (even) is shared out to the rotations of (time, row, column): 128 -> (16, 56, 56)."""
+    spatial = 2 * (head_dim * 7 // 32)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TransformerConfig:
+    """The architecture behind a state dict in the official layout, from its tensor shapes alone.
+
+    Args:
+        shapes: tensor name -> shape, as read from a checkpoint header.
+
+    Raises:
+        UserError: names that the architecture is read from are missing, or the shapes contradict each other.
+    """
+    double_depth = _depth(shapes, "double_blocks")
+    single_depth = _depth(shapes, "single_blocks")
+    refiner_depth = _depth(shapes, "txt_in.individual_token_refiner.blocks")
+    needed = [
+        "img_in.proj.weight",
+        "time_in.mlp.0.weight",
+        "vector_in.in_layer.weight",
+        "txt_in.input_embedder.weight",
+        "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight",
+        "double_blocks.0.img_attn_q_norm.weight",
+        "double_blocks.0.img_mlp.fc1.weight",
+        "single_blocks.0.linear1.weight",
+        "final_layer.linear.weight",
+    ]
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise UserError(
+            f"this is not a whole HunyuanVideo transformer: it has no {', '.join(missing)}. "
+            "Give the official checkpoint (mp_rank_00_model_states.pt or a .safetensors file with the same names)."
+        )
+    hidden_size, in_channels, *patch_size = shapes["img_in.proj.weight"]
+    (head_dim,) = shapes["double_blocks.0.img_attn_q_norm.weight"]
+    rows_out = shapes["final_layer.linear.weight"][0]
+    if len(patch_size) != 3 or hidden_size % head_dim or head_dim % 2 or rows_out % math.prod(patch_size):
+        raise UserError(
+            "the shapes of this transformer contradict each other: "
+            f"img_in.proj.weight is {tuple(shapes['img_in.proj.weight'])}, the head size is {head_dim}, "
+            f"final_layer.linear.weight has {rows_out} rows. The file is damaged or of another model."
+        )
+    return TransformerConfig(
+        hidden_size=hidden_size,
+        heads=hidden_size // head_dim,
+        head_dim=head_dim,
+        double_depth=double_depth,
+        single_depth=single_depth,
+        refiner_depth=refiner_depth,
+        mlp_size=shapes["double_blocks.0.img_mlp.fc1.weight"][0],
+        text_dim=shapes["txt_in.input_embedder.weight"][1],
+        pooled_dim=shapes["vector_in.in_layer.weight"][1],
+        in_channels=in_channels,
+        out_channels=rows_out // math.prod(patch_size),
+        patch_size=tuple(patch_size),
+        rope_dims=rope_dims_for(head_dim),
+        frequency_dim=shapes["time_in.mlp.0.weight"][1],
+        guidance=any(name.startswith("guidance_in.") for name in shapes),
+    )
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """Number of blocks called ``prefix.N``, which must be numbered without a gap."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    indices = {int(match[1]) for match in map(pattern.match, shapes) if match}
+    gaps = set(range(len(indices))) - indices
+    if gaps:
+        raise UserError(
+            f"this transformer is not whole: {prefix} has blocks up to {max(indices)}, but {prefix}.{min(gaps)} is missing. "
+            "Load all parts of the checkpoint, or download it again."
+        )
+    return len(indices)

@@ -1,0 +1,188 @@
+"""Attention among the valid rows of each sample, computed by torch or by one of several packages.
+
+No N x N mask is ever built: when all samples of a batch have the same length one dense call is exact, and otherwise
+samples are computed one by one or packed end to end. A mask would also keep torch from its fast kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+# Modes whose backward pass exists.
+TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Callable: attention of every row over the valid rows of its own sample.
+
+    Attributes:
+        mode: name the user chose.
+        dense: (B, L, H, D) x 3 -> (B, L, H, D), all rows valid.
+        packed: (1, sum of lengths, H, D) x 3 and the lengths -> (1, sum of lengths, H, D), each sample for itself; None
+            where the package has no such call.
+        split: compute sample by sample even where one call would do; costs speed, saves memory.
+    """
+
+    mode: str
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor]
+    packed: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor] | None = None
+    split: bool = False
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients flow through this mode."""
+        return self.mode in TRAINABLE_MODES
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Attention with scale 1/sqrt(D).
+
+        Args:
+            q, k, v: (B, L, H, D), one dtype.
+            lengths: number of valid rows of each sample, which come first; None if all rows are valid.
+
+        Returns:
+            (B, L, H * D); rows past a sample's length are zero.
+        """
+        batch, rows = q.shape[:2]
+        if lengths is None:
+            if not self.split or batch == 1:
+                return self.dense(q, k, v).flatten(2)
+            lengths = [rows] * batch
+        if not self.split and len(set(lengths)) == 1:
+            return self._dense_part(q, k, v, lengths[0])
+        if self.packed is not None and not self.split and min(lengths) > 0:
+            return self._packed_parts(q, k, v, tuple(lengths))
+        samples = range(batch)
+        return torch.cat([self._dense_part(q[i : i + 1], k[i : i + 1], v[i : i + 1], lengths[i]) for i in samples])
+
+    def _dense_part(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        if length == 0:
+            return q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+        return _pad_rows(self.dense(q[:, :length], k[:, :length], v[:, :length]).flatten(2), q.shape[1])
+
+    def _packed_parts(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        q_packed, k_packed, v_packed = (
+            torch.cat([sample[:length] for sample, length in zip(tensor, lengths)])[None] for tensor in (q, k, v)
+        )
+        parts = self.packed(q_packed, k_packed, v_packed, lengths)[0].flatten(1).split(lengths)
+        return torch.stack([_pad_rows(part, q.shape[1]) for part in parts])
+
+
+def make_attention(mode: str = "torch", split: bool = False) -> Attention:
+    """The attention called ``mode``: torch (also called sdpa), flash, xformers or sageattn.
+
+    Raises:
+        UserError: unknown mode, or its package is not installed.
+    """
+    try:
+        make = _MAKERS[mode]
+    except KeyError:
+        raise UserError(f"there is no attention mode {mode!r}; use one of {', '.join(_MAKERS)}.") from None
+    dense, packed = make()
+    return Attention(mode, dense, packed, split)
+
+
+def check_attention_device(mode: str, device: torch.device) -> None:
+    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA."""
+    if mode not in ("torch", "sdpa") and device.type != "cuda":
+        raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch.")
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """(..., L, C) -> (..., rows, C) with zeros below."""
+    return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+
+
+def _import(module: str, package: str, mode: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"attention mode {mode} needs the package {package}, which cannot be imported ({error}). "
+            f"Install it with: pip install {package}  - or choose attention mode torch."
+        ) from error
+
+
+def _require_half(q: Tensor, mode: str) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"attention mode {mode} computes in float16 or bfloat16 only, but the transformer runs in {q.dtype}. "
+            "Load it in bfloat16 or train with bf16 mixed precision, or choose attention mode torch."
+        )
+
+
+@lru_cache(maxsize=16)
+def _row_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each packed sample starts, and the end: (B + 1,) int32. Cached, as making it waits for the device."""
+    with torch.inference_mode(False):
+        offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return offsets.to(device)
+
+
+def _torch_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def _make_torch():
+    return _torch_dense, None
+
+
+def _make_flash():
+    flash = _import("flash_attn", "flash-attn", "flash")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _require_half(q, "flash")
+        return flash.flash_attn_func(q, k, v)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        _require_half(q, "flash")
+        offsets, longest = _row_offsets(lengths, q.device), max(lengths)
+        return flash.flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
+
+    return dense, packed
+
+
+def _make_xformers():
+    ops = _import("xformers.ops", "xformers", "xformers")
+    bias = _import("xformers.ops.fmha.attn_bias", "xformers", "xformers")
+    # Cached because making one copies the lengths to the device.
+    block_diagonal = lru_cache(maxsize=16)(lambda lengths: bias.BlockDiagonalMask.from_seqlens(list(lengths)))
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.memory_efficient_attention(q, k, v)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        return ops.memory_efficient_attention(q, k, v, attn_bias=block_diagonal(lengths))
+
+    return dense, packed
+
+
+def _make_sageattn():
+    sage = _import("sageattention", "sageattention", "sageattn")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _require_half(q, "sageattn")
+        return sage.sageattn(q, k, v, tensor_layout="NHD")
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        _require_half(q, "sageattn")
+        offsets, longest = _row_offsets(lengths, q.device), max(lengths)
+        return sage.sageattn_varlen(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
+
+    return dense, packed
+
+
+_MAKERS = {"torch": _make_torch, "sdpa": _make_torch, "flash": _make_flash, "xformers": _make_xformers, "sageattn": _make_sageattn}
+ATTENTION_MODES = tuple(_MAKERS)

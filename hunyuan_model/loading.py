@@ -1,0 +1,110 @@
+"""From a path to a transformer ready to run, and checks of every model file that cost only its header."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from hunyuan_model.architecture import TransformerConfig, transformer_config_from_shapes
+from hunyuan_model.attention import make_attention
+from hunyuan_model.checkpoint import Checkpoint, load_weights, open_checkpoint
+from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, enable_fp8_linears, is_fp8_target
+from hunyuan_model.identify import Kind, check_is
+from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_transformer(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attn_mode: str = "torch",
+    split_attn: bool = False,
+    fp8: bool = False,
+    patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> HYVideoDiffusionTransformer:
+    """The transformer in ``path``, in eval mode and frozen; its size is read from the shapes in the file.
+
+    Weights stream from disk to their final dtype and device one by one: at the peak the final weights and one tensor are
+    in memory.
+
+    Args:
+        path: .safetensors, .pt (also wrapped as ``{"module": ...}``), or a folder with one of them or with shards.
+        dtype: of the weights, and of the computation outside autocast.
+        attn_mode, split_attn: as ``hunyuan_model.attention.make_attention`` takes them.
+        fp8: store the Linear weights of the blocks as float8 (see ``hunyuan_model.fp8``). A file that is float8 already
+            keeps its bytes then, and is widened to ``dtype`` otherwise.
+        patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
+
+    Raises:
+        UserError: the file is missing, damaged, incomplete or something else than a transformer.
+    """
+    checkpoint, config = _open_transformer(path, "--dit")
+    attention = make_attention(attn_mode, split=split_attn)
+    with torch.device("meta"):
+        model = HYVideoDiffusionTransformer(config, attention)
+    load_weights(
+        model,
+        checkpoint,
+        device=device,
+        dtype_of=lambda name: FP8_DTYPE if fp8 and is_fp8_target(name) else dtype,
+        patch=patch,
+        progress="loading the transformer",
+    )
+    if fp8:
+        logger.info("%d Linear layers of the transformer are stored as float8", enable_fp8_linears(model, dtype))
+    return model.eval()
+
+
+def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") -> TransformerConfig:
+    """The architecture of the transformer in ``path``, read from its header.
+
+    Raises:
+        UserError: as ``load_transformer``, with ``flag`` named, but in a moment.
+    """
+    return _open_transformer(path, flag)[1]
+
+
+def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encoder_2: str | os.PathLike[str]) -> None:
+    """Refuse what --text_encoder1 and --text_encoder2 name if it is missing, damaged or something else; reads only headers."""
+    _check(text_encoder_1, Kind.LLAMA, "--text_encoder1")
+    _check(text_encoder_2, Kind.CLIP_TEXT, "--text_encoder2")
+
+
+def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
+    """Refuse a VAE file or folder that is missing, damaged or something else; reads only headers."""
+    _check(path, Kind.VAE, flag)
+
+
+def _check(path: str | os.PathLike[str], kind: Kind, flag: str) -> Checkpoint:
+    checkpoint = open_checkpoint(path, flag)
+    check_is(checkpoint.shapes, kind, path, flag)
+    return checkpoint
+
+
+def _open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:
+    """The transformer's tensors under the official names, whatever prefix the file puts before them, and its size."""
+    checkpoint = _check(path, Kind.TRANSFORMER, flag)
+    checkpoint = checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")
+    _refuse_scales_beside(checkpoint, flag)
+    try:
+        return checkpoint, transformer_config_from_shapes(checkpoint.shapes)
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from None
+
+
+def _refuse_scales_beside(checkpoint: Checkpoint, flag: str) -> None:
+    """The published float8 file keeps its scales in a second file; without them its weights mean something else."""
+    path = checkpoint.path
+    scales = path.with_name(f"{path.stem}_map{path.suffix}")
+    if scales.is_file() and any(dtype in FP8_DTYPES for dtype in checkpoint.dtypes.values()):
+        raise UserError(
+            f"{flag} {path} holds float8 weights whose scales are in {scales.name}; such a pair cannot be read. "
+            "Give the bfloat16 file instead; with fp8 switched on its blocks are stored as float8 while loading."
+        )

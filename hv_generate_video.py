@@ -1,0 +1,274 @@
+"""Generate a video or picture from a prompt with HunyuanVideo, optionally with LoRA.
+
+Text is encoded first and the encoders dropped, then the transformer samples and is dropped, then the VAE decodes: one
+network at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import hunyuan_model
+from hunyuan_model.attention import check_attention_device
+from hunyuan_model.flow import flow_sigmas
+from hunyuan_model.loading import check_transformer_file
+from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.vae_loading import check_vae_options, configure_vae
+from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
+from utils.arguments import add_device_argument, add_text_encoder_arguments, add_vae_arguments, positive_int, script_parser
+from utils.devices import choose_dtype, free_memory, pick_device
+from utils.errors import UserError, run_script
+from utils.media_writing import save_pictures, save_video
+from utils.safetensors_io import read_tensors, save_tensors
+
+logger = logging.getLogger("generate")
+
+ATTENTION_MODES = ("flash", "torch", "sageattn", "xformers", "sdpa")
+MAX_SEED = 2**32 - 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of generation."""
+    parser = script_parser("Generate a video, or a picture with --video_length 1, with HunyuanVideo and LoRA.")
+    models = parser.add_argument_group("models")
+    models.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
+    models.add_argument(
+        "--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: bfloat16 on CUDA, float32 on the CPU)"
+    )
+    models.add_argument(
+        "--fp8", action="store_true", help="keep the transformer's Linear weights in float8: half the memory (default: off)"
+    )
+    add_vae_arguments(models, required=False, tiling_switch=False)
+    add_text_encoder_arguments(models, required=False)
+    add_device_argument(models)
+    models.add_argument(
+        "--attn_mode", choices=ATTENTION_MODES, default="torch", help="attention kernel; sdpa is the same as torch (default: torch)"
+    )
+    models.add_argument("--split_attn", action="store_true", help="attend sample by sample: less memory for batches (default: off)")
+
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files, merged while the transformer loads")
+    lora.add_argument(
+        "--lora_multiplier", nargs="*", type=float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+    )
+    lora.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
+
+    video = parser.add_argument_group("what to draw")
+    video.add_argument("--prompt", metavar="TEXT", help="what the video shows")
+    video.add_argument(
+        "--video_size",
+        nargs=2,
+        type=int,
+        default=[256, 256],
+        metavar=("H", "W"),
+        help="height and width, multiples of 16 (default: 256 256)",
+    )
+    video.add_argument("--video_length", type=int, default=129, metavar="N", help="frames, 4n+1; 1 is a picture (default: 129)")
+    video.add_argument(
+        "--fps", type=positive_int, default=24, metavar="N", help="frames per second of the file written (default: 24)"
+    )
+    video.add_argument("--infer_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)")
+    video.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: drawn, and logged)")
+    video.add_argument("--embedded_cfg_scale", type=float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)")
+    video.add_argument(
+        "--flow_shift", type=float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--save_path", metavar="FOLDER", help="folder for what is generated")
+    output.add_argument(
+        "--output_type",
+        choices=("video", "images", "latent", "both"),
+        default="video",
+        help="an MP4, PNG frames, the latent for a later --latent_path, or latent and MP4 (default: video)",
+    )
+    output.add_argument(
+        "--latent_path", nargs="*", default=[], metavar="PATH", help="only decode these latents; no --dit and no --prompt"
+    )
+    output.add_argument("--no_metadata", action="store_true", help="do not write prompt and settings into the files (default: off)")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be said before a model is loaded.
+
+    Raises:
+        UserError: a flag that is missing, impossible, or names a file that is not what the flag expects.
+    """
+    if len(args.lora_multiplier) > len(args.lora_weight):
+        raise UserError(
+            f"--lora_multiplier has {len(args.lora_multiplier)} values for {len(args.lora_weight)} --lora_weight files."
+        )
+    if args.save_merged_model:
+        _require(args, "--save_merged_model", "dit")
+        if not args.lora_weight:
+            raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
+        check_transformer_file(args.dit, "--dit")
+        return
+    _require(args, "generation", "save_path")
+    if Path(args.save_path).is_file():
+        raise UserError(f"--save_path {args.save_path} is a file; give a folder.")
+    if args.latent_path:
+        _require(args, "--latent_path", "vae")
+        if args.output_type in ("latent", "both"):
+            raise UserError(
+                f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images."
+            )
+    else:
+        _require(args, "generation", "dit", "text_encoder1", "text_encoder2", "prompt")
+        if args.output_type != "latent":
+            _require(args, f"--output_type {args.output_type}", "vae")
+        latent_size(*args.video_size, args.video_length)
+        check_transformer_file(args.dit, "--dit")
+        hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+    if args.vae:
+        check_vae_options(args.vae, tile_size=args.vae_spatial_tile_sample_min_size)
+    if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
+        raise UserError(f"--seed {args.seed} is outside 0 to {MAX_SEED}.")
+
+
+def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
+
+
+def encode_prompt(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The prompt as states (1, L, D), mask (1, L) and pooled vector (1, P); the encoders are gone afterwards."""
+    dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16)
+    encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=args.tokenizer2)
+    pooled = encoder.encode([args.prompt]).cpu()
+    del encoder
+    free_memory(device)
+    encoder = hunyuan_model.load_text_encoder_1(
+        args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=args.tokenizer1
+    )
+    states, mask = encoder.encode([args.prompt])
+    states, mask = states.cpu(), mask.cpu()
+    del encoder
+    free_memory(device)
+    return states, mask, pooled
+
+
+def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
+    """Encode the prompt, load the transformer with its LoRA, and draw latents (1, 16, F, H, W) from ``args.seed``."""
+    loras = read_lora_files(args.lora_weight, args.lora_multiplier)
+    patch = merge_patch(loras, args.dit) if loras else None
+    text = encode_prompt(args, device)
+    dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
+    transformer = hunyuan_model.load_transformer(
+        args.dit, device=device, dtype=dtype, attn_mode=args.attn_mode, split_attn=args.split_attn, fp8=args.fp8, patch=patch
+    )
+    noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
+    with tqdm(total=args.infer_steps, desc="sampling", unit="step") as progress:
+        latents = sample_latents(
+            transformer,
+            noise,
+            *text,
+            sigmas=flow_sigmas(args.infer_steps, args.flow_shift),
+            guidance_scale=args.embedded_cfg_scale,
+            device=device,
+            dtype=dtype,
+            on_step=lambda step: progress.update(),
+        )
+    if not torch.isfinite(latents).all():
+        raise UserError(
+            "the transformer produced NaN or infinity; nothing was written. "
+            "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
+        )
+    return latents.cpu()
+
+
+def decode(args: argparse.Namespace, latents: Tensor, device: torch.device) -> Tensor:
+    """Latents (1, 16, F, H, W) -> frames (T, H, W, 3), uint8."""
+    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
+    vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
+    configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=args.vae_spatial_tile_sample_min_size)
+    return decode_latents(vae, latents, device=device, dtype=dtype)[0]
+
+
+def settings(args: argparse.Namespace) -> dict[str, str]:
+    """What made the picture, for the metadata of the files."""
+    height, width = args.video_size
+    return {
+        "prompt": args.prompt,
+        "seed": str(args.seed),
+        "height": str(height),
+        "width": str(width),
+        "video_length": str(args.video_length),
+        "infer_steps": str(args.infer_steps),
+        "embedded_cfg_scale": f"{args.embedded_cfg_scale:g}",
+        "flow_shift": f"{args.flow_shift:g}",
+        "lora": ", ".join(Path(path).name for path in args.lora_weight),
+    }
+
+
+def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
+    """A latent (1, 16, F, H, W) that --output_type latent or both wrote, with its metadata."""
+    file = read_tensors(path, "--latent_path")
+    if "latent" not in file.tensors:
+        raise UserError(f"--latent_path {path} holds no tensor named latent; give a file that --output_type latent wrote.")
+    latent = file.tensors["latent"]
+    if latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS:
+        raise UserError(
+            f"--latent_path {path}: the latent has the shape {tuple(latent.shape)}, expected (16, frames, height, width)."
+        )
+    return latent[None].float(), file.metadata
+
+
+def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
+    """Save (1, 16, F, H, W) as the tensor ``latent`` (16, F, H, W)."""
+    path = Path(args.save_path) / f"{stem}_latent.safetensors"
+    save_tensors(path, {"latent": latents[0]}, None if args.no_metadata else settings(args))
+    print(path)
+
+
+def write_frames(args: argparse.Namespace, stem: str, frames: Tensor, metadata: dict[str, str]) -> None:
+    """Save frames (T, H, W, 3) as a folder of PNG or as MP4, as --output_type says, and print where."""
+    metadata = {} if args.no_metadata else metadata
+    if args.output_type == "images":
+        folder = Path(args.save_path) / stem
+        save_pictures(folder, frames.numpy(), metadata)
+        print(folder)
+    else:
+        path = Path(args.save_path) / f"{stem}.mp4"
+        save_video(path, frames.numpy(), args.fps, metadata)
+        print(path)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    device = pick_device(args.device)
+    check_arguments(args)
+    check_attention_device(args.attn_mode, device)
+    if args.save_merged_model:
+        merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, args.lora_multiplier), args.save_merged_model)
+        print(args.save_merged_model)
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    if args.latent_path:
+        for path, (latents, metadata) in [(path, read_latent(path)) for path in args.latent_path]:
+            write_frames(args, Path(path).stem.removesuffix("_latent"), decode(args, latents, device), metadata)
+        return
+    if args.seed is None:
+        args.seed = random.randint(0, MAX_SEED)
+        logger.info("seed %d", args.seed)
+    latents = sample(args, device)
+    free_memory(device)
+    stem = f"{stamp}_{args.seed}"
+    if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
+        write_latent(args, stem, latents)
+    if args.output_type != "latent":
+        write_frames(args, stem, decode(args, latents, device), settings(args))
+
+
+if __name__ == "__main__":
+    run_script(main)

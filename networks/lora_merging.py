@@ -1,0 +1,118 @@
+"""Merging LoRA files into the transformer's weights: while a checkpoint loads, or from file to file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hunyuan_model.checkpoint import Checkpoint, open_checkpoint
+from hunyuan_model.fp8 import cast
+from hunyuan_model.loading import check_transformer_file
+from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
+from utils.errors import UserError
+from utils.safetensors_io import save_tensor_stream
+
+
+@dataclass(frozen=True)
+class LoraToMerge:
+    """LoRA tensors (either layout), how strongly to add them, and what to call them in messages."""
+
+    tensors: Mapping[str, torch.Tensor]
+    multiplier: float
+    source: str
+
+
+class MergePatch:
+    """Adds LoRA updates to weights by name, one weight at a time.
+
+    Args:
+        loras: added in this order.
+        weight_shapes: names and shapes of the model's weights.
+
+    Attributes:
+        names: the weights that are changed.
+
+    Raises:
+        UserError: a LoRA whose modules do not match the model.
+    """
+
+    def __init__(self, loras: Sequence[LoraToMerge], weight_shapes: Mapping[str, tuple[int, ...]]):
+        self._updates: dict[str, list[tuple[LoraPair, float]]] = {}
+        for lora in loras:
+            pairs = lora_pairs(lora.tensors, lora.source)
+            sizes = {flat: (pair.up.shape[0], pair.down.shape[1]) for flat, pair in pairs.items()}
+            for flat, name in match_weights(sizes, weight_shapes, lora.source).items():
+                self._updates.setdefault(name, []).append((pairs[flat], lora.multiplier))
+        self.names = tuple(self._updates)
+
+    @torch.no_grad()
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The merged weight as a new float32 tensor on the same device, or ``weight`` itself where nothing is added.
+
+        float32 so that the only rounding is the cast to the final dtype.
+        """
+        if name not in self._updates:
+            return weight
+        merged = weight.to(torch.float32, copy=True)
+        for pair, multiplier in self._updates[name]:
+            down, up = pair.down.to(weight.device, torch.float32), pair.up.to(weight.device, torch.float32)
+            merged.addmm_(up, down, alpha=multiplier * pair.scale)
+        return merged
+
+
+def read_lora_files(paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = ()) -> list[LoraToMerge]:
+    """Read LoRA files with their multipliers; those that are missing at the end are 1.0.
+
+    Raises:
+        UserError: a file is missing, damaged or not a LoRA, or there are more multipliers than files.
+    """
+    if len(multipliers) > len(paths):
+        raise UserError(f"there are {len(multipliers)} LoRA multipliers for {len(paths)} LoRA files; give one for each at most.")
+    padded = [*multipliers, *[1.0] * (len(paths) - len(multipliers))]
+    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in zip(paths, padded)]
+
+
+def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:
+    """The ``patch`` with which ``hunyuan_model.load_transformer(dit, patch=...)`` merges ``loras``; reads only headers.
+
+    Raises:
+        UserError: ``dit`` is no transformer, or a LoRA's modules do not match it.
+    """
+    return MergePatch(loras, _transformer_checkpoint(dit).shapes)
+
+
+def merge_lora_into_file(
+    dit: str | os.PathLike[str], loras: Sequence[LoraToMerge], output: str | os.PathLike[str], flag: str = "--dit"
+) -> None:
+    """Write the transformer with ``loras`` merged as a safetensors file: official names, each weight in its stored dtype.
+
+    Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
+
+    Raises:
+        UserError: ``output`` is the transformer itself or no .safetensors path, or as in ``merge_patch``.
+    """
+    if Path(output).suffix != ".safetensors":
+        raise UserError(f"a merged model is saved as a .safetensors file, but {output} was asked for.")
+    if Path(output).resolve() == Path(dit).resolve():
+        raise UserError(f"the merged model would overwrite {dit}, which is being read; give it another name.")
+    checkpoint = _transformer_checkpoint(dit, flag)
+    patch = MergePatch(loras, checkpoint.shapes)
+    layout = {name: (checkpoint.dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
+    save_tensor_stream(output, layout, _merged_tensors(checkpoint, patch), checkpoint.metadata or None)
+
+
+def _merged_tensors(checkpoint: Checkpoint, patch: MergePatch) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in tqdm(checkpoint.shapes, desc="merging", unit="tensor"):
+        yield name, cast(patch(name, checkpoint.get(name)), checkpoint.dtypes[name])
+
+
+def _transformer_checkpoint(dit: str | os.PathLike[str], flag: str = "--dit") -> Checkpoint:
+    """The transformer's tensors under their official names."""
+    check_transformer_file(dit, flag)
+    checkpoint = open_checkpoint(dit, flag)
+    return checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")

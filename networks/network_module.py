@@ -1,0 +1,91 @@
+"""Driving any network module of the sd-scripts contract: ours (``networks.lora``) or a third party's (``lycoris.kohya``)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module called ``name``.
+
+    Raises:
+        UserError: it cannot be imported, or creates no networks.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        hint = (
+            "Install it with: pip install lycoris-lora"
+            if name.startswith("lycoris")
+            else "Check its name, and that it is installed."
+        )
+        raise UserError(f"--network_module {name} cannot be imported ({error}). {hint}") from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name} is no network module: it has no create_network.")
+    return module
+
+
+def create_network(
+    module: ModuleType,
+    transformer: nn.Module,
+    *,
+    dim: int | None,
+    alpha: float,
+    dropout: float | None,
+    network_args: Mapping[str, Any],
+    weights: str | os.PathLike[str] | None = None,
+    dim_from_weights: bool = False,
+) -> nn.Module:
+    """Create a network, hook it into ``transformer``, and load ``weights`` into it if given; float32 and trainable.
+
+    Args:
+        dim, alpha, dropout: of the network; with ``dim_from_weights`` the file decides dim and alpha.
+        network_args: further arguments of the module, as text.
+
+    Raises:
+        UserError: what the module says of its arguments, or weights that do not fit.
+    """
+    if dim_from_weights:
+        network, _ = module.create_network_from_weights(
+            1.0, weights, None, None, transformer, neuron_dropout=dropout, **network_args
+        )
+    else:
+        network = module.create_network(1.0, dim, alpha, None, None, transformer, neuron_dropout=dropout, **network_args)
+    network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
+    if weights and not dim_from_weights:
+        network.load_weights(weights)
+    device = next(transformer.parameters()).device
+    network.to(device, torch.float32)
+    network.requires_grad_(True)
+    call_if_there(network, "prepare_grad_etc", None, transformer)
+    return network
+
+
+def call_if_there(network: nn.Module, method: str, *arguments: object) -> object:
+    """Call a method of the contract that not every third-party network has; None where it is missing."""
+    function = getattr(network, method, None)
+    return None if function is None else function(*arguments)
+
+
+def parameter_groups(network: nn.Module, learning_rate: float) -> tuple[list[Any], list[str]]:
+    """Parameter groups with their learning rates, and a name for each.
+
+    ``prepare_optimizer_params`` takes (text encoder rate, network rate) or a default rate as well, and returns groups, or
+    groups and names, depending on the age of the module.
+    """
+    arguments = [None, learning_rate, learning_rate]
+    count = len(inspect.signature(network.prepare_optimizer_params).parameters)
+    prepared = network.prepare_optimizer_params(*arguments[: max(2, min(count, 3))])
+    groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
+    groups = list(groups)
+    return groups, list(names) if names else [f"group {index + 1}" for index in range(len(groups))]

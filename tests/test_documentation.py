@@ -1,0 +1,72 @@
+"""What the documentation tells users to type is accepted by the scripts, and the files it links to exist."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_lines, documents, script_command, script_commands
+
+# Flags of programs that are not ours.
+FOREIGN_FLAGS = {"--local-dir", "--index-url", "--durations", "--help"}
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    return importlib.import_module(script).build_parser()
+
+
+def check_parses(command: ScriptCommand) -> None:
+    try:
+        parser_of(command.script).parse_args(command.arguments)
+        if command.launcher is not None:
+            launch_command_parser().parse_args([*command.launcher, f"{command.script}.py"])
+    except SystemExit:
+        pytest.fail(f"{command.where} shows a call of {command.script}.py that it refuses: {' '.join(command.arguments)}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_shown_in_the_readme_and_accepts_what_is_shown(script: str) -> None:
+    commands = [command for command in script_commands() if command.script == script]
+    assert any(command.where == "README.md" for command in commands)
+    for command in commands:
+        check_parses(command)
+
+
+def test_a_command_with_an_unknown_flag_would_be_noticed() -> None:
+    (words,) = command_lines("```bash\npython convert_lora.py --input a --output b \\\n  --no_such_flag 1\n```\n")
+    command = script_command(words, "here")
+    assert command is not None and command.arguments[-2:] == ("--no_such_flag", "1")
+    with pytest.raises(pytest.fail.Exception):
+        check_parses(command)
+
+
+def test_every_flag_that_is_mentioned_exists() -> None:
+    known = set(FOREIGN_FLAGS) | {"--run-slow", "--output"}
+    for script in SCRIPTS:
+        known |= set(parser_of(script)._option_string_actions)
+    known |= set(launch_command_parser()._option_string_actions)
+    for document in documents():
+        mentioned = set(FLAG.findall(document.read_text(encoding="utf-8")))
+        assert not mentioned - known, f"{document.name} mentions flags that do not exist: {sorted(mentioned - known)}"
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    links = 0
+    for document in documents():
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                links += 1
+                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}, which does not exist"
+    assert links > 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_describes_every_flag(script: str) -> None:
+    parser = parser_of(script)
+    assert parser.description
+    undescribed = [action.option_strings for action in parser._actions if action.option_strings and not action.help]
+    assert not undescribed
+    assert parser.format_help()

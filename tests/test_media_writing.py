@@ -1,0 +1,40 @@
+"""utils.media_writing: pictures and videos read back."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.media_writing import save_pictures, save_video
+
+
+@pytest.fixture
+def frames() -> np.ndarray:
+    """Five frames (5, 32, 48, 3): a bright bar that moves over a smooth gradient."""
+    gradient = np.linspace(0, 200, 48, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2)
+    pictures = np.stack([gradient] * 5)
+    for index in range(5):
+        pictures[index, :, 8 * index : 8 * index + 8] = (240, 30, 30)
+    return pictures
+
+
+def test_pictures_are_lossless_and_carry_metadata(tmp_path, frames):
+    paths = save_pictures(tmp_path / "out", frames, {"prompt": "a bar, バー"})
+    assert [path.name for path in paths] == [f"{i:05d}.png" for i in range(5)]
+    for path, frame in zip(paths, frames):
+        with Image.open(path) as picture:
+            assert picture.text["prompt"] == "a bar, バー"
+            np.testing.assert_array_equal(np.asarray(picture), frame)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_video_has_every_frame_rate_and_metadata(tmp_path, frames, count):
+    path = tmp_path / "clip.mp4"
+    save_video(path, frames[:count], 24, {"seed": "7"})
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 24
+        assert "seed: 7" in container.metadata["comment"]
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert decoded.shape == (count, 32, 48, 3)
+    assert np.abs(decoded.astype(int) - frames[:count]).mean() < 12  # chroma subsampling blurs the bar's edges
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]

@@ -1,0 +1,84 @@
+"""Flags that several scripts share, in groups, and the parser they hang on."""
+
+from __future__ import annotations
+
+import argparse
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=116)
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help is laid out in groups. Abbreviated flags are refused: a typo must not become another flag."""
+    return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return number
+
+
+def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:
+    """--vae and how it runs. ``hunyuan_model.vae_loading`` reads the file; ``configure_vae`` applies the rest."""
+    group.add_argument("--vae", metavar="PATH", required=required, help="VAE checkpoint: a .pt or .safetensors file, or a folder")
+    group.add_argument(
+        "--vae_dtype",
+        metavar="DTYPE",
+        help="precision of the VAE (default: float16 on CUDA, float32 on the CPU, where half is slow)",
+    )
+    if tiling_switch:
+        group.add_argument(
+            "--vae_tiling", action="store_true", help="run the VAE in overlapping spatial tiles: less memory, slower (default: off)"
+        )
+    group.add_argument(
+        "--vae_chunk_size",
+        type=positive_int,
+        metavar="N",
+        help="run the VAE's 3D convolutions in chunks of N, with the same result in less memory (default: whole)",
+    )
+    group.add_argument(
+        "--vae_spatial_tile_sample_min_size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="side of a spatial tile, a multiple of 32; implies tiling (default when tiling: 256)",
+    )
+
+
+def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool) -> None:
+    """--text_encoder1/2 with their tokenizers and precision."""
+    group.add_argument(
+        "--text_encoder1",
+        metavar="PATH",
+        required=required,
+        help="Llama-type text encoder: a Hugging Face folder or one .safetensors file",
+    )
+    group.add_argument(
+        "--text_encoder2",
+        metavar="PATH",
+        required=required,
+        help="CLIP-type text encoder: a Hugging Face folder or one .safetensors file",
+    )
+    group.add_argument(
+        "--tokenizer1", metavar="PATH", help="tokenizer folder or hub id for --text_encoder1 (default: the one beside the weights)"
+    )
+    group.add_argument(
+        "--tokenizer2", metavar="PATH", help="tokenizer folder or hub id for --text_encoder2 (default: the one beside the weights)"
+    )
+    group.add_argument(
+        "--text_encoder_dtype",
+        metavar="DTYPE",
+        help="precision of the text encoders (default: float16 on CUDA, float32 on the CPU)",
+    )
+    group.add_argument(
+        "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: half the memory (default: off)"
+    )
+
+
+def add_device_argument(group: argparse._ArgumentGroup) -> None:
+    """--device."""
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")

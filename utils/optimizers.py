@@ -1,0 +1,162 @@
+"""Optimisers by the names users give: adamw, adamw8bit, adafactor, a class of torch.optim, or any dotted class path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+from utils.key_values import literal_key_values, nearest_name
+
+NAMED = ("adamw", "adamw8bit", "adafactor")
+
+
+def make_optimizer(
+    optimizer_type: str,
+    params: Iterable[Any],
+    learning_rate: float,
+    optimizer_args: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.optim.Optimizer:
+    """The optimiser called ``optimizer_type``.
+
+    Args:
+        optimizer_type: ``adamw``, ``adamw8bit``, ``adafactor`` in any case; a class of torch.optim such as ``SGD``; or a
+            dotted class path such as ``prodigyopt.Prodigy``.
+        params: parameters or parameter groups; a group may have its own ``lr``.
+        optimizer_args: ``key=value`` words whose values are Python literals.
+        device: where the parameters will be while training; None means where they are now.
+
+    Raises:
+        UserError: unknown, not installed, arguments that the class does not take, or no kernel for ``device``.
+    """
+    params = list(params)
+    options = literal_key_values(optimizer_args, "--optimizer_args")
+    kind = optimizer_type.lower()
+    optimizer_class = _adamw8bit_class() if kind == "adamw8bit" else _optimizer_class(optimizer_type)
+    if kind == "adafactor":
+        params, options = _adafactor_options(params, options, learning_rate)
+    else:
+        options.setdefault("lr", learning_rate)
+    optimizer = _construct(optimizer_class, params, options, optimizer_type)
+    if kind == "adamw8bit":
+        _require_kernel(optimizer_class, device or optimizer.param_groups[0]["params"][0].device)
+    return optimizer
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequence[str] | None = None) -> str:
+    """Class and arguments as training metadata records them: ``torch.optim.adamw.AdamW(weight_decay=0.1)``."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
+    arguments = f"({','.join(optimizer_args)})" if optimizer_args else ""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}{arguments}"
+
+
+def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Tell optimisers that keep other weights while training (schedule-free ones) which are wanted; others are left alone.
+
+    Call it with False before saving or sampling and with True before the next step.
+    """
+    method = getattr(optimizer, "train" if training else "eval", None)
+    if callable(method):
+        method()
+
+
+def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is Adafactor with relative_step, which needs ``--lr_scheduler adafactor`` and no learning rate."""
+    return any(group.get("relative_step", False) for group in optimizer.param_groups)
+
+
+def import_class(path: str, flag: str) -> type:
+    """The class with the dotted ``path``. A UserError names ``flag`` where there is no such module or class."""
+    module_name, _, name = path.rpartition(".")
+    package = module_name.partition(".")[0]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"{flag} {path} cannot be imported ({error}). If it is a package, install it: pip install {package}"
+        ) from error
+    found = getattr(module, name, None)
+    if not inspect.isclass(found):
+        raise UserError(f"{flag} {path}: {module_name} has no class {name}.{nearest_name(name, vars(module))}")
+    return found
+
+
+def _optimizer_class(optimizer_type: str) -> type:
+    kind = optimizer_type.lower()
+    if kind == "adamw":
+        return torch.optim.AdamW
+    if kind == "adafactor":
+        return import_class("transformers.optimization.Adafactor", "--optimizer_type")
+    if "." in optimizer_type:
+        return import_class(optimizer_type, "--optimizer_type")
+    found = getattr(torch.optim, optimizer_type, None)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(
+            f"--optimizer_type {optimizer_type} is not known.{nearest_name(optimizer_type, (*NAMED, *vars(torch.optim)))} "
+            f"Use {', '.join(NAMED)}, a class of torch.optim, or a dotted class path such as prodigyopt.Prodigy."
+        )
+    return found
+
+
+def _adamw8bit_class() -> type:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # a build that does not fit the machine raises many things besides ImportError
+        raise UserError(
+            f"--optimizer_type adamw8bit needs bitsandbytes, which cannot be imported here ({type(error).__name__}: {error}). "
+            "Install it with: pip install bitsandbytes; or use --optimizer_type adamw."
+        ) from error
+    return AdamW8bit
+
+
+def _require_kernel(optimizer_class: type, device: torch.device | str) -> None:
+    """Take one step on a scratch tensor: whether an 8-bit kernel exists for a device shows only there."""
+    scratch = torch.nn.Parameter(torch.zeros(64, 128, device=device))  # smaller tensors are kept in 32 bits
+    scratch.grad = torch.ones_like(scratch)
+    try:
+        optimizer_class([scratch], lr=1e-3).step()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--optimizer_type adamw8bit does not run on {torch.device(device).type} with the bitsandbytes installed here "
+            f"({reason}). Use --optimizer_type adamw."
+        ) from error
+
+
+def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate: float) -> tuple[list[Any], dict[str, Any]]:
+    """Adafactor either picks its own rate (relative_step, its default) or uses the given one, never both."""
+    options.setdefault("relative_step", True)
+    if not options["relative_step"]:
+        options.setdefault("lr", learning_rate)
+        options.setdefault("warmup_init", False)
+        return params, options
+    groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+    if len({group["lr"] for group in groups if "lr" in group}) > 1:
+        raise UserError(
+            "--optimizer_type adafactor picks its own learning rate, so the groups cannot have different ones (loraplus_lr_ratio). "
+            "Add relative_step=False to --optimizer_args to use --learning_rate."
+        )
+    if options.get("lr") is not None:
+        raise UserError("--optimizer_args: adafactor takes no lr unless relative_step=False is given as well.")
+    return [{key: value for key, value in group.items() if key != "lr"} for group in groups], options
+
+
+def _construct(optimizer_class: type, params: list[Any], options: dict[str, Any], optimizer_type: str) -> torch.optim.Optimizer:
+    known = inspect.signature(optimizer_class).parameters
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    for name in options:
+        if name not in known and not open_ended:
+            raise UserError(
+                f"--optimizer_args: {optimizer_type} has no argument {name!r}.{nearest_name(name, known)} "
+                f"Known: {', '.join(list(known)[1:])}."
+            )
+    try:
+        return optimizer_class(params, **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise UserError(f"--optimizer_type {optimizer_type} refuses its arguments ({given}): {error}.") from error

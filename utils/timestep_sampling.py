@@ -1,0 +1,181 @@
+"""Timesteps for flow-matching training: how t is drawn, how latents are noised, how the loss is weighted.
+
+t in [0, 1] is the share of noise; the transformer is told 1000 t. Every sampler is a quantile function of a uniform
+number, so that any source of uniform numbers (independent, stratified) can drive it.
+
+The schemes logit_normal, mode, cosmap and sigma_sqrt are those of Esser et al. 2024 (arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hunyuan_model.flow import TIMESTEPS, shift_sigmas
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS = ("sigma", "uniform", "sigmoid", "shift")
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+
+
+@dataclass(frozen=True)
+class TimestepSettings:
+    """How timesteps are drawn; field names and meanings are those of the training flags.
+
+    Attributes:
+        timestep_sampling: ``uniform``; ``sigmoid`` of a normal number; ``shift``, the same moved by
+            ``discrete_flow_shift``; ``sigma``, one of the timesteps 1..1000 with the density of ``weighting_scheme``
+            (logit_normal and mode; the other schemes leave it flat).
+        min_timestep, max_timestep: what is drawn is moved linearly into this range of timesteps, 0 to 1000.
+    """
+
+    timestep_sampling: str = "sigma"
+    discrete_flow_shift: float = 1.0
+    sigmoid_scale: float = 1.0
+    weighting_scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    min_timestep: float = 0.0
+    max_timestep: float = float(TIMESTEPS)
+
+    def __post_init__(self) -> None:
+        """Raises a UserError for a value out of range."""
+        if self.timestep_sampling not in SAMPLERS:
+            raise UserError(f"--timestep_sampling must be one of {', '.join(SAMPLERS)}, but it is {self.timestep_sampling!r}.")
+        if self.weighting_scheme not in WEIGHTING_SCHEMES:
+            raise UserError(
+                f"--weighting_scheme must be one of {', '.join(WEIGHTING_SCHEMES)}, but it is {self.weighting_scheme!r}."
+            )
+        for name in ("discrete_flow_shift", "logit_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be above 0, but it is {getattr(self, name):g}.")
+        if not 0 <= self.min_timestep < self.max_timestep <= TIMESTEPS:
+            raise UserError(
+                f"--min_timestep {self.min_timestep:g} and --max_timestep {self.max_timestep:g} are no range: "
+                f"0 <= min < max <= {TIMESTEPS} is needed."
+            )
+        if self.timestep_sampling == "sigma" and math.floor(self.max_timestep) <= math.ceil(self.min_timestep):
+            raise UserError(
+                f"--timestep_sampling sigma draws whole timesteps, and there is none between --min_timestep {self.min_timestep:g} "
+                f"and --max_timestep {self.max_timestep:g}."
+            )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> TimestepSettings:
+        """Settings from the training flags; says so where a given flag has no effect on the chosen sampler."""
+        settings = cls(
+            timestep_sampling=args.timestep_sampling,
+            discrete_flow_shift=args.discrete_flow_shift,
+            sigmoid_scale=args.sigmoid_scale,
+            weighting_scheme=args.weighting_scheme,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            mode_scale=args.mode_scale,
+            min_timestep=0.0 if args.min_timestep is None else float(args.min_timestep),
+            max_timestep=float(TIMESTEPS) if args.max_timestep is None else float(args.max_timestep),
+        )
+        for line in settings.without_effect():
+            logger.warning(line)
+        return settings
+
+    def without_effect(self) -> list[str]:
+        """A line for each setting that differs from its default and that the chosen sampler does not read."""
+        sampler, scheme = self.timestep_sampling, self.weighting_scheme
+        lines = []
+        if self.discrete_flow_shift != 1.0 and sampler != "shift":
+            lines.append(
+                f"--discrete_flow_shift {self.discrete_flow_shift:g} has no effect with --timestep_sampling {sampler}; "
+                "it belongs to --timestep_sampling shift."
+            )
+        if self.sigmoid_scale != 1.0 and sampler not in ("sigmoid", "shift"):
+            lines.append(f"--sigmoid_scale {self.sigmoid_scale:g} has no effect with --timestep_sampling {sampler}.")
+        if scheme in ("logit_normal", "mode") and sampler != "sigma":
+            lines.append(
+                f"--weighting_scheme {scheme} has no effect with --timestep_sampling {sampler}: "
+                "it is a density of --timestep_sampling sigma."
+            )
+        return lines
+
+
+def timesteps_from_uniform(u: torch.Tensor, settings: TimestepSettings) -> torch.Tensor:
+    """The sampler as a function of uniform numbers.
+
+    Args:
+        u: (B,), uniform in [0, 1).
+
+    Returns:
+        t (B,), float32, in [min_timestep, max_timestep] / 1000.
+    """
+    u = u.to(torch.float64)
+    if settings.timestep_sampling == "sigma":
+        return _sigma_table_timesteps(u, settings)
+    if settings.timestep_sampling == "uniform":
+        t = u
+    else:
+        t = torch.sigmoid(settings.sigmoid_scale * torch.special.ndtri(u))
+        if settings.timestep_sampling == "shift":
+            t = shift_sigmas(t, settings.discrete_flow_shift)
+    low, high = settings.min_timestep / TIMESTEPS, settings.max_timestep / TIMESTEPS
+    return (low + (high - low) * t).to(torch.float32)
+
+
+def _sigma_table_timesteps(u: torch.Tensor, settings: TimestepSettings) -> torch.Tensor:
+    """Whole timesteps above ``min_timestep`` up to ``max_timestep``, over 1000."""
+    if settings.weighting_scheme == "logit_normal":
+        density = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
+    elif settings.weighting_scheme == "mode":
+        density = 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    else:
+        density = u
+    # As in the schedule of the paper, small numbers are the noisy end.
+    low, high = math.ceil(settings.min_timestep), math.floor(settings.max_timestep)
+    index = (density * (high - low)).floor().clamp(0, high - low - 1)
+    return ((high - index) / TIMESTEPS).to(torch.float32)
+
+
+def loss_weights(t: torch.Tensor, weighting_scheme: str) -> torch.Tensor | None:
+    """Weight of each sample's loss, (B,) float32, or None where all count alike.
+
+    ``sigma_sqrt`` is sigma ** -2 and ``cosmap`` is 2 / (pi (1 - 2 sigma + 2 sigma^2)), sigma being t rounded to the table
+    0.001, 0.002, ..., 1, which also keeps the first one finite.
+    """
+    if weighting_scheme not in ("sigma_sqrt", "cosmap"):
+        return None
+    sigma = (t.double() * TIMESTEPS).round().clamp(1, TIMESTEPS) / TIMESTEPS
+    weights = sigma**-2 if weighting_scheme == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return weights.to(torch.float32)
+
+
+def noisy_latents(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """``(1 - t) * latents + t * noise`` with one t (B,) per sample; latents and noise (B, ...)."""
+    t = t.to(latents.device, latents.dtype).view(-1, *[1] * (latents.dim() - 1))
+    return (1 - t) * latents + t * noise
+
+
+class TimestepSampler:
+    """Draws timesteps from one generator, whose state can be saved and restored."""
+
+    def __init__(self, settings: TimestepSettings, generator: torch.Generator):
+        self.settings = settings
+        self.generator = generator
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, generator: torch.Generator) -> TimestepSampler:
+        """As the training flags say; see ``TimestepSettings.from_args``."""
+        return cls(TimestepSettings.from_args(args), generator)
+
+    def draw(self, count: int) -> torch.Tensor:
+        """t (count,), float32, on the generator's device."""
+        u = torch.rand(count, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return timesteps_from_uniform(u, self.settings)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
+        """Weights (B,) of the samples' losses, or None where all count alike."""
+        return loss_weights(t, self.settings.weighting_scheme)

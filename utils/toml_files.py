@@ -1,0 +1,76 @@
+"""Reading TOML files that users wrote by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import require_file
+
+BACKSLASH_HINT = "In double quotes a backslash starts an escape: write C:/folder, or 'C:\\folder' in single quotes."
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML with the standard library where it can (Python 3.11 on), else with the ``toml`` package.
+
+    Raises:
+        ValueError: not TOML; the message tells the line.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    import toml
+
+    try:
+        return toml.loads(text)
+    except (IndexError, TypeError, KeyError, AttributeError) as error:  # how that parser fails on some malformed files
+        raise ValueError("the file is not well-formed TOML") from error
+
+
+def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str, Any]:
+    """The content of a TOML file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: missing, not UTF-8, or not TOML; the line is named, and so is the remedy for Windows paths.
+    """
+    found = require_file(path, what)
+    try:
+        text = found.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
+    except OSError as error:
+        raise UserError(f"cannot read {what} {found}: {error.strerror or error}.") from error
+    try:
+        return parse_toml(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{found} is not valid TOML: {str(error).rstrip('.')}. {_syntax_hint(text, str(error))}") from error
+
+
+def _syntax_hint(text: str, message: str) -> str:
+    """What to do about a syntax error, judged by the line that the parser names."""
+    match = re.search(r"line (\d+)", message)
+    lines = text.splitlines()
+    if not match or int(match[1]) > len(lines):
+        return "Mend the file."
+    line = lines[int(match[1]) - 1].strip()
+    if '"' in line and "\\" in line:
+        return f"The line is: {line} - {BACKSLASH_HINT}"
+    return f"The line is: {line or '(empty; look at the lines above)'}"
+
+
+def has_escaped_backslash_accident(value: str) -> bool:
+    """Whether a path holds control characters, as ``"C:\\train"`` does once TOML has read ``\\t`` as a tab."""
+    return any(ord(character) < 32 for character in value)
+
+
+def config_path(value: str) -> Path:
+    """A path as written in a TOML file, with ``~`` expanded; relative ones start at the current folder."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # ~name, and there is no such user
+        return Path(value)

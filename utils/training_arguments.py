@@ -1,0 +1,239 @@
+"""The flags of hv_train_network.py, in groups, and what can be said about them without loading anything."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from utils.arguments import positive_int, script_parser
+from utils.errors import UserError
+
+ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
+
+
+def build_training_parser() -> argparse.ArgumentParser:
+    """Every flag of training. A flag that stands here works."""
+    parser = script_parser("Train a LoRA for HunyuanVideo on cached latents and text encoder outputs.")
+    _add_input(parser.add_argument_group("input"))
+    _add_attention(parser.add_argument_group("attention (choose one; --sdpa if none is given)"))
+    _add_memory(parser.add_argument_group("memory"))
+    _add_loop(parser.add_argument_group("training loop"))
+    _add_optimizer(parser.add_argument_group("optimiser and learning rate"))
+    _add_flow_matching(parser.add_argument_group("flow matching"))
+    _add_network(parser.add_argument_group("network (what is trained)"))
+    _add_output(parser.add_argument_group("output"))
+    _add_metadata(parser.add_argument_group("metadata of the saved file"))
+    return parser
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset_config", metavar="TOML", required=True, help="the dataset configuration that the caches were made with"
+    )
+    group.add_argument("--dit", metavar="PATH", required=True, help="transformer checkpoint: .safetensors or .pt")
+    group.add_argument(
+        "--dit_dtype",
+        metavar="DTYPE",
+        help="precision of the transformer (default: that of --mixed_precision; without it bfloat16 on CUDA, float32 on the CPU)",
+    )
+
+
+def _add_attention(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sdpa", action="store_true", help="PyTorch's scaled dot product attention, fast without further packages")
+    group.add_argument("--flash_attn", action="store_true", help="FlashAttention (pip install flash-attn)")
+    group.add_argument("--sage_attn", action="store_true", help="SageAttention; cannot train, refused with the reason")
+    group.add_argument("--xformers", action="store_true", help="xFormers memory-efficient attention (pip install xformers)")
+    group.add_argument("--split_attn", action="store_true", help="attend sample by sample: less memory for batches (default: off)")
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--fp8_base", action="store_true", help="keep the base model's Linear weights in float8 (default: off)")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: far less memory (default: off)",
+    )
+
+
+def _add_loop(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max_train_steps", type=positive_int, default=1600, metavar="N", help="optimiser steps (default: 1600)")
+    group.add_argument("--max_train_epochs", type=positive_int, metavar="N", help="epochs; overrides --max_train_steps")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, metavar="N", help="batches per optimiser step (default: 1)"
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="precision of the computation (default: what accelerate was launched with)",
+    )
+    group.add_argument("--seed", type=int, help="seed of data order, noise and timesteps (default: drawn, and logged)")
+    group.add_argument(
+        "--max_data_loader_n_workers",
+        type=int,
+        default=8,
+        metavar="N",
+        help="processes that read caches; 0 reads in place (default: 8)",
+    )
+    group.add_argument(
+        "--persistent_data_loader_workers", action="store_true", help="keep those processes between epochs (default: off)"
+    )
+
+
+def _add_optimizer(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optimizer_type",
+        default="adamw",
+        metavar="NAME",
+        help="adamw, adamw8bit, adafactor, or a dotted class path (default: adamw)",
+    )
+    group.add_argument("--optimizer_args", nargs="*", default=[], metavar="K=V", help="more arguments of the optimiser")
+    group.add_argument("--learning_rate", type=float, default=2e-6, metavar="RATE", help="learning rate (default: 2e-6)")
+    group.add_argument(
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        metavar="NORM",
+        help="gradient norm to clip at, 0 for no clipping (default: 1.0)",
+    )
+    group.add_argument(
+        "--lr_scheduler", default="constant", metavar="NAME", help="schedule: any name of transformers' (default: constant)"
+    )
+    group.add_argument(
+        "--lr_warmup_steps", default="0", metavar="N", help="warm-up: steps, a ratio below 1, or a percentage (default: 0)"
+    )
+    group.add_argument(
+        "--lr_decay_steps", default="0", metavar="N", help="decay: steps, a ratio below 1, or a percentage (default: 0)"
+    )
+    group.add_argument(
+        "--lr_scheduler_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
+    )
+    group.add_argument(
+        "--lr_scheduler_power", type=float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"
+    )
+    group.add_argument("--lr_scheduler_timescale", type=int, metavar="N", help="timescale of inverse_sqrt (default: the warm-up)")
+    group.add_argument(
+        "--lr_scheduler_min_lr_ratio", type=float, metavar="R", help="lowest rate of cosine_with_min_lr and warmup_stable_decay"
+    )
+    group.add_argument(
+        "--lr_scheduler_type", default="", metavar="CLASS", help="dotted path of a scheduler class, instead of --lr_scheduler"
+    )
+    group.add_argument("--lr_scheduler_args", nargs="*", default=[], metavar="K=V", help="arguments of --lr_scheduler_type")
+
+
+def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--guidance_scale", type=float, default=1.0, metavar="G", help="distilled guidance told to the model (default: 1.0)"
+    )
+    group.add_argument(
+        "--timestep_sampling",
+        choices=("sigma", "uniform", "sigmoid", "shift"),
+        default="sigma",
+        help="how timesteps are drawn (default: sigma)",
+    )
+    group.add_argument(
+        "--discrete_flow_shift", type=float, default=1.0, metavar="S", help="shift of the shift sampler (default: 1.0)"
+    )
+    group.add_argument(
+        "--sigmoid_scale", type=float, default=1.0, metavar="S", help="scale of sigmoid and shift samplers (default: 1.0)"
+    )
+    group.add_argument(
+        "--weighting_scheme",
+        choices=("logit_normal", "mode", "cosmap", "sigma_sqrt", "none"),
+        default="none",
+        help="density of the sigma sampler, or weight of the loss (default: none)",
+    )
+    group.add_argument("--logit_mean", type=float, default=0.0, metavar="M", help="mean of logit_normal (default: 0)")
+    group.add_argument("--logit_std", type=float, default=1.0, metavar="S", help="standard deviation of logit_normal (default: 1)")
+    group.add_argument("--mode_scale", type=float, default=1.29, metavar="S", help="scale of mode weighting (default: 1.29)")
+    group.add_argument("--min_timestep", type=float, metavar="T", help="smallest timestep, 0 to 1000 (default: 0)")
+    group.add_argument("--max_timestep", type=float, metavar="T", help="largest timestep, 0 to 1000 (default: 1000)")
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--network_module", default="networks.lora", metavar="MODULE", help="network module (default: networks.lora)"
+    )
+    group.add_argument("--network_weights", metavar="PATH", help="weights of the network to start from")
+    group.add_argument("--network_dim", type=positive_int, metavar="RANK", help="rank (default: 4)")
+    group.add_argument(
+        "--network_alpha", type=float, default=1.0, metavar="A", help="alpha: the network is scaled by alpha / rank (default: 1)"
+    )
+    group.add_argument(
+        "--network_dropout", type=float, metavar="P", help="dropout of the network's hidden neurons, 0 to 1 (default: none)"
+    )
+    group.add_argument("--network_args", nargs="*", default=[], metavar="K=V", help="more arguments of the network module")
+    group.add_argument(
+        "--dim_from_weights", action="store_true", help="take ranks and alphas from --network_weights (default: off)"
+    )
+    group.add_argument(
+        "--scale_weight_norms", type=float, metavar="NORM", help="cap the norm of each module's update (default: none)"
+    )
+    group.add_argument(
+        "--base_weights", nargs="*", default=[], metavar="PATH", help="LoRA files merged into the base model before training"
+    )
+    group.add_argument(
+        "--base_weights_multiplier", nargs="*", type=float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output_dir", metavar="FOLDER", required=True, help="folder for what training writes")
+    group.add_argument("--output_name", metavar="NAME", required=True, help="file name without suffix")
+    group.add_argument("--save_every_n_epochs", type=positive_int, metavar="N", help="also save after every N epochs")
+    group.add_argument("--save_every_n_steps", type=positive_int, metavar="N", help="also save after every N steps")
+
+
+def _add_metadata(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--training_comment", metavar="TEXT", help="a comment stored in the metadata")
+    group.add_argument("--no_metadata", action="store_true", help="store only what loaders need (default: off)")
+    for field in ("title", "author", "description", "license", "tags"):
+        group.add_argument(
+            f"--metadata_{field}",
+            metavar="TEXT",
+            help=f"ModelSpec {field} (default: {'the output name' if field == 'title' else 'none'})",
+        )
+
+
+def attention_mode(args: argparse.Namespace) -> str:
+    """The one attention mode asked for. Two at once, or one that cannot train, is a UserError."""
+    chosen = [flag for flag in ATTENTION_FLAGS if getattr(args, flag)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one attention flag.")
+    if chosen == ["sage_attn"]:
+        raise UserError("--sage_attn cannot train: SageAttention has no backward pass. Use --sdpa, --flash_attn or --xformers.")
+    mode = ATTENTION_FLAGS[chosen[0]] if chosen else "torch"
+    if mode != "torch" and not torch.cuda.is_available():
+        raise UserError(f"--{chosen[0]} needs a CUDA device and torch finds none here; use --sdpa.")
+    return mode
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything is read or loaded.
+
+    Raises:
+        UserError: a value out of its range, or flags that exclude each other.
+    """
+    attention_mode(args)
+    for name in ("min_timestep", "max_timestep"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1000:
+            raise UserError(f"--{name} {value:g} is outside the range of timesteps, 0 to 1000.")
+    if (args.min_timestep or 0) >= (1000 if args.max_timestep is None else args.max_timestep):
+        raise UserError(f"--min_timestep {args.min_timestep or 0:g} is not below --max_timestep {args.max_timestep:g}.")
+    if args.max_data_loader_n_workers < 0:
+        raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
+    if args.network_dropout is not None and not 0 <= args.network_dropout < 1:
+        raise UserError(f"--network_dropout {args.network_dropout:g} is not between 0 and 1.")
+    if args.dim_from_weights and not args.network_weights:
+        raise UserError("--dim_from_weights takes the ranks from --network_weights, which is missing.")
+    if len(args.base_weights_multiplier) > len(args.base_weights):
+        raise UserError(
+            f"--base_weights_multiplier has {len(args.base_weights_multiplier)} values for {len(args.base_weights)} --base_weights."
+        )
+    if any(separator in args.output_name for separator in "/\\"):
+        raise UserError(f"--output_name {args.output_name!r} holds a path separator; folders belong into --output_dir.")
+    if not args.learning_rate > 0:
+        raise UserError(f"--learning_rate {args.learning_rate:g} is not above 0; nothing would be learnt.")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")

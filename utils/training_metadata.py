@@ -1,0 +1,164 @@
+"""Metadata of a trained file: the ss_* keys of sd-scripts and the keys of ModelSpec (github.com/Stability-AI/ModelSpec).
+
+All values are text, as safetensors headers hold nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+BASE_MODEL_VERSION = "hunyuan_video"
+ARCHITECTURE = "hunyuan-video/lora"
+IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
+
+# Metadata key -> training flag. A flag that the training script does not have is left out.
+_FROM_FLAGS = {
+    "ss_output_name": "output_name",
+    "ss_learning_rate": "learning_rate",
+    "ss_gradient_checkpointing": "gradient_checkpointing",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_lr_scheduler": "lr_scheduler",
+    "ss_network_module": "network_module",
+    "ss_network_dim": "network_dim",
+    "ss_network_alpha": "network_alpha",
+    "ss_network_dropout": "network_dropout",
+    "ss_mixed_precision": "mixed_precision",
+    "ss_seed": "seed",
+    "ss_training_comment": "training_comment",
+    "ss_max_grad_norm": "max_grad_norm",
+    "ss_fp8_base": "fp8_base",
+    "ss_fp8_llm": "fp8_llm",
+    "ss_weighting_scheme": "weighting_scheme",
+    "ss_logit_mean": "logit_mean",
+    "ss_logit_std": "logit_std",
+    "ss_mode_scale": "mode_scale",
+    "ss_guidance_scale": "guidance_scale",
+    "ss_timestep_sampling": "timestep_sampling",
+    "ss_sigmoid_scale": "sigmoid_scale",
+    "ss_discrete_flow_shift": "discrete_flow_shift",
+}
+_KEPT_WITHOUT_METADATA = ("ss_base_model_version", "ss_network_")
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a run knows beyond its flags.
+
+    Attributes:
+        train_items: items in all data sets, repeats included.
+        optimizer: class and arguments, see ``utils.optimizers.describe_optimizer``.
+        datasets: one JSON-ready description for each data set.
+        resolution: (width, height) of the largest data set, for ModelSpec.
+        started_at: seconds since 1970.
+    """
+
+    train_items: int
+    batches_per_epoch: int
+    epochs: int
+    steps: int
+    optimizer: str
+    resolution: tuple[int, int]
+    started_at: float
+    network_dim: int | None = None
+    network_alpha: float | None = None
+    mixed_precision: str | None = None
+    datasets: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def training_metadata(
+    args: argparse.Namespace, facts: TrainingFacts, network_args: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Everything that is known when training starts; ``finished_metadata`` adds the rest at each save.
+
+    With --no_metadata only the keys that loaders need are kept: ss_base_model_version and ss_network_*.
+
+    Args:
+        network_args: --network_args as given.
+    """
+    values: dict[str, Any] = {key: getattr(args, flag) for key, flag in _FROM_FLAGS.items() if hasattr(args, flag)}
+    values |= {
+        # Not drawn from the training's generators: an identifier must not move them.
+        "ss_session_id": random.SystemRandom().randint(0, 2**32),
+        "ss_training_started_at": facts.started_at,
+        "ss_num_train_items": facts.train_items,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.epochs,
+        "ss_max_train_steps": facts.steps,
+        "ss_base_model_version": BASE_MODEL_VERSION,
+        "ss_optimizer": facts.optimizer,
+        "ss_datasets": json.dumps(list(facts.datasets), ensure_ascii=False, default=str),
+        "ss_network_args": json.dumps(dict(network_args or {}), ensure_ascii=False, default=str),
+    }
+    overrides = {"dim": facts.network_dim, "alpha": facts.network_alpha}
+    values |= {f"ss_network_{name}": value for name, value in overrides.items() if value is not None}
+    if facts.mixed_precision is not None:
+        values["ss_mixed_precision"] = facts.mixed_precision
+    for key, flag in (("ss_sd_model_name", "dit"), ("ss_vae_name", "vae")):
+        if path := getattr(args, flag, None):
+            values[key] = Path(path).name
+    metadata = {key: str(value) for key, value in values.items()}
+    if getattr(args, "no_metadata", False):
+        return {key: value for key, value in metadata.items() if key.startswith(_KEPT_WITHOUT_METADATA)}
+    return metadata | modelspec_metadata(args, facts)
+
+
+def modelspec_metadata(args: argparse.Namespace, facts: TrainingFacts) -> dict[str, str]:
+    """The modelspec.* keys; author, description, license and tags only where given. ``date`` is added at each save."""
+    low, high = getattr(args, "min_timestep", None), getattr(args, "max_timestep", None)
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": ARCHITECTURE,
+        "implementation": IMPLEMENTATION,
+        "title": getattr(args, "metadata_title", None) or args.output_name,
+        "resolution": f"{facts.resolution[0]}x{facts.resolution[1]}",
+    }
+    for name in ("author", "description", "license", "tags"):
+        if value := getattr(args, f"metadata_{name}", None):
+            spec[name] = value
+    if low is not None or high is not None:
+        spec["timestep_range"] = f"{0 if low is None else low:g},{1000 if high is None else high:g}"
+    return {f"modelspec.{name}": value for name, value in spec.items()}
+
+
+def finished_metadata(metadata: Mapping[str, str], *, steps: int, epoch: int, now: float) -> dict[str, str]:
+    """``metadata`` for a file saved after ``steps`` optimiser steps in ``epoch``, at ``now`` (seconds since 1970).
+
+    Metadata cut down by --no_metadata stays as it is.
+    """
+    if "ss_training_started_at" not in metadata:
+        return dict(metadata)
+    date = datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds")
+    return {
+        **metadata,
+        "ss_training_finished_at": str(now),
+        "ss_steps": str(steps),
+        "ss_epoch": str(epoch),
+        "modelspec.date": date,
+    }
+
+
+def tensor_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which sd-scripts and web UIs recognise a LoRA: of its tensors, whatever its metadata.
+
+    ``sshs_model_hash`` is the SHA-256 of the file after its header, ``sshs_legacy_hash`` the first 8 digits of that of the
+    64 KiB at 1 MiB (of nothing in a smaller file); both of the file that the tensors give with the ss_* metadata.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training)
+    header = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }

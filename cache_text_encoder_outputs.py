@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
@@ -23,11 +23,15 @@ from dataset.cache_files import NonFiniteError, read_caption, save_text, text_ca
 from dataset.items import Item, list_items, require_captions
 from dataset.preparation import Failure
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_items
-from hunyuan_model.text_encoder_clip import load_tokenizer_2
-from hunyuan_model.text_encoder_llm import LlamaTextEncoder, load_tokenizer_1
 from utils.arguments import add_device_argument, add_text_encoder_arguments, positive_int, script_parser
 from utils.devices import choose_dtype, free_memory, pick_device
 from utils.errors import STATUS_FAILED, UserError, run_script
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hunyuan_model.text_encoder_clip import CLIPTextEncoder
+    from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 
 logger = logging.getLogger("cache_text_encoder_outputs")
 
@@ -80,6 +84,15 @@ def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Ite
     return batches
 
 
+def load_tokenizers(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Those of encoder 1 and 2, or a UserError that says which folder is missing."""
+    # here, because this imports transformers: --help and mistakes in flags and data are answered before that
+    from hunyuan_model.text_encoder_clip import load_tokenizer_2
+    from hunyuan_model.text_encoder_llm import load_tokenizer_1
+
+    return load_tokenizer_1(args.text_encoder1, args.tokenizer1), load_tokenizer_2(args.text_encoder2, args.tokenizer2)
+
+
 def encode_clip(
     args: argparse.Namespace,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,7 +111,7 @@ def encode_clip(
     return pooled
 
 
-def encode(encoder, captions: list[str]):
+def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``encoder.encode``, with what to do when memory does not suffice."""
     try:
         return encoder.encode(captions)
@@ -172,7 +185,7 @@ def main() -> int:
     require_items(reports)
     for items in listed:
         require_captions(items)
-    tokenizers = load_tokenizer_1(args.text_encoder1, args.tokenizer1), load_tokenizer_2(args.text_encoder2, args.tokenizer2)
+    tokenizers = load_tokenizers(args)
 
     items = [item for items in listed for item in items]
     found = len(items)

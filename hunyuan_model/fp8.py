@@ -31,7 +31,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype or dtype not in FP8_DTYPES or not tensor.numel():
         return tensor.to(dtype)
     wide = tensor.float() if tensor.dtype in FP8_DTYPES else tensor
-    low, high = torch.aminmax(wide)  # weights seldom need the clamp, and it would cost a copy
+    # Older torch versions turn what is out of range into NaN. Weights seldom need the clamp, and it would cost a copy.
+    low, high = torch.aminmax(wide)
     limit = torch.finfo(dtype).max
     return (wide.clamp(-limit, limit) if low < -limit or high > limit else wide).to(dtype)
 

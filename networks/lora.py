@@ -7,11 +7,8 @@ takes the place of ``Linear.forward`` and calls the forward that stood there, wh
 
 from __future__ import annotations
 
-import ast
 import logging
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +20,14 @@ from torch import nn
 from hunyuan_model.fp8 import cast
 from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, to_default
 from networks.lora_merging import LoraToMerge, MergePatch
+from networks.lora_options import NetworkOptions
 from utils.errors import UserError
-from utils.key_values import nearest_name
 from utils.safetensors_io import save_tensors
 from utils.training_metadata import tensor_hashes
 
 logger = logging.getLogger(__name__)
 
 TARGET_BLOCKS = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
-EXCLUDED_BY_DEFAULT = r".*(img_mod|txt_mod|modulation).*"
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 
@@ -95,7 +91,8 @@ class LoRAModule(nn.Module):
             hidden = self._drop_ranks(hidden)
         # Scaling the narrow tensor is the same update for a fraction of the memory traffic.
         hidden = hidden * (self.multiplier * self.scale)
-        return base + F.linear(hidden, self.lora_up.weight.to(hidden.dtype)).to(base.dtype)
+        update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype)).to(base.dtype)
+        return update.add_(base)  # in place: the update is nobody else's, and a third wide tensor costs time and memory
 
     def _left_out(self) -> bool:
         # A draw on the CPU: no wait for the device, and activation checkpointing replays it.
@@ -285,7 +282,7 @@ def create_network(
     Raises:
         UserError: an unknown or malformed argument, or no linear layer left.
     """
-    options = _NetworkOptions(network_args, neuron_dropout)
+    options = NetworkOptions(network_args, neuron_dropout)
     rank = DEFAULT_RANK if network_dim is None else network_dim
     if rank < 1:
         raise UserError(f"the rank of a LoRA (--network_dim) must be at least 1, but it is {rank}.")
@@ -325,7 +322,7 @@ def create_network_from_weights(
     """
     source = str(file) if file is not None else "the given LoRA"
     weights = read_lora(file).tensors if weights_sd is None else to_default(weights_sd, source)
-    options = _NetworkOptions(network_args, network_args.pop("neuron_dropout", None))
+    options = NetworkOptions(network_args, network_args.pop("neuron_dropout", None))
     if options.has_patterns:
         raise UserError(
             "exclude_patterns and include_patterns cannot be used with --dim_from_weights: the file says which modules."
@@ -342,69 +339,6 @@ def create_network_from_weights(
     return network, weights
 
 
-class _NetworkOptions:
-    """What --network_args may say, read from text or from typed values."""
-
-    NAMES = ("exclude_patterns", "include_patterns", "loraplus_lr_ratio", "rank_dropout", "module_dropout", "dropout", "verbose")
-
-    def __init__(self, network_args: Mapping[str, Any], neuron_dropout: float | None):
-        for name in network_args:
-            if name not in self.NAMES:
-                raise UserError(
-                    f"networks.lora has no argument {name!r} (--network_args).{nearest_name(name, self.NAMES)} "
-                    f"Known: {', '.join(self.NAMES)}."
-                )
-        values = {name: _literal(name, value) for name, value in network_args.items()}
-        self.exclude = [re.compile(EXCLUDED_BY_DEFAULT), *_patterns("exclude_patterns", values)]
-        self.include = _patterns("include_patterns", values)
-        self.has_patterns = bool(values.get("exclude_patterns") or values.get("include_patterns"))
-        self.loraplus_lr_ratio = _number("loraplus_lr_ratio", values.get("loraplus_lr_ratio"), high=float("inf"))
-        self.rank_dropout = _number("rank_dropout", values.get("rank_dropout"))
-        self.module_dropout = _number("module_dropout", values.get("module_dropout"))
-        self.neuron_dropout = _number("network_dropout", values.get("dropout") if neuron_dropout is None else neuron_dropout)
-        self.verbose = bool(values.get("verbose", False))
-
-    def takes(self, path: str) -> bool:
-        """Whether the linear layer at ``path`` gets a LoRA: include_patterns win over exclude_patterns."""
-        excluded = any(pattern.fullmatch(path) for pattern in self.exclude)
-        return not excluded or any(pattern.fullmatch(path) for pattern in self.include)
-
-
-def _literal(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # patterns are full of \. and the like, which Python frowns upon
-            return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        example = "['.*single_blocks.*']" if name.endswith("patterns") else "True" if name == "verbose" else "0.1"
-        raise UserError(f"--network_args {name} must be a Python literal such as {example}, but it is {value!r}.") from None
-
-
-def _patterns(name: str, values: Mapping[str, Any]) -> list[re.Pattern[str]]:
-    texts = values.get(name) or []
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], but it is {texts!r}."
-        )
-    try:
-        return [re.compile(text) for text in texts]
-    except re.error as error:
-        raise UserError(f"--network_args {name}: {error.pattern!r} is not a regular expression ({error}).") from None
-
-
-def _number(name: str, value: Any, high: float = 1.0) -> float | None:
-    """A probability below 1, or with ``high`` infinite any positive number."""
-    if value is None:
-        return None
-    positive = high == float("inf")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high or (positive and value == 0):
-        limit = "a positive number" if positive else "a number from 0 to below 1"
-        raise UserError(f"{name} of the LoRA must be {limit}, but it is {value!r}.")
-    return float(value)
-
-
 def _block_linears(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for block_path, block in unet.named_modules():
         if type(block).__name__ in TARGET_BLOCKS:
@@ -417,7 +351,7 @@ def _build(
     targets: Mapping[str, nn.Linear],
     sizes: Mapping[str, tuple[int, float]],
     multiplier: float,
-    options: _NetworkOptions,
+    options: NetworkOptions,
 ) -> LoRANetwork:
     loras = {}
     for path, linear in targets.items():

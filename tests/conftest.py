@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -100,3 +101,28 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a script that ran in this process ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """``call_script("convert_lora", "--input", path, ...)``: the script's main in this process, which is quicker than a new one."""
+    from utils.errors import run_script as run_main
+
+    def call(name: str, *arguments: object) -> Finished:
+        script = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_main(script.main)
+        return Finished(ended.value.code or 0, *capsys.readouterr())
+
+    return call

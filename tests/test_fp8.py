@@ -65,6 +65,7 @@ def test_cast_between_other_dtypes_and_of_nothing():
     assert torch.equal(cast(x, torch.bfloat16), x.bfloat16())
     assert cast(x, torch.float32) is x
     assert cast(torch.empty(0), FP8_DTYPE).shape == (0,)
+    assert cast(torch.tensor([1e6, -1e6]), torch.float8_e5m2).float().tolist() == [57344.0, -57344.0]
     large = torch.tensor([57344.0, 2.0]).to(torch.float8_e5m2)
     assert cast(large, FP8_DTYPE).float().tolist() == [448.0, 2.0]
     assert cast(cast(x, FP8_DTYPE), FP8_DTYPE).float().tolist() == [1.0, 448.0]

@@ -364,7 +364,9 @@ def test_from_weights_takes_mixed_ranks_and_any_linear_of_the_model(transformer,
     merged = copy.deepcopy(transformer)
     network, weights = create_network_from_weights(1.0, None, None, None, transformer, weights_sd=tensors, for_inference=True)
     ranks = {path: network.get_submodule(name).rank for name, path in network.paths.items()}
-    assert ranks["double_blocks.1.img_mod.linear"] == 5 and ranks["final_layer.linear"] == 1 and ranks["single_blocks.0.linear1"] == 2
+    assert (
+        ranks["double_blocks.1.img_mod.linear"] == 5 and ranks["final_layer.linear"] == 1 and ranks["single_blocks.0.linear1"] == 2
+    )
     network.merge_to(None, merged, weights)
     network.apply_to(None, transformer)
     with torch.no_grad():
@@ -383,7 +385,7 @@ def test_lora_of_another_model_is_a_user_error(transformer):
         "lora_unet_down_blocks_0_attn.lora_down.weight": torch.zeros(4, 8),
         "lora_unet_down_blocks_0_attn.lora_up.weight": torch.zeros(8, 4),
     }
-    with pytest.raises(UserError, match="do not match the model: 1 of 1 are not in it.*down_blocks_0_attn"):
+    with pytest.raises(UserError, match=r"do not match the model: 1 of 1 are not in it.*down_blocks_0_attn"):
         create_network_from_weights(1.0, None, None, None, transformer, weights_sd=foreign)
     wide = load_file(LORA)
     name = "lora_unet_single_blocks_0_linear1.lora_up.weight"

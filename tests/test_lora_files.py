@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import convert_lora
 import hunyuan_model
 from networks.lora_files import (
     DEFAULT,
@@ -25,7 +26,7 @@ from networks.lora_files import (
     to_default,
     to_other,
 )
-from utils.errors import UserError
+from utils.errors import UserError, run_script
 from utils.safetensors_io import read_header
 from utils.training_metadata import tensor_hashes
 
@@ -34,9 +35,29 @@ GOLDENS = Path(__file__).parent / "goldens"
 LORA, LORA_OTHER, LORA_BACK = (GOLDENS / name for name in ("lora.safetensors", "lora_other.safetensors", "lora_back.safetensors"))
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "convert_lora.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Run the script in this process, as ``python convert_lora.py`` would; returns (status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["convert_lora.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(convert_lora.main)
+        return (exit_info.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(convert):
+    """Run the script, see it refuse its arguments, and return what it says."""
+
+    def run(*arguments: object) -> str:
+        status, stdout, stderr = convert(*arguments)
+        assert status == 2 and not stdout and stderr.startswith("error: ") and stderr.count("\n") == 1
+        return stderr
+
+    return run
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -97,7 +118,11 @@ def test_a_negative_scale_survives_conversion():
 
 def test_the_transformer_prefix_and_a_stored_alpha_are_read():
     prefix = "transformer.single_blocks.3.linear2"
-    tensors = {f"{prefix}.lora_A.weight": torch.ones(4, 8), f"{prefix}.lora_B.weight": torch.ones(6, 4), f"{prefix}.alpha": torch.tensor(2)}
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.ones(4, 8),
+        f"{prefix}.lora_B.weight": torch.ones(6, 4),
+        f"{prefix}.alpha": torch.tensor(2),
+    }
     found = lora_pairs(tensors, "test")
     assert list(found) == ["single_blocks_3_linear2"] and found["single_blocks_3_linear2"].scale == 0.5
     assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in to_other(tensors, "test")
@@ -145,7 +170,9 @@ def test_check_reads_the_header_and_compares_with_the_model():
     assert check_lora_file(LORA, shapes) == DEFAULT
     assert check_lora_file(LORA_OTHER, shapes) == OTHER
     smaller = {name: shape for name, shape in shapes.items() if not name.startswith("single_blocks.2")}
-    with pytest.raises(UserError, match="do not match the model: 2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"):
+    with pytest.raises(
+        UserError, match=r"do not match the model: 2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"
+    ):
         check_lora_file(LORA, smaller)
 
 
@@ -155,13 +182,14 @@ def test_hashes_are_those_that_sd_scripts_wrote():
     assert hashes == {name: stored[name] for name in hashes} and len(hashes) == 2
 
 
-def test_script_converts_there_and_back(tmp_path):
+def test_script_converts_there_and_back(tmp_path, convert):
     other, back = tmp_path / "new folder" / "other.safetensors", tmp_path / "back.safetensors"
-    done = convert("--input", LORA, "--output", other, "--target", "other")
+    command = [sys.executable, str(ROOT / "convert_lora.py"), "--input", str(LORA), "--output", str(other), "--target", "other"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, str(other)), done.stderr
     assert_same_tensors(load_file(other), load_file(LORA_OTHER))
-    done = convert("--input", other, "--output", back, "--target", "default")
-    assert done.returncode == 0, done.stderr
+    status, stdout, stderr = convert("--input", other, "--output", back, "--target", "default")
+    assert (status, stdout.strip()) == (0, str(back)), stderr
     assert_same_tensors(load_file(back), load_file(LORA_BACK))
     metadata, source = read_header(back).metadata, read_header(LORA).metadata
     assert metadata.keys() == source.keys() and metadata["ss_network_module"] == "networks.lora"
@@ -169,27 +197,21 @@ def test_script_converts_there_and_back(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == ["back.safetensors", "other.safetensors"]
 
 
-def refused(*arguments: object) -> str:
-    done = convert(*arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr
-
-
-def test_script_refuses_the_wrong_target(tmp_path):
+def test_script_refuses_the_wrong_target(tmp_path, refused):
     output = tmp_path / "out.safetensors"
     assert "has the layout default already" in refused("--input", LORA, "--output", output, "--target", "default")
     assert "--target default is the one" in refused("--input", LORA_OTHER, "--output", output, "--target", "other")
     assert not list(tmp_path.iterdir())
 
 
-def test_script_refuses_to_overwrite_its_input(tmp_path):
+def test_script_refuses_to_overwrite_its_input(tmp_path, refused):
     copy = Path(shutil.copy(LORA, tmp_path / "lora.safetensors"))
     before = copy.read_bytes()
     assert "are the same file" in refused("--input", copy, "--output", tmp_path / "." / "lora.safetensors", "--target", "other")
     assert copy.read_bytes() == before
 
 
-def test_script_refuses_what_it_cannot_read(tmp_path):
+def test_script_refuses_what_it_cannot_read(tmp_path, refused):
     output = tmp_path / "out.safetensors"
     assert "does not exist" in refused("--input", tmp_path / "absent.safetensors", "--output", output, "--target", "other")
     cut = tmp_path / "cut.safetensors"

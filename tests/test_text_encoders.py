@@ -172,8 +172,8 @@ def test_llama_loads_and_computes_only_what_is_used(llama_folder: Path) -> None:
     assert seen == [(1, encoder.crop, 64), (4, longest, 64), (4, longest, 64)]  # the template once
 
 
-def test_llama_weights_are_not_in_the_file_s_memory(llama_folder: Path, llama_expected: list[torch.Tensor], tmp_path: Path) -> None:
-    """Frozen parameters of the asked dtype; the rotary frequencies stay float32 in every dtype."""
+def test_llama_in_bfloat16(llama_folder: Path, llama_expected: list[torch.Tensor]) -> None:
+    """Frozen parameters in the dtype asked for; the rotary frequencies stay float32 in every dtype."""
     encoder = load_text_encoder_1(llama_folder, device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())

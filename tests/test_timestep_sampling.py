@@ -76,7 +76,9 @@ def test_range_of_the_sigma_sampler_is_one_of_timesteps():
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
 def test_extremes_of_the_uniform_number_stay_in_range(name, scheme):
     u = torch.tensor([0.0, 5e-324, 0.5, 1 - 2**-53], dtype=torch.float64)
-    settings = TimestepSettings(timestep_sampling=name, weighting_scheme=scheme, min_timestep=10, max_timestep=900, discrete_flow_shift=3)
+    settings = TimestepSettings(
+        timestep_sampling=name, weighting_scheme=scheme, min_timestep=10, max_timestep=900, discrete_flow_shift=3
+    )
     t = timesteps_from_uniform(u, settings)
     assert t.dtype == torch.float32 and t.isfinite().all() and t.min() >= 0.01 - 1e-6 and t.max() <= 0.9 + 1e-6
 
@@ -86,7 +88,9 @@ def test_sigmoid_scale_and_shift_follow_their_formulas():
     normal = torch.distributions.Normal(0.0, 1.0).icdf(u)
     t = timesteps_from_uniform(u, TimestepSettings(timestep_sampling="sigmoid", sigmoid_scale=1.7)).double()
     torch.testing.assert_close(t, 1 / (1 + torch.exp(-1.7 * normal)), atol=1e-6, rtol=0)
-    shifted = timesteps_from_uniform(u, TimestepSettings(timestep_sampling="shift", sigmoid_scale=1.7, discrete_flow_shift=5)).double()
+    shifted = timesteps_from_uniform(
+        u, TimestepSettings(timestep_sampling="shift", sigmoid_scale=1.7, discrete_flow_shift=5)
+    ).double()
     torch.testing.assert_close(shifted, 5 * t / (1 + 4 * t), atol=1e-6, rtol=0)
 
 

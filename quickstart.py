@@ -206,7 +206,7 @@ def stages(python: Path, accelerate: Path, output: Path, train_steps: int = 120)
     vae = ["--vae", model / "vae"]
     encoders = ["--text_encoder1", model / "text_encoder", "--text_encoder2", model / "text_encoder_2"]
     cpu = ["--device", "cpu"]
-    launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--num_cpu_threads_per_process", "2"]
+    launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--num_cpu_threads_per_process", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
     made_model = [python, "-m", "examples.tiny.make_model", "--output", model]
@@ -273,9 +273,9 @@ def describe_output(output: Path) -> str:
     for name, purpose in purposes:
         files = sorted(path for path in (output / name).rglob("*") if path.is_file())
         size = sum(path.stat().st_size for path in files)
-        lines.append(f"  {name}/  {purpose}: {len(files)} files, {size / 1e6:.1f} MB")
+        lines.append(f"  {name}/  {purpose}: {len(files)} files, {size_text(size)}")
         if name in ("lora", "videos"):
-            lines += [f"      {shown(path)}  ({path.stat().st_size / 1e3:.0f} kB)" for path in files]
+            lines += [f"      {shown(path)}  ({size_text(path.stat().st_size)})" for path in files]
     return "\n".join(lines)
 
 
@@ -289,6 +289,11 @@ def shown(path: Path | str) -> str:
         return str(Path(path).relative_to(ROOT))
     except ValueError:
         return str(path)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes, short."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def command_line(command: list, windows: bool = os.name == "nt") -> str:

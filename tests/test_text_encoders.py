@@ -100,7 +100,7 @@ def llama_states_the_long_way(folder: Path, prompts: Sequence[str]) -> list[torc
         truncation=True,
         return_tensors="pt",
     )
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
     with torch.no_grad():
         output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], output_hidden_states=True)
     states = output.hidden_states[-3][:, crop:]
@@ -409,7 +409,7 @@ def test_llama_with_layers_missing_from_the_file(llama_folder: Path, tmp_path: P
 def clip_pooled_the_long_way(folder: Path, prompts: Sequence[str]) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(list(prompts), max_length=77, padding="max_length", truncation=True, return_tensors="pt")
-    model = CLIPTextModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model = CLIPTextModel.from_pretrained(folder, attn_implementation="eager").float()
     model.config.eos_token_id = tokenizer.eos_token_id
     ends = (tokens["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
     with torch.no_grad():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,7 +32,7 @@ from dataset.preparation import Failure, Prepared, Target, prepare
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_batches, require_items
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import add_device_argument, add_vae_arguments, positive_int, script_parser
+from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, positive_int, script_parser
 from utils.devices import choose_dtype, pick_device
 from utils.errors import STATUS_FAILED, UserError, run_script
 
@@ -47,19 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the VAE latents of the pictures and clips of a dataset.")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_config", metavar="TOML", required=True, help="dataset description, see dataset/dataset_config.md")
-    data.add_argument(
-        "--batch_size", type=positive_int, metavar="N", help="encode at most N at once (default: the dataset's batch_size)"
-    )
-    data.add_argument(
-        "--num_workers",
-        type=positive_int,
-        default=max(1, (os.cpu_count() or 2) - 1),
-        metavar="N",
-        help="threads that decode and resize (default: processor cores - 1)",
-    )
-    data.add_argument(
-        "--skip_existing", action="store_true", help="keep caches that exist and have the right size (default: make all again)"
+    add_dataset_arguments(
+        data,
+        batch_size="encode at most N at once (default: the dataset's batch_size)",
+        num_workers="threads that decode and resize",
+        skip_existing="keep caches that exist and have the right size (default: make all again)",
     )
     model = parser.add_argument_group("model")
     add_vae_arguments(model, required=False)

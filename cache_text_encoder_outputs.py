@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from dataset.cache_files import NonFiniteError, read_caption, save_text, text_ca
 from dataset.items import Item, list_items, require_captions
 from dataset.preparation import Failure
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_items
-from utils.arguments import add_device_argument, add_text_encoder_arguments, positive_int, script_parser
+from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
 from utils.devices import choose_dtype, free_memory, pick_device
 from utils.errors import STATUS_FAILED, UserError, run_script
 
@@ -40,19 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the text encoder outputs of the captions of a dataset.")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_config", metavar="TOML", required=True, help="dataset description, see dataset/dataset_config.md")
-    data.add_argument(
-        "--batch_size", type=positive_int, metavar="N", help="encode N captions at once (default: the dataset's batch_size)"
-    )
-    data.add_argument(
-        "--num_workers",
-        type=positive_int,
-        default=max(1, (os.cpu_count() or 2) - 1),
-        metavar="N",
-        help="threads that read and write cache files (default: processor cores - 1)",
-    )
-    data.add_argument(
-        "--skip_existing", action="store_true", help="keep caches that were made from the same caption (default: make all again)"
+    add_dataset_arguments(
+        data,
+        batch_size="encode N captions at once (default: the dataset's batch_size)",
+        num_workers="threads that read and write cache files",
+        skip_existing="keep caches that were made from the same caption (default: make all again)",
     )
     model = parser.add_argument_group("model")
     add_text_encoder_arguments(model, required=True)
@@ -82,15 +73,6 @@ def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Ite
         size = batch_size or dataset.batch_size
         batches += [members[start : start + size] for start in range(0, len(members), size)]
     return batches
-
-
-def load_tokenizers(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Those of encoder 1 and 2, or a UserError that says which folder is missing."""
-    # here, because this imports transformers: --help and mistakes in flags and data are answered before that
-    from hunyuan_model.text_encoder_clip import load_tokenizer_2
-    from hunyuan_model.text_encoder_llm import load_tokenizer_1
-
-    return load_tokenizer_1(args.text_encoder1, args.tokenizer1), load_tokenizer_2(args.text_encoder2, args.tokenizer2)
 
 
 def encode_clip(
@@ -185,7 +167,10 @@ def main() -> int:
     require_items(reports)
     for items in listed:
         require_captions(items)
-    tokenizers = load_tokenizers(args)
+    tokenizers = (
+        hunyuan_model.load_tokenizer_1(args.text_encoder1, args.tokenizer1),
+        hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2),
+    )
 
     items = [item for items in listed for item in items]
     found = len(items)

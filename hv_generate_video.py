@@ -144,12 +144,14 @@ def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
 def encode_prompt(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The prompt as states (1, L, D), mask (1, L) and pooled vector (1, P); the encoders are gone afterwards."""
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16)
-    encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=args.tokenizer2)
+    tokenizer_1 = hunyuan_model.load_tokenizer_1(args.text_encoder1, args.tokenizer1)
+    tokenizer_2 = hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2)
+    encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=tokenizer_2)
     pooled = encoder.encode([args.prompt]).cpu()
     del encoder
     free_memory(device)
     encoder = hunyuan_model.load_text_encoder_1(
-        args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=args.tokenizer1
+        args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=tokenizer_1
     )
     states, mask = encoder.encode([args.prompt])
     states, mask = states.cpu(), mask.cpu()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hunyuan_model.loading import check_text_encoder_files, check_transformer_file, check_vae_file, load_transformer
-    from hunyuan_model.text_encoder_clip import load_text_encoder_2
-    from hunyuan_model.text_encoder_llm import load_text_encoder_1
+    from hunyuan_model.text_encoder_clip import load_text_encoder_2, load_tokenizer_2
+    from hunyuan_model.text_encoder_llm import load_text_encoder_1, load_tokenizer_1
     from hunyuan_model.vae_loading import load_vae
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "check_vae_file",
     "load_text_encoder_1",
     "load_text_encoder_2",
+    "load_tokenizer_1",
+    "load_tokenizer_2",
     "load_transformer",
     "load_vae",
 ]
@@ -33,6 +35,8 @@ _HOMES = {
     "load_vae": "hunyuan_model.vae_loading",
     "load_text_encoder_1": "hunyuan_model.text_encoder_llm",
     "load_text_encoder_2": "hunyuan_model.text_encoder_clip",
+    "load_tokenizer_1": "hunyuan_model.text_encoder_llm",
+    "load_tokenizer_2": "hunyuan_model.text_encoder_clip",
 }
 
 

@@ -139,7 +139,7 @@ def _from_hub(hub_id: str, place: TokenizerPlace) -> PreTrainedTokenizerBase:
     raise UserError(
         f"no tokenizer: the weights come without one, and {hub_id} is neither in the local Hugging Face cache nor could it be "
         f"downloaded ({reason}). Give {place.flag} a folder that holds tokenizer.json and tokenizer_config.json, "
-        f"copied from https://huggingface.co/{hub_id}."
+        f"copied from {hub_id} on the Hugging Face hub."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -21,6 +22,17 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
+
+
+def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, num_workers: str, skip_existing: str) -> None:
+    """--dataset_config and how a caching script goes through it; the texts say what the flags mean to that script."""
+    group.add_argument("--dataset_config", metavar="TOML", required=True, help="dataset description, see dataset/dataset_config.md")
+    group.add_argument("--batch_size", type=positive_int, metavar="N", help=batch_size)
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    group.add_argument(
+        "--num_workers", type=positive_int, default=workers, metavar="N", help=f"{num_workers} (default: processor cores - 1)"
+    )
+    group.add_argument("--skip_existing", action="store_true", help=skip_existing)
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from utils.errors import UserError
 from utils.key_values import literal_key_values, nearest_name
-from utils.optimizers import import_class, picks_own_learning_rate
+from utils.named_classes import construct, import_class
+from utils.optimizers import picks_own_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,14 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
     """
     extra = literal_key_values(settings.scheduler_args, "--lr_scheduler_args")
     if settings.scheduler_class is not None:
-        return _construct(import_class(settings.scheduler_class, "--lr_scheduler_type"), optimizer, extra, settings.scheduler_class)
+        scheduler_class = import_class(settings.scheduler_class, "--lr_scheduler_type")
+        return construct(scheduler_class, optimizer, extra, f"the schedule {settings.scheduler_class}", "--lr_scheduler_args")
     if picks_own_learning_rate(optimizer) or settings.name == ADAFACTOR:
         return _adafactor_schedule(settings, optimizer, initial_lr)
     function = _schedule_function(settings.name)
     known = inspect.signature(function).parameters
     options = _options(settings, steps, list(known)) | extra
-    return _construct(function, optimizer, options, settings.name)
+    return construct(function, optimizer, options, f"the schedule {settings.name}", "--lr_scheduler_args")
 
 
 def step_schedule(scheduler: LRScheduler, loss: float) -> None:
@@ -196,19 +198,3 @@ def _adafactor_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optim
     if settings.name == "constant":
         logger.info("Adafactor picks its own learning rate; the schedule adafactor is used")
     return AdafactorSchedule(optimizer, initial_lr)
-
-
-def _construct(factory: Any, optimizer: torch.optim.Optimizer, options: dict[str, Any], name: str) -> LRScheduler:
-    known = inspect.signature(factory).parameters
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-    for option in options:
-        if option not in known and not open_ended:
-            raise UserError(
-                f"--lr_scheduler_args: {name} has no argument {option!r}.{nearest_name(option, known)} "
-                f"Known: {', '.join(list(known)[1:])}."
-            )
-    try:
-        return factory(optimizer, **options)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "none"
-        raise UserError(f"the schedule {name} refuses its arguments ({given}): {error}.") from error

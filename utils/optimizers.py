@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from utils.errors import UserError
 from utils.key_values import literal_key_values, nearest_name
+from utils.named_classes import construct, import_class
 
 NAMED = ("adamw", "adamw8bit", "adafactor")
 
@@ -42,7 +42,7 @@ def make_optimizer(
         params, options = _adafactor_options(params, options, learning_rate)
     else:
         options.setdefault("lr", learning_rate)
-    optimizer = _construct(optimizer_class, params, options, optimizer_type)
+    optimizer = construct(optimizer_class, params, options, f"the optimiser {optimizer_type}", "--optimizer_args")
     if kind == "adamw8bit":
         _require_kernel(optimizer_class, device or optimizer.param_groups[0]["params"][0].device)
     return optimizer
@@ -68,22 +68,6 @@ def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None
 def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
     """Whether this is Adafactor with relative_step, which needs ``--lr_scheduler adafactor`` and no learning rate."""
     return any(group.get("relative_step", False) for group in optimizer.param_groups)
-
-
-def import_class(path: str, flag: str) -> type:
-    """The class with the dotted ``path``. A UserError names ``flag`` where there is no such module or class."""
-    module_name, _, name = path.rpartition(".")
-    package = module_name.partition(".")[0]
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"{flag} {path} cannot be imported ({error}). If it is a package, install it: pip install {package}"
-        ) from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found):
-        raise UserError(f"{flag} {path}: {module_name} has no class {name}.{nearest_name(name, vars(module))}")
-    return found
 
 
 def _optimizer_class(optimizer_type: str) -> type:
@@ -144,19 +128,3 @@ def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate
     if options.get("lr") is not None:
         raise UserError("--optimizer_args: adafactor takes no lr unless relative_step=False is given as well.")
     return [{key: value for key, value in group.items() if key != "lr"} for group in groups], options
-
-
-def _construct(optimizer_class: type, params: list[Any], options: dict[str, Any], optimizer_type: str) -> torch.optim.Optimizer:
-    known = inspect.signature(optimizer_class).parameters
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-    for name in options:
-        if name not in known and not open_ended:
-            raise UserError(
-                f"--optimizer_args: {optimizer_type} has no argument {name!r}.{nearest_name(name, known)} "
-                f"Known: {', '.join(list(known)[1:])}."
-            )
-    try:
-        return optimizer_class(params, **options)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise UserError(f"--optimizer_type {optimizer_type} refuses its arguments ({given}): {error}.") from error

@@ -22,15 +22,6 @@ from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Convolutions this small lose more time in waking a second thread than they take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory) -> Path:
     """A VAE with random weights, narrow enough that encoding costs nothing."""

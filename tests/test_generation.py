@@ -19,15 +19,6 @@ from utils.safetensors_io import read_header
 SIZE = (32, 48)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def generate(call_script, tiny_model, tmp_path):
     """``generate(*flags)`` draws 5 frames of 32 x 48 in 3 steps into tmp_path/out; later flags win."""

@@ -31,15 +31,6 @@ def load_transformer(patch=None, fp8=False) -> nn.Module:
     return hunyuan_model.load_transformer(DIT, device="cpu", dtype=torch.float32, patch=patch, fp8=fp8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, torch.Tensor]:
     values = load_file(GOLDENS / "dit_io.safetensors")

@@ -27,15 +27,6 @@ TEXT_WIDTH, POOLED_WIDTH, TEXT_ROWS = 64, 48, 32
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write_caches(folder: Path, items: dict[str, tuple[int, int, int]], seed: int = 0) -> None:
     """Caches of made-up items: name -> latent size (F, H, W); captions of different lengths."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,15 +19,6 @@ CASES = ["caseA", "caseB", "caseC", "caseD"]
 INPUTS = ["x", "t", "text", "text_mask", "text2", "guidance"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def weights():
     return read_tensors(GOLDENS / "dit.safetensors").tensors

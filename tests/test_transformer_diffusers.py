@@ -99,15 +99,6 @@ def to_diffusers(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[str
     return converted
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(3)

@@ -23,15 +23,6 @@ TILED_RUNS = [  # case, run, spatial tile in pixels, temporal tile in frames
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small to share out; on a busy machine threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / "vae_io.safetensors")

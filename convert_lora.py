@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, to_other
+from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, tensor_hashes, to_other
 from utils.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.safetensors_io import save_tensors
-from utils.training_metadata import tensor_hashes
 
 LAYOUT_KEYS = {DEFAULT: "lora_unet_*.lora_down.weight", OTHER: "diffusion_model.*.lora_A.weight"}
 

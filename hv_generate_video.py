@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,22 +17,51 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hunyuan_model
-from hunyuan_model.attention import check_attention_device
+from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
-from utils.arguments import add_device_argument, add_text_encoder_arguments, add_vae_arguments, positive_int, script_parser
+from utils.arguments import (
+    add_device_argument,
+    add_text_encoder_arguments,
+    add_vae_arguments,
+    drawn_seed,
+    finite_float,
+    positive_float,
+    positive_int,
+    script_parser,
+    seed,
+)
 from utils.devices import choose_dtype, free_memory, pick_device
 from utils.errors import UserError, run_script
+from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video
 from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger("generate")
 
-ATTENTION_MODES = ("flash", "torch", "sageattn", "xformers", "sdpa")
-MAX_SEED = 2**32 - 1
+# What a run without sampling does not read.
+SAMPLING_FLAGS = [
+    "dit_dtype",
+    "fp8",
+    "text_encoder1",
+    "text_encoder2",
+    "tokenizer1",
+    "tokenizer2",
+    "text_encoder_dtype",
+    "fp8_llm",
+    "attn_mode",
+    "split_attn",
+    "prompt",
+    "video_size",
+    "video_length",
+    "infer_steps",
+    "seed",
+    "embedded_cfg_scale",
+    "flow_shift",
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files, merged while the transformer loads")
     lora.add_argument(
-        "--lora_multiplier", nargs="*", type=float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+        "--lora_multiplier", nargs="*", type=finite_float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
     )
     lora.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
 
@@ -76,10 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--fps", type=positive_int, default=24, metavar="N", help="frames per second of the file written (default: 24)"
     )
     video.add_argument("--infer_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)")
-    video.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: drawn, and logged)")
-    video.add_argument("--embedded_cfg_scale", type=float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)")
+    video.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: drawn, and logged)")
     video.add_argument(
-        "--flow_shift", type=float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
+        "--embedded_cfg_scale", type=finite_float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)"
+    )
+    video.add_argument(
+        "--flow_shift", type=positive_float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
     )
 
     output = parser.add_argument_group("output")
@@ -97,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, device: torch.device) -> None:
     """Everything that can be said before a model is loaded.
 
     Raises:
@@ -111,28 +142,46 @@ def check_arguments(args: argparse.Namespace) -> None:
         _require(args, "--save_merged_model", "dit")
         if not args.lora_weight:
             raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
-        check_transformer_file(args.dit, "--dit")
+        _warn_of_unused(args, "--save_merged_model", [*SAMPLING_FLAGS, "vae", "save_path", "latent_path"])
         return
     _require(args, "generation", "save_path")
-    if Path(args.save_path).is_file():
-        raise UserError(f"--save_path {args.save_path} is a file; give a folder.")
+    require_writable_folder(args.save_path, "--save_path")
     if args.latent_path:
-        _require(args, "--latent_path", "vae")
-        if args.output_type in ("latent", "both"):
-            raise UserError(
-                f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images."
-            )
+        _check_decoding(args)
     else:
-        _require(args, "generation", "dit", "text_encoder1", "text_encoder2", "prompt")
-        if args.output_type != "latent":
-            _require(args, f"--output_type {args.output_type}", "vae")
-        latent_size(*args.video_size, args.video_length)
-        check_transformer_file(args.dit, "--dit")
-        hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+        _check_sampling(args, device)
     if args.vae:
         check_vae_options(args.vae, tile_size=args.vae_spatial_tile_sample_min_size)
-    if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
-        raise UserError(f"--seed {args.seed} is outside 0 to {MAX_SEED}.")
+
+
+def _check_decoding(args: argparse.Namespace) -> None:
+    _require(args, "--latent_path", "vae")
+    if args.output_type in ("latent", "both"):
+        raise UserError(f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images.")
+    stems = [Path(path).stem for path in args.latent_path]
+    if same := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise UserError(f"two --latent_path files are called {same}, and one would overwrite the other's video; decode them apart.")
+    _warn_of_unused(args, "--latent_path", [*SAMPLING_FLAGS, "dit", "lora_weight", "lora_multiplier"])
+
+
+def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
+    _require(args, "generation", "dit", "text_encoder1", "text_encoder2", "prompt")
+    if args.output_type != "latent":
+        _require(args, f"--output_type {args.output_type}", "vae")
+    latent_size(*args.video_size, args.video_length)
+    for name in ("dit_dtype", "text_encoder_dtype"):
+        choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
+    check_attention_device(args.attn_mode, device)
+    make_attention(args.attn_mode)
+    check_transformer_file(args.dit, "--dit")
+    hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+
+
+def _warn_of_unused(args: argparse.Namespace, mode: str, names: Sequence[str]) -> None:
+    parser = build_parser()
+    given = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+    if given:
+        logger.warning("%s: no effect with %s.", ", ".join(given), mode)
 
 
 def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
@@ -189,12 +238,11 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     return latents.cpu()
 
 
-def decode(args: argparse.Namespace, latents: Tensor, device: torch.device) -> Tensor:
-    """Latents (1, 16, F, H, W) -> frames (T, H, W, 3), uint8."""
-    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
+def load_vae(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The VAE with chunks and tiles as the flags say."""
     vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
     configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=args.vae_spatial_tile_sample_min_size)
-    return decode_latents(vae, latents, device=device, dtype=dtype)[0]
+    return vae
 
 
 def settings(args: argparse.Namespace) -> dict[str, str]:
@@ -223,6 +271,8 @@ def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
         raise UserError(
             f"--latent_path {path}: the latent has the shape {tuple(latent.shape)}, expected (16, frames, height, width)."
         )
+    if not torch.isfinite(latent).all():
+        raise UserError(f"--latent_path {path} holds NaN or infinity; sample it again.")
     return latent[None].float(), file.metadata
 
 
@@ -249,27 +299,29 @@ def write_frames(args: argparse.Namespace, stem: str, frames: Tensor, metadata: 
 def main() -> None:
     args = build_parser().parse_args()
     device = pick_device(args.device)
-    check_arguments(args)
-    check_attention_device(args.attn_mode, device)
+    vae_dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
+    check_arguments(args, device)
     if args.save_merged_model:
         merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, args.lora_multiplier), args.save_merged_model)
         print(args.save_merged_model)
         return
-    stamp = time.strftime("%Y%m%d-%H%M%S")
     if args.latent_path:
-        for path, (latents, metadata) in [(path, read_latent(path)) for path in args.latent_path]:
-            write_frames(args, Path(path).stem.removesuffix("_latent"), decode(args, latents, device), metadata)
+        stored = {Path(path).stem.removesuffix("_latent"): read_latent(path) for path in args.latent_path}
+        vae = load_vae(args, device, vae_dtype)
+        for stem, (latents, metadata) in stored.items():
+            write_frames(args, stem, decode_latents(vae, latents, device=device, dtype=vae_dtype)[0], metadata)
         return
     if args.seed is None:
-        args.seed = random.randint(0, MAX_SEED)
+        args.seed = drawn_seed()
         logger.info("seed %d", args.seed)
     latents = sample(args, device)
     free_memory(device)
-    stem = f"{stamp}_{args.seed}"
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}"
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":
-        write_frames(args, stem, decode(args, latents, device), settings(args))
+        vae = load_vae(args, device, vae_dtype)
+        write_frames(args, stem, decode_latents(vae, latents, device=device, dtype=vae_dtype)[0], settings(args))
 
 
 if __name__ == "__main__":

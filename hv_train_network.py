@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
-import random
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,32 +18,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import hunyuan_model
+import networks.lora
 from dataset import load_dataset_config
-from dataset.batches import Batch, CachedDataset, CachedGroup, ShapeBatchSampler, collate, find_cached_items
+from dataset.batches import Batch, CachedGroup, ShapeBatchSampler, find_cached_items
+from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.loading import check_transformer_file
+from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from hunyuan_model.vae import SCALING_FACTOR
 from networks.lora import DEFAULT_RANK
+from networks.lora_files import check_lora_file
 from networks.lora_merging import merge_patch, read_lora_files
+from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
+from utils.arguments import drawn_seed
 from utils.devices import choose_dtype
 from utils.errors import UserError, run_script
+from utils.files import require_file, require_writable_folder
 from utils.key_values import parse_key_values
 from utils.lr_schedules import make_lr_scheduler, step_schedule
 from utils.optimizers import describe_optimizer, make_optimizer, set_optimizer_mode
-from utils.timestep_sampling import TimestepSampler, noisy_latents
+from utils.timestep_preview import save_timestep_image, timestep_chart
+from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
 from utils.training_files import epoch_name, final_name, save_network, step_name
 from utils.training_metadata import TrainingFacts, finished_metadata, training_metadata
 
 logger = logging.getLogger("train")
 
-VAE_SCALING_FACTOR = 0.476986
 SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,11 +67,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise UserError(f"accelerate refuses this setup: {error}.") from error
 
 
-def drawn_seed() -> int:
-    """A drawn seed, the same on every process."""
-    return int(broadcast_object_list([random.randint(0, 2**32 - 1)])[0])
-
-
 @dataclass
 class Training:
     """What the loop works on."""
@@ -77,8 +77,7 @@ class Training:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    sampler: ShapeBatchSampler
-    loader: DataLoader
+    reader: EpochReader
     timesteps: TimestepSampler
     noise: torch.Generator
     dtype: torch.dtype
@@ -87,25 +86,18 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
-        return -(-len(self.sampler) // self.args.gradient_accumulation_steps)
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(self.args, self.reader)
 
 
-def make_loader(args: argparse.Namespace, groups: list[CachedGroup], sampler: ShapeBatchSampler) -> DataLoader:
-    """Batches read by worker processes."""
-    workers = min(args.max_data_loader_n_workers, os.cpu_count() or 1)
-    return DataLoader(
-        CachedDataset(groups),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        persistent_workers=args.persistent_data_loader_workers and workers > 0,
-    )
+def steps_per_epoch(args: argparse.Namespace, reader: EpochReader) -> int:
+    """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
+    return -(-len(reader) // args.gradient_accumulation_steps)
 
 
-def batches_of_step(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+def batches_of_step(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
     """Group an epoch's batches into those of one optimiser step; the last group may be smaller."""
-    iterator = iter(loader)
+    iterator = iter(batches)
     while group := list(itertools.islice(iterator, count)):
         yield group
 
@@ -113,7 +105,7 @@ def batches_of_step(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]
 def flow_matching_loss(training: Training, batch: Batch) -> Tensor:
     """Weighted mean squared error between the predicted and the true velocity, noise - latents."""
     args, device = training.args, training.accelerator.device
-    latents = batch["latents"].to(device, torch.float32) * VAE_SCALING_FACTOR
+    latents = batch["latents"].to(device, torch.float32) * SCALING_FACTOR
     noise = torch.randn(latents.shape, generator=training.noise, device=device)
     t = training.timesteps.draw(len(latents)).to(device)  # (B,) in [0, 1]
     noisy = noisy_latents(latents, noise, t)
@@ -175,26 +167,25 @@ def train(training: Training) -> None:
     """The loop: epochs of steps, saving as asked, and once at the end."""
     args, name = training.args, training.args.output_name
     step, losses = 0, deque(maxlen=training.steps_per_epoch)
-    progress = tqdm(total=training.steps, desc="training", unit="step", disable=not training.accelerator.is_local_main_process)
     training.network.train()
     set_optimizer_mode(training.optimizer, training=True)
-    for epoch in itertools.count(1):
-        training.sampler.set_epoch(epoch - 1)
-        call_if_there(training.network, "on_epoch_start", None, training.transformer)
-        for batches in batches_of_step(training.loader, args.gradient_accumulation_steps):
-            losses.append(train_step(training, batches))
-            step += 1
-            progress.update()
-            progress.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{sum(losses) / len(losses):.4f}")
+    shown = training.accelerator.is_local_main_process
+    with tqdm(total=training.steps, desc="training", unit="step", disable=not shown) as progress:
+        for epoch in itertools.count(1):
+            call_if_there(training.network, "on_epoch_start", None, training.transformer)
+            for batches in batches_of_step(training.reader.epoch(epoch - 1), args.gradient_accumulation_steps):
+                losses.append(train_step(training, batches))
+                step += 1
+                progress.update()
+                progress.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{sum(losses) / len(losses):.4f}")
+                if step == training.steps:
+                    break
+                if args.save_every_n_steps and step % args.save_every_n_steps == 0:
+                    save(training, step_name(name, step), step, epoch)
             if step == training.steps:
                 break
-            if args.save_every_n_steps and step % args.save_every_n_steps == 0:
-                save(training, step_name(name, step), step, epoch)
-        if step == training.steps:
-            break
-        if args.save_every_n_epochs and epoch % args.save_every_n_epochs == 0:
-            save(training, epoch_name(name, epoch), step, epoch)
-    progress.close()
+            if args.save_every_n_epochs and epoch % args.save_every_n_epochs == 0:
+                save(training, epoch_name(name, epoch), step, epoch)
     save(training, final_name(name), step, epoch)
 
 
@@ -241,8 +232,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, groups: list[Cac
     optimizer_groups, _ = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
     sampler = ShapeBatchSampler(groups, args.seed, accelerator.process_index, accelerator.num_processes)
-    steps_per_epoch = -(-len(sampler) // args.gradient_accumulation_steps)
-    steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
+    reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
+    steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
     rank_seed = args.seed + accelerator.process_index
     training = Training(
         args=args,
@@ -251,8 +242,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, groups: list[Cac
         network=network,
         optimizer=accelerator.prepare(optimizer),
         lr_scheduler=make_lr_scheduler(args, optimizer, steps),
-        sampler=sampler,
-        loader=make_loader(args, groups, sampler),
+        reader=reader,
         timesteps=TimestepSampler.from_args(args, torch.Generator().manual_seed(rank_seed)),
         noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
         dtype=dtype,
@@ -267,22 +257,71 @@ def training_facts(training: Training, groups: list[CachedGroup]) -> TrainingFac
     args = training.args
     return TrainingFacts(
         train_items=sum(len(group.items) * group.dataset.num_repeats for group in groups),
-        batches_per_epoch=len(training.sampler),
+        batches_per_epoch=len(training.reader),
         epochs=-(-training.steps // training.steps_per_epoch),
         steps=training.steps,
         optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
         resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),
         started_at=time.time(),
-        network_dim=None if args.dim_from_weights else args.network_dim or DEFAULT_RANK,
+        network_dim="Dynamic" if args.dim_from_weights else args.network_dim or DEFAULT_RANK,
+        network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
         mixed_precision=training.accelerator.mixed_precision,
-        datasets=[asdict(group.dataset) | {"items": len(group.items)} for group in groups],
+        datasets=[describe_group(group) for group in groups],
     )
+
+
+def describe_group(group: CachedGroup) -> dict[str, object]:
+    """A dataset for the metadata: its settings and how much it holds, and of its paths only the last name."""
+    settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
+    if group.dataset.kind == "image":
+        settings = {key: value for key, value in settings.items() if not key.startswith(("target_", "frame_"))}
+    paths = {key: value.name for key, value in settings.items() if isinstance(value, Path)}
+    return settings | paths | {"items": len(group.items)}
+
+
+def check_before_loading(args: argparse.Namespace) -> None:
+    """What the flags name and only other modules can judge: the files, the network, the optimiser and its schedule.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    TimestepSettings.from_args(args)
+    config = check_transformer_file(args.dit, "--dit")
+    module = import_network_module(args.network_module)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
+    for path in args.base_weights:
+        check_lora_file(path, shapes)
+    network_args = parse_key_values(args.network_args, "--network_args")
+    if module is networks.lora:
+        NetworkOptions(network_args, args.network_dropout)
+        if args.network_weights:
+            check_lora_file(args.network_weights, shapes)
+    elif args.network_weights:
+        require_file(args.network_weights, "--network_weights")
+    scratch = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = make_optimizer(args.optimizer_type, scratch, args.learning_rate, args.optimizer_args)
+    make_lr_scheduler(args, optimizer, args.max_train_steps)
+
+
+def show_timesteps(args: argparse.Namespace) -> None:
+    """Draw the distribution of timesteps in the terminal, or as a picture in --output_dir."""
+    settings = TimestepSettings.from_args(args)
+    if args.show_timesteps == "console":
+        print(timestep_chart(settings))
+    else:
+        path = require_writable_folder(args.output_dir or ".", "--output_dir") / "timesteps.png"
+        save_timestep_image(settings, path)
+        print(path)
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.show_timesteps:
+        show_timesteps(args)
+        return
     check_training_arguments(args)
-    check_transformer_file(args.dit, "--dit")
+    check_before_loading(args)
     accelerator = make_accelerator(args)
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
@@ -291,20 +330,23 @@ def main() -> None:
     require_batches(reports)
 
     if args.seed is None:
-        args.seed = drawn_seed()
+        args.seed = int(broadcast_object_list([drawn_seed()])[0])
         logger.info("seed %d", args.seed)
     set_seed(args.seed)
     training = prepare(args, accelerator, groups)
     logger.info(
         "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
-        len(training.sampler),
+        len(training.reader),
         args.gradient_accumulation_steps,
         training.steps,
         sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
         training.dtype,
         " with float8 weights" if args.fp8_base else "",
     )
-    train(training)
+    try:
+        train(training)
+    except RuntimeError as error:
+        raise training.reader.explain(error) from error
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ import voluptuous
 from dataset.buckets import BUCKET_STEP, bucket_resolutions
 from dataset.frames import FRAME_EXTRACTIONS, is_clip_length
 from utils.errors import UserError
+from utils.key_values import nearest_name
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _target_frames(value: Any) -> tuple[int, ...]:
 
 def _frame_extraction(value: Any) -> str:
     if value not in FRAME_EXTRACTIONS:
-        raise voluptuous.Invalid(f"must be one of {', '.join(FRAME_EXTRACTIONS)}{_did_you_mean(value, FRAME_EXTRACTIONS)}")
+        raise voluptuous.Invalid(f"must be one of {', '.join(FRAME_EXTRACTIONS)}{nearest_name(value, FRAME_EXTRACTIONS)}")
     return value
 
 
@@ -183,7 +183,7 @@ def _sections(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], list
         if name in DATASET_KEYS:
             raise UserError(f"{path}: {name} stands above the first section; move it below [general] or [[datasets]].")
         if name not in ("general", "datasets"):
-            hint = _did_you_mean(name, ("general", "datasets")) or " The sections are [general] and [[datasets]]."
+            hint = nearest_name(name, ("general", "datasets")) or " The sections are [general] and [[datasets]]."
             raise UserError(f"{path} has an unknown section {name!r}.{hint}")
     general, tables = content.get("general", {}), content.get("datasets", [])
     if not isinstance(general, dict):
@@ -195,11 +195,6 @@ def _sections(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], list
     return general, tables
 
 
-def _did_you_mean(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _validate(path: Path, section: str, table: dict[str, Any], validators: Validators) -> dict[str, Any]:
     """The converted values of one table; a UserError names the first key that is unknown or wrong."""
     for key in table:
@@ -207,7 +202,7 @@ def _validate(path: Path, section: str, table: dict[str, Any], validators: Valid
             continue
         if key in DATASET_KEYS:
             raise UserError(f"{path}, {section}: {key} cannot stand here; move it to the [[datasets]] sections it is for.")
-        hint = _did_you_mean(key, validators) or f" Known keys: {', '.join(validators)}."
+        hint = nearest_name(key, validators) or f" Known keys: {', '.join(validators)}."
         raise UserError(f"{path}, {section}: unknown key {key!r}.{hint}")
     schema = voluptuous.Schema({voluptuous.Optional(key): validator for key, validator in validators.items()})
     try:

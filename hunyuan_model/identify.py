@@ -1,6 +1,6 @@
 """What a file of tensors is, told by the names in it, so that a message can say what was given in place of what.
 
-Works on names and shapes only, which every format gives without reading a tensor.
+Works on names and shapes only, which every format gives without reading a tensor: a check takes a moment.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
+from hunyuan_model.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import UserError
 
 
@@ -88,3 +89,21 @@ def check_is(shapes: Mapping[str, tuple[int, ...]], kind: Kind, path: str | os.P
             f"{flag} {path} holds float8 weights with scales (such as {scale}), which cannot be read. "
             "Give a bfloat16 or float16 file, or a float8 one without scales."
         )
+
+
+def open_checkpoint_of(kind: Kind, path: str | os.PathLike[str], flag: str) -> Checkpoint:
+    """Open ``path`` and refuse it, naming ``flag``, if it is missing, damaged or not of ``kind``."""
+    checkpoint = open_checkpoint(path, flag)
+    check_is(checkpoint.shapes, kind, path, flag)
+    return checkpoint
+
+
+def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encoder_2: str | os.PathLike[str]) -> None:
+    """Refuse what --text_encoder1 and --text_encoder2 name if it is missing, damaged or something else."""
+    open_checkpoint_of(Kind.LLAMA, text_encoder_1, "--text_encoder1")
+    open_checkpoint_of(Kind.CLIP_TEXT, text_encoder_2, "--text_encoder2")
+
+
+def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
+    """Refuse a VAE file or folder that is missing, damaged or something else."""
+    open_checkpoint_of(Kind.VAE, path, flag)

@@ -1,4 +1,4 @@
-"""From a path to a transformer ready to run, and checks of every model file that cost only its header."""
+"""From a path to a transformer ready to run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from hunyuan_model.architecture import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.attention import make_attention
-from hunyuan_model.checkpoint import Checkpoint, load_weights, open_checkpoint
+from hunyuan_model.checkpoint import Checkpoint, load_weights
 from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, enable_fp8_linears, is_fp8_target
-from hunyuan_model.identify import Kind, check_is
+from hunyuan_model.identify import Kind, open_checkpoint_of
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from utils.errors import UserError
 
@@ -71,26 +71,9 @@ def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") ->
     return _open_transformer(path, flag)[1]
 
 
-def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encoder_2: str | os.PathLike[str]) -> None:
-    """Refuse what --text_encoder1 and --text_encoder2 name if it is missing, damaged or something else; reads only headers."""
-    _check(text_encoder_1, Kind.LLAMA, "--text_encoder1")
-    _check(text_encoder_2, Kind.CLIP_TEXT, "--text_encoder2")
-
-
-def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
-    """Refuse a VAE file or folder that is missing, damaged or something else; reads only headers."""
-    _check(path, Kind.VAE, flag)
-
-
-def _check(path: str | os.PathLike[str], kind: Kind, flag: str) -> Checkpoint:
-    checkpoint = open_checkpoint(path, flag)
-    check_is(checkpoint.shapes, kind, path, flag)
-    return checkpoint
-
-
 def _open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:
     """The transformer's tensors under the official names, whatever prefix the file puts before them, and its size."""
-    checkpoint = _check(path, Kind.TRANSFORMER, flag)
+    checkpoint = open_checkpoint_of(Kind.TRANSFORMER, path, flag)
     checkpoint = checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")
     _refuse_scales_beside(checkpoint, flag)
     try:

@@ -29,6 +29,7 @@ TIME_COMPRESSION = 4
 TILE_STEP_PIXELS = 4 * SPATIAL_COMPRESSION
 TILE_STEP_FRAMES = 4 * TIME_COMPRESSION
 LOGVAR_RANGE = (-30.0, 20.0)
+SCALING_FACTOR = 0.476986  # latents times this have about unit variance
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class VAEConfig:
     latent_channels: int = 16
     in_channels: int = 3
     out_channels: int = 3
-    scaling_factor: float = 0.476986
+    scaling_factor: float = SCALING_FACTOR
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,6 @@ class AutoencoderKLCausal3D(nn.Module):
         """Spatial tiles of ``sample_min_size`` pixels, and stretches of 64 frames for clips longer than that."""
         self.enable_spatial_tiling(sample_min_size, flag)
         self.enable_temporal_tiling()
-
-    def disable_tiling(self) -> None:
-        self.spatial_tile = self.temporal_tile = None
 
     def set_chunk_size(self, chunk_size: int | None, flag: str = "--vae_chunk_size") -> None:
         """Let every convolution work on at most ``chunk_size`` columns at a time (None: all): less memory, same values.

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.checkpoint import load_weights, open_checkpoint
-from hunyuan_model.identify import Kind, check_is
-from hunyuan_model.loading import check_vae_file
-from hunyuan_model.vae import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D, VAEConfig, check_tile_size
+from hunyuan_model.checkpoint import load_weights
+from hunyuan_model.identify import Kind, check_vae_file, open_checkpoint_of
+from hunyuan_model.vae import (
+    SCALING_FACTOR,
+    SPATIAL_COMPRESSION,
+    TIME_COMPRESSION,
+    AutoencoderKLCausal3D,
+    VAEConfig,
+    check_tile_size,
+)
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,8 +45,7 @@ def load_vae(
     Raises:
         UserError: the file is missing, damaged, incomplete or something else than a HunyuanVideo VAE.
     """
-    checkpoint = open_checkpoint(path, flag)
-    check_is(checkpoint.shapes, Kind.VAE, path, flag)
+    checkpoint = open_checkpoint_of(Kind.VAE, path, flag)
     prefix = checkpoint.prefix_of(FIRST_KEY)
     if prefix is None:
         raise UserError(f"{flag} {path} lacks {FIRST_KEY} of a HunyuanVideo VAE. Fetch the file again.")
@@ -93,7 +98,7 @@ def _assumed_norm_groups(widths: tuple[int, ...]) -> int:
 
 
 def config_beside(path: str | os.PathLike[str], inferred: VAEConfig) -> VAEConfig:
-    """``inferred`` with the norm groups and scaling factor of the ``config.json`` in or beside ``path``.
+    """``inferred`` with the norm groups of the ``config.json`` in or beside ``path``.
 
     A ``config.json`` that describes something else than a VAE of these sizes is passed over, and that is logged.
 
@@ -121,9 +126,12 @@ def config_beside(path: str | os.PathLike[str], inferred: VAEConfig) -> VAEConfi
     if not isinstance(groups, int) or groups < 1 or any(width % groups for width in inferred.block_out_channels):
         raise UserError(f"{file}: norm_num_groups {groups!r} does not divide the widths {inferred.block_out_channels}.")
     scaling_factor = entries.get("scaling_factor", inferred.scaling_factor)
-    if not isinstance(scaling_factor, int | float) or scaling_factor <= 0:
-        raise UserError(f"{file}: scaling_factor {scaling_factor!r} is not a positive number.")
-    return replace(inferred, norm_num_groups=groups, scaling_factor=float(scaling_factor))
+    if not isinstance(scaling_factor, int | float) or abs(scaling_factor - SCALING_FACTOR) > 1e-9:
+        raise UserError(
+            f"{file}: the scaling_factor is {scaling_factor!r}, but latents are cached unscaled and every later stage "
+            f"multiplies them by {SCALING_FACTOR}. Scale the weights of the VAE instead."
+        )
+    return replace(inferred, norm_num_groups=groups)
 
 
 def _describes(entries: dict, inferred: VAEConfig) -> bool:

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.fp8 import cast
-from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, to_default
+from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, tensor_hashes, to_default
 from networks.lora_merging import LoraToMerge, MergePatch
 from networks.lora_options import NetworkOptions
 from utils.errors import UserError
 from utils.safetensors_io import save_tensors
-from utils.training_metadata import tensor_hashes
 
 logger = logging.getLogger(__name__)
 

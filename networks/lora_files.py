@@ -11,6 +11,7 @@ In memory everything is ``default``; a module is known by its *flat name*, its p
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save
 
 from utils.errors import UserError
 from utils.safetensors_io import read_header, read_tensors
@@ -278,3 +280,18 @@ def _check_factors(down: tuple[int, ...], up: tuple[int, ...], parts: Mapping[st
             f"{source}: {parts['down']} {down} and {parts['up']} {up} are not the factors of one update; "
             "(rank, in) and (out, rank) are expected."
         )
+
+
+def tensor_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which sd-scripts and web UIs recognise a LoRA: of its tensors, whatever its metadata.
+
+    ``sshs_model_hash`` is the SHA-256 of the file after its header, ``sshs_legacy_hash`` the first 8 digits of that of the
+    64 KiB at 1 MiB (of nothing in a smaller file); both of the file that the tensors give with the ss_* metadata.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training)
+    header = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }

@@ -62,7 +62,7 @@ def create_network(
     else:
         network = module.create_network(1.0, dim, alpha, None, None, transformer, neuron_dropout=dropout, **network_args)
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
-    if weights and not dim_from_weights:
+    if weights:  # also after create_network_from_weights, which in some modules takes only the sizes from the file
         network.load_weights(weights)
     device = next(transformer.parameters()).device
     network.to(device, torch.float32)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
+import signal
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from torch.utils.data import DataLoader
 from dataset.batches import CachedDataset, CachedGroup, CachedItem, ShapeBatchSampler, collate, find_cached_items
 from dataset.cache_files import save_latents, save_text
 from dataset.config import DatasetConfig, DatasetGroup
+from dataset.reading import EpochReader
 from utils.errors import UserError
 
 WIDTH, POOLED = 6, 5
@@ -194,14 +199,37 @@ def test_cache_replaced_by_another_shape_during_training_is_named(group, tmp_pat
         data[0]
 
 
-def test_error_in_a_spawned_worker_names_the_file(group):
+def test_sampler_and_data_go_to_spawned_workers(group):
     groups = find_cached_items(group)
     data, sampler = CachedDataset(groups), ShapeBatchSampler(groups, seed=1)
     assert len(pickle.loads(pickle.dumps(sampler)).pools) == len(sampler.pools)
-    loader = DataLoader(
-        data, batch_sampler=sampler, collate_fn=collate, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
-    )
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     assert len(list(loader)) == len(sampler)
-    data.items[6].latents_path.unlink()
-    with pytest.raises(UserError, match=r"clip_00000-009_0099x0099_hv\.safetensors does not exist"):
-        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_cache_is_one_sentence_from_any_worker(group, workers):
+    groups = find_cached_items(group)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), workers, persistent=True)
+    assert len(list(reader.epoch(0))) == len(reader)
+    path = CachedDataset(groups).items[6].latents_path
+    path.unlink()
+    with pytest.raises(UserError) as raised:
+        list(reader.epoch(1))
+    assert str(path) in str(raised.value) and "does not exist" in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process with SIGKILL")
+def test_a_killed_worker_is_one_sentence_that_names_files(group):
+    groups = find_cached_items(group)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=True)
+    with pytest.raises(UserError, match=r"died, killed or out of memory.*_hv\.safetensors"):
+        try:
+            for _ in reader.epoch(0):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(0.1)
+        except RuntimeError as error:
+            raise reader.explain(error) from error
+    other = RuntimeError("something else")
+    assert reader.explain(other) is other

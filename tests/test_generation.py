@@ -224,6 +224,10 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(generate, monkeypatch, tmp
         (["--lora_multiplier", 0.5, 0.7], "2 values for 0 --lora_weight"),
         (["--vae_spatial_tile_sample_min_size", 100], "multiple of 32"),
         (["--seed", -1], "outside 0"),
+        (["--flow_shift", 0], "not above 0"),
+        (["--embedded_cfg_scale", "nan"], "not a finite number"),
+        (["--lora_multiplier", "inf"], "not a finite number"),
+        (["--text_encoder_dtype", "int8"], "--text_encoder_dtype"),
         (["--dit_dtype", "int8"], "--dit_dtype"),
         (["--output_type", "gif"], "gif"),
         (["--infer_steps", 0], "at least 1"),
@@ -281,6 +285,28 @@ def test_latents_that_are_none(call_script, tiny_model, tmp_path, lora):
     ended = decode(tmp_path / "flat.safetensors")
     assert ended.status == 2 and "(16, frames, height, width)" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_several_latents_are_decoded_under_names_of_their_own(generate, call_script, tiny_model, tmp_path):
+    assert generate("--output_type", "latent", "--video_length", 1).status == 0
+    (first,) = (tmp_path / "out").iterdir()
+    second = first.with_name("second.safetensors")
+    second.write_bytes(first.read_bytes())
+    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "videos", "--fp8")
+    ended = call_script("hv_generate_video", "--latent_path", first, second, *flags)
+    assert ended.status == 0 and len(list((tmp_path / "videos").iterdir())) == 2
+    (tmp_path / "elsewhere").mkdir()
+    twin = tmp_path / "elsewhere" / "second.safetensors"
+    twin.write_bytes(second.read_bytes())
+    ended = call_script("hv_generate_video", "--latent_path", second, twin, *flags)
+    assert ended.status == 2 and "two --latent_path files are called second" in ended.stderr
+
+
+def test_flags_without_effect_are_told(run_script, tiny_model, tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a.safetensors")
+    decoding = ("--latent_path", tmp_path / "a.safetensors", "--vae", tiny_model.vae, "--save_path", tmp_path / "out")
+    ended = run_script("hv_generate_video.py", *decoding, "--lora_weight", "x.safetensors", "--fp8")
+    assert ended.returncode == 0 and "--fp8, --lora_weight: no effect with --latent_path" in ended.stderr
 
 
 def test_lora_that_does_not_fit(generate, tmp_path):

@@ -14,8 +14,8 @@ from torch import nn
 import hunyuan_model
 from hunyuan_model.checkpoint import open_checkpoint
 from hunyuan_model.fp8 import is_fp8_target
-from hunyuan_model.identify import Kind, check_is, describe_shapes, identify
-from hunyuan_model.loading import check_text_encoder_files, check_transformer_file, check_vae_file, load_transformer
+from hunyuan_model.identify import Kind, check_is, check_text_encoder_files, check_vae_file, describe_shapes, identify
+from hunyuan_model.loading import check_transformer_file, load_transformer
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,12 +23,12 @@ from networks.lora_files import (
     lora_pairs,
     module_path,
     read_lora,
+    tensor_hashes,
     to_default,
     to_other,
 )
 from utils.errors import UserError, run_script
 from utils.safetensors_io import read_header
-from utils.training_metadata import tensor_hashes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).parent / "goldens"

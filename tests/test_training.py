@@ -18,6 +18,7 @@ import hv_train_network
 from dataset import load_dataset_config
 from dataset.batches import CachedDataset, collate, find_cached_items
 from dataset.cache_files import save_latents, save_text
+from networks import network_module
 from networks.lora import create_network_from_weights
 from networks.lora_files import read_lora
 from networks.lora_merging import merge_patch, read_lora_files
@@ -380,6 +381,65 @@ def test_a_third_party_network_needs_only_the_core_of_the_contract(train, monkey
     assert trained(tmp_path)["shift"].abs().max() > 0.01
 
 
+def test_a_third_party_network_loads_its_weights_also_with_dim_from_weights(tiny_model, tmp_path):
+    module, loaded = types.ModuleType("foreign_network"), []
+
+    class Foreign(torch.nn.Linear):
+        def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True): ...
+
+        def load_weights(self, file):
+            loaded.append(file)
+
+    module.create_network_from_weights = lambda *args, **kwargs: (Foreign(2, 2), {})
+    transformer = hunyuan_model.load_transformer(tiny_model.dit, device=CPU, dtype=torch.float32)
+    options = {"dim": None, "alpha": 1.0, "dropout": None, "network_args": {}}
+    network_module.create_network(module, transformer, **options, weights="w.safetensors", dim_from_weights=True)
+    assert loaded == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_an_output_folder_that_cannot_be_written_is_told_before_training(train, monkeypatch, tmp_path, place):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setattr(hv_train_network, "train", lambda training: pytest.fail("training began"))
+    ended = train("--output_dir", tmp_path / place if not place.startswith("/") else place)
+    assert ended.status == 2 and "--output_dir" in ended.stderr and "cannot be written" in ended.stderr
+
+
+def test_metadata_holds_no_path_of_this_machine(train, tmp_path):
+    assert train("--max_train_steps", 1).status == 0
+    metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
+    assert not [key for key, value in metadata.items() if str(tmp_path) in value]
+    pictures, clips = json.loads(metadata["ss_datasets"])
+    assert pictures["directory"] == "gone" and "target_frames" not in pictures and clips["target_frames"] == [5]
+
+
+def test_a_broken_cache_is_one_sentence_from_a_worker(train, tmp_path):
+    path = next((tmp_path / "clips").glob("clip_0*"))
+    file = read_tensors(path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in file.tensors.items()}, path, file.metadata)
+    ended = train("--max_train_epochs", 1, "--max_data_loader_n_workers", 1)
+    assert ended.status == 2 and path.name in ended.stderr
+    assert "Traceback" not in ended.stderr and "\nerror: " in ended.stderr
+
+
+def test_show_timesteps_needs_no_model(call_script, tmp_path):
+    flags = ("--timestep_sampling", "shift", "--discrete_flow_shift", 7)
+    console = call_script("hv_train_network", "--show_timesteps", "console", *flags)
+    assert console.status == 0 and "0-50" in console.stdout
+    image = call_script("hv_train_network", "--show_timesteps", "image", *flags, "--output_dir", tmp_path / "out")
+    assert image.status == 0 and (tmp_path / "out" / "timesteps.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("missing", ["--dit", "--dataset_config", "--output_dir", "--output_name"])
+def test_missing_flags_are_named(call_script, missing):
+    flags = {"--dit": "d", "--dataset_config": "t", "--output_dir": "o", "--output_name": "n"}
+    del flags[missing]
+    ended = call_script("hv_train_network", *[word for pair in flags.items() for word in pair])
+    assert ended.status == 2 and missing in ended.stderr
+
+
 def test_nan_stops_before_anything_is_saved(train, tiny_model, tmp_path):
     tensors = load_file(tiny_model.dit)
     tensors["final_layer.linear.bias"][0] = float("nan")
@@ -402,8 +462,13 @@ def test_an_empty_caption_trains(train, tmp_path):
     [
         (["--sage_attn"], "cannot train"),
         (["--sdpa", "--xformers"], "exclude each other"),
-        (["--min_timestep", 600, "--max_timestep", 500], "not below --max_timestep"),
-        (["--max_timestep", 1200], "outside the range"),
+        (["--min_timestep", 600, "--max_timestep", 500], "are no range"),
+        (["--max_timestep", 1200], "are no range"),
+        (["--min_timestep", 1000], "are no range"),
+        (["--seed", -1], "outside 0 to"),
+        (["--max_grad_norm", -1], "is negative"),
+        (["--max_grad_norm", "nan"], "not a finite number"),
+        (["--scale_weight_norms", 0], "not above 0"),
         (["--network_dropout", 1.5], "not between 0 and 1"),
         (["--dim_from_weights"], "--network_weights, which is missing"),
         (["--base_weights_multiplier", 0.5], "1 values for 0 --base_weights"),

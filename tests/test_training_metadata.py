@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from networks.lora import create_network
+from networks.lora_files import tensor_hashes
 from utils.safetensors_io import read_header
-from utils.training_metadata import TrainingFacts, finished_metadata, tensor_hashes, training_metadata
+from utils.training_metadata import TrainingFacts, finished_metadata, training_metadata
 
 SS_KEYS = """
 ss_session_id ss_training_started_at ss_output_name ss_learning_rate ss_num_train_items ss_num_batches_per_epoch

@@ -246,13 +246,6 @@ def test_other_bad_settings_are_refused(vae):
         vae.enable_temporal_tiling(60)
 
 
-def test_tiling_can_be_switched_off_again(vae, expected):
-    vae.enable_tiling(32)
-    vae.disable_tiling()
-    with torch.no_grad():
-        close_moments(vae.encode(expected["video.x"]), expected, "video")
-
-
 @pytest.mark.parametrize("tile", [None, 32])
 def test_no_part_of_a_long_clip_is_held_twice(vae, tile, monkeypatch):
     """The largest window that is normalised or padded stays within the piece size, whatever the clip."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import random
+
+MAX_SEED = 2**32 - 1
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -22,6 +26,43 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
+
+
+def finite_float(text: str) -> float:
+    """argparse type: a number that is neither NaN nor infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    number = finite_float(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    number = finite_float(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed that every random generator in use accepts."""
+    number = int(text)
+    if not 0 <= number <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to {MAX_SEED}")
+    return number
+
+
+def drawn_seed() -> int:
+    """A seed for runs that were given none. Not drawn from the generators that it will seed."""
+    return random.SystemRandom().randint(0, MAX_SEED)
 
 
 def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, num_workers: str, skip_existing: str) -> None:

@@ -44,3 +44,23 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
     if not found.is_file():
         raise UserError(f"{what} must be a file, but {found} is a folder.")
     return found
+
+
+def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
+    """Refuse a folder in which no file can be made, before hours are spent on what would go there. Leaves nothing behind.
+
+    Raises:
+        UserError: ``path`` is a file, or neither it nor the nearest folder above it that exists can be written to.
+    """
+    folder = Path(path)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    probe = existing / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        what = "is a file" if existing.is_file() else error.strerror or str(error)
+        raise UserError(f"{flag} {folder} cannot be written to ({existing}: {what}). Give another folder.") from error
+    return folder

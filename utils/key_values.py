@@ -45,7 +45,7 @@ def literal_key_values(words: Sequence[str] | None, flag: str) -> dict[str, Any]
     return values
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
+def nearest_name(name: object, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` with a leading blank for the known name most like ``name``, or an empty text."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    found = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -6,8 +6,10 @@ import argparse
 
 import torch
 
-from utils.arguments import positive_int, script_parser
+from hunyuan_model.attention import make_attention
+from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
 from utils.errors import UserError
+from utils.files import require_writable_folder
 
 ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
 
@@ -28,10 +30,8 @@ def build_training_parser() -> argparse.ArgumentParser:
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dataset_config", metavar="TOML", required=True, help="the dataset configuration that the caches were made with"
-    )
-    group.add_argument("--dit", metavar="PATH", required=True, help="transformer checkpoint: .safetensors or .pt")
+    group.add_argument("--dataset_config", metavar="TOML", help="the dataset configuration that the caches were made with")
+    group.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
     group.add_argument(
         "--dit_dtype",
         metavar="DTYPE",
@@ -67,7 +67,7 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
         choices=("no", "fp16", "bf16"),
         help="precision of the computation (default: what accelerate was launched with)",
     )
-    group.add_argument("--seed", type=int, help="seed of data order, noise and timesteps (default: drawn, and logged)")
+    group.add_argument("--seed", type=seed, help="seed of data order, noise and timesteps (default: drawn, and logged)")
     group.add_argument(
         "--max_data_loader_n_workers",
         type=int,
@@ -88,10 +88,10 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         help="adamw, adamw8bit, adafactor, or a dotted class path (default: adamw)",
     )
     group.add_argument("--optimizer_args", nargs="*", default=[], metavar="K=V", help="more arguments of the optimiser")
-    group.add_argument("--learning_rate", type=float, default=2e-6, metavar="RATE", help="learning rate (default: 2e-6)")
+    group.add_argument("--learning_rate", type=positive_float, default=2e-6, metavar="RATE", help="learning rate (default: 2e-6)")
     group.add_argument(
         "--max_grad_norm",
-        type=float,
+        type=non_negative_float,
         default=1.0,
         metavar="NORM",
         help="gradient norm to clip at, 0 for no clipping (default: 1.0)",
@@ -109,11 +109,14 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--lr_scheduler_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
     )
     group.add_argument(
-        "--lr_scheduler_power", type=float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"
+        "--lr_scheduler_power", type=finite_float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"
     )
     group.add_argument("--lr_scheduler_timescale", type=int, metavar="N", help="timescale of inverse_sqrt (default: the warm-up)")
     group.add_argument(
-        "--lr_scheduler_min_lr_ratio", type=float, metavar="R", help="lowest rate of cosine_with_min_lr and warmup_stable_decay"
+        "--lr_scheduler_min_lr_ratio",
+        type=non_negative_float,
+        metavar="R",
+        help="lowest rate of cosine_with_min_lr and warmup_stable_decay",
     )
     group.add_argument(
         "--lr_scheduler_type", default="", metavar="CLASS", help="dotted path of a scheduler class, instead of --lr_scheduler"
@@ -123,7 +126,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
 
 def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--guidance_scale", type=float, default=1.0, metavar="G", help="distilled guidance told to the model (default: 1.0)"
+        "--guidance_scale", type=finite_float, default=1.0, metavar="G", help="distilled guidance told to the model (default: 1.0)"
     )
     group.add_argument(
         "--timestep_sampling",
@@ -132,10 +135,10 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
         help="how timesteps are drawn (default: sigma)",
     )
     group.add_argument(
-        "--discrete_flow_shift", type=float, default=1.0, metavar="S", help="shift of the shift sampler (default: 1.0)"
+        "--discrete_flow_shift", type=positive_float, default=1.0, metavar="S", help="shift of the shift sampler (default: 1.0)"
     )
     group.add_argument(
-        "--sigmoid_scale", type=float, default=1.0, metavar="S", help="scale of sigmoid and shift samplers (default: 1.0)"
+        "--sigmoid_scale", type=positive_float, default=1.0, metavar="S", help="scale of sigmoid and shift samplers (default: 1.0)"
     )
     group.add_argument(
         "--weighting_scheme",
@@ -143,11 +146,18 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
         default="none",
         help="density of the sigma sampler, or weight of the loss (default: none)",
     )
-    group.add_argument("--logit_mean", type=float, default=0.0, metavar="M", help="mean of logit_normal (default: 0)")
-    group.add_argument("--logit_std", type=float, default=1.0, metavar="S", help="standard deviation of logit_normal (default: 1)")
-    group.add_argument("--mode_scale", type=float, default=1.29, metavar="S", help="scale of mode weighting (default: 1.29)")
-    group.add_argument("--min_timestep", type=float, metavar="T", help="smallest timestep, 0 to 1000 (default: 0)")
-    group.add_argument("--max_timestep", type=float, metavar="T", help="largest timestep, 0 to 1000 (default: 1000)")
+    group.add_argument("--logit_mean", type=finite_float, default=0.0, metavar="M", help="mean of logit_normal (default: 0)")
+    group.add_argument(
+        "--logit_std", type=positive_float, default=1.0, metavar="S", help="standard deviation of logit_normal (default: 1)"
+    )
+    group.add_argument("--mode_scale", type=finite_float, default=1.29, metavar="S", help="scale of mode weighting (default: 1.29)")
+    group.add_argument(
+        "--show_timesteps",
+        choices=("image", "console"),
+        help="only draw the distribution of timesteps, in the terminal or as timesteps.png in --output_dir, and exit",
+    )
+    group.add_argument("--min_timestep", type=finite_float, metavar="T", help="smallest timestep, 0 to 1000 (default: 0)")
+    group.add_argument("--max_timestep", type=finite_float, metavar="T", help="largest timestep, 0 to 1000 (default: 1000)")
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -157,29 +167,41 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--network_weights", metavar="PATH", help="weights of the network to start from")
     group.add_argument("--network_dim", type=positive_int, metavar="RANK", help="rank (default: 4)")
     group.add_argument(
-        "--network_alpha", type=float, default=1.0, metavar="A", help="alpha: the network is scaled by alpha / rank (default: 1)"
+        "--network_alpha",
+        type=non_negative_float,
+        default=1.0,
+        metavar="A",
+        help="alpha: the network is scaled by alpha / rank (default: 1)",
     )
     group.add_argument(
-        "--network_dropout", type=float, metavar="P", help="dropout of the network's hidden neurons, 0 to 1 (default: none)"
+        "--network_dropout",
+        type=non_negative_float,
+        metavar="P",
+        help="dropout of the network's hidden neurons, 0 to 1 (default: none)",
     )
     group.add_argument("--network_args", nargs="*", default=[], metavar="K=V", help="more arguments of the network module")
     group.add_argument(
         "--dim_from_weights", action="store_true", help="take ranks and alphas from --network_weights (default: off)"
     )
     group.add_argument(
-        "--scale_weight_norms", type=float, metavar="NORM", help="cap the norm of each module's update (default: none)"
+        "--scale_weight_norms", type=positive_float, metavar="NORM", help="cap the norm of each module's update (default: none)"
     )
     group.add_argument(
         "--base_weights", nargs="*", default=[], metavar="PATH", help="LoRA files merged into the base model before training"
     )
     group.add_argument(
-        "--base_weights_multiplier", nargs="*", type=float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+        "--base_weights_multiplier",
+        nargs="*",
+        type=finite_float,
+        default=[],
+        metavar="M",
+        help="their multipliers (default: 1.0 each)",
     )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", metavar="FOLDER", required=True, help="folder for what training writes")
-    group.add_argument("--output_name", metavar="NAME", required=True, help="file name without suffix")
+    group.add_argument("--output_dir", metavar="FOLDER", help="folder for what training writes")
+    group.add_argument("--output_name", metavar="NAME", help="file name without suffix")
     group.add_argument("--save_every_n_epochs", type=positive_int, metavar="N", help="also save after every N epochs")
     group.add_argument("--save_every_n_steps", type=positive_int, metavar="N", help="also save after every N steps")
 
@@ -212,18 +234,15 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is read or loaded.
 
     Raises:
-        UserError: a value out of its range, or flags that exclude each other.
+        UserError: a flag that is missing, a value out of its range, or flags that exclude each other.
     """
-    attention_mode(args)
-    for name in ("min_timestep", "max_timestep"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1000:
-            raise UserError(f"--{name} {value:g} is outside the range of timesteps, 0 to 1000.")
-    if (args.min_timestep or 0) >= (1000 if args.max_timestep is None else args.max_timestep):
-        raise UserError(f"--min_timestep {args.min_timestep or 0:g} is not below --max_timestep {args.max_timestep:g}.")
+    missing = [f"--{name}" for name in ("dataset_config", "dit", "output_dir", "output_name") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
+    make_attention(attention_mode(args))
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
-    if args.network_dropout is not None and not 0 <= args.network_dropout < 1:
+    if args.network_dropout is not None and args.network_dropout >= 1:
         raise UserError(f"--network_dropout {args.network_dropout:g} is not between 0 and 1.")
     if args.dim_from_weights and not args.network_weights:
         raise UserError("--dim_from_weights takes the ranks from --network_weights, which is missing.")
@@ -233,7 +252,6 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         )
     if any(separator in args.output_name for separator in "/\\"):
         raise UserError(f"--output_name {args.output_name!r} holds a path separator; folders belong into --output_dir.")
-    if not args.learning_rate > 0:
-        raise UserError(f"--learning_rate {args.learning_rate:g} is not above 0; nothing would be learnt.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
+    require_writable_folder(args.output_dir, "--output_dir")

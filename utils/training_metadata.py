@@ -6,7 +6,6 @@ All values are text, as safetensors headers hold nothing else.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save
 
 BASE_MODEL_VERSION = "hunyuan_video"
 ARCHITECTURE = "hunyuan-video/lora"
@@ -62,6 +58,7 @@ class TrainingFacts:
         datasets: one JSON-ready description for each data set.
         resolution: (width, height) of the largest data set, for ModelSpec.
         started_at: seconds since 1970.
+        network_dim, network_alpha: "Dynamic" where they differ from layer to layer; None leaves what the flags say.
     """
 
     train_items: int
@@ -71,8 +68,8 @@ class TrainingFacts:
     optimizer: str
     resolution: tuple[int, int]
     started_at: float
-    network_dim: int | None = None
-    network_alpha: float | None = None
+    network_dim: int | str | None = None
+    network_alpha: float | str | None = None
     mixed_precision: str | None = None
     datasets: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
@@ -146,19 +143,4 @@ def finished_metadata(metadata: Mapping[str, str], *, steps: int, epoch: int, no
         "ss_steps": str(steps),
         "ss_epoch": str(epoch),
         "modelspec.date": date,
-    }
-
-
-def tensor_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The two hashes by which sd-scripts and web UIs recognise a LoRA: of its tensors, whatever its metadata.
-
-    ``sshs_model_hash`` is the SHA-256 of the file after its header, ``sshs_legacy_hash`` the first 8 digits of that of the
-    64 KiB at 1 MiB (of nothing in a smaller file); both of the file that the tensors give with the ss_* metadata.
-    """
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training)
-    header = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
     }

@@ -1,0 +1,86 @@
+"""Reading an epoch's batches with worker processes, so that whatever goes wrong in one names the files it was about."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.batches import Batch, CachedDataset, CachedGroup, Sample, ShapeBatchSampler, collate
+from dataset.items import name_some
+from utils.errors import UserError
+
+
+class _ErrorsAsValues(Dataset):
+    """A ``CachedDataset`` that returns its errors: an exception raised in a worker would arrive wrapped in a traceback."""
+
+    def __init__(self, data: CachedDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Sample | UserError:
+        try:
+            return self.data[index]
+        except UserError as error:
+            return error
+
+
+def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserError:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+
+
+class EpochReader:
+    """The batches of one epoch after the other.
+
+    Args:
+        groups: what ``find_cached_items`` returned.
+        sampler: over the same groups.
+        workers: processes that read ahead, at most one for each processor core; 0 reads in this process.
+        persistent: keep them between epochs.
+    """
+
+    def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
+        self.sampler = sampler
+        self._data = CachedDataset(groups)
+        self._due = 0
+        workers = min(workers, os.cpu_count() or 1)
+        self._loader = DataLoader(
+            _ErrorsAsValues(self._data),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_collate_or_error,
+            persistent_workers=persistent and workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on each rank."""
+        return len(self.sampler)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of epoch ``number``, counted from 0.
+
+        Raises:
+            UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
+        """
+        self.sampler.set_epoch(number)
+        self._due = 0
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+            self._due += 1
+
+    def explain(self, error: RuntimeError) -> RuntimeError | UserError:
+        """``error`` itself, or what to tell the user if torch says with it that a worker process died.
+
+        torch may raise it at any moment, also outside the loader.
+        """
+        if "DataLoader worker" not in str(error):
+            return error
+        ahead = itertools.islice(self.sampler, self._due, self._due + 3)
+        names = name_some(self._data.items[index].latents_path.name for batch in ahead for index in batch)
+        return UserError(
+            f"a process that reads the caches died, killed or out of memory, while it was about to read {names}. "
+            "Training stopped. Use --max_data_loader_n_workers 0, or look at these files."
+        )

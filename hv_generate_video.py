@@ -7,6 +7,7 @@ network at a time is in memory.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger("generate")
 
+MAX_FPS = 1000
 # What a run without sampling does not read.
 SAMPLING_FLAGS = [
     "dit_dtype",
@@ -62,6 +64,14 @@ SAMPLING_FLAGS = [
     "embedded_cfg_scale",
     "flow_shift",
 ]
+
+
+def frame_rate(text: str) -> int:
+    """argparse type: a frame rate that video files can hold."""
+    rate = positive_int(text)
+    if rate > MAX_FPS:
+        raise argparse.ArgumentTypeError(f"{text} is above {MAX_FPS}")
+    return rate
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     video.add_argument("--video_length", type=int, default=129, metavar="N", help="frames, 4n+1; 1 is a picture (default: 129)")
     video.add_argument(
-        "--fps", type=positive_int, default=24, metavar="N", help="frames per second of the file written (default: 24)"
+        "--fps", type=frame_rate, default=24, metavar="N", help="frames per second of the file written (default: 24)"
     )
     video.add_argument("--infer_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)")
     video.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: drawn, and logged)")
@@ -267,13 +277,19 @@ def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
     if "latent" not in file.tensors:
         raise UserError(f"--latent_path {path} holds no tensor named latent; give a file that --output_type latent wrote.")
     latent = file.tensors["latent"]
-    if latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS:
+    if latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
         raise UserError(
             f"--latent_path {path}: the latent has the shape {tuple(latent.shape)}, expected (16, frames, height, width)."
         )
     if not torch.isfinite(latent).all():
         raise UserError(f"--latent_path {path} holds NaN or infinity; sample it again.")
     return latent[None].float(), file.metadata
+
+
+def unused_stem(folder: Path, stem: str) -> str:
+    """``stem``, or with a number behind it where a video or a folder of pictures has that name: nothing is overwritten."""
+    numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in numbered if not (folder / name).exists() and not (folder / f"{name}.mp4").exists())
 
 
 def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
@@ -286,6 +302,7 @@ def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
 def write_frames(args: argparse.Namespace, stem: str, frames: Tensor, metadata: dict[str, str]) -> None:
     """Save frames (T, H, W, 3) as a folder of PNG or as MP4, as --output_type says, and print where."""
     metadata = {} if args.no_metadata else metadata
+    stem = unused_stem(Path(args.save_path), stem)
     if args.output_type == "images":
         folder = Path(args.save_path) / stem
         save_pictures(folder, frames.numpy(), metadata)

@@ -23,9 +23,10 @@ from tqdm import tqdm
 import hunyuan_model
 import networks.lora
 from dataset import load_dataset_config
-from dataset.batches import Batch, CachedGroup, ShapeBatchSampler, find_cached_items
+from dataset.batches import Batch, CachedGroup, ShapeBatchSampler, find_cached_items, require_model_sizes
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
+from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.loading import check_transformer_file
@@ -42,7 +43,7 @@ from utils.errors import UserError, run_script
 from utils.files import require_file, require_writable_folder
 from utils.key_values import parse_key_values
 from utils.lr_schedules import make_lr_scheduler, step_schedule
-from utils.optimizers import describe_optimizer, make_optimizer, set_optimizer_mode
+from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
@@ -279,8 +280,11 @@ def describe_group(group: CachedGroup) -> dict[str, object]:
     return settings | paths | {"items": len(group.items)}
 
 
-def check_before_loading(args: argparse.Namespace) -> None:
+def check_before_loading(args: argparse.Namespace) -> TransformerConfig:
     """What the flags name and only other modules can judge: the files, the network, the optimiser and its schedule.
+
+    Returns:
+        The sizes of the transformer in --dit.
 
     Raises:
         UserError: one of them cannot be used.
@@ -299,9 +303,9 @@ def check_before_loading(args: argparse.Namespace) -> None:
             check_lora_file(args.network_weights, shapes)
     elif args.network_weights:
         require_file(args.network_weights, "--network_weights")
-    scratch = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = make_optimizer(args.optimizer_type, scratch, args.learning_rate, args.optimizer_args)
+    optimizer = check_optimizer(args.optimizer_type, args.learning_rate, args.optimizer_args)
     make_lr_scheduler(args, optimizer, args.max_train_steps)
+    return config
 
 
 def show_timesteps(args: argparse.Namespace) -> None:
@@ -321,13 +325,14 @@ def main() -> None:
         show_timesteps(args)
         return
     check_training_arguments(args)
-    check_before_loading(args)
+    config = check_before_loading(args)
     accelerator = make_accelerator(args)
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:
         print(format_table(reports), flush=True)
     require_batches(reports)
+    require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
 
     if args.seed is None:
         args.seed = int(broadcast_object_list([drawn_seed()])[0])

@@ -123,7 +123,8 @@ def _torch_load(path: Path, what: str) -> object:
             "Use a .safetensors file, or a .pt file that holds only a state dict."
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # torch goes on with advice for programmers; a full stop within a word is that of a file name or a number
+        reason = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".") or type(error).__name__
         raise UserError(f"{what} {path} is cut short or damaged ({reason}). Copy or download it again.") from error
 
 

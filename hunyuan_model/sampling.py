@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS, euler_step
+from hunyuan_model.vae import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.errors import UserError
 
 LATENT_CHANNELS = 16
-SPATIAL_COMPRESSION = 8
-TEMPORAL_COMPRESSION = 4
 PATCH_PIXELS = 16  # one token covers 2 x 2 latent positions of 8 x 8 pixels
 
 
@@ -31,10 +30,10 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
             f"the video size {height} x {width} (height x width) is not divisible by {PATCH_PIXELS}; "
             f"use {good[0]} x {good[1]}, say."
         )
-    if frames <= 0 or (frames - 1) % TEMPORAL_COMPRESSION:
-        good_frames = max(0, round((frames - 1) / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION + 1
+    if frames <= 0 or (frames - 1) % TIME_COMPRESSION:
+        good_frames = max(0, round((frames - 1) / TIME_COMPRESSION)) * TIME_COMPRESSION + 1
         raise UserError(f"the video length {frames} is not 4n + 1 (1, 5, 9, ... 129); use {good_frames}, say.")
-    return (frames - 1) // TEMPORAL_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+    return (frames - 1) // TIME_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
 
 
 def initial_noise(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from hunyuan_model.architecture import TransformerConfig
@@ -109,8 +110,8 @@ class HYVideoDiffusionTransformer(nn.Module):
 
     def _unpatchify(self, patches: Tensor, size: tuple[int, int, int]) -> Tensor:
         """(B, tokens, C * pt * ph * pw) -> (B, C, F, H, W)."""
-        x = patches.reshape(-1, *size, self.config.out_channels, *self.config.patch_size)
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        (t, h, w), (pt, ph, pw) = size, self.config.patch_size
+        return rearrange(patches, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
 def _valid_text(text: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[int] | None]:

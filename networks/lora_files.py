@@ -179,13 +179,26 @@ def lora_pairs(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, Lo
     for module, parts in groups.items():
         down, up = tensors[parts["down"]], tensors[parts["up"]]
         _check_factors(tuple(down.shape), tuple(up.shape), parts, source)
-        alpha = float(tensors[parts["alpha"]]) if "alpha" in parts else float(down.shape[0])
+        alpha = _alpha_of(tensors[parts["alpha"]], module, source) if "alpha" in parts else float(down.shape[0])
+        for part, factor in (("down", down), ("up", up)):
+            if not torch.isfinite(factor.float()).all():
+                raise UserError(f"{source} holds NaN or infinity in {parts[part]}: its training went wrong. Use an earlier save.")
         pairs[flat_name(module)] = LoraPair(down, up, alpha)
     return pairs
 
 
+def _alpha_of(tensor: torch.Tensor, module: str, source: str) -> float:
+    if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor)):
+        raise UserError(f"{source}: the alpha of {module} must be one finite number. Copy or make the file again.")
+    return alpha
+
+
 def to_default(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Tensors of either layout in the ``default`` one; a missing alpha becomes the rank (scale 1), float32."""
+    """Tensors of either layout in the ``default`` one; a missing alpha becomes the rank (scale 1), float32.
+
+    Raises:
+        UserError: as in ``lora_pairs``.
+    """
     converted = {}
     for flat, pair in lora_pairs(tensors, source).items():
         converted[f"{DEFAULT_PREFIX}{flat}.lora_down.weight"] = pair.down

@@ -61,7 +61,7 @@ class MergePatch:
         merged = weight.to(torch.float32, copy=True)
         for pair, multiplier in self._updates[name]:
             down, up = pair.down.to(weight.device, torch.float32), pair.up.to(weight.device, torch.float32)
-            merged.addmm_(up, down, alpha=multiplier * pair.scale)
+            merged.addmm_(up, down * (multiplier * pair.scale))
         return merged
 
 

@@ -232,6 +232,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(generate, monkeypatch, tmp
         (["--output_type", "gif"], "gif"),
         (["--infer_steps", 0], "at least 1"),
         (["--device", "tpu"], "--device"),
+        (["--device", "mps"], "not supported"),
+        (["--fps", 99999999], "above 1000"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -300,6 +302,16 @@ def test_several_latents_are_decoded_under_names_of_their_own(generate, call_scr
     twin.write_bytes(second.read_bytes())
     ended = call_script("hv_generate_video", "--latent_path", second, twin, *flags)
     assert ended.status == 2 and "two --latent_path files are called second" in ended.stderr
+
+
+@pytest.mark.parametrize("output_type", ["video", "images"])
+def test_nothing_is_overwritten(call_script, tiny_model, tmp_path, output_type):
+    for frames in (2, 1):
+        save_file({"latent": torch.zeros(16, frames, 2, 2)}, tmp_path / "a.safetensors")
+        flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", output_type)
+        assert call_script("hv_generate_video", "--latent_path", tmp_path / "a.safetensors", *flags).status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == (["a", "a-2"] if output_type == "images" else ["a-2.mp4", "a.mp4"])
 
 
 def test_flags_without_effect_are_told(run_script, tiny_model, tmp_path):

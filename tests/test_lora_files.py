@@ -14,6 +14,9 @@ from torch import nn
 
 import convert_lora
 import hunyuan_model
+from hunyuan_model.architecture import TransformerConfig
+from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from networks.lora import create_network
 from networks.lora_files import (
     DEFAULT,
     OTHER,
@@ -222,3 +225,34 @@ def test_script_refuses_what_it_cannot_read(tmp_path, refused):
     assert "names no linear layer" in refused("--input", cut, "--output", output, "--target", "other")
     assert "must end in .safetensors" in refused("--input", LORA, "--output", tmp_path / "out.pt", "--target", "other")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("value", ["nan alpha", "long alpha", "nan factor"])
+@pytest.mark.parametrize("target", ["other", "default"])
+def test_values_that_are_no_numbers_are_refused(convert, tmp_path, value, target):
+    tensors = load_file(LORA if target == "other" else LORA_OTHER)
+    name = next(name for name in tensors if name.endswith(("lora_up.weight", "lora_B.weight")))
+    alpha = name.replace("lora_up.weight", "alpha").replace("lora_B.weight", "alpha")
+    if value == "nan factor":
+        tensors[name][0, 0] = torch.nan
+    else:
+        tensors[alpha] = torch.tensor(torch.nan) if value == "nan alpha" else torch.ones(3)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    status, _, stderr = convert(
+        "--input", tmp_path / "bad.safetensors", "--output", tmp_path / "out.safetensors", "--target", target
+    )
+    assert status == 2 and ("NaN" in stderr or "one finite number" in stderr)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_other_layout_holds_every_trained_module_under_its_dotted_name():
+    """Readers that know only part of the sd-scripts keys apply a LoRA in part; in this layout nothing is left out."""
+    with torch.device("meta"):
+        transformer = HYVideoDiffusionTransformer(TransformerConfig())
+        network = create_network(1.0, 4, 4.0, None, None, transformer)
+    trained = {path for path, module in transformer.named_modules() if path in set(network.paths.values())}
+    assert len(trained) == 20 * 8 + 40 * 2
+    # One by one matrices stand in for the full-size factors.
+    weights = {name: torch.ones((1, 1) if tensor.ndim else ()) for name, tensor in network.state_dict().items()}
+    converted = to_other(weights, "test")
+    assert {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in converted} == trained

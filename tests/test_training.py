@@ -481,7 +481,13 @@ def test_an_empty_caption_trains(train, tmp_path):
         (["--optimizer_args", "nonsense=1"], "nonsense"),
         (["--lr_scheduler", "cosinus"], "cosinus"),
         (["--dit_dtype", "int4"], "--dit_dtype"),
+        (["--optimizer_type", "LBFGS"], "cannot take a plain training step"),
+        (["--optimizer_type", "builtins.dict"], "not a torch.optim"),
+        (["--optimizer_type", "..x"], "no dotted path"),
+        (["--lr_scheduler_type", "torch.optim.SGD"], "not a torch.optim.lr_scheduler"),
         (["--output_name", "a/b"], "path separator"),
+        (["--output_name", ""], "no file name"),
+        (["--output_name", "x" * 300], "too long"),
         (["--network_weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--max_train_steps", 0], "at least 1"),
         (["--lerning_rate", 1], "--lerning_rate"),
@@ -518,6 +524,24 @@ def test_missing_caches_name_the_command(train, cached, tmp_path):
         path.unlink()
     ended = train()
     assert ended.status == 2 and "cache_latents.py" in ended.stderr
+
+
+@pytest.mark.parametrize("what", ["channels", "text", "pooled", "odd"])
+def test_caches_of_another_model_are_refused_before_loading(train, monkeypatch, tmp_path, what):
+    latents, text = next((tmp_path / "pictures").glob("b_1_0*")), tmp_path / "pictures" / "b_1_hv_te.safetensors"
+    path = text if what in ("text", "pooled") else latents
+    file = read_tensors(path)
+    changed = {
+        "channels": lambda name, tensor: tensor[:4],
+        "odd": lambda name, tensor: tensor[:, :, :3],
+        "text": lambda name, tensor: tensor[:, :8] if name.startswith("llm_f") else tensor,
+        "pooled": lambda name, tensor: tensor[:8] if name.startswith("clipL_f") else tensor,
+    }[what]
+    save_file({name: changed(name, tensor).contiguous() for name, tensor in file.tensors.items()}, path, file.metadata)
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train()
+    assert ended.status == 2 and path.name in ended.stderr
+    assert ("cache_text_encoder_outputs.py" if path is text else "cache_latents.py") in ended.stderr
 
 
 def test_lora_of_another_model_is_refused(train, tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
+
+TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 
 
 @contextmanager
@@ -36,13 +39,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` has a name that ``atomic_path`` gives to a file which is still being written."""
+    return TEMPORARY_NAME.match(path.name) is not None
+
+
 def require_file(path: str | os.PathLike[str], what: str) -> Path:
     """Return ``path`` if it is a readable file, else raise a UserError that says ``what`` was expected there."""
     found = Path(path)
     if not found.exists():
         raise UserError(f"{what} not found: {found} does not exist.")
     if not found.is_file():
-        raise UserError(f"{what} must be a file, but {found} is a folder.")
+        kind = "is a folder" if found.is_dir() else "is not a regular file"  # but a device or a pipe
+        raise UserError(f"{what} must be a file, but {found} {kind}.")
     return found
 
 
@@ -54,7 +63,7 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
     """
     folder = Path(path)
     existing = folder
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent
     probe = existing / f".{uuid.uuid4().hex[:8]}.tmp"
     try:

@@ -93,7 +93,7 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
     """
     extra = literal_key_values(settings.scheduler_args, "--lr_scheduler_args")
     if settings.scheduler_class is not None:
-        scheduler_class = import_class(settings.scheduler_class, "--lr_scheduler_type")
+        scheduler_class = import_class(settings.scheduler_class, "--lr_scheduler_type", LRScheduler)
         return construct(scheduler_class, optimizer, extra, f"the schedule {settings.scheduler_class}", "--lr_scheduler_args")
     if picks_own_learning_rate(optimizer) or settings.name == ADAFACTOR:
         return _adafactor_schedule(settings, optimizer, initial_lr)

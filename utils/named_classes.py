@@ -11,10 +11,10 @@ from utils.errors import UserError
 from utils.key_values import nearest_name
 
 
-def import_class(path: str, flag: str) -> type:
-    """The class with the dotted ``path``. A UserError names ``flag`` where there is no such module or class."""
+def import_class(path: str, flag: str, base: type) -> type:
+    """The subclass of ``base`` with the dotted ``path``. A UserError names ``flag`` where there is none."""
     module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if not module_name or module_name.startswith(".") or not name:
         raise UserError(f"{flag} {path} is no dotted path of a class, such as package.module.Class.")
     package = module_name.partition(".")[0]
     try:
@@ -24,6 +24,8 @@ def import_class(path: str, flag: str) -> type:
             f"{flag} {path} cannot be imported ({error}). If it is a package, install it: pip install {package}"
         ) from error
     found = getattr(module, name, None)
+    if inspect.isclass(found) and not issubclass(found, base):
+        raise UserError(f"{flag} {path} is a class, but not a {base.__module__}.{base.__qualname__}.")
     if not inspect.isclass(found):
         raise UserError(f"{flag} {path}: {module_name} has no class {name}.{nearest_name(name, vars(module))}")
     return found
@@ -44,6 +46,6 @@ def construct(factory: Callable[..., Any], first: object, options: Mapping[str, 
             )
     try:
         return factory(first, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError) as error:
         given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "none"
         raise UserError(f"{what} refuses its arguments ({given}): {error}.") from error

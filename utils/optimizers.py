@@ -48,6 +48,28 @@ def make_optimizer(
     return optimizer
 
 
+def check_optimizer(
+    optimizer_type: str, learning_rate: float, optimizer_args: Sequence[str] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser over a scratch parameter, after one step: what cannot train shows here, before a model is loaded.
+
+    Raises:
+        UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
+    """
+    scratch = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = make_optimizer(optimizer_type, [scratch], learning_rate, optimizer_args)
+    scratch.grad = torch.ones_like(scratch)
+    set_optimizer_mode(optimizer, training=True)
+    try:
+        optimizer.step()
+    except Exception as error:  # third-party optimisers fail in ways of their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--optimizer_type {optimizer_type} cannot take a plain training step ({reason}). Use adamw, say."
+        ) from error
+    return optimizer
+
+
 def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequence[str] | None = None) -> str:
     """Class and arguments as training metadata records them: ``torch.optim.adamw.AdamW(weight_decay=0.1)``."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
@@ -75,9 +97,9 @@ def _optimizer_class(optimizer_type: str) -> type:
     if kind == "adamw":
         return torch.optim.AdamW
     if kind == "adafactor":
-        return import_class("transformers.optimization.Adafactor", "--optimizer_type")
+        return import_class("transformers.optimization.Adafactor", "--optimizer_type", torch.optim.Optimizer)
     if "." in optimizer_type:
-        return import_class(optimizer_type, "--optimizer_type")
+        return import_class(optimizer_type, "--optimizer_type", torch.optim.Optimizer)
     found = getattr(torch.optim, optimizer_type, None)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(
@@ -105,10 +127,9 @@ def _require_kernel(optimizer_class: type, device: torch.device | str) -> None:
     try:
         optimizer_class([scratch], lr=1e-3).step()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--optimizer_type adamw8bit does not run on {torch.device(device).type} with the bitsandbytes installed here "
-            f"({reason}). Use --optimizer_type adamw."
+            f"({_reason(error)}). Use --optimizer_type adamw."
         ) from error
 
 
@@ -128,3 +149,8 @@ def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate
     if options.get("lr") is not None:
         raise UserError("--optimizer_args: adafactor takes no lr unless relative_step=False is given as well.")
     return [{key: value for key, value in group.items() if key != "lr"} for group in groups], options
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

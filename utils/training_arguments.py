@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 import torch
 
@@ -10,7 +12,9 @@ from hunyuan_model.attention import make_attention
 from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
 from utils.errors import UserError
 from utils.files import require_writable_folder
+from utils.training_files import final_name, step_name
 
+MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
 ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
@@ -250,8 +254,18 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--base_weights_multiplier has {len(args.base_weights_multiplier)} values for {len(args.base_weights)} --base_weights."
         )
-    if any(separator in args.output_name for separator in "/\\"):
-        raise UserError(f"--output_name {args.output_name!r} holds a path separator; folders belong into --output_dir.")
+    _check_output_name(args.output_dir, args.output_name)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
     require_writable_folder(args.output_dir, "--output_dir")
+
+
+def _check_output_name(folder: str, name: str) -> None:
+    if any(separator in name for separator in "/\\"):
+        raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
+    if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
+        raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
+    if (Path(folder) / final_name(name)).is_dir():
+        raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -28,18 +29,20 @@ from dataset.cache_files import (
 )
 from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_sheet
 from dataset.items import Item, list_items, name_some, require_captions
-from dataset.preparation import Failure, Prepared, Target, prepare
+from dataset.preparation import Failure, Finished, Prepared, Result, Target, prepare
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_batches, require_items
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, positive_int, script_parser
 from utils.devices import choose_dtype, pick_device
 from utils.errors import STATUS_FAILED, UserError, run_script
+from utils.files import require_writable_folder
 
 logger = logging.getLogger("cache_latents")
 
 TILE_SIZE = 256
 CONSOLE_WIDTH = 80
+WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,15 +116,19 @@ def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]
 
 
 def is_cached(listing: CacheListing, target: Target) -> bool:
-    """Whether the latents of a target lie in the cache with the shape it asks for, under our name or that of other tools."""
+    """Whether the latents of a target lie in the cache with the shape it asks for, under our name or that of other tools.
+
+    A cache that is older than its source was made from what the source held before.
+    """
     names = {target.cache_path.name}
     if target.window is not None:
         names.add(latent_cache_path(target.item, target.bucket, target.window).name)
     wanted = latent_shape_for(target.bucket, target.frames)
+    changed = target.item.path.stat().st_mtime_ns
     for path in listing.latents.get((target.item.stem, target.window), []):
-        if path.name in names:
+        if path.name in names and path.stat().st_mtime_ns >= changed:
             try:
-                if read_latent_shape(path)[1:] == wanted[1:]:
+                if read_latent_shape(path) == wanted:
                     return True
             except UserError as error:
                 logger.warning("%s; it is made again.", error)
@@ -142,7 +149,7 @@ def encode(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.
         ) from error
     samples = []
     for prepared, mean, logvar in zip(batch, posterior.mean, posterior.logvar):
-        digest = hashlib.sha256(prepared.target.cache_path.name.encode()).digest()
+        digest = hashlib.sha256(os.fsencode(prepared.target.cache_path.name)).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
         samples.append(DiagonalGaussian(mean, logvar).sample(generator))
     return samples
@@ -152,6 +159,29 @@ def pixels_to_input(prepared: Prepared, device: torch.device, dtype: torch.dtype
     """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast."""
     pixels = torch.from_numpy(prepared.pixels).to(device).permute(3, 0, 1, 2)
     return (pixels.float() / 127.5 - 1).to(dtype)
+
+
+def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list[Prepared] | Finished | Failure]:
+    """Gather what can be encoded together, of one bucket and number of frames; other results pass at once.
+
+    Batches are not full at the end, and where more than ``WAITING_BYTES`` wait: then the fullest goes first.
+    """
+    waiting: dict[tuple[tuple[int, int], int], list[Prepared]] = {}
+
+    def size(key: tuple[tuple[int, int], int]) -> int:
+        return sum(prepared.pixels.nbytes for prepared in waiting[key])
+
+    for result in results:
+        if not isinstance(result, Prepared):
+            yield result
+            continue
+        key = (result.target.bucket, result.target.frames)
+        waiting.setdefault(key, []).append(result)
+        if len(waiting[key]) == batch_size:
+            yield waiting.pop(key)
+        while sum(map(size, waiting)) > WAITING_BYTES:
+            yield waiting.pop(max(waiting, key=lambda key: (len(waiting[key]), size(key))))
+    yield from waiting.values()
 
 
 def cache_batch(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[Failure]:
@@ -179,30 +209,23 @@ def cache_dataset(
     batch_size = min(args.batch_size or report.dataset.batch_size, report.dataset.batch_size)
     wanted = (lambda target: not is_cached(listing, target)) if args.skip_existing else (lambda target: True)
     save = partial(cache_batch, vae, device=device, dtype=dtype)
-    waiting: dict[tuple[tuple[int, int], int], list[Prepared]] = {}  # by bucket and number of frames
     failures: list[Failure] = []
     called_for = set()
     report.decoded = report.too_short = 0
-    progress = tqdm(total=len(items), desc=report.dataset.label, unit="item")
-    for result in prepare(items, args.num_workers, wanted):
-        if isinstance(result, Prepared):
-            key = (result.target.bucket, result.target.frames)
-            waiting.setdefault(key, []).append(result)
-            if len(waiting[key]) == batch_size:
-                failures += save(waiting.pop(key))
-            continue
-        progress.update()
-        if isinstance(result, Failure):
-            failures.append(result)
-            continue
-        report.decoded += result.decoded
-        called_for |= {(target.item.stem, target.window) for target in result.targets}
-        if not result.targets:
-            report.too_short += 1
-            logger.warning("%s has fewer frames than every target_frames and is left out.", result.item.path)
-    for batch in waiting.values():
-        failures += save(batch)
-    progress.close()
+    with tqdm(total=len(items), desc=report.dataset.label, unit="item") as progress:
+        for result in collect_batches(prepare(items, args.num_workers, wanted), batch_size):
+            if isinstance(result, list):
+                failures += save(result)
+                continue
+            progress.update()
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
+            report.decoded += result.decoded
+            called_for |= {(target.item.stem, target.window) for target in result.targets}
+            if not result.targets:
+                report.too_short += 1
+                logger.warning("%s has fewer frames than every target_frames and is left out.", result.item.path)
     failed = {failure.item.stem for failure in failures}
     report.failed = len(failed)
     warn_of_leftovers(report, called_for, failed)
@@ -224,6 +247,17 @@ def warn_of_leftovers(report: DatasetReport, called_for: set, failed: set[str]) 
         )
 
 
+def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
+    """Say which datasets got nothing where others got something: training refuses them."""
+    if any(report.latents for report in reports):
+        for report in reports:
+            if not report.latents:
+                logger.warning(
+                    "%s has no latents: the table says what became of its items. Training needs some, or take the data set out.",
+                    report.dataset.label,
+                )
+
+
 def main() -> int:
     """Parse, check, load, cache, report."""
     args = build_parser().parse_args()
@@ -235,6 +269,9 @@ def main() -> int:
     reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
     print(format_table(reports), flush=True)
     require_items(reports)
+    if args.debug_mode != "console":
+        for dataset in group.datasets:
+            require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
 
     failures: list[Failure] = []
     if args.debug_mode:
@@ -247,6 +284,7 @@ def main() -> int:
         for items, report in zip(listed, reports):
             failures += cache_dataset(args, vae, items, report, device, dtype)
         print(format_table(reports), flush=True)
+        warn_of_empty_datasets(reports)
     if failures:
         print(f"{len(failures)} failure(s):", file=sys.stderr)
     for failure in failures:

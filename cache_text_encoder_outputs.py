@@ -25,6 +25,7 @@ from dataset.report import DatasetReport, count_caches, format_table, report_ite
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
 from utils.devices import choose_dtype, free_memory, pick_device
 from utils.errors import STATUS_FAILED, UserError, run_script
+from utils.files import require_writable_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,6 +168,8 @@ def main() -> int:
     require_items(reports)
     for items in listed:
         require_captions(items)
+    for dataset in group.datasets:
+        require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
     tokenizers = (
         hunyuan_model.load_tokenizer_1(args.text_encoder1, args.tokenizer1),
         hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2),

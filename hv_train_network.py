@@ -297,6 +297,10 @@ def check_before_loading(args: argparse.Namespace) -> TransformerConfig:
     for path in args.base_weights:
         check_lora_file(path, shapes)
     network_args = parse_key_values(args.network_args, "--network_args")
+    if args.fp8_base and args.network_module.startswith("lycoris"):
+        raise UserError(
+            "--fp8_base and LyCORIS exclude each other: LyCORIS computes in the base weights' float8. Leave --fp8_base out."
+        )
     if module is networks.lora:
         NetworkOptions(network_args, args.network_dropout)
         if args.network_weights:
@@ -327,6 +331,8 @@ def main() -> None:
     check_training_arguments(args)
     config = check_before_loading(args)
     accelerator = make_accelerator(args)
+    if accelerator.device.type == "cpu":
+        logger.warning("training on the CPU, which the real model makes very slow.")
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:

@@ -26,6 +26,7 @@ from dataset.cache_files import (
     read_latent_shape,
     read_latents,
     read_text,
+    read_text_widths,
 )
 from dataset.config import DatasetConfig, DatasetGroup
 from dataset.frames import Window
@@ -105,8 +106,14 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
     listing = list_caches(dataset)
     where = f"{dataset.label} of {toml} (cache_directory {dataset.cache_directory})"
     if not listing.latents:
+        reason, remedy = "", "mend that"
+        if dataset.kind == "video":
+            shortest = min(dataset.target_frames)
+            reason, remedy = f": clips shorter than target_frames ({shortest}), say", "lower target_frames"
         raise UserError(
-            f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ..."
+            f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ... "
+            f"If it has been run, the table at its end says why nothing was cached{reason}; "
+            f"then {remedy} or take the data set out."
         )
     without_text = sorted({stem for stem, _ in listing.latents if stem not in listing.texts})
     if without_text:
@@ -120,6 +127,30 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
         for (stem, window), path in newest_latents(listing).items()
     )
     return CachedGroup(dataset, tuple(items))
+
+
+def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width: int, pooled_width: int) -> None:
+    """Refuse caches that another VAE or other text encoders made than those of the model that is to be trained.
+
+    Args:
+        channels, text_width, pooled_width: what the transformer takes. Reads the headers of the text caches.
+
+    Raises:
+        UserError: names the first file that does not fit, and the script that makes it anew.
+    """
+    for path, shape in {item.latents_path: item.shape for group in groups for item in group.items}.items():
+        if shape[0] != channels:
+            raise UserError(
+                f"{path} holds latents of {shape[0]} channels, but the model takes {channels}. It was made with another VAE: "
+                "delete it and run cache_latents.py again."
+            )
+    for path in dict.fromkeys(item.text_path for group in groups for item in group.items):
+        widths = read_text_widths(path)
+        if widths != (text_width, pooled_width):
+            raise UserError(
+                f"{path} holds text states {widths[0]} and {widths[1]} wide, but the model takes {text_width} and {pooled_width}. "
+                "It was made with other text encoders: delete it and run cache_text_encoder_outputs.py again."
+            )
 
 
 @dataclass(frozen=True)

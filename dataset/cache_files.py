@@ -21,6 +21,7 @@ from dataset.frames import Window
 from dataset.items import Item
 from utils.devices import dtype_name
 from utils.errors import UserError
+from utils.files import is_temporary
 from utils.safetensors_io import read_header, read_tensors, save_tensors
 
 ARCHITECTURE = "hunyuan_video"
@@ -110,8 +111,9 @@ def list_caches(dataset: DatasetConfig) -> CacheListing:
 
 def _safetensors_files(directory: Path) -> Iterator[Path]:
     if directory.is_dir():
-        # A name with a leading dot is a file that is still being written.
-        yield from sorted(p for p in directory.iterdir() if p.name.endswith(".safetensors") and not p.name.startswith("."))
+        names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+        # macOS leaves a "._x" beside an x that it copies to a foreign disk
+        yield from (directory / name for name in sorted(names) if not (name.startswith("._") and name[2:] in names))
 
 
 def save_latents(path: Path, latents: torch.Tensor, original_size: tuple[int, int], frame_count: int | None = None) -> None:
@@ -207,14 +209,33 @@ def read_text(path: Path) -> TextStates:
     return TextStates(llm, mask, clip, file.metadata.get("caption1"))
 
 
+def read_text_widths(path: Path) -> tuple[int, int]:
+    """Widths (D, D2) of the token states and of the pooled output in a cache file, from its header alone.
+
+    Raises:
+        UserError: unreadable, of another model, or incomplete.
+    """
+    script = "cache_text_encoder_outputs.py"
+    header = read_header(path, "text encoder output cache")
+    _check_architecture(path, header.metadata)
+    llm = header.shapes[_tensor_name(path, header.shapes, "llm_", script)]
+    clip = header.shapes[_tensor_name(path, header.shapes, "clipL_", script)]
+    if len(llm) != 2 or len(clip) != 1:
+        raise UserError(f"{path} holds text states of shapes {llm} and {clip}; expected (L, D) and (D,). Run {script} again.")
+    return llm[1], clip[0]
+
+
 def read_caption(path: Path) -> str | None:
     """The caption that a text cache was made from, from its header alone; None if it does not say. UserError if unreadable."""
     return read_header(path, "text encoder output cache").metadata.get("caption1")
 
 
 def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:
-    if len(shape) != 4:
-        raise UserError(f"{path} holds latents of shape {shape}; expected (16, F, H, W). Delete it and run cache_latents.py again.")
+    if len(shape) != 4 or 0 in shape or shape[2] % 2 or shape[3] % 2:
+        raise UserError(
+            f"{path} holds latents of shape {shape}; expected (16, F, H, W) with even H and W. "
+            "Delete it and run cache_latents.py again."
+        )
     return shape
 
 

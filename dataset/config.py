@@ -23,6 +23,9 @@ from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAPTION_EXTENSION = ".txt"
+MAX_SIDE = 8192  # far beyond what the model was trained for; the number of buckets grows with the resolution
+MAX_AREA = 4096 * 4096
+MAX_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def _whole_number(value: Any) -> int:
 def _at_least_one(value: Any) -> int:
     if _whole_number(value) < 1:
         raise voluptuous.Invalid("must be at least 1")
+    if value > MAX_NUMBER:
+        raise voluptuous.Invalid(f"must be at most {MAX_NUMBER}")
     return value
 
 
@@ -97,6 +102,10 @@ def _resolution(value: Any) -> tuple[int, int]:
     width, height = (_whole_number(side) for side in sides)
     if min(width, height) < BUCKET_STEP:
         raise voluptuous.Invalid(f"must have sides of at least {BUCKET_STEP} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise voluptuous.Invalid(f"must have sides of at most {MAX_SIDE} pixels")
+    if width * height > MAX_AREA:
+        raise voluptuous.Invalid(f"must have an area of at most {MAX_AREA} pixels (4096x4096)")
     return width, height
 
 
@@ -119,7 +128,9 @@ def _target_frames(value: Any) -> tuple[int, ...]:
     if not isinstance(lengths, list) or not lengths:
         raise voluptuous.Invalid("must be a list of frame counts such as [1, 25]")
     for length in lengths:
-        if not is_clip_length(_whole_number(length)):
+        if _whole_number(length) > MAX_NUMBER:
+            raise voluptuous.Invalid(f"must hold numbers of at most {MAX_NUMBER}")
+        if not is_clip_length(length):
             below = max(1, length - (length - 1) % 4)
             nearest = f"{below}" if length < 1 else f"{below} or {below + 4}"
             raise voluptuous.Invalid(
@@ -130,7 +141,7 @@ def _target_frames(value: Any) -> tuple[int, ...]:
 
 def _frame_extraction(value: Any) -> str:
     if value not in FRAME_EXTRACTIONS:
-        raise voluptuous.Invalid(f"must be one of {', '.join(FRAME_EXTRACTIONS)}{nearest_name(value, FRAME_EXTRACTIONS)}")
+        raise voluptuous.Invalid(f"must be one of {', '.join(FRAME_EXTRACTIONS)}.{nearest_name(value, FRAME_EXTRACTIONS)}")
     return value
 
 
@@ -210,7 +221,8 @@ def _validate(path: Path, section: str, table: dict[str, Any], validators: Valid
     except voluptuous.MultipleInvalid as error:
         first = error.errors[0]
         key = str(first.path[0])
-        raise UserError(f"{path}, {section}: {key} = {table[key]!r} {first.error_message.rstrip('.')}.") from error
+        end = "" if first.error_message.endswith((".", "?")) else "."
+        raise UserError(f"{path}, {section}: {key} = {table[key]!r} {first.error_message}{end}") from error
 
 
 def _dataset(path: Path, index: int, common: dict[str, Any], table: dict[str, Any], require_media: bool) -> DatasetConfig:

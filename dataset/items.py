@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -12,6 +13,10 @@ from dataset.config import DatasetConfig
 from dataset.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from utils.errors import UserError
 
+FILE_NAME_BYTES = 255  # what the common file systems allow
+# The longest that follows the stem in the name of a cache file, with room for long clips and large sources. cache_files.py
+# makes these names.
+LONGEST_CACHE_SUFFIX = {"image": "_00000x00000_hv.safetensors", "video": "_000000-0000_00000x00000_hv.safetensors"}
 NAMED_ITEMS = 5  # how many files an error lists before it says "and N more"
 
 
@@ -38,9 +43,10 @@ def list_items(dataset: DatasetConfig) -> list[Item]:
 
     Raises:
         UserError: the folder or file cannot be read, a JSONL line is malformed (file and line are named), a caption is
-            not UTF-8, or two items would share a cache file (both are named).
+            not UTF-8, a name cannot be that of a cache file, or two items would share a cache file (both are named).
     """
     items = _items_of_folder(dataset) if dataset.jsonl_file is None else _items_of_jsonl(dataset)
+    _refuse_impossible_names(items)
     _refuse_shared_caches(items)
     return items
 
@@ -89,8 +95,9 @@ def _items_of_jsonl(dataset: DatasetConfig) -> list[Item]:
     # split("\n"), not splitlines(): a caption may hold U+2028 and its like unescaped.
     for number, line in enumerate(_read_text(dataset.jsonl_file).split("\n"), start=1):
         if line.strip():
-            path, caption = _parse_line(line, key, f"{dataset.jsonl_file}:{number}")
-            path = _find_media(path, dataset.jsonl_file)
+            where = f"{dataset.jsonl_file}:{number}"
+            path, caption = _parse_line(line, key, where)
+            path = _find_media(path, dataset.jsonl_file, f"{where}: {key!r}")
             items.append(Item(dataset, path, caption, path.stem))
     return items
 
@@ -119,11 +126,17 @@ def _parse_line(line: str, key: str, where: str) -> tuple[str, str | None]:
     return path, None if caption is None else caption.strip()
 
 
-def _find_media(path: str, jsonl_file: Path) -> Path:
-    """Relative paths are those of the working folder, or else of the JSONL file's folder."""
+def _find_media(path: str, jsonl_file: Path, where: str) -> Path:
+    """Relative paths are those of the working folder, or else of the JSONL file's folder. ``where`` is for the error."""
     found = Path(path)
+    try:
+        os.stat(found)
+        return found
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{where} is too long for a path ({len(path)} characters, {path[:40]!r}...); shorten it.") from None
     beside = jsonl_file.parent / found
-    return beside if not found.exists() and beside.exists() else found
+    return beside if os.path.exists(beside) else found
 
 
 def _read_text(path: Path) -> str:
@@ -133,6 +146,24 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _refuse_impossible_names(items: list[Item]) -> None:
+    """A name that the disk takes for a picture may be too long with what a cache file has behind it, or be no text."""
+    for item in items:
+        try:
+            item.stem.encode()
+        except UnicodeEncodeError:  # safetensors would write the cache file, but not open it again
+            raise UserError(
+                f"the name of {os.fsencode(item.path)!r} is not UTF-8, as those of cache files must be; rename it."
+            ) from None
+        longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX[item.dataset.kind])
+        length = len(os.fsencode(item.stem))
+        if length > longest:
+            raise UserError(
+                f"the name of {item.path} is too long for its cache files: {length} bytes before the ending, "
+                f"at most {longest} fit; rename it."
+            )
 
 
 def _refuse_shared_caches(items: list[Item]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures and videos as arrays: reading files, and fitting frames to a bucket.
+"""Pictures and videos as arrays: reading and probing files, and cutting clips out of videos.
 
 A frame is an array (height, width, 3) of uint8 in RGB. Every size is (width, height).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from dataset.containers import missing_bytes
 from dataset.frames import Window
+from dataset.resizing import fit_to_bucket
 from utils.errors import UserError
 
 # compared with the suffix in lower case
@@ -30,6 +31,10 @@ VIDEO_EXTENSIONS = frozenset(
 )
 # formats that Pillow reads with a package of their own, by suffix: (module, name for pip)
 IMAGE_PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillow_jxl", "pillow-jxl-plugin")}
+
+# what files with these endings hold, as Pillow calls it; endings are often wrong, so every file is tried as each of them.
+# Nothing else is tried: readers of other formats start programs (Ghostscript for EPS), which no picture may do.
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JXL")
 
 # formats whose EXIF data are known once a file is open; the readers of others turn the picture while decoding
 ORIENTATION_IN_HEADER = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
@@ -71,8 +76,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
     """
-    _register_image_plugins()
-    with _reading(path, "picture"), Image.open(path) as image:
+    with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
         if image.format not in ORIENTATION_IN_HEADER:
             return _to_rgb(ImageOps.exif_transpose(image), path)
         turn = TURNS.get(_orientation(image))
@@ -85,8 +89,7 @@ def probe_image(path: Path) -> tuple[int, int]:
     Raises:
         MediaError: as ``read_image``, as far as was read.
     """
-    _register_image_plugins()
-    with _reading(path, "picture"), Image.open(path) as image:
+    with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
         if image.format in ORIENTATION_IN_HEADER:
             width, height = image.size
             return (height, width) if TURNS.get(_orientation(image)) in SWAPPING_TURNS else (width, height)
@@ -100,10 +103,13 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 @functools.cache
-def _register_image_plugins() -> None:
+def _readable_formats() -> tuple[str, ...]:
+    """Those of ``IMAGE_FORMATS`` that Pillow and the installed plugins can read."""
+    Image.init()
     for module, _ in IMAGE_PLUGINS.values():
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
@@ -200,52 +206,6 @@ def read_clip_windows(path: Path, windows: Iterable[Window], bucket: tuple[int, 
     raise MediaError(f"{path} ends after {count} frames, but the clip of frames {start} to {start + length - 1} was to be cut.")
 
 
-def fit_to_bucket(frame: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W, 3) uint8 to cover ``bucket`` and crop the centre -> (bucket height, bucket width, 3) uint8.
-
-    Lanczos when enlarging. When shrinking, each pixel is the mean of the exact area it covers.
-    """
-    height, width = frame.shape[:2]
-    scale = max(bucket[0] / width, bucket[1] / height)
-    covered_width, covered_height = min(width, bucket[0] / scale), min(height, bucket[1] / scale)
-    left, top = (width - covered_width) / 2, (height - covered_height) / 2
-    if scale == 1:
-        left, top = int(left), int(top)
-        return np.ascontiguousarray(frame[top : top + bucket[1], left : left + bucket[0]])
-    if scale > 1:
-        box = (left, top, left + covered_width, top + covered_height)
-        return np.array(Image.fromarray(frame).resize(bucket, Image.Resampling.LANCZOS, box=box))
-    rows = _area_taps(height, top, covered_height, bucket[1])
-    columns = _area_taps(width, left, covered_width, bucket[0])
-    shrunk = _shrink_rows(_shrink_rows(frame, *rows).transpose(1, 0, 2), *columns)
-    return np.ascontiguousarray(np.rint(shrunk).astype(np.uint8).transpose(1, 0, 2))
-
-
-@functools.lru_cache(maxsize=64)
-def _area_taps(size: int, first: float, covered: float, out_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of ``size`` pixels, with which weights, make each of ``out_size`` pixels spread over ``covered`` from ``first``.
-
-    Returns:
-        Indices and float32 weights, both (taps, out_size); the weights are the shares of the covered area and sum to 1.
-    """
-    step = covered / out_size
-    starts = first + step * np.arange(out_size)
-    ends = starts + step
-    indices = np.floor(starts).astype(np.int64) + np.arange(math.ceil(step) + 1)[:, None]
-    overlaps = np.minimum(indices + 1, ends) - np.maximum(indices, starts)
-    weights = np.where(indices < size, np.maximum(overlaps, 0), 0)
-    weights /= weights.sum(axis=0)
-    return np.minimum(indices, size - 1), weights.astype(np.float32)
-
-
-def _shrink_rows(pixels: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted sums of rows: (H, W, 3) -> float32 (out_size, W, 3)."""
-    result = np.zeros((indices.shape[1], *pixels.shape[1:]), dtype=np.float32)
-    for rows, weight in zip(indices, weights):
-        result += weight[:, None, None] * pixels[rows]
-    return result
-
-
 def _decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of a video as all functions above see them: counting, probing and cutting agree because all come here."""
     empty = True
@@ -264,7 +224,8 @@ def _decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
 
 
 def _open_video(path: Path) -> av.container.InputContainer:
-    container = av.open(str(path), metadata_errors="ignore")
+    # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
+    container = av.open(os.path.abspath(path), metadata_errors="ignore")
     if not container.streams.video:
         container.close()
         raise MediaError(f"{path} holds no video stream.")

@@ -22,7 +22,8 @@ from dataset.buckets import choose_bucket
 from dataset.cache_files import latent_cache_path
 from dataset.frames import Window, cut_windows, frames_needed
 from dataset.items import Item
-from dataset.media import count_frames, fit_to_bucket, probe_image, probe_video, read_clip_windows, read_image
+from dataset.media import count_frames, probe_image, probe_video, read_clip_windows, read_image
+from dataset.resizing import fit_to_bucket
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)

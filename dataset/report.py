@@ -149,7 +149,7 @@ def require_batches(reports: Sequence[DatasetReport]) -> None:
     if any(report.batches for report in reports):
         return
     require_items(reports)
-    raise UserError("there is nothing to train on: " + "; ".join(map(_why_empty, reports)) + ".")
+    raise UserError("there is nothing to train on. " + " ".join(f"{_why_empty(report)}." for report in reports))
 
 
 def _why_empty(report: DatasetReport) -> str:
@@ -163,4 +163,4 @@ def _why_empty(report: DatasetReport) -> str:
         )
     if report.failed:
         reasons.append(f"{report.failed} of {found} file(s) could not be cached (they are listed above)")
-    return f"in {dataset.label} " + (" and ".join(reasons) or "no latents are cached (run cache_latents.py)")
+    return f"In {dataset.label}: " + (" and ".join(reasons) or "no latents are cached (run cache_latents.py)")

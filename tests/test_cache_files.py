@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.safetensors_io import read_header
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "frames.json").read_text(encoding="utf-8"))
-STEMS = ("plain", "my_clip v1", "pic one.v2", "a_00000-025_0960x0544", "x_hv", "猫 と_犬", "[a]")
+STEMS = (".hidden", "plain", "my_clip v1", "pic one.v2", "a_00000-025_0960x0544", "x_hv", "猫 と_犬", "[a]")
 
 
 def dataset_in(folder: Path, kind: str = "image") -> DatasetConfig:
@@ -70,6 +70,17 @@ def test_every_stem_comes_back_from_the_names(tmp_path, kind):
     listing = list_caches(dataset_in(tmp_path, kind))
     assert set(listing.latents) == {(stem, window) for stem in STEMS}
     assert set(listing.texts) == set(STEMS)
+
+
+def test_unfinished_files_and_doubles_of_macos_are_no_caches(tmp_path):
+    item = item_of("a.png", tmp_path)
+    path = latent_cache_path(item, (64, 64))
+    path.touch()
+    path.with_name(f"._{path.name}").touch()
+    (tmp_path / ".01234567.tmp_0064x0064_hv.safetensors").touch()  # the cache of a source called .01234567.tmp.png
+    (tmp_path / ".01234567.tmp.safetensors").touch()
+    listing = list_caches(dataset_in(tmp_path))
+    assert set(listing.latents) == {("a", None), (".01234567.tmp", None)}
 
 
 def test_cache_directory_that_does_not_exist_is_empty(tmp_path):

@@ -17,6 +17,9 @@ from PIL import Image
 import cache_latents
 import hunyuan_model
 from dataset.cache_files import read_latent_shape, read_latents, save_latents
+from dataset.config import DatasetConfig
+from dataset.items import Item
+from dataset.preparation import Failure, Prepared, Target
 from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
@@ -177,6 +180,85 @@ def test_skip_existing_redoes_only_what_is_missing_broken_or_of_another_size(run
     assert not set(after.items()) & set(times(cache).items())
 
 
+def test_skip_existing_redoes_other_channels_and_what_is_older_than_its_source(run, pictures, tmp_path):
+    cache = tmp_path / "cache"
+    assert run("--dataset_config", pictures) == 0
+    foreign = cache / "red_circle_0096x0064_hv.safetensors"
+    _, *shape = read_latent_shape(foreign)
+    save_latents(foreign, torch.zeros(4, *shape), (96, 64))
+    replaced = cache / "blue_square_0072x0128_hv.safetensors"
+    later = replaced.stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "images" / "blue_square.png", ns=(later, later))
+    before = times(cache)
+    assert run("--dataset_config", pictures, "--skip_existing") == 0
+    assert {name for name, time in times(cache).items() if time != before[name]} == {foreign.name, replaced.name}
+    assert read_latent_shape(foreign)[0] == 16
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_any_name_gives_a_seed(vae_folder):
+    vae = hunyuan_model.load_vae(vae_folder, device="cpu", dtype=torch.float32)
+    dataset = DatasetConfig(0, "image", Path("x"), None, Path("x"))
+    items = (Item(dataset, Path("x/a.png"), "", stem) for stem in (os.fsdecode(b"caf\xe9"), "café"))
+    first, second = cache_latents.encode(vae, [prepared(item, 16) for item in items], torch.device("cpu"), torch.float32)
+    assert not torch.equal(first, second)
+
+
+def prepared(item: Item, side: int) -> Prepared:
+    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8))
+
+
+def test_waiting_pixels_are_bounded(monkeypatch):
+    monkeypatch.setattr(cache_latents, "WAITING_BYTES", 4 * 32 * 32 * 3)
+    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
+    sides = [16, 16, 32, 32, 32, 32, 64, 128, 16]
+    batches = cache_latents.collect_batches([prepared(item, side) for side in sides], batch_size=8)
+    # The fourth 32 is too much and all four go. 64 fills the budget alone, so that the two of 16 go, and it goes itself with
+    # the last 16; 128 is more than the budget and goes at once.
+    assert [[result.target.bucket[0] for result in batch] for batch in batches] == [[32] * 4, [16] * 2, [128], [64], [16]]
+
+
+def test_full_batches_and_the_rest_without_pressure():
+    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
+    failure = Failure(item, "broken")
+    results = [prepared(item, 16), prepared(item, 32), failure, prepared(item, 16), prepared(item, 16)]
+    assert list(cache_latents.collect_batches(results, batch_size=2)) == [
+        failure,
+        [results[0], results[3]],
+        [results[1]],
+        [results[4]],
+    ]
+
+
+def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):
+    closed = []
+
+    class Bar(cache_latents.tqdm):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    def broken(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(cache_latents, "tqdm", Bar)
+    monkeypatch.setattr(cache_latents, "cache_batch", broken)
+    with pytest.raises(MemoryError) as caught:
+        run("--dataset_config", pictures)
+    assert caught.traceback and closed  # the traceback keeps the bar from being collected, which would close it
+
+
+def test_dataset_that_got_nothing_beside_one_that_did_is_named(run, tiny_dataset, caplog):
+    text = tiny_dataset.read_text(encoding="utf-8")
+    assert run("--dataset_config", tiny_dataset) == 0
+    assert "has no latents" not in caplog.text
+    tiny_dataset.write_text(re.sub("target_frames = .*", "target_frames = [29]", text), encoding="utf-8")
+    for path in tiny_dataset.parent.rglob("*_hv.safetensors"):
+        path.unlink()
+    assert run("--dataset_config", tiny_dataset) == 0
+    assert "[[datasets]] number 2 has no latents" in caplog.text and "number 1 has no latents" not in caplog.text
+
+
 def test_skip_existing_knows_the_names_of_other_tools(run, clips, tmp_path):
     cache = tmp_path / "cache"
     assert run("--dataset_config", clips) == 0
@@ -264,7 +346,20 @@ def test_mistakes_in_the_flags_end_with_status_2(run, pictures, vae_folder, tmp_
 def test_cache_directory_that_cannot_be_written_stops_the_run(run, pictures, tmp_path, capsys):
     (tmp_path / "cache").mkdir(mode=0o500)
     assert run("--dataset_config", pictures) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/x"])
+def test_cache_directory_that_cannot_be_made_is_told_before_the_vae_is_loaded(run, pictures, tmp_path, capsys, monkeypatch, folder):
+    if folder.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("needs a folder in which nobody can write")
+    (tmp_path / "file").touch()
+    write_dataset(tmp_path, "images", cache_directory=(tmp_path / folder).as_posix())
+    monkeypatch.setattr(hunyuan_model, "load_vae", None)
+    assert run("--dataset_config", pictures) == 2
+    assert re.search(r"cache_directory of \[\[datasets\]\] number 1 .* cannot be written to", capsys.readouterr().err)
+    flags = ["--debug_mode", "console", "--console_num_images", 1]  # writes nothing
+    assert run("--dataset_config", pictures, *flags, vae=None) == 0
 
 
 def test_disk_trouble_stops_the_run_instead_of_failing_item_by_item(run, pictures, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from dataset import load_dataset_config
 from dataset.cache_files import read_text, text_cache_path
 from dataset.items import Item, list_items
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2
+from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 from utils.errors import UserError
 from utils.safetensors_io import read_header
@@ -133,6 +134,48 @@ def test_missing_caption_is_told_before_a_model_is_loaded(tiny_model, tiny_datas
     monkeypatch.setattr("hunyuan_model.load_text_encoder_2", None, raising=False)
     with pytest.raises(UserError, match=item.path.name):
         run_here(flags(tiny_dataset, tiny_model))
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/x"])
+def test_cache_directory_that_cannot_be_made_is_told_before_a_model_is_loaded(
+    tiny_model, tiny_dataset: Path, tmp_path: Path, run_here, monkeypatch, folder
+) -> None:
+    if folder.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("needs a folder in which nobody can write")
+    (tmp_path / "file").touch()
+    config = tmp_path / "d.toml"
+    images = (tiny_dataset.parent / "images").as_posix()
+    cache = (tmp_path / folder).as_posix()
+    config.write_text(f"[[datasets]]\nimage_directory = '{images}'\ncache_directory = '{cache}'\n", encoding="utf-8")
+    monkeypatch.setattr("hunyuan_model.load_tokenizer_1", None)
+    with pytest.raises(UserError, match=r"cache_directory of \[\[datasets\]\] number 1 .* cannot be written to"):
+        run_here(flags(config, tiny_model))
+
+
+def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
+    bars = []
+
+    class Bar(cache_text_encoder_outputs.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+            self.closed = False
+
+        def close(self):
+            self.closed = True
+            super().close()
+
+    def no_memory(self, prompts):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(cache_text_encoder_outputs, "tqdm", Bar)
+    for encoder, count in ((LlamaTextEncoder, 2), (CLIPTextEncoder, 1)):
+        bars.clear()
+        monkeypatch.setattr(encoder, "encode", no_memory)
+        with pytest.raises(UserError, match="out of memory") as caught:
+            run_here(flags(tiny_dataset, tiny_model))
+        # the traceback keeps the bars from being collected, which would close them
+        assert caught.traceback and [bar.closed for bar in bars] == [True] * count
 
 
 def test_swapped_encoders_are_one_sentence(tiny_model, tiny_dataset: Path, run_script) -> None:

@@ -170,6 +170,25 @@ def test_truncated_files(tmp_path, name, share):
         open_checkpoint(tmp_path / name, "model")
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("file dit.pt is not whole. Please file a bug report\nwith a stack", "(file dit.pt is not whole)"),
+        ("word " * 60 + "end\nmore", "(" + "word " * 60 + "end)"),
+        ("version 1.2 is unknown.", "(version 1.2 is unknown)"),
+        ("", "(RuntimeError)"),
+    ],
+)
+def test_reason_of_damage_ends_with_its_sentence(monkeypatch, said, reason):
+    def load(*arguments, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(GOLDENS / "dit.pt", "model")
+    assert f"is cut short or damaged {reason}. Copy" in str(caught.value)
+
+
 def test_missing_file_and_no_state_dict(tmp_path):
     with pytest.raises(UserError, match=r"model not found: .*nothing\.pt does not exist"):
         open_checkpoint(tmp_path / "nothing.pt", "model")

@@ -10,6 +10,7 @@ import pytest
 
 import utils.toml_files
 from dataset import load_dataset_config
+from dataset.buckets import bucket_resolutions
 from utils.errors import UserError
 
 
@@ -96,16 +97,22 @@ def test_byte_order_mark_and_windows_line_ends(folder):
     assert load_dataset_config(folder / "data.toml").datasets[0].kind == "image"
 
 
+@pytest.mark.parametrize("resolution", [(4096, 4096), (8192, 2048), (2048, 8192)])
+def test_largest_resolutions_have_few_buckets(folder, resolution):
+    assert load(folder, PICTURES + f"resolution = {list(resolution)}\nenable_bucket = true").datasets[0].resolution == resolution
+    assert len(bucket_resolutions(resolution, enable_bucket=True)) < 300
+
+
 MISTAKES = {
     "no dataset": ("[general]\nbatch_size = 1\n", ["describes no dataset", "[[datasets]]"]),
-    "misspelt section": ('[[dataset]]\nimage_directory = "pictures"\n', ["'dataset'", "Did you mean datasets?"]),
+    "misspelt section": ('[[dataset]]\nimage_directory = "pictures"\n', ["'dataset'", "Did you mean 'datasets'?"]),
     "foreign section": ('[quux]\nx = 1\n[[datasets]]\nimage_directory = "pictures"\n', ["'quux'", "[general] and [[datasets]]"]),
     "single brackets": ('[datasets]\nimage_directory = "pictures"\n', ["[[datasets]]", "double brackets"]),
     "double brackets": ("[[general]]\nbatch_size = 1\n" + PICTURES, ["[general]", "single brackets"]),
     "key above the sections": ("batch_size = 1\n" + PICTURES, ["batch_size stands above the first section"]),
-    "misspelt key": (PICTURES + "batchsize = 1\n", ["[[datasets]] number 1", "'batchsize'", "Did you mean batch_size?"]),
-    "misspelt key in the second dataset": (PICTURES + CLIPS + 'frame_extract = "head"\n', ["number 2", "frame_extraction?"]),
-    "misspelt general key": ("[general]\nenable_buckets = true\n" + PICTURES, ["[general]", "enable_bucket?"]),
+    "misspelt key": (PICTURES + "batchsize = 1\n", ["[[datasets]] number 1", "'batchsize'", "Did you mean 'batch_size'?"]),
+    "misspelt key in the second dataset": (PICTURES + CLIPS + 'frame_extract = "head"\n', ["number 2", "'frame_extraction'?"]),
+    "misspelt general key": ("[general]\nenable_buckets = true\n" + PICTURES, ["[general]", "'enable_bucket'?"]),
     "unrelated key": (PICTURES + "zzz = 1\n", ["'zzz'", "Known keys: resolution"]),
     "key in the wrong section": ("[general]\ntarget_frames = [1]\n" + CLIPS, ["[general]", "target_frames", "move it to"]),
     "no source": ("[[datasets]]\nbatch_size = 1\n", ["has no source of media", "video_jsonl_file"]),
@@ -136,11 +143,16 @@ MISTAKES = {
     "resolution as a switch": (PICTURES + "resolution = true\n", ["resolution", "whole number"]),
     "small resolution": (PICTURES + "resolution = [960, 8]\n", ["resolution = [960, 8]", "at least 16 pixels"]),
     "negative resolution": (PICTURES + "resolution = -64\n", ["resolution = -64", "at least 16 pixels"]),
+    "large resolution": (PICTURES + "resolution = 100000\n", ["resolution = 100000", "sides of at most 8192 pixels"]),
+    "huge resolution": (PICTURES + f"resolution = [{'9' * 26}, 16]\n", ["resolution", "sides of at most 8192 pixels"]),
+    "large area": (PICTURES + "resolution = [8192, 4096]\n", ["area of at most 16777216 pixels"]),
+    "huge number": (PICTURES + f"num_repeats = {'9' * 26}\n", ["num_repeats", "must be at most 1000000"]),
+    "huge number of frames": (CLIPS + f"target_frames = {'1' * 26}\n", ["target_frames", "at most 1000000"]),
     "frames not 4n+1": (CLIPS + "target_frames = [1, 24]\n", ["4n+1", "instead of 24 write 21 or 25"]),
     "no frames": (CLIPS + "target_frames = [0]\n", ["instead of 0 write 1"]),
     "empty list of frames": (CLIPS + "target_frames = []\n", ["must be a list of frame counts"]),
     "frames as text": (CLIPS + 'target_frames = ["25"]\n', ["target_frames", "whole number"]),
-    "unknown extraction": (CLIPS + 'frame_extraction = "uniforms"\n', ["head, chunk, slide, uniform", "Did you mean uniform?"]),
+    "unknown extraction": (CLIPS + 'frame_extraction = "uniforms"\n', ["head, chunk, slide, uniform. Did you mean 'uniform'?"]),
     "stride zero": (CLIPS + 'frame_extraction = "slide"\nframe_stride = 0\n', ["frame_stride = 0 must be at least 1"]),
     "sample negative": (CLIPS + 'frame_extraction = "uniform"\nframe_sample = -1\n', ["frame_sample = -1 must be at least 1"]),
     "empty extension": (PICTURES + 'caption_extension = "."\n', ["caption_extension", ".txt"]),

@@ -65,6 +65,16 @@ def test_links_to_files_lead_somewhere() -> None:
     assert links > 3
 
 
+def test_the_map_of_the_code_names_every_file_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = ("hunyuan_model", "dataset", "networks", "utils", "benchmarks", "examples/tiny")
+    files = {path.name for room in rooms for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"\b\w+\.py\b", text))
+    assert not files - named, f"docs/architecture.md does not name {sorted(files - named)}"
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    assert not named - files - scripts, f"docs/architecture.md names {sorted(named - files - scripts)}, which do not exist"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_describes_every_flag(script: str) -> None:
     parser = parser_of(script)

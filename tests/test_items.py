@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from dataset.cache_files import latent_cache_path, text_cache_path
 from dataset.config import DatasetConfig
-from dataset.items import list_items, require_captions
+from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions
 from utils.errors import UserError
 
 
@@ -131,3 +134,41 @@ def test_jsonl_items_of_two_folders_with_one_stem_are_named(tmp_path):
     file = write_jsonl(tmp_path, '{"image_path": "x/a.png", "caption": ""}', '{"image_path": "y/a.png", "caption": ""}')
     with pytest.raises(UserError, match=r"x.a\.png and y.a\.png would share the cache files"):
         list_items(jsonl_dataset(file))
+
+
+@pytest.mark.parametrize("path", ["a" * 5000 + ".png", "folder/" * 1000 + "a.png"])
+def test_jsonl_path_that_no_disk_can_hold_names_its_line(tmp_path, path):
+    file = write_jsonl(tmp_path, '{"image_path": "ok.png"}', json.dumps({"image_path": path}))
+    with pytest.raises(UserError, match="too long") as raised:
+        list_items(jsonl_dataset(file))
+    assert f"{file}:2" in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_name_too_long_for_its_cache_files_is_refused(tmp_path, kind):
+    suffix = ".png" if kind == "image" else ".mp4"
+    longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX[kind])
+    fits = "犬" * (longest // 3) + "x" * (longest % 3)
+    (tmp_path / f"{fits}{suffix}").touch()
+    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}{suffix}"}))
+    assert list_items(folder_dataset(tmp_path, kind))[0].stem == fits
+    assert list_items(jsonl_dataset(file, kind))[0].stem == fits
+    (tmp_path / f"{fits}y{suffix}").touch()
+    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}y{suffix}"}))
+    for dataset in (folder_dataset(tmp_path, kind), jsonl_dataset(file, kind)):
+        with pytest.raises(UserError, match=f"{fits}y{suffix} is too long for its cache files: {longest + 1} bytes"):
+            list_items(dataset)
+
+
+def test_longest_cache_suffix_is_that_of_the_cache_files(tmp_path):
+    for kind, window in (("image", None), ("video", (999999, 9997))):
+        item = Item(folder_dataset(tmp_path, kind), tmp_path / "x.ext", None, "")
+        assert len(latent_cache_path(item, (65535, 65535), window).name) == len(LONGEST_CACHE_SUFFIX[kind])
+        assert len(text_cache_path(item).name) <= len(LONGEST_CACHE_SUFFIX[kind])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(UserError, match=r"caf\\xe9\.png' is not UTF-8.*rename it"):
+        list_items(folder_dataset(tmp_path))

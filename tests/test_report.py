@@ -105,3 +105,9 @@ def test_zero_batches_say_which_rule_removed_the_items(tmp_path, counts, sentenc
         require_batches([report])
     report.buckets = {(16, 16, 1): BucketCount(1, 1)}
     require_batches([report])
+
+
+def test_numbers_in_the_reason_do_not_run_together(tmp_path):
+    report = DatasetReport(dataset_in(tmp_path, kind="video", target_frames=(25,)), found=1, too_short=1)
+    with pytest.raises(UserError, match=r"nothing to train on\. In \[\[datasets\]\] number 1: 1 of 1 clip\(s\) have fewer"):
+        require_batches([report])

@@ -21,7 +21,7 @@ TINY_CONFIG = {
     "layers_per_block": 1,
     "latent_channels": 16,
     "norm_num_groups": 4,
-    "scaling_factor": 0.5,
+    "scaling_factor": 0.476986,
     "time_compression_ratio": 4,
     "spatial_compression_ratio": 8,
 }
@@ -68,7 +68,7 @@ def test_folder_with_config(tmp_path, weights, name):
         save_file(weights, tmp_path / name)
     vae = load(tmp_path)
     assert_holds(vae, weights)
-    assert (vae.config.norm_num_groups, vae.scaling_factor) == (4, 0.5)
+    assert (vae.config.norm_num_groups, vae.scaling_factor) == (4, 0.476986)
     assert load(tmp_path / name).config == vae.config
 
 
@@ -100,7 +100,7 @@ def test_config_of_something_else_is_passed_over_and_said(tmp_path, weights, cap
     [
         ({"norm_num_groups": 3}, "norm_num_groups 3"),
         ({"norm_num_groups": "8"}, "norm_num_groups '8'"),
-        ({"scaling_factor": 0}, "scaling_factor 0"),
+        ({"scaling_factor": 0.5}, "scaling_factor is 0.5"),
         ({"time_compression_ratio": 8}, "compression"),
     ],
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 
 import torch
 
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -46,6 +49,8 @@ def pick_device(name: str | None) -> torch.device:
     Raises:
         UserError: CUDA was asked for by name and this machine or this torch build has none.
     """
+    if name is None and not torch.cuda.is_available():
+        logger.warning("torch finds no CUDA device here; computing on the CPU, which the real model makes very slow.")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,45 @@
+"""What is said of paths that are not the files or folders they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.files import atomic_path, is_temporary, require_file, require_writable_folder
+
+
+def test_a_file_a_folder_and_nothing(tmp_path):
+    file = tmp_path / "a.txt"
+    file.touch()
+    assert require_file(file, "the list") == file
+    with pytest.raises(UserError, match=r"the list must be a file, but .* is a folder"):
+        require_file(tmp_path, "the list")
+    with pytest.raises(UserError, match="the list not found"):
+        require_file(tmp_path / "none", "the list")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_no_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match=r"the list must be a file, but .* is not a regular file"):
+            require_file(path, "the list")
+
+
+def test_a_writable_folder_need_not_exist_and_is_not_made(tmp_path):
+    assert require_writable_folder(tmp_path / "a" / "b", "--output_dir") == tmp_path / "a" / "b"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir .*below cannot be written to .*is a file"):
+        require_writable_folder(tmp_path / "file" / "below", "--output_dir")
+
+
+def test_temporary_names_are_told_from_hidden_files(tmp_path):
+    for name in ("a.safetensors", "no_suffix"):
+        with atomic_path(tmp_path / name) as temporary:
+            assert is_temporary(temporary)
+    for name in (".hidden.safetensors", ".tmp", "a.01234567.tmp", ".0123456.tmp", ".01234567.tmpfile"):
+        assert not is_temporary(Path(name))

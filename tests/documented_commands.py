@@ -25,7 +25,12 @@ class ScriptCommand:
 
 def documents() -> list[Path]:
     """Every Markdown file for users."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "dataset" / "dataset_config.md"]
+    return [
+        ROOT / "README.md",
+        ROOT / "README.ja.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "dataset" / "dataset_config.md",
+    ]
 
 
 def command_lines(text: str) -> list[list[str]]:

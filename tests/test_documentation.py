@@ -12,6 +12,8 @@ from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_line
 
 # The flag of a program that is not ours.
 DOWNLOAD_FLAG = "--local-dir"
+README, TRANSLATION = ROOT / "README.md", ROOT / "README.ja.md"
+FENCED_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -63,6 +65,26 @@ def test_links_to_files_lead_somewhere() -> None:
                 links += 1
                 assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}, which does not exist"
     assert links > 3
+
+
+def test_the_translated_readme_has_the_commands_flags_headings_and_tables_of_the_original() -> None:
+    original, translated = (path.read_text(encoding="utf-8") for path in (README, TRANSLATION))
+    assert f"]({TRANSLATION.name})" in original and f"]({README.name})" in translated
+    assert FENCED_BLOCK.findall(translated) == FENCED_BLOCK.findall(original)
+    assert FLAG.findall(translated) == FLAG.findall(original)
+    prose, translated_prose = FENCED_BLOCK.sub("", original), FENCED_BLOCK.sub("", translated)
+    for kind, pattern in (("headings", r"^#+(?= )"), ("table rows", r"^ *\|(?=.*\|$)")):
+        found, expected = (re.findall(pattern, text, re.MULTILINE) for text in (translated_prose, prose))
+        assert expected and found == expected, f"{TRANSLATION.name} has {len(found)} {kind}, {README.name} {len(expected)}"
+
+
+def test_links_within_a_readme_lead_to_a_heading() -> None:
+    for document in (README, TRANSLATION):
+        text = FENCED_BLOCK.sub("", document.read_text(encoding="utf-8"))
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        targets = set(re.findall(r"\]\(#([^)]+)\)", text))
+        assert targets and targets <= anchors, f"{document.name} links to headings that do not exist: {sorted(targets - anchors)}"
 
 
 def test_the_map_of_the_code_names_every_file_and_no_other() -> None:

@@ -34,7 +34,7 @@ from dataset.report import DatasetReport, count_caches, format_table, report_ite
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, positive_int, script_parser
-from utils.devices import choose_dtype, pick_device
+from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 
@@ -279,6 +279,7 @@ def main() -> int:
     else:
         for items in listed:
             require_captions(items)
+        warn_of_cpu(args.device, device)
         vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
         configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))
         for items, report in zip(listed, reports):

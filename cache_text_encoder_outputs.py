@@ -23,7 +23,7 @@ from dataset.items import Item, list_items, require_captions
 from dataset.preparation import Failure
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_items
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
-from utils.devices import choose_dtype, free_memory, pick_device
+from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 
@@ -180,6 +180,7 @@ def main() -> int:
     if args.skip_existing:
         with ThreadPoolExecutor(args.num_workers) as readers:
             items = [item for item, cached in zip(items, readers.map(is_cached, items)) if not cached]
+    warn_of_cpu(args.device, device)
     failures = cache(args, tokenizers, items, device, dtype) if items else []
 
     finish_reports(reports, failures)

@@ -35,7 +35,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is a folder; give a file name.")
     if Path(args.input).resolve() == Path(args.output).resolve():
         raise UserError(f"--input and --output are the same file, {args.input}; give the result another name.")
-    layout = check_lora_file(args.input)
+    layout = check_lora_file(args.input).layout
     if layout == args.target:
         raise UserError(
             f"--input {args.input} has the layout {layout} already ({LAYOUT_KEYS[layout]}); "

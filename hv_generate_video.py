@@ -35,7 +35,7 @@ from utils.arguments import (
     script_parser,
     seed,
 )
-from utils.devices import choose_dtype, free_memory, pick_device
+from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video
@@ -44,6 +44,7 @@ from utils.safetensors_io import read_tensors, save_tensors
 logger = logging.getLogger("generate")
 
 MAX_FPS = 1000
+DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chunk_size 32 or a shorter --video_length"
 # What a run without sampling does not read.
 SAMPLING_FLAGS = [
     "dit_dtype",
@@ -63,6 +64,19 @@ SAMPLING_FLAGS = [
     "seed",
     "embedded_cfg_scale",
     "flow_shift",
+]
+
+
+OUTPUT_FLAGS = [
+    "vae",
+    "vae_dtype",
+    "vae_chunk_size",
+    "vae_spatial_tile_sample_min_size",
+    "save_path",
+    "output_type",
+    "fps",
+    "latent_path",
+    "no_metadata",
 ]
 
 
@@ -152,7 +166,7 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> None:
         _require(args, "--save_merged_model", "dit")
         if not args.lora_weight:
             raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
-        _warn_of_unused(args, "--save_merged_model", [*SAMPLING_FLAGS, "vae", "save_path", "latent_path"])
+        _warn_of_unused(args, "--save_merged_model", [*SAMPLING_FLAGS, *OUTPUT_FLAGS])
         return
     _require(args, "generation", "save_path")
     require_writable_folder(args.save_path, "--save_path")
@@ -168,9 +182,6 @@ def _check_decoding(args: argparse.Namespace) -> None:
     _require(args, "--latent_path", "vae")
     if args.output_type in ("latent", "both"):
         raise UserError(f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images.")
-    stems = [Path(path).stem for path in args.latent_path]
-    if same := next((stem for stem in stems if stems.count(stem) > 1), None):
-        raise UserError(f"two --latent_path files are called {same}, and one would overwrite the other's video; decode them apart.")
     _warn_of_unused(args, "--latent_path", [*SAMPLING_FLAGS, "dit", "lora_weight", "lora_multiplier"])
 
 
@@ -287,9 +298,9 @@ def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
 
 
 def unused_stem(folder: Path, stem: str) -> str:
-    """``stem``, or with a number behind it where a video or a folder of pictures has that name: nothing is overwritten."""
+    """``stem``, or with a number behind it where something generated has that name: nothing is overwritten."""
     numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in numbered if not (folder / name).exists() and not (folder / f"{name}.mp4").exists())
+    return next(name for name in numbered if not any((folder / f"{name}{end}").exists() for end in ("", ".mp4")))
 
 
 def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
@@ -302,7 +313,6 @@ def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
 def write_frames(args: argparse.Namespace, stem: str, frames: Tensor, metadata: dict[str, str]) -> None:
     """Save frames (T, H, W, 3) as a folder of PNG or as MP4, as --output_type says, and print where."""
     metadata = {} if args.no_metadata else metadata
-    stem = unused_stem(Path(args.save_path), stem)
     if args.output_type == "images":
         folder = Path(args.save_path) / stem
         save_pictures(folder, frames.numpy(), metadata)
@@ -311,6 +321,17 @@ def write_frames(args: argparse.Namespace, stem: str, frames: Tensor, metadata: 
         path = Path(args.save_path) / f"{stem}.mp4"
         save_video(path, frames.numpy(), args.fps, metadata)
         print(path)
+
+
+def decode_stored(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Decode every --latent_path; all are read first, so that a bad one is told before anything is written."""
+    stored = [(Path(path).stem.removesuffix("_latent"), *read_latent(path)) for path in args.latent_path]
+    warn_of_cpu(args.device, device)
+    with out_of_memory_says("decoding", DECODING_MEMORY_ADVICE):
+        vae = load_vae(args, device, dtype)
+        for stem, latents, metadata in stored:
+            frames = decode_latents(vae, latents, device=device, dtype=dtype)[0]
+            write_frames(args, unused_stem(Path(args.save_path), stem), frames, metadata)
 
 
 def main() -> None:
@@ -323,22 +344,23 @@ def main() -> None:
         print(args.save_merged_model)
         return
     if args.latent_path:
-        stored = {Path(path).stem.removesuffix("_latent"): read_latent(path) for path in args.latent_path}
-        vae = load_vae(args, device, vae_dtype)
-        for stem, (latents, metadata) in stored.items():
-            write_frames(args, stem, decode_latents(vae, latents, device=device, dtype=vae_dtype)[0], metadata)
+        decode_stored(args, device, vae_dtype)
         return
     if args.seed is None:
         args.seed = drawn_seed()
         logger.info("seed %d", args.seed)
-    latents = sample(args, device)
+    warn_of_cpu(args.device, device)
+    with out_of_memory_says("sampling", "use --fp8, --fp8_llm, a smaller --video_size or a shorter --video_length"):
+        latents = sample(args, device)
     free_memory(device)
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}"
+    stem = unused_stem(Path(args.save_path), f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}")
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":
-        vae = load_vae(args, device, vae_dtype)
-        write_frames(args, stem, decode_latents(vae, latents, device=device, dtype=vae_dtype)[0], settings(args))
+        with out_of_memory_says("decoding", DECODING_MEMORY_ADVICE):
+            vae = load_vae(args, device, vae_dtype)
+            frames = decode_latents(vae, latents, device=device, dtype=vae_dtype)[0]
+        write_frames(args, stem, frames, settings(args))
 
 
 if __name__ == "__main__":

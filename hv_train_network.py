@@ -38,11 +38,11 @@ from networks.lora_merging import merge_patch, read_lora_files
 from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed
-from utils.devices import choose_dtype
+from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import UserError, run_script
 from utils.files import require_file, require_writable_folder
 from utils.key_values import parse_key_values
-from utils.lr_schedules import make_lr_scheduler, step_schedule
+from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents
@@ -52,6 +52,7 @@ from utils.training_metadata import TrainingFacts, finished_metadata, training_m
 
 logger = logging.getLogger("train")
 
+TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
 SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -125,6 +126,17 @@ def flow_matching_loss(training: Training, batch: Batch) -> Tensor:
     return (loss if weight is None else loss * weight).mean()
 
 
+def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
+    """Give every process the mean gradients. The network is hooked into the transformer's layers: no wrapper can do this."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            # Dropout may leave a layer out on one process only; all of them must still take part.
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, reduction="mean")
+
+
 def train_step(training: Training, batches: list[Batch]) -> float:
     """One optimiser step over the batches it accumulates; returns their mean loss."""
     accelerator, network, args = training.accelerator, training.network, training.args
@@ -137,13 +149,12 @@ def train_step(training: Training, batches: list[Batch]) -> float:
                 f"the loss became {loss.item()} for {', '.join(batch['names'])}; training stopped before it could spoil the "
                 "network. Lower --learning_rate, or try another precision."
             )
-        accelerator.backward(loss / len(batches))
+        if loss.requires_grad:  # not where dropout leaves out the whole network
+            accelerator.backward(loss / len(batches))
         total += loss.item() / len(batches)
-    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
-    for parameter in parameters:  # the network is hooked into the transformer's layers, so no wrapper can do this
-        parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+    average_gradients(accelerator, network)
     if args.max_grad_norm:
-        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
     training.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         step_schedule(training.lr_scheduler, total)
@@ -214,7 +225,9 @@ def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtyp
     return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
 
 
-def prepare(args: argparse.Namespace, accelerator: Accelerator, groups: list[CachedGroup]) -> Training:
+def prepare(
+    args: argparse.Namespace, accelerator: Accelerator, reader: EpochReader, steps: int, groups: list[CachedGroup]
+) -> Training:
     """Load the transformer, hook the network into it, and make what the loop needs."""
     module = import_network_module(args.network_module)
     network_args = parse_key_values(args.network_args, "--network_args")
@@ -232,9 +245,6 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, groups: list[Cac
     )
     optimizer_groups, _ = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
-    sampler = ShapeBatchSampler(groups, args.seed, accelerator.process_index, accelerator.num_processes)
-    reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
-    steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
     rank_seed = args.seed + accelerator.process_index
     training = Training(
         args=args,
@@ -280,36 +290,39 @@ def describe_group(group: CachedGroup) -> dict[str, object]:
     return settings | paths | {"items": len(group.items)}
 
 
-def check_before_loading(args: argparse.Namespace) -> TransformerConfig:
-    """What the flags name and only other modules can judge: the files, the network, the optimiser and its schedule.
+def check_files_and_network(args: argparse.Namespace) -> tuple[TransformerConfig, int]:
+    """What the flags name and only other modules can judge.
 
     Returns:
-        The sizes of the transformer in --dit.
+        The sizes of the transformer in --dit, and how many parameter groups the network will have.
 
     Raises:
-        UserError: one of them cannot be used.
+        UserError: a file, the network or its arguments cannot be used.
     """
     TimestepSettings.from_args(args)
     config = check_transformer_file(args.dit, "--dit")
-    module = import_network_module(args.network_module)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
     for path in args.base_weights:
         check_lora_file(path, shapes)
-    network_args = parse_key_values(args.network_args, "--network_args")
     if args.fp8_base and args.network_module.startswith("lycoris"):
-        raise UserError(
-            "--fp8_base and LyCORIS exclude each other: LyCORIS computes in the base weights' float8. Leave --fp8_base out."
-        )
-    if module is networks.lora:
-        NetworkOptions(network_args, args.network_dropout)
+        raise UserError("LyCORIS computes in the dtype of the base weights, which float8 does not allow; leave --fp8_base out.")
+    network_args = parse_key_values(args.network_args, "--network_args")
+    module = import_network_module(args.network_module)
+    if module is not networks.lora:
         if args.network_weights:
-            check_lora_file(args.network_weights, shapes)
-    elif args.network_weights:
-        require_file(args.network_weights, "--network_weights")
-    optimizer = check_optimizer(args.optimizer_type, args.learning_rate, args.optimizer_args)
-    make_lr_scheduler(args, optimizer, args.max_train_steps)
-    return config
+            require_file(args.network_weights, "--network_weights")
+        return config, 1
+    options = NetworkOptions(network_args, args.network_dropout)
+    if args.network_weights:
+        ranks = check_lora_file(args.network_weights, shapes).ranks
+        rank = args.network_dim or DEFAULT_RANK
+        if not args.dim_from_weights and ranks != {rank}:
+            raise UserError(
+                f"--network_weights {args.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
+                "give it as --network_dim, or use --dim_from_weights."
+            )
+    return config, 1 if options.loraplus_lr_ratio is None else 2
 
 
 def show_timesteps(args: argparse.Namespace) -> None:
@@ -329,10 +342,10 @@ def main() -> None:
         show_timesteps(args)
         return
     check_training_arguments(args)
-    config = check_before_loading(args)
+    config, parameter_group_count = check_files_and_network(args)
     accelerator = make_accelerator(args)
-    if accelerator.device.type == "cpu":
-        logger.warning("training on the CPU, which the real model makes very slow.")
+    if not accelerator.is_main_process:
+        logging.disable(logging.WARNING)  # one process says what all of them do
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:
@@ -344,20 +357,31 @@ def main() -> None:
         args.seed = int(broadcast_object_list([drawn_seed()])[0])
         logger.info("seed %d", args.seed)
     set_seed(args.seed)
-    training = prepare(args, accelerator, groups)
-    logger.info(
-        "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
-        len(training.reader),
-        args.gradient_accumulation_steps,
-        training.steps,
-        sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
-        training.dtype,
-        " with float8 weights" if args.fp8_base else "",
+    sampler = ShapeBatchSampler(groups, args.seed, accelerator.process_index, accelerator.num_processes)
+    reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
+    steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
+    optimizer = check_optimizer(
+        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, parameter_group_count
     )
-    try:
-        train(training)
-    except RuntimeError as error:
-        raise training.reader.explain(error) from error
+    check_lr_scheduler(args, optimizer, steps)
+
+    if accelerator.device.type == "cpu":
+        logger.warning("training on the CPU, which the real model makes very slow.")
+    with out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
+        training = prepare(args, accelerator, reader, steps, groups)
+        logger.info(
+            "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
+            len(reader),
+            args.gradient_accumulation_steps,
+            steps,
+            sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
+            training.dtype,
+            " with float8 weights" if args.fp8_base else "",
+        )
+        try:
+            train(training)
+        except RuntimeError as error:
+            raise reader.explain(error) from error
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ class LoraFile:
     layout: str
 
 
+@dataclass(frozen=True)
+class LoraHeader:
+    """What the header of a LoRA file tells: its layout, and the ranks of its modules."""
+
+    layout: str
+    ranks: frozenset[int]
+
+
 def flat_name(module_path: str) -> str:
     """``double_blocks.0.img_mlp.fc1`` -> ``double_blocks_0_img_mlp_fc1``."""
     return module_path.replace(".", "_")
@@ -233,8 +241,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     return LoraFile(to_default(read_tensors(path).tensors, str(path)), header.metadata, layout)
 
 
-def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """Check a LoRA file by its header alone and return its layout.
+def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tuple[int, ...]] | None = None) -> LoraHeader:
+    """Check a LoRA file by its header alone.
 
     Args:
         weight_shapes: names and shapes of the model's weights, if the LoRA is to be compared with them as well.
@@ -244,14 +252,15 @@ def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tu
     """
     shapes = read_header(path, "LoRA file").shapes
     layout, groups = group_keys(shapes.keys(), str(path))
-    sizes = {}
+    sizes, ranks = {}, set()
     for module, parts in groups.items():
         down, up = shapes[parts["down"]], shapes[parts["up"]]
         _check_factors(down, up, parts, str(path))
         sizes[flat_name(module)] = (up[0], down[1])
+        ranks.add(down[0])
     if weight_shapes is not None:
         match_weights(sizes, weight_shapes, str(path))
-    return layout
+    return LoraHeader(layout, frozenset(ranks))
 
 
 def match_weights(

@@ -23,7 +23,7 @@ def import_network_module(name: str) -> ModuleType:
     """
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the last two for what is no module name at all
         hint = (
             "Install it with: pip install lycoris-lora"
             if name.startswith("lycoris")

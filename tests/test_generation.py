@@ -298,10 +298,20 @@ def test_several_latents_are_decoded_under_names_of_their_own(generate, call_scr
     ended = call_script("hv_generate_video", "--latent_path", first, second, *flags)
     assert ended.status == 0 and len(list((tmp_path / "videos").iterdir())) == 2
     (tmp_path / "elsewhere").mkdir()
-    twin = tmp_path / "elsewhere" / "second.safetensors"
+    twin = tmp_path / "elsewhere" / "second_latent.safetensors"
     twin.write_bytes(second.read_bytes())
     ended = call_script("hv_generate_video", "--latent_path", second, twin, *flags)
-    assert ended.status == 2 and "two --latent_path files are called second" in ended.stderr
+    assert ended.status == 0 and len(set(ended.stdout.split())) == 2
+    assert len(list((tmp_path / "videos").iterdir())) == 4
+
+
+def test_out_of_memory_names_the_flags(generate, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("hv_generate_video.sample_latents", full)
+    ended = generate()
+    assert ended.status == 2 and "out of memory while sampling; use --fp8" in ended.stderr
 
 
 @pytest.mark.parametrize("output_type", ["video", "images"])

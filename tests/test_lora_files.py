@@ -170,8 +170,8 @@ def test_factors_that_do_not_fit_are_user_errors(tmp_path, down, up):
 
 def test_check_reads_the_header_and_compares_with_the_model():
     shapes = read_header(GOLDENS / "dit.safetensors").shapes
-    assert check_lora_file(LORA, shapes) == DEFAULT
-    assert check_lora_file(LORA_OTHER, shapes) == OTHER
+    assert check_lora_file(LORA, shapes).layout == DEFAULT
+    assert check_lora_file(LORA_OTHER, shapes).layout == OTHER
     smaller = {name: shape for name, shape in shapes.items() if not name.startswith("single_blocks.2")}
     with pytest.raises(
         UserError, match=r"do not match the model: 2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"

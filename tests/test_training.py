@@ -407,10 +407,11 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_training(train, 
     assert ended.status == 2 and "--output_dir" in ended.stderr and "cannot be written" in ended.stderr
 
 
-def test_metadata_holds_no_path_of_this_machine(train, tmp_path):
+def test_metadata_holds_no_path_of_this_machine(train, tiny_model, tmp_path):
     assert train("--max_train_steps", 1).status == 0
     metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
-    assert not [key for key, value in metadata.items() if str(tmp_path) in value]
+    folders = {json.dumps(str(folder))[1:-1] for folder in (tmp_path, tiny_model.dit.parent)} | {str(tmp_path)}
+    assert not [key for key, value in metadata.items() if any(folder in value for folder in folders)]
     pictures, clips = json.loads(metadata["ss_datasets"])
     assert pictures["directory"] == "gone" and "target_frames" not in pictures and clips["target_frames"] == [5]
 
@@ -422,6 +423,46 @@ def test_a_broken_cache_is_one_sentence_from_a_worker(train, tmp_path):
     ended = train("--max_train_epochs", 1, "--max_data_loader_n_workers", 1)
     assert ended.status == 2 and path.name in ended.stderr
     assert "Traceback" not in ended.stderr and "\nerror: " in ended.stderr
+
+
+def test_warm_up_is_held_against_the_steps_of_the_epochs(train):
+    flags = ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 3, "--max_train_steps", 2)
+    ended = train(*flags, "--max_train_epochs", 1)  # four steps, whatever --max_train_steps says
+    assert ended.status == 0, ended.stderr
+
+
+def test_lora_plus_has_a_learning_rate_for_each_group(train):
+    schedule = ("--lr_scheduler_type", "torch.optim.lr_scheduler.OneCycleLR", "--lr_scheduler_args", "total_steps=10")
+    ended = train("--max_train_steps", 2, "--network_args", "loraplus_lr_ratio=4", *schedule, "max_lr=[1e-3,4e-3]")
+    assert ended.status == 0, ended.stderr
+
+
+def test_dropping_the_whole_network_is_no_error(train):
+    ended = train("--max_train_steps", 2, "--network_args", "module_dropout=0.9999")
+    assert ended.status == 0, ended.stderr
+
+
+def test_lycoris_over_float8_is_refused_before_loading(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lycoris", types.ModuleType("lycoris"))
+    monkeypatch.setitem(sys.modules, "lycoris.kohya", types.ModuleType("lycoris.kohya"))
+    ended = train("--network_module", "lycoris.kohya", "--fp8_base")
+    assert ended.status == 2 and "leave --fp8_base out" in ended.stderr
+
+
+def test_out_of_memory_names_the_flags(train, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(hv_train_network, "train_step", full)
+    ended = train()
+    assert ended.status == 2 and "out of memory while training; use --fp8_base" in ended.stderr
+
+
+def test_weights_of_another_rank_are_refused_before_loading(train, monkeypatch, tmp_path):
+    assert train("--max_train_steps", 1, "--network_dim", 3).status == 0
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train("--network_weights", tmp_path / "out" / "lora.safetensors", "--network_dim", 5)
+    assert ended.status == 2 and "has rank 3, not 5" in ended.stderr
 
 
 def test_show_timesteps_needs_no_model(call_script, tmp_path):
@@ -481,6 +522,11 @@ def test_an_empty_caption_trains(train, tmp_path):
         (["--optimizer_args", "nonsense=1"], "nonsense"),
         (["--lr_scheduler", "cosinus"], "cosinus"),
         (["--dit_dtype", "int4"], "--dit_dtype"),
+        (["--network_module", "..x"], "cannot be imported"),
+        (["--network_module", ""], "cannot be imported"),
+        (["--lr_scheduler", "inverse_sqrt", "--lr_scheduler_timescale", 0], "at least 1"),
+        (["--lr_scheduler_type", "torch.optim.lr_scheduler.LRScheduler"], "schedule"),
+        (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 9, "--max_train_epochs", 1], "the training has 4"),
         (["--optimizer_type", "LBFGS"], "cannot take a plain training step"),
         (["--optimizer_type", "builtins.dict"], "not a torch.optim"),
         (["--optimizer_type", "..x"], "no dotted path"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,8 +51,6 @@ def pick_device(name: str | None) -> torch.device:
     Raises:
         UserError: CUDA was asked for by name and this machine or this torch build has none.
     """
-    if name is None and not torch.cuda.is_available():
-        logger.warning("torch finds no CUDA device here; computing on the CPU, which the real model makes very slow.")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -75,3 +75,18 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def warn_of_cpu(asked: str | None, device: torch.device) -> None:
+    """Say that the CPU computes where nobody asked for it: often the torch that is installed has no CUDA."""
+    if asked is None and device.type == "cpu":
+        logger.warning("torch finds no CUDA device here; computing on the CPU, which the real model makes very slow.")
+
+
+@contextmanager
+def out_of_memory_says(doing: str, advice: str) -> Iterator[None]:
+    """Turn running out of device memory into a UserError that says what was being done and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory while {doing}; {advice}.") from error

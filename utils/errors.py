@@ -20,6 +20,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none: a reason to put into a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave the process with its status.
 

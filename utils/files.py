@@ -62,6 +62,12 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
         UserError: ``path`` is a file, or neither it nor the nearest folder above it that exists can be written to.
     """
     folder = Path(path)
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # what follows finds out more
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be a folder ({error.strerror or error}). Give another one.") from error
     existing = folder
     while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.key_values import literal_key_values, nearest_name
 from utils.named_classes import construct, import_class
 from utils.optimizers import picks_own_learning_rate
@@ -103,13 +103,29 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
     return construct(function, optimizer, options, f"the schedule {settings.name}", "--lr_scheduler_args")
 
 
+def check_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Make the schedule over an optimiser that nobody needs and step it once: its mistakes show before a model is loaded.
+
+    Raises:
+        UserError: as ``make_schedule`` and ``step_schedule``.
+    """
+    scheduler = make_lr_scheduler(args, optimizer, steps)
+    optimizer.step()  # torch warns of schedules that are stepped before their optimiser
+    step_schedule(scheduler, loss=1.0)
+
+
 def step_schedule(scheduler: LRScheduler, loss: float) -> None:
-    """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step."""
+    """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step.
+
+    Raises:
+        UserError: the schedule cannot go on, because its own number of steps is over for example.
+    """
     inner = getattr(scheduler, "scheduler", scheduler)  # what accelerate wraps
-    if "metrics" in inspect.signature(inner.step).parameters:
-        scheduler.step(loss)
-    else:
-        scheduler.step()
+    watching = "metrics" in inspect.signature(inner.step).parameters
+    try:
+        scheduler.step(*([loss] if watching else []))
+    except (ValueError, ArithmeticError, NotImplementedError) as error:
+        raise UserError(f"the learning rate schedule cannot go on ({first_line(error)}); look at --lr_scheduler_args.") from error
 
 
 def _options(settings: ScheduleSettings, steps: int, known: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.key_values import nearest_name
 
 
@@ -46,6 +46,6 @@ def construct(factory: Callable[..., Any], first: object, options: Mapping[str, 
             )
     try:
         return factory(first, **options)
-    except (TypeError, ValueError, AttributeError, AssertionError) as error:
+    except Exception as error:  # whatever a class that the user named does with what the user gave
         given = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "none"
-        raise UserError(f"{what} refuses its arguments ({given}): {error}.") from error
+        raise UserError(f"{what} refuses its arguments ({given}): {first_line(error)}.") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.key_values import literal_key_values, nearest_name
 from utils.named_classes import construct, import_class
 
@@ -49,23 +49,32 @@ def make_optimizer(
 
 
 def check_optimizer(
-    optimizer_type: str, learning_rate: float, optimizer_args: Sequence[str] | None = None
+    optimizer_type: str,
+    learning_rate: float,
+    optimizer_args: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    groups: int = 1,
 ) -> torch.optim.Optimizer:
-    """The optimiser over a scratch parameter, after one step: what cannot train shows here, before a model is loaded.
+    """The optimiser over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
+
+    Args:
+        device: where training will be.
+        groups: how many parameter groups training will have.
 
     Raises:
         UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
     """
-    scratch = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = make_optimizer(optimizer_type, [scratch], learning_rate, optimizer_args)
-    scratch.grad = torch.ones_like(scratch)
+    scratch = [torch.nn.Parameter(torch.zeros(2, 2, device=device)) for _ in range(groups)]
+    params = [{"params": [parameter], "lr": learning_rate} for parameter in scratch]
+    optimizer = make_optimizer(optimizer_type, params, learning_rate, optimizer_args)
+    for parameter in scratch:
+        parameter.grad = torch.ones_like(parameter)
     set_optimizer_mode(optimizer, training=True)
     try:
         optimizer.step()
     except Exception as error:  # third-party optimisers fail in ways of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--optimizer_type {optimizer_type} cannot take a plain training step ({reason}). Use adamw, say."
+            f"--optimizer_type {optimizer_type} cannot take a plain training step ({first_line(error)}). Use adamw, say."
         ) from error
     return optimizer
 
@@ -129,7 +138,7 @@ def _require_kernel(optimizer_class: type, device: torch.device | str) -> None:
     except Exception as error:
         raise UserError(
             f"--optimizer_type adamw8bit does not run on {torch.device(device).type} with the bitsandbytes installed here "
-            f"({_reason(error)}). Use --optimizer_type adamw."
+            f"({first_line(error)}). Use --optimizer_type adamw."
         ) from error
 
 
@@ -149,8 +158,3 @@ def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate
     if options.get("lr") is not None:
         raise UserError("--optimizer_args: adafactor takes no lr unless relative_step=False is given as well.")
     return [{key: value for key, value in group.items() if key != "lr"} for group in groups], options
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

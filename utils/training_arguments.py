@@ -115,7 +115,9 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lr_scheduler_power", type=finite_float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"
     )
-    group.add_argument("--lr_scheduler_timescale", type=int, metavar="N", help="timescale of inverse_sqrt (default: the warm-up)")
+    group.add_argument(
+        "--lr_scheduler_timescale", type=positive_int, metavar="N", help="timescale of inverse_sqrt (default: warm-up)"
+    )
     group.add_argument(
         "--lr_scheduler_min_lr_ratio",
         type=non_negative_float,
@@ -267,5 +269,5 @@ def _check_output_name(folder: str, name: str) -> None:
         raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
     if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
         raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
-    if (Path(folder) / final_name(name)).is_dir():
+    if os.path.isdir(Path(folder) / final_name(name)):
         raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")

@@ -44,6 +44,7 @@ from utils.safetensors_io import read_tensors, save_tensors
 logger = logging.getLogger("generate")
 
 MAX_FPS = 1000
+LATENT_ENDING = "_latent.safetensors"
 DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chunk_size 32 or a shorter --video_length"
 # What a run without sampling does not read.
 SAMPLING_FLAGS = [
@@ -65,8 +66,7 @@ SAMPLING_FLAGS = [
     "embedded_cfg_scale",
     "flow_shift",
 ]
-
-
+# What a run that writes no pictures does not read either.
 OUTPUT_FLAGS = [
     "vae",
     "vae_dtype",
@@ -297,15 +297,15 @@ def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
     return latent[None].float(), file.metadata
 
 
-def unused_stem(folder: Path, stem: str) -> str:
-    """``stem``, or with a number behind it where something generated has that name: nothing is overwritten."""
+def unused_stem(folder: Path, stem: str, endings: Sequence[str] = ("", ".mp4")) -> str:
+    """``stem``, or with a number behind it where something with one of ``endings`` has that name: nothing is overwritten."""
     numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in numbered if not any((folder / f"{name}{end}").exists() for end in ("", ".mp4")))
+    return next(name for name in numbered if not any((folder / f"{name}{ending}").exists() for ending in endings))
 
 
 def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:
     """Save (1, 16, F, H, W) as the tensor ``latent`` (16, F, H, W)."""
-    path = Path(args.save_path) / f"{stem}_latent.safetensors"
+    path = Path(args.save_path) / f"{stem}{LATENT_ENDING}"
     save_tensors(path, {"latent": latents[0]}, None if args.no_metadata else settings(args))
     print(path)
 
@@ -353,7 +353,7 @@ def main() -> None:
     with out_of_memory_says("sampling", "use --fp8, --fp8_llm, a smaller --video_size or a shorter --video_length"):
         latents = sample(args, device)
     free_memory(device)
-    stem = unused_stem(Path(args.save_path), f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}")
+    stem = unused_stem(Path(args.save_path), f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}", endings=("", ".mp4", LATENT_ENDING))
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":

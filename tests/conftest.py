@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+
+from dataset.cache_files import save_latents, save_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT_SECONDS = 300
@@ -126,3 +129,57 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         return Finished(ended.value.code or 0, *capsys.readouterr())
 
     return call
+
+
+TEXT_WIDTH, POOLED_WIDTH, TEXT_ROWS = 64, 48, 32  # of the tiny model, and rows of the made-up text caches
+
+
+def write_caches(folder: Path, items: dict[str, tuple[int, int, int]], seed: int = 0) -> None:
+    """Caches of made-up items: name -> latent size (F, H, W); captions of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    for index, (stem, size) in enumerate(items.items()):
+        frames = f"_00000-{4 * size[0] - 3:03d}" if size[0] > 1 else ""
+        name = f"{stem}{frames}_{8 * size[2]:04d}x{8 * size[1]:04d}_hv.safetensors"
+        latents = torch.randn(16, *size, generator=generator) / 0.476986
+        save_latents(folder / name, latents, (8 * size[2], 8 * size[1]), 4 * size[0] - 3 if size[0] > 1 else None)
+        mask = (torch.arange(TEXT_ROWS) < 3 + 4 * index).to(torch.int64)
+        text = torch.randn(TEXT_ROWS, TEXT_WIDTH, generator=generator)
+        save_text(folder / f"{stem}_hv_te.safetensors", text, mask, torch.randn(POOLED_WIDTH, generator=generator), stem)
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Path:
+    """A dataset TOML with caches of four pictures (two sizes) and one clip; the media themselves are gone."""
+    write_caches(tmp_path / "pictures", {"a": (1, 4, 4), "b_1": (1, 4, 4), "c.x": (1, 4, 4), "d": (1, 4, 6)})
+    write_caches(tmp_path / "clips", {"clip": (2, 4, 4)}, seed=1)
+    toml = tmp_path / "dataset.toml"
+    toml.write_text(
+        f"""
+[general]
+resolution = [32, 32]
+enable_bucket = true
+[[datasets]]
+image_directory = '{tmp_path / "gone"}'
+cache_directory = '{tmp_path / "pictures"}'
+batch_size = 2
+[[datasets]]
+video_directory = '{tmp_path / "gone_too"}'
+cache_directory = '{tmp_path / "clips"}'
+target_frames = [5]
+""",
+        encoding="utf-8",
+    )
+    return toml
+
+
+@pytest.fixture
+def train(call_script, tiny_model, cached, tmp_path):
+    """``train(*flags, name="x")`` -> how it ended; writes to tmp_path/out."""
+
+    def run(*flags: object, name: str = "lora", dit: Path | None = None, dataset: Path | None = None):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process trains once; this one does many times
+        arguments = {"--dit": dit or tiny_model.dit, "--dataset_config": dataset or cached, "--output_dir": tmp_path / "out"}
+        base = [word for pair in arguments.items() for word in pair]
+        return call_script("hv_train_network", *base, "--output_name", name, "--max_data_loader_n_workers", 0, "--seed", 3, *flags)
+
+    return run

@@ -305,6 +305,14 @@ def test_several_latents_are_decoded_under_names_of_their_own(generate, call_scr
     assert len(list((tmp_path / "videos").iterdir())) == 4
 
 
+def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr("hv_generate_video.time.strftime", lambda _format: "20260101-000000")
+    for _ in range(2):
+        assert generate("--output_type", "latent", "--video_length", 1).status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["20260101-000000_1234-2_latent.safetensors", "20260101-000000_1234_latent.safetensors"]
+
+
 def test_out_of_memory_names_the_flags(generate, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

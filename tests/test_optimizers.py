@@ -119,7 +119,7 @@ def test_adamw8bit_without_a_kernel_names_adamw(monkeypatch):
 def test_adamw8bit_with_a_kernel_is_used_and_its_parameters_stay(monkeypatch):
     expected = fake_bitsandbytes(monkeypatch, lambda self: None)
     weight = parameter()
-    optimizer = make_optimizer("adamw8bit", [weight], 1e-3, device="cpu")
+    optimizer = make_optimizer("adamw8bit", [weight], 1e-3)
     assert type(optimizer) is expected and weight.grad is None and torch.equal(weight, torch.ones(3, 3))
 
 

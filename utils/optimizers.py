@@ -20,7 +20,6 @@ def make_optimizer(
     params: Iterable[Any],
     learning_rate: float,
     optimizer_args: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser called ``optimizer_type``.
 
@@ -29,10 +28,9 @@ def make_optimizer(
             dotted class path such as ``prodigyopt.Prodigy``.
         params: parameters or parameter groups; a group may have its own ``lr``.
         optimizer_args: ``key=value`` words whose values are Python literals.
-        device: where the parameters will be while training; None means where they are now.
 
     Raises:
-        UserError: unknown, not installed, arguments that the class does not take, or no kernel for ``device``.
+        UserError: unknown, not installed, arguments that the class does not take, or no kernel for the device of the parameters.
     """
     params = list(params)
     options = literal_key_values(optimizer_args, "--optimizer_args")
@@ -44,7 +42,7 @@ def make_optimizer(
         options.setdefault("lr", learning_rate)
     optimizer = construct(optimizer_class, params, options, f"the optimiser {optimizer_type}", "--optimizer_args")
     if kind == "adamw8bit":
-        _require_kernel(optimizer_class, device or optimizer.param_groups[0]["params"][0].device)
+        _require_kernel(optimizer_class, optimizer.param_groups[0]["params"][0].device)
     return optimizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.attention import make_attention
+from hunyuan_model.attention import TRAINABLE_MODES, make_attention
 from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
 from utils.errors import UserError
 from utils.files import require_writable_folder
@@ -228,9 +228,9 @@ def attention_mode(args: argparse.Namespace) -> str:
     chosen = [flag for flag in ATTENTION_FLAGS if getattr(args, flag)]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one attention flag.")
-    if chosen == ["sage_attn"]:
-        raise UserError("--sage_attn cannot train: SageAttention has no backward pass. Use --sdpa, --flash_attn or --xformers.")
     mode = ATTENTION_FLAGS[chosen[0]] if chosen else "torch"
+    if mode not in TRAINABLE_MODES:
+        raise UserError(f"--{chosen[0]} cannot train: it has no backward pass. Use --sdpa, --flash_attn or --xformers.")
     if mode != "torch" and not torch.cuda.is_available():
         raise UserError(f"--{chosen[0]} needs a CUDA device and torch finds none here; use --sdpa.")
     return mode

@@ -42,6 +42,7 @@ from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import UserError, run_script
 from utils.files import require_file, require_writable_folder
 from utils.key_values import parse_key_values
+from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
 from utils.timestep_preview import save_timestep_image, timestep_chart
@@ -182,14 +183,17 @@ def train(training: Training) -> None:
     training.network.train()
     set_optimizer_mode(training.optimizer, training=True)
     shown = training.accelerator.is_local_main_process
-    with tqdm(total=training.steps, desc="training", unit="step", disable=not shown) as progress:
+    loss_log = LossLog(args.loss_log if training.accelerator.is_main_process else None)
+    with loss_log, tqdm(total=training.steps, desc="training", unit="step", disable=not shown) as progress:
         for epoch in itertools.count(1):
             call_if_there(training.network, "on_epoch_start", None, training.transformer)
             for batches in batches_of_step(training.reader.epoch(epoch - 1), args.gradient_accumulation_steps):
+                learning_rate = training.optimizer.param_groups[0]["lr"]  # of this step: the schedule moves on within it
                 losses.append(train_step(training, batches))
-                step += 1
+                step, average = step + 1, sum(losses) / len(losses)
                 progress.update()
-                progress.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{sum(losses) / len(losses):.4f}")
+                progress.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{average:.4f}")
+                loss_log.write(step, epoch, losses[-1], average, learning_rate)
                 if step == training.steps:
                     break
                 if args.save_every_n_steps and step % args.save_every_n_steps == 0:

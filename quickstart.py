@@ -1,6 +1,6 @@
 """Set up a virtual environment and run the whole job once, small, on the CPU.
 
-    python quickstart.py          install what is needed, then cache, train, generate and convert on a tiny model
+    python quickstart.py          install what is needed, then teach a new shape to a toy model and show what it learned
     python quickstart.py test     the same environment plus the test tools, then pytest; further arguments go to pytest
 
 Needs Python 3.10 or newer and pip, nothing else: only the standard library is imported here.
@@ -18,6 +18,7 @@ import time
 import venv
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 OLDEST_PYTHON = (3, 10)
 
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 STAMP_NAME = "quickstart.json"
 OUTPUT = ROOT / "quickstart_output"
+TOY = ROOT / "examples" / "toy"
 FREE_SPACE_WANTED_GB = 3.0  # a CPU build of torch with everything else; a CUDA build wants about three times as much
 STATUS_FAILED = 2
 
@@ -192,47 +194,81 @@ def prepare_environment(test: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The five stages
+# The five stages, and the pictures that show what came of them
+
+# How the LoRA is trained: enough for the toy model to learn the new shape, in less than three minutes on two processor cores.
+TRAIN_STEPS = 600
+LORA_RANK = 8
+LORA_ALPHA = 8  # as the rank: the update is scaled by alpha / rank
+LEARNING_RATE = "2e-3"
+TIMESTEP_SAMPLING = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0"]
+TRAIN_THREADS = 2  # more of them only wait for each other on a model as small as this
+
+CLIP_PROMPT = "a zorp moving left on a blue background"
+CLIP_SEED = 1234
 
 
-def stages(python: Path, accelerate: Path, output: Path, train_steps: int = 120) -> list[tuple[str, list[str]]]:
+class Results(NamedTuple):
+    """Where each result of the first run lies."""
+
+    lora: Path
+    converted_lora: Path
+    losses: Path
+    loss_curve: Path
+    before_after: Path
+    clips: Path  # a folder: the name of the clip in it is a date and a time
+
+
+def results_in(output: Path) -> Results:
+    """The results of a run that writes below ``output``."""
+    loras = output / "lora"
+    return Results(
+        lora=loras / "zorp.safetensors",
+        converted_lora=loras / "zorp_other_format.safetensors",
+        losses=loras / "zorp_loss.csv",
+        loss_curve=output / "loss_curve.png",
+        before_after=output / "before_after.png",
+        clips=output / "clip",
+    )
+
+
+def stages(python: Path, accelerate: Path, output: Path, train_steps: int = TRAIN_STEPS) -> list[tuple[str, list[str]]]:
     """(title, command) of everything that runs, in order; the commands are what a user would type.
 
-    The paths of the model stand here and nowhere else: another small model in the same layouts takes its place by them.
+    The paths of the model and of the data set stand here and nowhere else: others in the same layouts take their place by
+    them. Where the caches go stands in the data set's TOML file.
     """
-    model, media, trained = output / "model", output / "media", output / "lora"
-    config = media / "dataset.toml"
-    lora = trained / "first.safetensors"
-    vae = ["--vae", model / "vae"]
-    encoders = ["--text_encoder1", model / "text_encoder", "--text_encoder2", model / "text_encoder_2"]
+    results = results_in(output)
+    config = TOY / "concept" / "dataset.toml"
+    dit = ["--dit", TOY / "dit.safetensors"]
+    vae = ["--vae", TOY / "vae"]
+    encoders = ["--text_encoder1", TOY / "text_encoder", "--text_encoder2", TOY / "text_encoder_2"]
     cpu = ["--device", "cpu"]
-    launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--num_cpu_threads_per_process", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--num_cpu_threads_per_process", TRAIN_THREADS, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
-    made_model = [python, "-m", "examples.tiny.make_model", "--output", model]
-    made_media = [python, "-m", "examples.tiny.make_media", "--output", media]
-    latents = [python, "cache_latents.py", "--dataset_config", config, *vae, "--vae_chunk_size", "32", "--vae_tiling", *cpu]
+    latents = [python, "cache_latents.py", "--dataset_config", config, *vae, *cpu]
     text = [python, "cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--batch_size", "16", *cpu]
-    train = [accelerate, *launch, "hv_train_network.py", "--dit", model / "dit.safetensors", "--dataset_config", config]
-    train += ["--sdpa", "--mixed_precision", "no", "--optimizer_type", "adamw", "--learning_rate", "2e-3"]
-    train += ["--gradient_checkpointing", "--max_data_loader_n_workers", "1", "--persistent_data_loader_workers"]
-    train += ["--network_module", "networks.lora", "--network_dim", "8", "--network_alpha", "8"]
-    train += ["--timestep_sampling", "sigmoid", "--discrete_flow_shift", "1.0", "--max_train_steps", str(train_steps)]
-    train += ["--seed", "42", "--output_dir", trained, "--output_name", lora.stem]
-    generate = [python, "hv_generate_video.py", "--dit", model / "dit.safetensors", *vae, *encoders]
-    generate += ["--prompt", "a red circle on a blue background", "--lora_weight", lora, "--lora_multiplier", "1.0"]
-    generate += ["--video_size", "64", "64", "--video_length", "9", "--infer_steps", "10", "--seed", "1234"]
-    generate += ["--attn_mode", "sdpa", "--output_type", "both", "--save_path", output / "videos", *cpu]
-    converted = output / "lora" / "first_other_format.safetensors"
-    convert = [python, "convert_lora.py", "--input", lora, "--output", converted, "--target", "other"]
+    train = [accelerate, *launch, "hv_train_network.py", *dit, "--dataset_config", config]
+    train += ["--sdpa", "--mixed_precision", "no", "--optimizer_type", "adamw", "--learning_rate", LEARNING_RATE]
+    train += ["--network_module", "networks.lora", "--network_dim", LORA_RANK, "--network_alpha", LORA_ALPHA]
+    train += [*TIMESTEP_SAMPLING, "--max_train_steps", train_steps, "--max_data_loader_n_workers", "0", "--seed", "42"]
+    train += ["--output_dir", results.lora.parent, "--output_name", results.lora.stem, "--loss_log", results.losses]
+    curve = [python, "-m", "examples.toy.loss_curve", "--input", results.losses, "--output", results.loss_curve]
+    compare = [python, "-m", "examples.toy.before_after", "--model", TOY, "--lora_weight", results.lora]
+    compare += ["--output", results.before_after]
+    generate = [python, "hv_generate_video.py", *dit, *vae, *encoders, "--prompt", CLIP_PROMPT, "--lora_weight", results.lora]
+    generate += ["--video_size", "64", "64", "--video_length", "9", "--fps", "8", "--infer_steps", "20", "--seed", CLIP_SEED]
+    generate += ["--attn_mode", "sdpa", "--output_type", "video", "--save_path", results.clips, *cpu]
+    convert = [python, "convert_lora.py", "--input", results.lora, "--output", results.converted_lora, "--target", "other"]
 
     listed = [
-        ("A tiny model with random weights", made_model),
-        ("Six pictures and two clips, drawn", made_media),
-        ("Stage 1 of 5: cache latents", latents),
-        ("Stage 2 of 5: cache text encoder outputs", text),
-        ("Stage 3 of 5: train a LoRA", train),
-        ("Stage 4 of 5: generate a video with it", generate),
+        ("Stage 1 of 5: cache latents of ten pictures and two clips of a zorp", latents),
+        ("Stage 2 of 5: cache text encoder outputs of their captions", text),
+        ("Stage 3 of 5: train a LoRA that knows what a zorp is", train),
+        ("How the loss fell", curve),
+        ("Pictures before and after", compare),
+        ("Stage 4 of 5: generate a clip with the LoRA", generate),
         ("Stage 5 of 5: convert the LoRA for other programs", convert),
     ]
     return [(title, [str(part) for part in command]) for title, command in listed]
@@ -262,21 +298,17 @@ def run_stages() -> None:
 
 
 def describe_output(output: Path) -> str:
-    """Each file that was made, with its size; folders that hold many files as one line."""
-    purposes = [
-        ("model", "a tiny HunyuanVideo in the official file layouts (random weights: it draws noise)"),
-        ("media", "the drawn pictures and clips, their captions, dataset.toml, and the caches made from them"),
-        ("lora", "the trained LoRA, and the same LoRA for other programs"),
-        ("videos", "what the model with the LoRA generated"),
+    """What was made, a file each with what to look at in it."""
+    results = results_in(output)
+    look_at = [(results.before_after, "the same prompts and noise: above without the LoRA, below with it")]
+    for clip in sorted(results.clips.glob("*.mp4")):
+        look_at.append((clip, f"{CLIP_PROMPT}: the LoRA learned from clips of other directions on other backgrounds"))
+    look_at += [
+        (results.loss_curve, "the loss of each training step; the bold line is their average"),
+        (results.lora, "the LoRA, for hv_generate_video.py"),
+        (results.converted_lora, "the same LoRA with the keys that other programs read"),
     ]
-    lines = []
-    for name, purpose in purposes:
-        files = sorted(path for path in (output / name).rglob("*") if path.is_file())
-        size = sum(path.stat().st_size for path in files)
-        lines.append(f"  {name}/  {purpose}: {len(files)} files, {size_text(size)}")
-        if name in ("lora", "videos"):
-            lines += [f"      {shown(path)}  ({size_text(path.stat().st_size)})" for path in files]
-    return "\n".join(lines)
+    return "\n".join(f"  {shown(path)}  ({size_text(path.stat().st_size)})\n      {what}" for path, what in look_at)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def real_media() -> RealMedia:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory):
     """Paths of a tiny random-weight model in the official layouts: .dit, .vae, .text_encoder1, .text_encoder2."""
-    from examples.tiny.make_model import make_model
+    from tiny.make_model import make_model
 
     return make_model(tmp_path_factory.mktemp("tiny_model"))
 
@@ -82,7 +82,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def tiny_dataset(tmp_path: Path) -> Path:
     """The TOML file of a freshly drawn data set of six pictures and two clips; nothing is cached yet."""
-    from examples.tiny.make_media import make_media
+    from tiny.make_media import make_media
 
     return make_media(tmp_path / "media")
 

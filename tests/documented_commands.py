@@ -30,6 +30,7 @@ def documents() -> list[Path]:
         ROOT / "README.ja.md",
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "dataset" / "dataset_config.md",
+        ROOT / "examples" / "toy" / "README.md",
     ]
 
 
@@ -40,7 +41,9 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 def script_command(words: list[str], where: str) -> ScriptCommand | None:
-    """The script call in a command; None for a command that calls something else."""
+    """The call of a script, or of a module of ``examples``, in a command; None for a command that calls something else."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("examples."):
+        return ScriptCommand(where, words[2], tuple(words[3:]), None)
     for position, word in enumerate(words):
         name = Path(word).name
         if name.removesuffix(".py") in SCRIPTS and name.endswith(".py"):

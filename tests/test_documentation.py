@@ -12,6 +12,12 @@ from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_line
 
 # The flag of a program that is not ours.
 DOWNLOAD_FLAG = "--local-dir"
+# Modules of the toy model that can be run.
+MODULES = sorted(
+    f"examples.toy.{path.stem}"
+    for path in (ROOT / "examples" / "toy").glob("*.py")
+    if "def build_parser" in path.read_text("utf-8")
+)
 README, TRANSLATION = ROOT / "README.md", ROOT / "README.ja.md"
 FENCED_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,6 +43,13 @@ def test_every_script_is_shown_in_the_readme_and_accepts_what_is_shown(script: s
         check_parses(command)
 
 
+def test_calls_of_the_toy_models_modules_are_accepted() -> None:
+    commands = [command for command in script_commands() if command.script in MODULES]
+    assert {"examples.toy.evaluate", "examples.toy.pretrain"} <= {command.script for command in commands}
+    for command in commands:
+        check_parses(command)
+
+
 def test_a_command_with_an_unknown_flag_would_be_noticed() -> None:
     (words,) = command_lines("```bash\npython convert_lora.py --input a --output b \\\n  --no_such_flag 1\n```\n")
     command = script_command(words, "here")
@@ -49,7 +62,7 @@ def test_every_flag_that_is_mentioned_exists() -> None:
     known = {DOWNLOAD_FLAG}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z0-9_-]+)"', benchmark.read_text(encoding="utf-8")))
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, *MODULES):
         known |= set(parser_of(script)._option_string_actions)
     known |= set(launch_command_parser()._option_string_actions)
     for document in documents():
@@ -89,7 +102,7 @@ def test_links_within_a_readme_lead_to_a_heading() -> None:
 
 def test_the_map_of_the_code_names_every_file_and_no_other() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = ("hunyuan_model", "dataset", "networks", "utils", "benchmarks", "examples/tiny")
+    rooms = ("hunyuan_model", "dataset", "networks", "utils", "benchmarks", "examples/toy")
     files = {path.name for room in rooms for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
     named = set(re.findall(r"\b\w+\.py\b", text))
     assert not files - named, f"docs/architecture.md does not name {sorted(files - named)}"

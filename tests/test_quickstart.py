@@ -11,6 +11,8 @@ import pytest
 from documented_commands import SCRIPTS, script_command
 
 import quickstart
+from dataset import load_dataset_config
+from examples.toy.make_concept import CLIPS
 
 REQUIREMENT_FILES = ("constraints.txt", "requirements.txt", "requirements-test.txt", "requirements-test-data.txt")
 
@@ -160,13 +162,49 @@ def test_commands_are_shown_as_they_would_be_typed() -> None:
 
 
 def test_the_first_run_calls_every_script_with_flags_it_knows() -> None:
-    called = []
+    called, modules = [], []
     for title, words in quickstart.stages(Path("python"), Path("accelerate"), Path("out")):
         command = script_command(words, title)
-        if command:
-            importlib.import_module(command.script).build_parser().parse_args(command.arguments)
-            called.append(command.script)
+        assert command, title
+        importlib.import_module(command.script).build_parser().parse_args(command.arguments)
+        (called if command.script in SCRIPTS else modules).append(command.script)
     assert tuple(called) == SCRIPTS
+    assert modules == ["examples.toy.loss_curve", "examples.toy.before_after"]
+
+
+def test_the_first_run_writes_nothing_outside_its_folder() -> None:
+    group = load_dataset_config(quickstart.TOY / "concept" / "dataset.toml", require_media=False)
+    for dataset in group.datasets:
+        assert (quickstart.ROOT / dataset.cache_directory).is_relative_to(quickstart.OUTPUT)
+    results = quickstart.results_in(quickstart.OUTPUT)
+    assert all(path.is_relative_to(quickstart.OUTPUT) for path in results)
+
+
+def test_what_the_first_run_reads_is_what_an_earlier_stage_wrote() -> None:
+    output = Path("out")
+    results = quickstart.results_in(output)
+    commands = [words for _, words in quickstart.stages(Path("python"), Path("accelerate"), output)]
+    (train,) = [words for words in commands if "hv_train_network.py" in words]
+    args = importlib.import_module("hv_train_network").build_parser().parse_args(train[train.index("hv_train_network.py") + 1 :])
+    assert (Path(args.output_dir) / f"{args.output_name}.safetensors", Path(args.loss_log)) == (results.lora, results.losses)
+    for words in commands[commands.index(train) + 1 :]:
+        assert str(results.lora) in words or str(results.losses) in words
+
+
+def test_the_clip_is_of_a_movement_that_no_clip_of_the_data_set_shows() -> None:
+    for words in CLIPS:
+        assert not set(words) & set(quickstart.CLIP_PROMPT.split())
+
+
+def test_every_result_is_named_with_what_to_look_at(tmp_path: Path) -> None:
+    results = quickstart.results_in(tmp_path)
+    files = [results.before_after, results.clips / "20250101-000000_1.mp4", *results[:2], results.loss_curve]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 2000)
+    described = quickstart.describe_output(tmp_path).splitlines()
+    assert len(described) == 2 * len(files)
+    assert all(any(str(path) in line and "(2 kB)" in line for line in described) for path in files)
 
 
 def test_a_failing_stage_ends_the_run_and_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from examples.tiny.make_tokenizers import (
+from examples.toy.make_tokenizers import (
     LLAMA_SPECIAL_TOKENS,
     llama_pre_tokenizer,
     write_clip_tokenizer,
@@ -381,7 +381,7 @@ def test_swapped_and_wrong_files(llama_folder: Path, clip_folder: Path, tmp_path
 
 
 def test_tokenizer_of_another_model(llama_folder: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"702 tokens.*512.*--tokenizer1"):
+    with pytest.raises(UserError, match=r"671 tokens.*512.*--tokenizer1"):
         load_text_encoder_1(llama_folder, **CPU_FLOAT, tokenizer=clip_folder)
     assert "does not know <|start_header_id|>" in caplog.text
     with pytest.raises(UserError, match=r"--tokenizer2"):
@@ -447,12 +447,11 @@ def test_clip_folder_of_a_whole_clip(clip_folder: Path, tmp_path: Path) -> None:
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     model.save_pretrained(tmp_path)
     write_clip_tokenizer(tmp_path)
-    tokens = AutoTokenizer.from_pretrained(tmp_path)(
-        PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = model.text_model(**tokens).last_hidden_state
-    ends = (tokens["input_ids"] == 701).int().argmax(1)
+    ends = (tokens["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
     pooled = load_text_encoder_2(tmp_path, **CPU_FLOAT).encode(PROMPTS)
     torch.testing.assert_close(pooled, expected[torch.arange(len(PROMPTS)), ends], atol=1e-5, rtol=1e-5)
 

@@ -12,6 +12,7 @@ from hunyuan_model.attention import TRAINABLE_MODES, make_attention
 from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
 from utils.errors import UserError
 from utils.files import require_writable_folder
+from utils.loss_log import check_loss_log
 from utils.training_files import final_name, step_name
 
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
@@ -210,6 +211,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_name", metavar="NAME", help="file name without suffix")
     group.add_argument("--save_every_n_epochs", type=positive_int, metavar="N", help="also save after every N epochs")
     group.add_argument("--save_every_n_steps", type=positive_int, metavar="N", help="also save after every N steps")
+    group.add_argument(
+        "--loss_log", metavar="FILE", help="write the loss and the learning rate of every step to this CSV file (default: no log)"
+    )
 
 
 def _add_metadata(group: argparse._ArgumentGroup) -> None:
@@ -260,6 +264,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
     require_writable_folder(args.output_dir, "--output_dir")
+    if args.loss_log is not None:
+        check_loss_log(args.loss_log)
 
 
 def _check_output_name(folder: str, name: str) -> None:

@@ -1,11 +1,7 @@
-"""Draw a small data set: six pictures and two clips with captions, and the dataset TOML that names them.
-
-python -m examples.tiny.make_media --output quickstart_output/media
-"""
+"""Draw a small data set: six pictures and two clips with captions, and the dataset TOML that names them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.errors import run_script
 from utils.files import atomic_path
 from utils.media_writing import save_picture, save_video
 
@@ -126,19 +121,3 @@ def make_media(folder: Path) -> Path:
     )
     write_text(folder / "dataset.toml", toml)
     return folder / "dataset.toml"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Draw a small data set of pictures and clips with captions.")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write it")
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    config = make_media(arguments.output)
-    print(f"{len(PICTURES)} pictures and {len(CLIPS)} clips with captions; data set description: {config}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -11,8 +11,8 @@ import hunyuan_model
 from dataset import load_dataset_config
 from dataset.items import list_items, require_captions
 from dataset.media import count_frames, read_image
-from examples.tiny.make_media import CLIPS, PICTURES, draw, draw_clip
-from examples.tiny.make_model import CLIP_WIDTH, LLAMA_WIDTH, TRANSFORMER, make_model
+from tiny.make_media import CLIPS, PICTURES, draw, draw_clip
+from tiny.make_model import CLIP_WIDTH, LLAMA_WIDTH, TRANSFORMER, make_model
 
 CPU = torch.device("cpu")
 

@@ -1,16 +1,11 @@
 """Write a tiny HunyuanVideo with random weights in the official file layouts, in seconds and the same every time.
 
-    python -m examples.tiny.make_model --output quickstart_output/model
-
 It has every part of the real model and none of its knowledge: it shows that files load, stages fit together and a LoRA
 trains, not what a trained model draws.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,17 +16,15 @@ from transformers import (
     CLIPTextModel,
     LlamaConfig,
     LlamaModel,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from examples.tiny.make_media import PICTURES, draw
-from examples.tiny.make_tokenizers import CLIP_VOCABULARY, LLAMA_VOCABULARY, write_clip_tokenizer, write_llama_tokenizer
+from examples.toy.make_tokenizers import CLIP_VOCABULARY, LLAMA_VOCABULARY, write_clip_tokenizer, write_llama_tokenizer
+from examples.toy.model_files import ModelFiles, files_in, write_text_encoder, write_vae
 from hunyuan_model.architecture import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
-from utils.errors import run_script
-from utils.files import atomic_path
+from tiny.make_media import PICTURES, draw
 from utils.safetensors_io import save_tensors
 
 SEED = 20
@@ -52,16 +45,6 @@ TRANSFORMER = TransformerConfig(
 )
 VAE = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8)
 VAE_LOG_VARIANCE = -6.0
-
-
-@dataclass(frozen=True)
-class ModelPaths:
-    """Where the four parts of a model lie, as the scripts' flags --dit, --vae, --text_encoder1 and --text_encoder2 take them."""
-
-    dit: Path
-    vae: Path
-    text_encoder1: Path
-    text_encoder2: Path
 
 
 @torch.no_grad()
@@ -150,37 +133,9 @@ def tiny_clip(tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) ->
     return model
 
 
-def write_vae(vae: AutoencoderKLCausal3D, folder: Path) -> None:
-    """Weights and config.json under the names of the published model."""
-    config = {
-        "_class_name": type(vae).__name__,
-        "act_fn": "silu",
-        "block_out_channels": list(VAE.block_out_channels),
-        "in_channels": VAE.in_channels,
-        "latent_channels": VAE.latent_channels,
-        "layers_per_block": VAE.layers_per_block,
-        "norm_num_groups": VAE.norm_num_groups,
-        "out_channels": VAE.out_channels,
-        "scaling_factor": VAE.scaling_factor,
-    }
-    with atomic_path(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with atomic_path(folder / "pytorch_model.pt") as temporary:
-        torch.save(vae.state_dict(), temporary)
-
-
-def write_text_encoder(model: PreTrainedModel, folder: Path, prefix: str) -> None:
-    """Weights and config.json; every key starts with ``prefix``, as published, whichever release of transformers runs here."""
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
-    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def make_model(folder: str | Path) -> ModelPaths:
+def make_model(folder: str | Path) -> ModelFiles:
     """Write ``dit.safetensors``, ``vae/``, ``text_encoder/`` and ``text_encoder_2/`` under ``folder``."""
-    folder = Path(folder)
-    paths = ModelPaths(folder / "dit.safetensors", folder / "vae", folder / "text_encoder", folder / "text_encoder_2")
+    paths = files_in(Path(folder))
     generator = torch.Generator().manual_seed(SEED)
     save_tensors(paths.dit, tiny_transformer(generator).state_dict())
     write_vae(tiny_vae(generator), paths.vae)
@@ -189,20 +144,3 @@ def make_model(folder: str | Path) -> ModelPaths:
     clip_tokenizer = AutoTokenizer.from_pretrained(write_clip_tokenizer(paths.text_encoder2))
     write_text_encoder(tiny_clip(clip_tokenizer, generator), paths.text_encoder2, prefix="text_model.")
     return paths
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write a tiny HunyuanVideo with random weights in the official file layouts.")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write it")
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    paths = make_model(arguments.output)
-    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
-    print(f"a tiny model of {size / 1e6:.1f} MB: {paths.dit}, {paths.vae}, {paths.text_encoder1}, {paths.text_encoder2}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,13 +1,16 @@
-"""Tiny tokenizers in the layouts of the real ones: a byte-level BPE with Llama-3's special tokens, and CLIP's word BPE.
+"""Small tokenizers in the layouts of the real ones: a byte-level BPE with Llama-3's special tokens, and CLIP's word BPE.
 
-Made from a few sentences in this file: offline, and the same every time. They read any text, as the real ones do, and
-need a few hundred rows of embedding instead of 128 000.
+Made from sentences that are given, or from a few in this file; offline, and the same every time. They read any text, as the
+real ones do, and need a few hundred rows of embedding instead of 128 000.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -32,7 +35,7 @@ _CLIP_WORD_END = "</w>"
 # How Llama-3 cuts text before the merges; the published pattern, which keeps line breaks apart from the words after them.
 _LLAMA_CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-_SENTENCES = (
+SENTENCES = (
     "A red ball rolls over green grass while the camera follows it slowly.",
     "Two people walk along the beach at sunset, and small waves reach their feet.",
     "A close picture of a cat with yellow eyes, sitting in front of a blue wall.",
@@ -41,21 +44,24 @@ _SENTENCES = (
 )
 
 
-def write_llama_tokenizer(folder: str | os.PathLike[str]) -> Path:
+def write_llama_tokenizer(
+    folder: str | os.PathLike[str], sentences: Sequence[str] = SENTENCES, vocabulary: int = LLAMA_VOCABULARY
+) -> Path:
     """Write a byte-level BPE tokenizer with Llama-3's special tokens into ``folder``; returns the folder.
 
-    Its vocabulary has at most ``LLAMA_VOCABULARY`` entries; it puts ``<|begin_of_text|>`` first, as the real one does.
+    Frequent words of ``sentences`` become single tokens, as far as ``vocabulary`` entries go. It puts
+    ``<|begin_of_text|>`` first, as the real one does.
     """
     folder = _made(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = llama_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LLAMA_VOCABULARY - len(LLAMA_SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(LLAMA_SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEMPLATE_BEFORE_PROMPT, *_SENTENCES], trainer)
+    tokenizer.train_from_iterator([TEMPLATE_BEFORE_PROMPT, *sentences], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA_SPECIAL_TOKENS])
     begin = LLAMA_SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -82,14 +88,15 @@ def llama_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def write_clip_tokenizer(folder: str | os.PathLike[str]) -> Path:
+def write_clip_tokenizer(folder: str | os.PathLike[str], sentences: Sequence[str] = SENTENCES) -> Path:
     """Write a CLIP tokenizer (vocab.json and merges.txt) into ``folder``; returns the folder.
 
-    Its vocabulary has at most ``CLIP_VOCABULARY`` entries, begin and end token last, as in the real one.
+    Every word of ``sentences`` is a single token; begin and end token are the last ones, as in the real one. For the
+    sentences of this file that makes at most ``CLIP_VOCABULARY`` entries.
     """
     folder = _made(folder)
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _word_merges({word.strip(".,;").lower() for sentence in _SENTENCES for word in sentence.split()})
+    merges = _word_merges({word.strip(".,;").lower() for sentence in sentences for word in sentence.split()})
     tokens = [*characters, *(character + _CLIP_WORD_END for character in characters)]
     tokens += [first + second for first, second in merges]
     tokens += [CLIP_BEGIN, CLIP_END]
@@ -112,14 +119,30 @@ def write_clip_tokenizer(folder: str | os.PathLike[str]) -> Path:
 
 
 def _word_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Merges that build each word from the left, one character at a time; an equal beginning is merged once."""
-    merges = {}
-    for word in sorted(words):
-        left, *rest = [*word[:-1], word[-1] + _CLIP_WORD_END]
-        for right in rest:
-            merges[left, right] = None
-            left += right
-    return list(merges)
+    """Merges that make each word a single token: byte pair encoding to the end.
+
+    The trainer of tokenizers breaks ties between equally frequent pairs at random, and among single words nearly all are.
+    """
+    pieces = [[*word[:-1], word[-1] + _CLIP_WORD_END] for word in sorted(words)]
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts = Counter(pair for word in pieces for pair in pairwise(word))
+        if not counts:
+            return merges
+        pair = max(sorted(counts), key=counts.__getitem__)
+        merges.append(pair)
+        pieces = [_merged(word, pair) for word in pieces]
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """``word`` with every occurrence of ``pair`` as one piece."""
+    merged: list[str] = []
+    for piece in word:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _made(folder: str | os.PathLike[str]) -> Path:

@@ -1,1 +1,0 @@
-"""A tiny HunyuanVideo with random weights in the official file layouts, and a small drawn data set for it."""

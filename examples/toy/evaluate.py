@@ -1,0 +1,370 @@
+"""How well the toy model draws what a prompt says, and how well its VAE shows pictures: tables, a contact sheet, a JSON file.
+
+The prompts are about combinations of shape, colour and background that no training has seen; ``reading.read`` says what
+each clip shows. Beside the model's score stand what guessing would reach, and what the reader makes of scenes drawn from the
+same words, before and after the VAE: nothing can be expected to score higher.
+
+    python -m examples.toy.evaluate
+    python -m examples.toy.evaluate --lora_weight quickstart_output/lora/zorp.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.media import IMAGE_EXTENSIONS, read_image
+from dataset.resizing import fit_to_bucket
+from examples.toy import world, zorp
+from examples.toy.contact_sheet import WRONG, contact_sheet, film_strip, framed
+from examples.toy.reading import Reading, read
+from examples.toy.toy_model import BATCH_SIZE, FLOW_SHIFT, FOLDER, FRAMES, GUIDANCE, STEPS, ToyModel
+from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
+from hunyuan_model.sampling import latent_size
+from utils.arguments import add_device_argument, finite_float, positive_float, positive_int, script_parser, seed
+from utils.devices import choose_dtype, out_of_memory_says, pick_device
+from utils.errors import UserError, run_script
+from utils.files import atomic_path, require_writable_folder
+from utils.media_writing import save_picture
+
+PROMPTS, CAPTIONS, ZORPS, VAE = range(4)  # purposes of random numbers
+ZORP_SEEDS = 1_000_000  # seeds of their noise begin here
+VAE_PICTURES, VAE_CLIPS = 64, 24
+SHEET_COLUMNS, SHEET_PROMPTS, SHEET_ZORPS = 4, 24, 8
+ALL_WORDS, NO_ZORP = "all of them", "no zorp"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sentence, the words it was made of, the seed of its noise, and a drawing of the same words."""
+
+    text: str
+    attributes: world.Attributes
+    seed: int
+    drawn: np.ndarray  # (T, 64, 64, 3) uint8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Prompts with the model's clips of them, and readings of these clips, of the drawings, and of those after the VAE."""
+
+    prompts: list[Prompt]
+    clips: np.ndarray  # (N, T, 64, 64, 3) uint8
+    seconds: float  # that the clips took
+    read: list[Reading]
+    read_of_drawings: list[Reading]
+    read_through_vae: list[Reading]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below a heading, for people; ``scores`` holds the same for programs."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    scores: dict[str, dict[str, float]]
+
+    def markdown(self) -> str:
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join([f"### {self.title}", "", *("| " + " | ".join(line) + " |" for line in lines), ""])
+
+
+def count(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("Score the toy model on prompts about things it has not seen in training.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, default=FOLDER, metavar="FOLDER", help="the model (default: the toy model)")
+    model.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files, merged while the model loads")
+    model.add_argument(
+        "--lora_multiplier", nargs="*", type=finite_float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+    )
+    model.add_argument(
+        "--inject_lora", action="store_true", help="keep the LoRA beside the weights, as in training (default: merged into them)"
+    )
+    model.add_argument("--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: float32)")
+    model.add_argument("--fp8", action="store_true", help="keep the transformer's Linear weights in float8 (default: off)")
+    model.add_argument("--attn_mode", choices=ATTENTION_MODES, default="torch", help="attention kernel (default: torch)")
+    model.add_argument("--split_attn", action="store_true", help="attend sample by sample (default: off)")
+    add_device_argument(model)
+
+    tasks = parser.add_argument_group("what is drawn")
+    tasks.add_argument("--prompts", type=positive_int, default=200, metavar="N", help="held-out prompts (default: 200)")
+    tasks.add_argument(
+        "--concept_samples", type=count, default=50, metavar="N", help="prompts about zorps, half of them pictures (default: 50)"
+    )
+    tasks.add_argument(
+        "--photographs", type=Path, metavar="FOLDER", help="pictures for the VAE, cut to squares of 64 pixels (default: none)"
+    )
+    tasks.add_argument("--frames", type=positive_int, default=FRAMES, metavar="N", help=f"of a clip, 4n+1 (default: {FRAMES})")
+    tasks.add_argument("--infer_steps", type=positive_int, default=STEPS, metavar="N", help=f"sampling steps (default: {STEPS})")
+    tasks.add_argument(
+        "--flow_shift", type=positive_float, default=FLOW_SHIFT, metavar="S", help=f"shift of the schedule (default: {FLOW_SHIFT})"
+    )
+    tasks.add_argument(
+        "--embedded_cfg_scale", type=finite_float, default=GUIDANCE, metavar="G", help=f"distilled guidance (default: {GUIDANCE})"
+    )
+    tasks.add_argument("--seed", type=seed, default=0, metavar="N", help="of prompts, noise and drawings (default: 0)")
+    tasks.add_argument(
+        "--batch_size", type=positive_int, default=BATCH_SIZE, metavar="N", help=f"clips at a time (default: {BATCH_SIZE})"
+    )
+    tasks.add_argument(
+        "--output",
+        type=Path,
+        default=Path("evaluate_output"),
+        metavar="FOLDER",
+        help="for contact_sheet.png and scores.json (default: evaluate_output)",
+    )
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to ask for
+
+
+def held_out_prompts(number: int, frames: int, first_seed: int) -> list[Prompt]:
+    """Prompts about held-out combinations in random order; one comes again only when all have come."""
+    combinations = world.all_attributes(held_out=True, motions=world.MOTIONS if frames > 1 else (None,))
+    rng = world.generator(first_seed, PROMPTS)
+    order = np.concatenate([rng.permutation(len(combinations)) for _ in range(math.ceil(number / len(combinations)))])
+    prompts = []
+    for index, chosen in enumerate(order[:number]):
+        rng, attributes = world.generator(first_seed, CAPTIONS, index), combinations[chosen]
+        drawn = world.draw(world.place(attributes, frames, rng))
+        prompts.append(Prompt(world.caption(attributes, rng), attributes, first_seed + index, drawn))
+    return prompts
+
+
+def zorp_prompts(number: int, frames: int, first_seed: int) -> list[Prompt]:
+    """Prompts about zorps on every background in turn; the shape and colour of their attributes mean nothing."""
+    prompts = []
+    for index in range(number):
+        rng = world.generator(first_seed, ZORPS, index)
+        background = list(world.COLOURS)[index % len(world.COLOURS)]
+        motion = world.MOTIONS[rng.integers(len(world.MOTIONS))] if frames > 1 else None
+        text, drawn = zorp.zorp_caption(background, motion, rng), zorp.draw_zorp(background, motion, frames, rng)
+        attributes = world.Attributes(zorp.NAME, "", background, motion)
+        prompts.append(Prompt(text, attributes, first_seed + ZORP_SEEDS * (frames + 1) + index, drawn))
+    return prompts
+
+
+def read_photographs(folder: Path) -> np.ndarray:
+    """All pictures directly in ``folder``, their middles: (N, 1, 64, 64, 3) uint8.
+
+    Raises:
+        UserError: no such folder, no picture in it, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--photographs {folder} is not a folder. Give a folder of pictures, or leave the flag out.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    if not paths:
+        raise UserError(f"--photographs {folder} holds no pictures. Give a folder of pictures, or leave the flag out.")
+    return np.stack([fit_to_bucket(read_image(path), (world.SIZE, world.SIZE))[None] for path in paths])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score_prompts(group: Drawn) -> Table:
+    """How often each word of the prompts was drawn."""
+    chances = {"background": 1 / len(world.COLOURS), "colour": 1 / (len(world.COLOURS) - 1), "shape": 1 / len(world.SHAPES)}
+    if group.prompts[0].attributes.motion:
+        chances["motion"] = 1 / len(world.MOTIONS)
+    chances[ALL_WORDS] = math.prod(chances.values())
+    number = len(group.prompts)
+    rows, scores = [], {}
+    for name, chance in chances.items():
+        shares = [
+            sum(_is_right(reading, prompt, name) for reading, prompt in zip(readings, group.prompts)) / number
+            for readings in (group.read, group.read_of_drawings, group.read_through_vae)
+        ]
+        rows.append((name, percent(shares[0]), str(number), percent(chance, 2), percent(shares[1]), percent(shares[2])))
+        keys = ("right", "number", "chance", "right_of_drawn", "right_of_drawn_through_vae")
+        scores[name] = dict(zip(keys, (shares[0], number, chance, *shares[1:])))
+    columns = ("word", "right", "clips", "by chance", "reader on drawn scenes", "the same through the VAE")
+    return Table("Prompts held out from training", columns, rows, scores)
+
+
+def _is_right(reading: Reading, prompt: Prompt, name: str) -> bool:
+    right = reading.right(prompt.attributes)
+    return all(right.values()) if name == ALL_WORDS else right[name]
+
+
+def score_zorps(groups: dict[str, Drawn]) -> Table:
+    """How many of each group are zorps, and of all that shall be."""
+    rows, scores = [], {}
+    asked_for = [group for name, group in groups.items() if name != NO_ZORP]
+    for name, members in (*((name, [group]) for name, group in groups.items()), ("zorp, together", asked_for)):
+        number = sum(len(group.prompts) for group in members)
+        zorps = [
+            sum(reading.zorp for group in members for reading in getattr(group, readings))
+            for readings in ("read", "read_of_drawings", "read_through_vae")
+        ]
+        rows.append((name, percent(zorps[0] / number), str(number), percent(zorps[1] / number), percent(zorps[2] / number)))
+        keys = ("zorps", "number", "zorps_of_drawn", "zorps_of_drawn_through_vae")
+        scores[name] = dict(zip(keys, (zorps[0], number, zorps[1], zorps[2])))
+    columns = ("asked for", "read as zorps", "clips", "reader on drawings", "the same through the VAE")
+    return Table("Zorps", columns, rows, scores)
+
+
+def score_vae(model: ToyModel, photographs: np.ndarray | None, first_seed: int) -> Table:
+    """Peak signal-to-noise ratio of pictures encoded to the mean and decoded."""
+    rng = world.generator(first_seed, VAE)
+    groups = {
+        "drawn pictures": world.draw_batch(rng, VAE_PICTURES, 1, held_out=True).clips,
+        f"drawn clips of {FRAMES} frames": world.draw_batch(rng, VAE_CLIPS, FRAMES, held_out=True).clips,
+    }
+    if photographs is not None:
+        groups["photographs"] = photographs
+    rows, scores = [], {}
+    for name, clips in groups.items():
+        value = decibels(clips, model.through_vae(clips))
+        rows.append((name, str(len(clips)), f"{value:.1f} dB"))
+        scores[name] = {"number": len(clips), "psnr": value}
+    return Table("VAE: what comes back", ("pictures", "number", "PSNR"), rows, scores)
+
+
+def decibels(clips: np.ndarray, others: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 arrays, from the squared error averaged over everything."""
+    error = np.square(clips.astype(np.float64) - others).mean()
+    return 10 * math.log10(255**2 / max(error, 1e-9))
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contact sheet
+
+
+def in_words(reading: Reading) -> str:
+    """``"red circle on blue, left"``, with ``?`` for what was not read."""
+    what = zorp.NAME if reading.zorp else f"{reading.colour or '?'} {reading.shape or '?'}"
+    return f"{what} on {reading.background or '?'}" + (f", {reading.motion}" if reading.motion else "")
+
+
+def draw_sheet(groups: Sequence[Drawn], numbers: Sequence[int]) -> np.ndarray:
+    """Film strips of the first clips of each group with their prompts.
+
+    Those that do not show what was asked for have a red frame and say what was read.
+    """
+    cells = []
+    for group, number in zip(groups, numbers):
+        for prompt, clip, reading in list(zip(group.prompts, group.clips, group.read))[:number]:
+            right = reading.zorp if prompt.attributes.shape == zorp.NAME else all(reading.right(prompt.attributes).values())
+            strip = framed(film_strip(clip), (255, 255, 255) if right else WRONG)
+            cells.append((strip, prompt.text if right else f"{prompt.text}\nread: {in_words(reading)}"))
+    rows = [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
+    return contact_sheet([[cell[0] for cell in row] for row in rows], captions=[[cell[1] for cell in row] for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def draw_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Prompt], frames: int) -> Drawn:
+    """The model's clips of the prompts, read, and their drawings read too."""
+    started = time.perf_counter()
+    with out_of_memory_says("sampling", "use a smaller --batch_size or fewer --frames"):
+        clips = model.generate(
+            [prompt.text for prompt in prompts],
+            [prompt.seed for prompt in prompts],
+            frames=frames,
+            steps=args.infer_steps,
+            guidance=args.embedded_cfg_scale,
+            flow_shift=args.flow_shift,
+            batch_size=args.batch_size,
+        )
+    seconds = time.perf_counter() - started
+    drawings = np.stack([prompt.drawn for prompt in prompts])
+    rebuilt = model.through_vae(drawings, args.batch_size)
+    readings = ([read(clip) for clip in group] for group in (clips, drawings, rebuilt))
+    return Drawn(prompts, clips, seconds, *readings)
+
+
+def evaluate(args: argparse.Namespace, model: ToyModel, photographs: np.ndarray | None) -> None:
+    """Score ``model``, print the tables, and write the contact sheet and the scores."""
+    started = time.perf_counter()
+    held_out = draw_and_read(args, model, held_out_prompts(args.prompts, args.frames, args.seed), args.frames)
+    tables, groups = {"prompts": score_prompts(held_out)}, {NO_ZORP: held_out}
+    of_clips = args.concept_samples // 2 if args.frames > 1 else 0
+    for name, number, frames in (("a picture", args.concept_samples - of_clips, 1), ("a clip", of_clips, args.frames)):
+        if number:
+            groups[f"zorp, {name}"] = draw_and_read(args, model, zorp_prompts(number, frames, args.seed), frames)
+    if args.concept_samples:
+        tables["zorps"] = score_zorps(groups)
+    tables["vae"] = score_vae(model, photographs, args.seed)
+    alone = draw_and_read(args, model, held_out.prompts[:1], args.frames).seconds
+    times = {"per_clip": held_out.seconds / args.prompts, "clip_alone": alone, "total": time.perf_counter() - started}
+
+    sheet = draw_sheet(list(groups.values()), (SHEET_PROMPTS, SHEET_ZORPS // 2, SHEET_ZORPS // 2))
+    save_picture(args.output / "contact_sheet.png", sheet)
+    write_scores(args, groups, tables, times)
+    for table in tables.values():
+        print(table.markdown())
+    print(
+        f"{times['clip_alone']:.2f} seconds for one clip of {args.frames} frames in {args.infer_steps} steps, "
+        f"{times['per_clip']:.2f} for each in batches of {args.batch_size}, {times['total']:.0f} in all"
+    )
+    print(args.output / "contact_sheet.png")
+    print(args.output / "scores.json")
+
+
+def write_scores(args: argparse.Namespace, groups: dict[str, Drawn], tables: dict[str, Table], times: dict[str, float]) -> None:
+    """Everything that was counted, with the flags of the run and what was read of every clip."""
+    scores = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        **{name: table.scores for name, table in tables.items()},
+        "seconds": times,
+        "clips": [
+            {"prompt": prompt.text, "seed": prompt.seed, "read": asdict(reading)}
+            for group in groups.values()
+            for prompt, reading in zip(group.prompts, group.read)
+        ],
+    }
+    with atomic_path(args.output / "scores.json") as temporary:
+        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    device = pick_device(args.device)
+    dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.float32)
+    latent_size(world.SIZE, world.SIZE, args.frames)
+    require_writable_folder(args.output, "--output")
+    check_attention_device(args.attn_mode, device)
+    make_attention(args.attn_mode)
+    photographs = None if args.photographs is None else read_photographs(args.photographs)
+    model = ToyModel.load(
+        args.model,
+        lora=args.lora_weight,
+        multipliers=args.lora_multiplier,
+        inject=args.inject_lora,
+        fp8=args.fp8,
+        attn_mode=args.attn_mode,
+        split_attn=args.split_attn,
+        device=device,
+        dtype=dtype,
+    )
+    evaluate(args, model, photographs)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,80 @@
+"""The loss of a training, step by step, as a CSV file (--loss_log)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from utils.errors import UserError
+from utils.files import require_writable_folder
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("step", "epoch", "loss", "average_loss", "learning_rate")
+MAX_NAME_BYTES = 255  # what the common file systems allow
+
+
+def check_loss_log(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, before a model is loaded. Leaves nothing behind.
+
+    Raises:
+        UserError: ``path`` is a folder, its name is too long, or it or its folder cannot be written to.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"--loss_log {path} is a folder; give the name of a file, such as {path / 'loss.csv'}.")
+    if path.suffix.lower() == ".safetensors":
+        raise UserError(f"--loss_log {path} has the name of a LoRA file; give the name of a CSV file, such as loss.csv.")
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise UserError(f"--loss_log has a file name of more than {MAX_NAME_BYTES} bytes; give a shorter one.")
+    require_writable_folder(path.parent, "the folder of --loss_log,")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"--loss_log {path} exists and cannot be written to; give another file.")
+
+
+class LossLog:
+    """A CSV file with a line for each optimiser step, or nothing where ``path`` is None.
+
+    Every line is handed to the system at once, so that a training that is killed leaves all the steps it made. A file of
+    that name is replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "w", encoding="utf-8", newline="\n", buffering=1)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise UserError(f"cannot write --loss_log {path}: {error.strerror or error}. Give another file.") from error
+        self._write_line(",".join(COLUMNS))
+
+    def __enter__(self) -> LossLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def write(self, step: int, epoch: int, loss: float, average: float, learning_rate: float | None) -> None:
+        """One step. ``learning_rate`` is None where the optimiser does not tell it; the field is empty then."""
+        rate = "" if learning_rate is None else f"{float(learning_rate):g}"
+        self._write_line(f"{step},{epoch},{loss:.6g},{average:.6g},{rate}")
+
+    def _write_line(self, line: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:  # hours of training are worth more than their log
+            logger.warning("--loss_log %s: %s; training goes on without it.", self._file.name, error.strerror or error)
+            self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what could not be written above is still in its buffer
+                file.close()

@@ -57,6 +57,7 @@ def test_a_training_that_stops_leaves_the_steps_it_made(train, tmp_path, monkeyp
 
 def test_only_the_main_process_writes(train, tmp_path, monkeypatch):
     monkeypatch.setattr(hv_train_network.Accelerator, "is_main_process", False)
+    monkeypatch.setattr(logging, "disable", lambda _level: None)  # what silences the others would silence all tests after this
     assert train("--max_train_steps", 1, "--loss_log", tmp_path / "loss.csv").status == 0
     assert not (tmp_path / "loss.csv").exists()
 

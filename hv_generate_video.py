@@ -7,11 +7,11 @@ network at a time is in memory.
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,8 +38,11 @@ from utils.arguments import (
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
-from utils.media_writing import save_pictures, save_video
+from utils.media_writing import save_pictures, save_video, unused_stem
 from utils.safetensors_io import read_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from hunyuan_model.prompt_encoding import TextConditions
 
 logger = logging.getLogger("generate")
 
@@ -211,23 +214,19 @@ def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
         raise UserError(f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
 
 
-def encode_prompt(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompt as states (1, L, D), mask (1, L) and pooled vector (1, P); the encoders are gone afterwards."""
-    dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16)
-    tokenizer_1 = hunyuan_model.load_tokenizer_1(args.text_encoder1, args.tokenizer1)
-    tokenizer_2 = hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2)
-    encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=tokenizer_2)
-    pooled = encoder.encode([args.prompt]).cpu()
-    del encoder
-    free_memory(device)
-    encoder = hunyuan_model.load_text_encoder_1(
-        args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=tokenizer_1
+def encode_prompt(args: argparse.Namespace, device: torch.device) -> TextConditions:
+    """The prompt as the transformer takes it; the encoders are gone afterwards."""
+    (text,) = hunyuan_model.encode_prompts(
+        [args.prompt],
+        text_encoder_1=args.text_encoder1,
+        text_encoder_2=args.text_encoder2,
+        tokenizer_1=args.tokenizer1,
+        tokenizer_2=args.tokenizer2,
+        device=device,
+        dtype=choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
+        fp8_llm=args.fp8_llm,
     )
-    states, mask = encoder.encode([args.prompt])
-    states, mask = states.cpu(), mask.cpu()
-    del encoder
-    free_memory(device)
-    return states, mask, pooled
+    return text
 
 
 def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
@@ -295,12 +294,6 @@ def read_latent(path: str) -> tuple[Tensor, dict[str, str]]:
     if not torch.isfinite(latent).all():
         raise UserError(f"--latent_path {path} holds NaN or infinity; sample it again.")
     return latent[None].float(), file.metadata
-
-
-def unused_stem(folder: Path, stem: str, endings: Sequence[str] = ("", ".mp4")) -> str:
-    """``stem``, or with a number behind it where something with one of ``endings`` has that name: nothing is overwritten."""
-    numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in numbered if not any((folder / f"{name}{ending}").exists() for ending in endings))
 
 
 def write_latent(args: argparse.Namespace, stem: str, latents: Tensor) -> None:

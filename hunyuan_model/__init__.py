@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hunyuan_model.identify import check_text_encoder_files, check_vae_file
     from hunyuan_model.loading import check_transformer_file, load_transformer
+    from hunyuan_model.prompt_encoding import encode_prompts
     from hunyuan_model.text_encoder_clip import load_text_encoder_2, load_tokenizer_2
     from hunyuan_model.text_encoder_llm import load_text_encoder_1, load_tokenizer_1
     from hunyuan_model.vae_loading import load_vae
@@ -20,6 +21,7 @@ __all__ = [
     "check_text_encoder_files",
     "check_transformer_file",
     "check_vae_file",
+    "encode_prompts",
     "load_text_encoder_1",
     "load_text_encoder_2",
     "load_tokenizer_1",
@@ -32,6 +34,7 @@ _HOMES = {
     "check_text_encoder_files": "hunyuan_model.identify",
     "check_transformer_file": "hunyuan_model.loading",
     "check_vae_file": "hunyuan_model.identify",
+    "encode_prompts": "hunyuan_model.prompt_encoding",
     "load_transformer": "hunyuan_model.loading",
     "load_vae": "hunyuan_model.vae_loading",
     "load_text_encoder_1": "hunyuan_model.text_encoder_llm",

@@ -10,8 +10,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_lines, documents, script_command, script_commands
 
-# The flag of a program that is not ours.
+from utils.sample_prompts import PROMPT_OPTIONS
+
+# The flags of programs that are not ours.
 DOWNLOAD_FLAG = "--local-dir"
+TENSORBOARD_FLAG = "--logdir"
 # Modules of the toy model that can be run.
 MODULES = sorted(
     f"examples.toy.{path.stem}"
@@ -59,7 +62,7 @@ def test_a_command_with_an_unknown_flag_would_be_noticed() -> None:
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:
-    known = {DOWNLOAD_FLAG}
+    known = {DOWNLOAD_FLAG, TENSORBOARD_FLAG, *PROMPT_OPTIONS}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z0-9_-]+)"', benchmark.read_text(encoding="utf-8")))
     for script in (*SCRIPTS, *MODULES):

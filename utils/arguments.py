@@ -8,6 +8,7 @@ import os
 import random
 
 MAX_SEED = 2**32 - 1
+VAE_TILE_SIZE = 256
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -100,6 +101,11 @@ def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_
         metavar="PIXELS",
         help="side of a spatial tile, a multiple of 32; implies tiling (default when tiling: 256)",
     )
+
+
+def vae_tile_size(args: argparse.Namespace) -> int | None:
+    """Side of the VAE's spatial tiles in pixels, as the flags of ``add_vae_arguments`` say; None without tiling."""
+    return args.vae_spatial_tile_sample_min_size or (VAE_TILE_SIZE if args.vae_tiling else None)
 
 
 def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 
 from hunyuan_model.attention import TRAINABLE_MODES, make_attention
-from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
+from utils.arguments import (
+    add_text_encoder_arguments,
+    add_vae_arguments,
+    finite_float,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    script_parser,
+    seed,
+)
 from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.loss_log import check_loss_log
@@ -30,6 +39,8 @@ def build_training_parser() -> argparse.ArgumentParser:
     _add_flow_matching(parser.add_argument_group("flow matching"))
     _add_network(parser.add_argument_group("network (what is trained)"))
     _add_output(parser.add_argument_group("output"))
+    _add_samples(parser.add_argument_group("samples while training"))
+    _add_logs(parser.add_argument_group("logs"))
     _add_metadata(parser.add_argument_group("metadata of the saved file"))
     return parser
 
@@ -214,6 +225,44 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--loss_log", metavar="FILE", help="write the loss and the learning rate of every step to this CSV file (default: no log)"
     )
+
+
+def _add_samples(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--sample_prompts", metavar="FILE", help="prompts to draw while training: .txt, .toml or .json (default: no samples)"
+    )
+    group.add_argument("--sample_at_first", action="store_true", help="draw samples before the first step (default: off)")
+    group.add_argument(
+        "--sample_every_n_steps", type=positive_int, metavar="N", help="draw samples after every N steps (default: never)"
+    )
+    group.add_argument(
+        "--sample_every_n_epochs", type=positive_int, metavar="N", help="draw samples after every N epochs (default: never)"
+    )
+    add_vae_arguments(group, required=False)
+    add_text_encoder_arguments(group, required=False)
+
+
+def _add_logs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--logging_dir", metavar="FOLDER", help="folder for logs (default: no logs)")
+    group.add_argument(
+        "--log_with",
+        choices=("tensorboard", "wandb", "all"),
+        help="where logs go (default: tensorboard where --logging_dir is given, else nowhere)",
+    )
+    group.add_argument(
+        "--log_prefix", metavar="TEXT", help="text before the date in the name of TensorBoard's folder (default: none)"
+    )
+    group.add_argument(
+        "--log_tracker_name", metavar="NAME", help="project in W&B, folder of the run in TensorBoard (default: network_train)"
+    )
+    group.add_argument(
+        "--log_tracker_config",
+        metavar="TOML",
+        help="arguments of wandb.init and of SummaryWriter, in tables [wandb] and [tensorboard] (default: none)",
+    )
+    group.add_argument("--wandb_run_name", metavar="NAME", help="name of the run in W&B (default: one that W&B makes up)")
+    group.add_argument("--wandb_api_key", metavar="KEY", help="W&B key; it is never written (default: what wandb login stored)")
+    group.add_argument("--log_config", action="store_true", help="store the flags in the logs, without secrets (default: off)")
 
 
 def _add_metadata(group: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +19,11 @@ from threading import Event
 import numpy as np
 
 from dataset.buckets import choose_bucket
-from dataset.cache_files import latent_cache_path
+from dataset.cache_files import CacheKey, latent_cache_path
 from dataset.frames import Window, cut_windows, frames_needed
 from dataset.items import Item
 from dataset.media import count_frames, probe_image, probe_video, read_clip_windows, read_image
+from dataset.records import SourceStamp, stamp_source
 from dataset.resizing import fit_to_bucket
 from utils.errors import UserError
 
@@ -45,6 +46,11 @@ class Target:
     bucket: tuple[int, int]
 
     @property
+    def key(self) -> CacheKey:
+        """Stem and window, under which the listing has the cache file."""
+        return self.item.stem, self.window
+
+    @property
     def frames(self) -> int:
         """Number of frames; 1 for a picture."""
         return 1 if self.window is None else self.window[1]
@@ -64,10 +70,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket."""
+    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and what the source was when they were read."""
 
     target: Target
     pixels: np.ndarray
+    source: SourceStamp
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,10 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
     try:
         targets = plan_targets(item)
         missing = {target.window: target for target in targets if wanted(target)}
-        if missing and item.dataset.kind == "image":
-            target = missing[None]
-            yield Prepared(target, fit_to_bucket(read_image(item.path), target.bucket)[None])
-        elif missing:
-            for window, pixels in read_clip_windows(item.path, list(missing), targets[0].bucket):
-                yield Prepared(missing[window], pixels)
+        if missing:
+            source = stamp_source(item.path, item.dataset.kind)
+            for window, pixels in _read_windows(item, missing, targets[0].bucket):
+                yield Prepared(missing[window], pixels, source)
     except UserError as error:
         yield Failure(item, str(error))
     except Exception as error:
@@ -125,6 +130,15 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         yield Failure(item, f"{item.path}: {type(error).__name__}: {error}")
     else:
         yield Finished(item, targets, decoded=bool(missing))
+
+
+def _read_windows(
+    item: Item, windows: Collection[Window | None], bucket: tuple[int, int]
+) -> Iterator[tuple[Window | None, np.ndarray]]:
+    if item.dataset.kind == "image":
+        yield None, fit_to_bucket(read_image(item.path), bucket)[None]
+    else:
+        yield from read_clip_windows(item.path, windows, bucket)
 
 
 def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:

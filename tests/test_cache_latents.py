@@ -20,6 +20,7 @@ from dataset.cache_files import read_latent_shape, read_latents, save_latents
 from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.preparation import Failure, Prepared, Target
+from dataset.records import SourceStamp
 from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
@@ -180,13 +181,14 @@ def test_skip_existing_redoes_only_what_is_missing_broken_or_of_another_size(run
     assert not set(after.items()) & set(times(cache).items())
 
 
-def test_skip_existing_redoes_other_channels_and_what_is_older_than_its_source(run, pictures, tmp_path):
+def test_skip_existing_redoes_other_channels_and_files_without_record_older_than_their_source(run, pictures, tmp_path):
     cache = tmp_path / "cache"
     assert run("--dataset_config", pictures) == 0
     foreign = cache / "red_circle_0096x0064_hv.safetensors"
     _, *shape = read_latent_shape(foreign)
     save_latents(foreign, torch.zeros(4, *shape), (96, 64))
     replaced = cache / "blue_square_0072x0128_hv.safetensors"
+    save_latents(replaced, read_latents(replaced), (72, 128))
     later = replaced.stat().st_mtime_ns + 10**9
     os.utime(tmp_path / "images" / "blue_square.png", ns=(later, later))
     before = times(cache)
@@ -205,7 +207,7 @@ def test_any_name_gives_a_seed(vae_folder):
 
 
 def prepared(item: Item, side: int) -> Prepared:
-    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8))
+    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), SourceStamp(0, 0, ""))
 
 
 def test_waiting_pixels_are_bounded(monkeypatch):
@@ -301,11 +303,12 @@ def test_too_short_clips_are_counted_and_an_empty_result_says_so(run, clips, tmp
     assert "2 of 2 clip(s) have fewer frames than the 29" in capsys.readouterr().err
 
 
-def test_leftovers_of_an_earlier_setting_are_named_not_deleted(run, clips, tmp_path, caplog):
+def test_leftovers_of_an_earlier_setting_are_named_not_deleted(run, clips, tmp_path, caplog, capsys):
     assert run("--dataset_config", clips) == 0
     write_dataset(tmp_path, "clips", enable_bucket=True, target_frames=[9])
     assert run("--dataset_config", clips) == 0
-    assert "2 latent cache(s)" in caplog.text and "red_circle_moving_00000-001_0096x0064_hv.safetensors" in caplog.text
+    assert "2 cache file(s)" in caplog.text
+    assert "orphan: red_circle_moving_00000-001_0096x0064_hv.safetensors" in capsys.readouterr().out
     assert len(caches(tmp_path / "cache")) == 4
 
 

@@ -107,7 +107,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
     where = f"{dataset.label} of {toml} (cache_directory {dataset.cache_directory})"
     if not listing.latents:
         reason, remedy = "", "mend that"
-        if dataset.kind == "video":
+        if dataset.kind == "video" and dataset.frame_extraction != "full":
             shortest = min(dataset.target_frames)
             reason, remedy = f": clips shorter than target_frames ({shortest}), say", "lower target_frames"
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 import voluptuous
 
 from dataset.buckets import BUCKET_STEP, bucket_resolutions
-from dataset.frames import FRAME_EXTRACTIONS, is_clip_length
+from dataset.frames import FRAME_EXTRACTIONS, MAX_FRAMES, is_clip_length
 from utils.errors import UserError
 from utils.key_values import nearest_name
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml
@@ -47,6 +47,7 @@ class DatasetConfig:
     frame_extraction: str = "head"
     frame_stride: int = 1
     frame_sample: int = 1
+    max_frames: int = MAX_FRAMES
 
     @property
     def label(self) -> str:
@@ -167,6 +168,7 @@ VIDEO_KEYS: Validators = {
     "frame_extraction": _frame_extraction,
     "frame_stride": _at_least_one,
     "frame_sample": _at_least_one,
+    "max_frames": _at_least_one,
 }
 DATASET_KEYS: Validators = {**COMMON_KEYS, **dict.fromkeys(SOURCE_KEYS, _path), "cache_directory": _path, **VIDEO_KEYS}
 
@@ -275,9 +277,11 @@ def _require_source(path: Path, section: str, key: str, source: Path) -> None:
 
 def _warn_of_values_without_effect(path: Path, dataset: DatasetConfig, table: dict[str, Any]) -> None:
     where = f"{path}, {dataset.label}"
-    for key, mode in (("frame_stride", "slide"), ("frame_sample", "uniform")):
+    for key, mode in (("frame_stride", "slide"), ("frame_sample", "uniform"), ("max_frames", "full")):
         if key in table and dataset.frame_extraction != mode:
             logger.warning('%s: %s has an effect only with frame_extraction = "%s".', where, key, mode)
+    if "target_frames" in table and dataset.frame_extraction == "full":
+        logger.warning('%s: target_frames has no effect with frame_extraction = "full"; max_frames has.', where)
     if dataset.bucket_no_upscale and not dataset.enable_bucket:
         logger.warning("%s: bucket_no_upscale has an effect only with enable_bucket = true.", where)
     if not dataset.enable_bucket:

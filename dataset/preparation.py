@@ -107,8 +107,10 @@ def plan_targets(item: Item) -> tuple[Target, ...]:
         info = probe_video(item.path)
         size = (info.width, info.height)
         mode = dataset.frame_extraction
-        frames = count_frames(item.path, limit=frames_needed(dataset.target_frames, mode))
-        windows = list(cut_windows(frames, dataset.target_frames, mode, dataset.frame_stride, dataset.frame_sample))
+        frames = count_frames(item.path, limit=frames_needed(dataset.target_frames, mode, dataset.max_frames))
+        windows = list(
+            cut_windows(frames, dataset.target_frames, mode, dataset.frame_stride, dataset.frame_sample, dataset.max_frames)
+        )
     bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
     return tuple(Target(item, window, size, bucket) for window in windows)
 

@@ -154,6 +154,7 @@ MISTAKES = {
     "frames as text": (CLIPS + 'target_frames = ["25"]\n', ["target_frames", "whole number"]),
     "unknown extraction": (CLIPS + 'frame_extraction = "uniforms"\n', ["head, chunk, slide, uniform. Did you mean 'uniform'?"]),
     "stride zero": (CLIPS + 'frame_extraction = "slide"\nframe_stride = 0\n', ["frame_stride = 0 must be at least 1"]),
+    "no frames at most": (CLIPS + 'frame_extraction = "full"\nmax_frames = 0\n', ["max_frames = 0 must be at least 1"]),
     "sample negative": (CLIPS + 'frame_extraction = "uniform"\nframe_sample = -1\n', ["frame_sample = -1 must be at least 1"]),
     "empty extension": (PICTURES + 'caption_extension = "."\n', ["caption_extension", ".txt"]),
     "one folder twice": (PICTURES + PICTURES, ["number 1 and number 2", "same cache folder"]),
@@ -219,6 +220,8 @@ def test_training_from_caches_needs_no_media(folder):
     ("text", "part"),
     [
         (CLIPS + "frame_stride = 4\n", 'frame_stride has an effect only with frame_extraction = "slide"'),
+        (CLIPS + "max_frames = 4\n", 'max_frames has an effect only with frame_extraction = "full"'),
+        (CLIPS + 'frame_extraction = "full"\ntarget_frames = [5]\n', 'target_frames has no effect with frame_extraction = "full"'),
         (CLIPS + "frame_sample = 4\n", 'frame_sample has an effect only with frame_extraction = "uniform"'),
         (PICTURES + "bucket_no_upscale = true\n", "only with enable_bucket = true"),
         (PICTURES + "resolution = [1000, 550]\n", "resolution 1000x550 is rounded down to 992x544"),

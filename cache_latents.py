@@ -176,7 +176,7 @@ def cache_batch(
     """Encode and save; yields each target that is cached, and a failure for latents that are not numbers."""
     for prepared, latents in zip(batch, encode(vae, batch, device, dtype)):
         target = prepared.target
-        record = prepared.source.record() | latent_record(target.bucket, target.window, fingerprint)
+        record = prepared.source.record() | latent_record(target.bucket, target.window, target.frame_rate, fingerprint)
         try:
             save_latents(target.cache_path, latents, target.original_size, target.window and target.frames, record)
         except NonFiniteError as error:
@@ -223,7 +223,9 @@ def cache_dataset(
             outcome.kept += sum(verdicts[target.key].reason is None for target in result.targets)
             if not result.targets:
                 report.too_short += 1
-                logger.warning("%s has fewer frames than every target_frames and is left out.", result.item.path)
+                logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
+            elif result.targets[0].resampling is not None:
+                report.resampled.setdefault(str(result.targets[0].resampling), []).append(result.item.path.name)
     failed = {failure.item.stem for failure in failures}
     report.failed = len(failed)
     orphans = orphaned_latents(report.dataset, called_for, failed) + abandoned_files(report.dataset)

@@ -95,7 +95,7 @@ def _why_not_latents(path: Path, target: Target, vae: str) -> str | None:
     if SOURCE_HASH in metadata:
         if not is_same_source(metadata, source, target.item.dataset.kind):
             return SOURCE_REPLACED
-        difference = first_difference(metadata, latent_record(target.bucket, target.window, vae))
+        difference = first_difference(metadata, latent_record(target.bucket, target.window, target.frame_rate, vae))
         if difference is not None:
             return difference
     else:

@@ -1,7 +1,8 @@
 """What made a cache file, as strings in its metadata, so that a later run finds what has changed since.
 
-Latents carry the source (bytes, modification time, hash), the bucket, the window and the VAE; text encoder outputs carry the
-caption, the encoders and the tokenizers. Caches without a record, of other tools or of earlier versions, stay valid.
+Latents carry the source (bytes, modification time, hash), the bucket, the window, how frames were chosen, and the VAE; text
+encoder outputs carry the caption, the encoders and the tokenizers. Caches without a record, of other tools or of earlier
+versions, stay valid.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PART_BYTES = 8 * 2**20
 
 SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH = "source_bytes", "source_mtime_ns", "source_hash"
 SOURCE_KEYS = (SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH)
-BUCKET, WINDOW, VAE = "bucket", "window", "vae"
+BUCKET, WINDOW, FRAME_RATE, VAE = "bucket", "window", "frame_rate", "vae"
 TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
 TOKENIZERS = ("tokenizer1", "tokenizer2")
 
@@ -28,6 +29,7 @@ TOKENIZERS = ("tokenizer1", "tokenizer2")
 REASONS = {
     BUCKET: "another size",
     WINDOW: "another window",
+    FRAME_RATE: "another frame rate",
     VAE: "another VAE",
     **dict.fromkeys(TEXT_ENCODERS, "another text encoder"),
     **dict.fromkeys(TOKENIZERS, "another tokenizer"),
@@ -76,11 +78,15 @@ def is_same_source(record: Mapping[str, str], path: Path, kind: str) -> bool:
     return record.get(SOURCE_TIME) == str(found.st_mtime_ns) or record[SOURCE_HASH] == hash_source(path, kind)
 
 
-def latent_record(bucket: tuple[int, int], window: Window | None, vae: str) -> dict[str, str]:
-    """What latents are made with, besides the source. ``vae``: the fingerprint of its weights."""
+def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: str | None, vae: str) -> dict[str, str]:
+    """What latents are made with, besides the source.
+
+    ``frame_rate``: how the frames of a clip were chosen; None with the window of a picture. ``vae``: the fingerprint of its
+    weights.
+    """
     record = {BUCKET: f"{bucket[0]}x{bucket[1]}", VAE: vae}
-    if window is not None:
-        record[WINDOW] = f"{window[0]}-{window[1]}"
+    if window is not None and frame_rate is not None:
+        record |= {WINDOW: f"{window[0]}-{window[1]}", FRAME_RATE: frame_rate}
     return record
 
 

@@ -77,6 +77,7 @@ class DatasetReport:
         texts: items whose text encoder outputs are cached.
         used: pictures and windows that have both, which is what training sees.
         buckets: by (W, H, frames) in pixels, of all cached latents.
+        resampled: names of the clips whose frame rate was changed, by what was done.
         outcome: what a caching run did; None before it and in training.
         notes: lines about the caches, for training.
     """
@@ -91,6 +92,7 @@ class DatasetReport:
     texts: int = 0
     used: int = 0
     buckets: dict[tuple[int, int, int], BucketCount] = field(default_factory=dict)
+    resampled: dict[str, list[str]] = field(default_factory=dict)
     outcome: CachingOutcome | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -211,6 +213,7 @@ def format_table(reports: Sequence[DatasetReport]) -> str:
         for (bucket_width, bucket_height, frames), count in report.buckets.items():
             bucket = f"{bucket_width}x{bucket_height}" + (f", {frames} frame(s)" if report.dataset.kind == "video" else "")
             lines.append(f"    {bucket}: {count.items} in {count.batches} batch(es) of up to {report.dataset.batch_size}")
+        lines += [f"    {done}: {', '.join(names)}" for done, names in sorted(report.resampled.items())]
         if report.outcome is not None:
             lines.append(f"    cache files: {report.outcome}")
         lines += [f"    {note}" for note in report.notes]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,7 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataset.cache_files import read_latents, read_text, save_latents
+from dataset.media import iterate_frames
 from dataset.records import TEXT_ENCODERS, TOKENIZERS
+from utils.media_writing import save_video
 from utils.safetensors_io import read_header
 
 
@@ -121,6 +124,21 @@ def test_only_what_changed_is_made_again(cache_latents, tiny_model, tiny_dataset
     assert outcomes(cache_latents(vae=other).stdout)[1] == (
         "0 made, 0 kept, 4 redone (4 without --skip_existing), 0 skipped, 0 orphans"
     )
+
+
+def test_frame_rates_are_told_and_recorded(cache_latents, tiny_dataset):
+    clip = tiny_dataset.parent / "clips" / "red_circle_moving.mp4"
+    save_video(clip, np.stack(list(iterate_frames(clip))), fps=30)
+    first = cache_latents()
+    assert "\n    30 -> 24 frames per second: red_circle_moving.mp4\n" in first.stdout
+    path = tiny_dataset.parent / "clip_cache" / "red_circle_moving_00000-009_0096x0064_hv.safetensors"
+    assert read_header(path).metadata["frame_rate"] == "24 from timestamps"
+    assert outcomes(cache_latents("--skip_existing").stdout)[1] == "0 made, 4 kept, 0 redone, 0 skipped, 0 orphans"
+    before = read_latents(path)
+    tiny_dataset.write_text(tiny_dataset.read_text("utf-8") + "target_fps = 0\n", encoding="utf-8")
+    changed = cache_latents("--skip_existing")
+    assert outcomes(changed.stdout)[1] == "0 made, 2 kept, 2 redone (2 another frame rate), 0 skipped, 0 orphans"
+    assert "frames per second" not in changed.stdout and not torch.equal(read_latents(path), before)
 
 
 def test_orphans_are_listed_and_removed_only_when_asked(cache_latents, cache_text, tiny_dataset):

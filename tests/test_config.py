@@ -154,6 +154,10 @@ MISTAKES = {
     "frames as text": (CLIPS + 'target_frames = ["25"]\n', ["target_frames", "whole number"]),
     "unknown extraction": (CLIPS + 'frame_extraction = "uniforms"\n', ["head, chunk, slide, uniform. Did you mean 'uniform'?"]),
     "stride zero": (CLIPS + 'frame_extraction = "slide"\nframe_stride = 0\n', ["frame_stride = 0 must be at least 1"]),
+    "negative rate": (CLIPS + "target_fps = -1\n", ["target_fps = -1 must be a number of frames per second from 0 to 1000"]),
+    "rate in words": (CLIPS + 'source_fps = "30"\n', ["source_fps = '30' must be a number of frames per second"]),
+    "rate of nothing": (CLIPS + "source_fps = nan\n", ["source_fps = nan must be a number of frames per second"]),
+    "no rate": (CLIPS + "source_fps = 0\n", ["source_fps = 0 must be above 0"]),
     "no frames at most": (CLIPS + 'frame_extraction = "full"\nmax_frames = 0\n', ["max_frames = 0 must be at least 1"]),
     "sample negative": (CLIPS + 'frame_extraction = "uniform"\nframe_sample = -1\n', ["frame_sample = -1 must be at least 1"]),
     "empty extension": (PICTURES + 'caption_extension = "."\n', ["caption_extension", ".txt"]),
@@ -220,6 +224,7 @@ def test_training_from_caches_needs_no_media(folder):
     ("text", "part"),
     [
         (CLIPS + "frame_stride = 4\n", 'frame_stride has an effect only with frame_extraction = "slide"'),
+        (CLIPS + "target_fps = 0\nsource_fps = 30\n", "source_fps has no effect with target_fps = 0"),
         (CLIPS + "max_frames = 4\n", 'max_frames has an effect only with frame_extraction = "full"'),
         (CLIPS + 'frame_extraction = "full"\ntarget_frames = [5]\n', 'target_frames has no effect with frame_extraction = "full"'),
         (CLIPS + "frame_sample = 4\n", 'frame_sample has an effect only with frame_extraction = "uniform"'),

@@ -65,11 +65,12 @@ def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkey
 
 
 def test_reasons_name_what_differs_and_what_is_not_written_is_not_compared():
-    made = latent_record((64, 48), (0, 9), "vae")
+    made = latent_record((64, 48), (0, 9), "every frame", "vae")
     assert first_difference(made, made) is None
-    assert first_difference(made, latent_record((48, 64), (0, 9), "vae")) == "another size"
-    assert first_difference(made, latent_record((64, 48), (0, 9), "other")) == "another VAE"
-    assert first_difference(made, latent_record((64, 48), (9, 9), "vae")) == "another window"
+    assert first_difference(made, latent_record((48, 64), (0, 9), "every frame", "vae")) == "another size"
+    assert first_difference(made, latent_record((64, 48), (0, 9), "every frame", "other")) == "another VAE"
+    assert first_difference(made, latent_record((64, 48), (9, 9), "every frame", "vae")) == "another window"
+    assert first_difference(made, latent_record((64, 48), (0, 9), "24 from timestamps", "vae")) == "another frame rate"
     assert first_difference({}, made) is None
     assert first_difference({"text_encoder2": "a"}, {"text_encoder2": "b"}) == "another text encoder"
     assert first_difference({"tokenizer1": "a"}, {"tokenizer1": "b"}) == "another tokenizer"
@@ -94,7 +95,7 @@ def group(tmp_path) -> CachedGroup:
         path = tmp_path / f"{stem}.png"
         path.write_bytes(stem.encode() * 10)
         (tmp_path / f"{stem}.txt").write_text(f"caption of {stem}", encoding="utf-8")
-        latents = None if stem == "c" else stamp_source(path, "image").record() | latent_record((64, 64), None, "vae")
+        latents = None if stem == "c" else stamp_source(path, "image").record() | latent_record((64, 64), None, None, "vae")
         text = None if stem == "c" else {"text_encoder1": "x"}
         save_latents(
             dataset.cache_directory / f"{stem}_0064x0064_hv.safetensors", torch.zeros(16, 1, 8, 8), (64, 64), None, latents

@@ -22,7 +22,7 @@ from dataset import load_dataset_config
 from dataset.cache_files import CacheKey, NonFiniteError, list_caches, save_latents
 from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_sheet
 from dataset.freshness import Verdict, judge_latents
-from dataset.items import Item, list_items, require_captions
+from dataset.items import Item, list_items, settle_captions
 from dataset.orphans import abandoned_files, orphaned_latents
 from dataset.preparation import Failure, Finished, Prepared, Result, Target, prepare
 from dataset.records import latent_record
@@ -203,7 +203,7 @@ def cache_dataset(
 
     failures: list[Failure] = []
     called_for: dict[CacheKey, Path] = {}
-    outcome = report.outcome = CachingOutcome()
+    outcome = report.outcome = CachingOutcome(skipped=report.found - len(items))
     report.decoded = report.too_short = 0
     with tqdm(total=len(items), desc=report.dataset.label, unit="item") as progress:
         for result in collect_batches(prepare(items, args.num_workers, wanted), batch_size):
@@ -264,14 +264,13 @@ def main() -> int:
     if args.debug_mode:
         failures = show_items(args, [item for items in listed for item in items])
     else:
-        for items in listed:
-            require_captions(items)
+        settled = [settle_captions(items, args.missing_caption) for items in listed]
         warn_of_cpu(args.device, device)
         vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
         configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))
         fingerprint = fingerprint_weights(args.vae, "--vae")
         save = partial(cache_batch, vae, fingerprint, device=device, dtype=dtype)
-        for items, report in zip(listed, reports):
+        for items, report in zip(settled, reports):
             failures += cache_dataset(args, save, fingerprint, items, report)
         print(format_table(reports), flush=True)
         warn_of_empty_datasets(reports)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
-from dataset.cache_files import NonFiniteError, save_text, text_cache_path
+from dataset.cache_files import NonFiniteError, list_caches, save_text, text_cache_path
 from dataset.freshness import Verdict, judge_text
-from dataset.items import Item, list_items, require_captions
+from dataset.items import Item, list_items, name_some, settle_captions
 from dataset.orphans import abandoned_files, orphaned_texts
 from dataset.preparation import Failure
 from dataset.records import TEXT_ENCODERS, TOKENIZERS
@@ -163,13 +163,28 @@ def finish_report(
     """Fill in what became of a dataset's items and what the cache directory holds now; list the orphans."""
     failed = {failure.item.stem for failure in failures if failure.item.dataset is report.dataset}
     report.failed = len(failed)
-    report.outcome = CachingOutcome()
+    report.outcome = CachingOutcome(skipped=report.found - len(verdicts))
     for item, verdict in verdicts:
         if item.stem not in failed:
             report.outcome.count(verdict.reason)
     orphans = orphaned_texts(report.dataset, [verdict.path for _, verdict in verdicts]) + abandoned_files(report.dataset)
     deal_with_orphans(report, orphans, remove_orphans)
     count_caches(report)
+    warn_of_latents_without_text(report)
+
+
+def warn_of_latents_without_text(report: DatasetReport) -> None:
+    """Training refuses latents without text encoder outputs; say so now where items were skipped."""
+    listing = list_caches(report.dataset)
+    without = sorted({stem for stem, _ in listing.latents} - set(listing.texts))
+    if report.outcome.skipped and without:
+        logger.warning(
+            "%s: %d item(s) have latents, but no text encoder outputs, which training refuses: %s. Give both scripts the same "
+            "--missing_caption; cache_latents.py --skip_existing --missing_caption skip --remove_orphans deletes their latents.",
+            report.dataset.label,
+            len(without),
+            name_some(without),
+        )
 
 
 def main() -> int:
@@ -183,8 +198,7 @@ def main() -> int:
     reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
     print(format_table(reports), flush=True)
     require_items(reports)
-    for items in listed:
-        require_captions(items)
+    listed = [settle_captions(items, args.missing_caption) for items in listed]
     for dataset in group.datasets:
         require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
     tokenizers = (

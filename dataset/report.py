@@ -240,6 +240,8 @@ def require_batches(reports: Sequence[DatasetReport]) -> None:
 def _why_empty(report: DatasetReport) -> str:
     dataset, found = report.dataset, report.found
     reasons = []
+    if report.outcome is not None and report.outcome.skipped:
+        reasons.append(f"{report.outcome.skipped} of {found} item(s) have no caption and were skipped (--missing_caption skip)")
     if report.too_short:
         shortest = min(dataset.target_frames)
         reasons.append(

@@ -75,6 +75,13 @@ def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, nu
     )
     group.add_argument("--skip_existing", action="store_true", help=skip_existing)
     group.add_argument(
+        "--missing_caption",
+        choices=("error", "skip", "empty"),
+        default="error",
+        help="what to do with items that have no caption: stop, leave them out, or give them an empty one; "
+        "the same for both caching scripts (default: error)",
+    )
+    group.add_argument(
         "--remove_orphans",
         action="store_true",
         help="delete the cache files that belong to no item any more, which are listed at the end (default: list them only)",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import hunyuan_model
 from dataset import load_dataset_config
 from dataset.cache_files import CacheKey, NonFiniteError, list_caches, save_latents
-from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_sheet
+from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
 from dataset.freshness import Verdict, judge_latents
 from dataset.items import Item, list_items, settle_captions
 from dataset.orphans import abandoned_files, orphaned_latents
@@ -67,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     debug = parser.add_argument_group("looking at the data, without caching")
     debug.add_argument(
         "--debug_mode",
-        choices=("image", "console"),
-        help="write contact sheets to the folder debug in the cache directory, or draw in the terminal (default: cache latents)",
+        choices=("image", "video", "console"),
+        help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or draw in the "
+        "terminal (console) (default: cache latents)",
     )
     debug.add_argument("--console_width", type=positive_int, metavar="N", help="columns of a drawing (default: 80)")
     debug.add_argument(
@@ -111,13 +112,14 @@ def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]
             failures.append(result)
         elif isinstance(result, Prepared):
             print(describe(result))
-            if args.debug_mode == "image":
-                print(f"    {save_sheet(result)}")
-            else:
+            if args.debug_mode == "console":
                 print(console_picture(result.pixels, args.console_width or CONSOLE_WIDTH, args.console_back))
                 shown += 1
                 if shown == args.console_num_images:
                     break
+            else:
+                save = save_sheet if args.debug_mode == "image" else save_clip
+                print(f"    {save(result)}")
     return failures
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ import hunyuan_model
 from dataset.cache_files import read_latent_shape, read_latents, save_latents
 from dataset.config import DatasetConfig
 from dataset.items import Item
+from dataset.media import iterate_frames, probe_video
 from dataset.preparation import Failure, Prepared, Target
 from dataset.records import SourceStamp
+from dataset.resizing import fit_to_bucket
 from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
@@ -383,6 +386,26 @@ def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys):
     assert all(str(sheet) in output for sheet in sheets)
     assert "a red circle moving to the right on a green background" in output
     assert Image.open(tmp_path / "cache" / "debug" / "red_circle_moving_00000-009_0096x0064_hv.png").size == (3 * 80, 3 * 48)
+
+
+def test_debug_video_writes_the_clips_as_they_are_trained(run, tiny_dataset, capsys):
+    assert run("--dataset_config", tiny_dataset, "--debug_mode", "video", vae=None) == 0
+    media = tiny_dataset.parent
+    written = sorted(path.name for path in (media / "clip_cache" / "debug").iterdir())
+    assert written == [
+        "red_circle_moving_00000-001_0096x0064_hv.mp4",
+        "red_circle_moving_00000-009_0096x0064_hv.mp4",
+        "white_square_moving_00000-001_0064x0064_hv.mp4",
+        "white_square_moving_00000-009_0064x0064_hv.mp4",
+    ]
+    assert all(path.suffix == ".png" for path in (media / "image_cache" / "debug").iterdir())
+    assert not list(media.rglob("*.safetensors")) and written[1] in capsys.readouterr().out
+    path = media / "clip_cache" / "debug" / written[1]
+    info = probe_video(path)
+    assert (info.width, info.height, info.frames, info.fps) == (80, 48, 9, 24.0)
+    source = islice(iterate_frames(media / "clips" / "red_circle_moving.mp4"), 9)
+    for frame, trained in zip(iterate_frames(path), source, strict=True):
+        assert np.abs(frame.astype(int) - fit_to_bucket(trained, (80, 48))).mean() < 4  # a video is compressed
 
 
 def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, caplog):

@@ -30,6 +30,7 @@ from dataset.records import (
     REASONS,
     SOURCE_BYTES,
     SOURCE_HASH,
+    SOURCE_NEWER,
     SOURCE_REPLACED,
     SOURCE_TIME,
     first_difference,
@@ -45,8 +46,6 @@ NEW = "new"
 ASKED = "without --skip_existing"
 UNREADABLE = "unreadable"
 OTHER_CAPTION = "another caption"
-
-
 GONE = "no such item any more"
 SOURCE_TOUCHED = "source perhaps changed, its time has"
 
@@ -102,8 +101,10 @@ def _why_not_latents(path: Path, target: Target, vae: str) -> str | None:
         names = {target.cache_path.name}
         if target.window is not None:
             names.add(latent_cache_path(target.item, target.bucket, target.window).name)
-        if path.name not in names or path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        if path.name not in names:
             return SOURCE_REPLACED
+        if path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+            return SOURCE_NEWER
     return None if shape == latent_shape_for(target.bucket, target.frames) else REASONS[BUCKET]
 
 

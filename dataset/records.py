@@ -7,6 +7,7 @@ versions, stay valid.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,7 @@ REASONS = {
     **dict.fromkeys(TOKENIZERS, "another tokenizer"),
 }
 SOURCE_REPLACED = "source replaced"
+SOURCE_NEWER = "source newer"  # all that can be told without a record
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ class SourceStamp:
 def stamp_source(path: Path, kind: str) -> SourceStamp:
     """The stamp of a media file of ``kind`` "image" or "video". Take it before decoding: a change in between is then found."""
     found = os.stat(path)
-    return SourceStamp(found.st_size, found.st_mtime_ns, hash_source(path, kind))
+    return SourceStamp(found.st_size, found.st_mtime_ns, _known_hash(path, kind, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _known_hash(path: Path, kind: str, size: int, mtime_ns: int) -> str:
+    """``hash_source``, once for all windows of a clip."""
+    return hash_source(path, kind)
 
 
 def hash_source(path: Path, kind: str) -> str:
@@ -75,7 +83,9 @@ def is_same_source(record: Mapping[str, str], path: Path, kind: str) -> bool:
     found = os.stat(path)
     if record.get(SOURCE_BYTES) != str(found.st_size):
         return False
-    return record.get(SOURCE_TIME) == str(found.st_mtime_ns) or record[SOURCE_HASH] == hash_source(path, kind)
+    if record.get(SOURCE_TIME) == str(found.st_mtime_ns):
+        return True
+    return record[SOURCE_HASH] == _known_hash(path, kind, found.st_size, found.st_mtime_ns)
 
 
 def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: str | None, vae: str) -> dict[str, str]:

@@ -43,10 +43,16 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The fingerprint of a tokenizer, in hexadecimal: its vocabulary, its begin and end token, and how it cuts a few texts.
+    """The fingerprint of a tokenizer, in hexadecimal: its vocabulary, merges, begin and end token, and how it cuts a few texts.
 
     Not of its files, which libraries write differently from release to release.
     """
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    told = [sorted(tokenizer.get_vocab().items()), ends, token_ids(tokenizer, PROBES)]
+    told = [sorted(tokenizer.get_vocab().items()), _merges(tokenizer), ends, token_ids(tokenizer, PROBES)]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=HASH_BYTES).hexdigest()
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]

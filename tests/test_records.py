@@ -47,6 +47,16 @@ def test_a_file_of_the_same_size_and_time_is_not_read(tmp_path, monkeypatch):
     assert not is_same_source(record, path, "video")
 
 
+def test_a_clip_of_many_windows_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"0123456789")
+    record = stamp_source(path, "video").record()
+    touch_later(path)
+    read = []
+    monkeypatch.setattr(records, "hash_source", lambda path, kind: read.append(path) or hash_source(path, kind))
+    assert all(is_same_source(record, path, "video") for _ in range(5)) and len(read) == 1
+
+
 def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "WHOLE_BYTES", 99)
     monkeypatch.setattr(records, "PART_BYTES", 10)

@@ -15,7 +15,7 @@ MODEL_FPS = 24
 TOLERANCE = 0.05  # rates that differ by less pass for equal: 23.976 and 25 for 24
 UNEVEN_FRAMES = 1.5  # how far, in frames of the wanted rate, a frame may be from its place in an even video
 ROUNDING_FRAMES = 0.05  # containers round times to milliseconds; so little more is no frame more
-TIE_SECONDS = 1e-6
+TIE_SECONDS = 1e-3  # for the same reason: one video in two containers gives the same frames
 
 EVERY_FRAME = "every frame"
 
@@ -63,9 +63,9 @@ def resample(times: Sequence[float], stated_fps: float | None, target_fps: float
     uneven = bool(np.abs(shown - even).max() * target_fps > UNEVEN_FRAMES)
     if abs(fps / target_fps - 1) <= TOLERANCE and not uneven:
         return None
-    duration = shown[-1] + 1 / fps  # the last frame is shown as long as the others on average
+    duration = shown[-1] + min(1 / fps, shown[-1] - shown[-2])  # no file says how long the last frame is shown
     count = max(1, int(np.ceil(duration * target_fps - ROUNDING_FRAMES)))
-    # Between two frames the nearer one wins; in the middle, whatever rounding says, the earlier one.
+    # Between two frames the nearer one wins; in the middle the earlier one.
     indices = np.searchsorted((shown[1:] + shown[:-1]) / 2, np.arange(count) / target_fps - TIE_SECONDS)
     return Resampling(fps, target_fps, tuple(indices.tolist()), uneven, given)
 

@@ -30,6 +30,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+RATE_SECONDS = 1.0  # of a video, at least, tell its frame rate; single gaps between frames vary
+
 
 @dataclass(frozen=True)
 class Target:
@@ -136,7 +138,7 @@ def _choose_frames(item: Item, stated_fps: float | None) -> tuple[list[float], R
     needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
     limit = None
     if needed is not None:
-        limit = needed, needed / dataset.target_fps if dataset.target_fps else 0.0
+        limit = needed, max(needed / dataset.target_fps, RATE_SECONDS) if dataset.target_fps else 0.0
     times = frame_times(item.path, fps, not given, limit)
     return times, resample(times, fps, dataset.target_fps, given)
 

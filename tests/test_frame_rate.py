@@ -81,9 +81,9 @@ def test_every_moment_has_the_nearest_frame(gaps, target):
     assert (np.diff(indices) >= 0).all() and indices[0] == 0
     for moment, index in enumerate(found.indices):
         distances = np.abs(np.array(times) - moment / target)
-        assert distances[index] <= distances.min() + 1e-5
-    duration = times[-1] * len(times) / (len(times) - 1)
-    assert abs(len(indices) - duration * target) < 1.1
+        assert distances[index] <= distances.min() + 2.1e-3
+    longest = times[-1] * len(times) / (len(times) - 1)
+    assert times[-1] * target - 1 < len(indices) < longest * target + 1
 
 
 def write_clip(path: Path, times_ms: list[int]) -> Path:
@@ -131,7 +131,7 @@ def test_faulty_timestamps_do_not_stretch_the_clip(tmp_path):
 
 def test_windows_are_counted_and_cut_after_resampling(tmp_path):
     write_clip(tmp_path / "a.mkv", [round(1000 * index / 30) for index in range(40)])
-    taken = resample(even_times(40, 30), 30, 24).indices
+    taken = resample(even_times(40, 30), 30, 24).indices  # the milliseconds of the file change nothing
     assert len(taken) == 32
     clips = clips_of(tmp_path, target_frames=(5, 9), frame_extraction="chunk")
     assert set(clips) == {*((start, 5) for start in range(0, 28, 5)), (0, 9), (9, 9), (18, 9)}
@@ -160,7 +160,7 @@ def test_a_variable_rate_is_followed(tmp_path):
     assert window == (0, 45)
     for moment, frame in enumerate(frames):
         nearest = min(abs(time - 1000 * moment / 24) for time in times)
-        assert abs(times[frame] - 1000 * moment / 24) == pytest.approx(nearest)
+        assert abs(times[frame] - 1000 * moment / 24) <= nearest + 2.1
 
 
 def test_a_frame_that_comes_twice_is_fitted_once(tmp_path, monkeypatch):

@@ -92,10 +92,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in ("console_width", "console_back", "console_num_images"):
             if getattr(args, name) is not None:
                 logger.warning("--%s has an effect only with --debug_mode console.", name)
-    if args.debug_mode is None:
-        if args.vae is None:
-            raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-        check_vae_options(args.vae, tile_size=tile_size(args))
+    if args.debug_mode is not None:
+        for name in ("skip_existing", "remove_orphans"):
+            if getattr(args, name):
+                logger.warning("--%s has no effect with --debug_mode, which caches nothing.", name)
+        return
+    if args.vae is None:
+        raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
+    check_vae_options(args.vae, tile_size=tile_size(args))
 
 
 def tile_size(args: argparse.Namespace) -> int | None:

@@ -378,8 +378,9 @@ def test_disk_trouble_stops_the_run_instead_of_failing_item_by_item(run, picture
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys):
-    assert run("--dataset_config", clips, "--debug_mode", "image", vae=None) == 0
+def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys, caplog):
+    assert run("--dataset_config", clips, "--debug_mode", "image", "--remove_orphans", vae=None) == 0
+    assert "--remove_orphans has no effect with --debug_mode" in caplog.text
     sheets = sorted((tmp_path / "cache" / "debug").iterdir())
     assert len(sheets) == 4 and not list((tmp_path / "cache").glob("*.safetensors"))
     output = capsys.readouterr().out

@@ -152,7 +152,10 @@ MISTAKES = {
     "no frames": (CLIPS + "target_frames = [0]\n", ["instead of 0 write 1"]),
     "empty list of frames": (CLIPS + "target_frames = []\n", ["must be a list of frame counts"]),
     "frames as text": (CLIPS + 'target_frames = ["25"]\n', ["target_frames", "whole number"]),
-    "unknown extraction": (CLIPS + 'frame_extraction = "uniforms"\n', ["head, chunk, slide, uniform, full. Did you mean 'uniform'?"]),
+    "unknown extraction": (
+        CLIPS + 'frame_extraction = "uniforms"\n',
+        ["head, chunk, slide, uniform, full. Did you mean 'uniform'?"],
+    ),
     "stride zero": (CLIPS + 'frame_extraction = "slide"\nframe_stride = 0\n', ["frame_stride = 0 must be at least 1"]),
     "negative rate": (CLIPS + "target_fps = -1\n", ["target_fps = -1 must be a number of frames per second from 0 to 1000"]),
     "rate in words": (CLIPS + 'source_fps = "30"\n', ["source_fps = '30' must be a number of frames per second"]),

@@ -23,6 +23,7 @@ from dataset.cache_files import (
     CacheListing,
     LatentShape,
     list_caches,
+    newest,
     read_latent_shape,
     read_latents,
     read_text,
@@ -84,11 +85,10 @@ def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
     """
     chosen = {}
     for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
-        newest = max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        chosen[key] = newest(paths)
         if len(paths) > 1:
-            others = name_some(path.name for path in paths if path != newest)
-            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", newest, others)
-        chosen[key] = newest
+            others = name_some(path.name for path in paths if path != chosen[key])
+            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", chosen[key], others)
     return chosen
 
 
@@ -107,7 +107,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
     where = f"{dataset.label} of {toml} (cache_directory {dataset.cache_directory})"
     if not listing.latents:
         reason, remedy = "", "mend that"
-        if dataset.kind == "video":
+        if dataset.kind == "video" and dataset.frame_extraction != "full":
             shortest = min(dataset.target_frames)
             reason, remedy = f": clips shorter than target_frames ({shortest}), say", "lower target_frames"
         raise UserError(

@@ -4,13 +4,13 @@ Latents lie in ``{stem}_{W:04d}x{H:04d}_hv.safetensors`` for a picture and
 ``{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_hv.safetensors`` for a window of a clip, W and H being those of the source.
 Other tools write the size of the bucket there for clips, so a size is always read from the tensor and never from a name.
 Text encoder outputs lie in ``{stem}_hv_te.safetensors``, one per item. A stem may hold anything a file name may, so names
-are parsed from their end.
+are parsed from their end. What made a file stands in its metadata, see ``records.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ FORMAT_VERSION = "1.0.0"
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 
+CAPTION = "caption1"
 TEXT_SUFFIX = "_hv_te.safetensors"
 IMAGE_NAME = re.compile(r"(?P<stem>.+)_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
 VIDEO_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<frames>\d{3,})_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
@@ -116,13 +117,25 @@ def _safetensors_files(directory: Path) -> Iterator[Path]:
         yield from (directory / name for name in sorted(names) if not (name.startswith("._") and name[2:] in names))
 
 
-def save_latents(path: Path, latents: torch.Tensor, original_size: tuple[int, int], frame_count: int | None = None) -> None:
+def newest(paths: Collection[Path]) -> Path:
+    """Of several caches of one thing, the one that training uses."""
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def save_latents(
+    path: Path,
+    latents: torch.Tensor,
+    original_size: tuple[int, int],
+    frame_count: int | None = None,
+    record: Mapping[str, str] | None = None,
+) -> None:
     """Save one sample of the latents, not multiplied by the VAE's scaling factor.
 
     Args:
         latents: (C, F, H, W), any floating dtype.
         original_size: (W, H) of the source.
         frame_count: frames of the window, for clips.
+        record: what made them, see ``records.py``.
 
     Raises:
         NonFiniteError: the latents hold NaN or infinity.
@@ -138,11 +151,20 @@ def save_latents(path: Path, latents: torch.Tensor, original_size: tuple[int, in
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
     name = f"latents_{frames}x{height}x{width}_{dtype_name(latents.dtype)}"
-    save_tensors(path, {name: latents}, _common_metadata() | metadata)
+    save_tensors(path, {name: latents}, {**(record or {}), **_common_metadata(), **metadata})
 
 
-def save_text(path: Path, llm: torch.Tensor, llm_mask: torch.Tensor, clip: torch.Tensor, caption: str) -> None:
+def save_text(
+    path: Path,
+    llm: torch.Tensor,
+    llm_mask: torch.Tensor,
+    clip: torch.Tensor,
+    caption: str,
+    record: Mapping[str, str] | None = None,
+) -> None:
     """Save the outputs of both text encoders for one caption: llm (L, D), llm_mask (L,), clip (D2,).
+
+    ``record``: what made them, see ``records.py``.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -158,7 +180,7 @@ def save_text(path: Path, llm: torch.Tensor, llm_mask: torch.Tensor, clip: torch
         "llm_mask": llm_mask.to(torch.int64),
         f"clipL_{dtype_name(clip.dtype)}": clip,
     }
-    save_tensors(path, tensors, _common_metadata() | {"caption1": caption})
+    save_tensors(path, tensors, {**(record or {}), **_common_metadata(), CAPTION: caption})
 
 
 def _common_metadata() -> dict[str, str]:
@@ -166,14 +188,20 @@ def _common_metadata() -> dict[str, str]:
 
 
 def read_latent_shape(path: Path) -> LatentShape:
-    """(C, F, H, W) of the latents in a cache file, from its header alone.
+    """(C, F, H, W) of the latents in a cache file, from its header alone. Errors as in ``read_latent_header``."""
+    return read_latent_header(path)[0]
+
+
+def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
+    """Shape (C, F, H, W) and metadata of a latent cache, from its header alone.
 
     Raises:
         UserError: unreadable, of another model, or without one such tensor.
     """
     header = read_header(path, "latent cache")
     _check_architecture(path, header.metadata)
-    return _check_latent_shape(path, header.shapes[_tensor_name(path, header.shapes, "latents_", "cache_latents.py")])
+    name = _tensor_name(path, header.shapes, "latents_", "cache_latents.py")
+    return _check_latent_shape(path, header.shapes[name]), header.metadata
 
 
 def read_latents(path: Path) -> torch.Tensor:
@@ -206,7 +234,7 @@ def read_text(path: Path) -> TextStates:
         raise UserError(f"{path}: llm_mask has {len(mask)} entries for {len(llm)} rows. Delete it and run {script} again.")
     _refuse_non_finite(path, llm[mask.bool()], script)
     _refuse_non_finite(path, clip, script)
-    return TextStates(llm, mask, clip, file.metadata.get("caption1"))
+    return TextStates(llm, mask, clip, file.metadata.get(CAPTION))
 
 
 def read_text_widths(path: Path) -> tuple[int, int]:
@@ -225,9 +253,9 @@ def read_text_widths(path: Path) -> tuple[int, int]:
     return llm[1], clip[0]
 
 
-def read_caption(path: Path) -> str | None:
-    """The caption that a text cache was made from, from its header alone; None if it does not say. UserError if unreadable."""
-    return read_header(path, "text encoder output cache").metadata.get("caption1")
+def read_text_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a text cache, from its header alone; ``CAPTION`` is what it was made from. UserError if unreadable."""
+    return read_header(path, "text encoder output cache").metadata
 
 
 def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:

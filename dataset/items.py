@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.config import DatasetConfig
@@ -51,6 +51,22 @@ def list_items(dataset: DatasetConfig) -> list[Item]:
     return items
 
 
+def settle_captions(items: Sequence[Item], missing: str) -> list[Item]:
+    """The items to cache, each with a caption.
+
+    Args:
+        missing: what becomes of items without one: ``error``, ``skip`` (left out), or ``empty`` (an empty caption).
+
+    Raises:
+        UserError: with ``error``, as ``require_captions``.
+    """
+    if missing == "empty":
+        return [replace(item, caption=item.caption or "") for item in items]
+    if missing == "error":
+        require_captions(items)
+    return [item for item in items if item.caption is not None]
+
+
 def require_captions(items: Iterable[Item]) -> None:
     """Raise a UserError that names up to five of the items that have no caption, if there are any."""
     missing = [item for item in items if item.caption is None]
@@ -61,7 +77,10 @@ def require_captions(items: Iterable[Item]) -> None:
         remedy = f"write a text file {missing[0].stem}{first.caption_extension} beside each, or set caption_extension"
     else:
         remedy = f'give each line of {first.jsonl_file} a "caption"'
-    raise UserError(f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}.")
+    raise UserError(
+        f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}, "
+        "or run both caching scripts with --missing_caption skip or empty."
+    )
 
 
 def name_some(paths: Iterable[Path | str]) -> str:

@@ -74,6 +74,18 @@ def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, nu
         "--num_workers", type=positive_int, default=workers, metavar="N", help=f"{num_workers} (default: processor cores - 1)"
     )
     group.add_argument("--skip_existing", action="store_true", help=skip_existing)
+    group.add_argument(
+        "--missing_caption",
+        choices=("error", "skip", "empty"),
+        default="error",
+        help="what to do with items that have no caption: stop, leave them out, or give them an empty one; "
+        "the same for both caching scripts (default: error)",
+    )
+    group.add_argument(
+        "--remove_orphans",
+        action="store_true",
+        help="delete the cache files that belong to no item any more, which are listed at the end (default: list them only)",
+    )
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:

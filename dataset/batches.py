@@ -129,6 +129,29 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
     return CachedGroup(dataset, tuple(items))
 
 
+def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[list[CachedGroup], list[CachedItem]]:
+    """Divide the items into those for training and those for measuring what it has learnt.
+
+    All windows of a clip stay on one side. Of each data set with at least two pictures or clips about ``share`` of them are
+    held out, one at least; which ones depends on the seed alone.
+
+    Raises:
+        UserError: no data set has two.
+    """
+    kept, held_out = [], []
+    for number, group in enumerate(groups):
+        stems = sorted({item.stem for item in group.items})
+        count = min(len(stems) - 1, max(1, round(share * len(stems))))
+        chosen = set(random.Random(f"{seed}:validation:{number}").sample(stems, count))
+        kept.append(CachedGroup(group.dataset, tuple(item for item in group.items if item.stem not in chosen)))
+        held_out += [item for item in group.items if item.stem in chosen]
+    if not held_out:
+        raise UserError(
+            "--validation_split holds items out of training, but every data set has only one; leave it out, or add some."
+        )
+    return kept, held_out
+
+
 def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width: int, pooled_width: int) -> None:
     """Refuse caches that another VAE or other text encoders made than those of the model that is to be trained.
 
@@ -172,6 +195,13 @@ class CachedDataset(Dataset):
 
     def __init__(self, groups: Sequence[CachedGroup]) -> None:
         self.items = [item for group in groups for item in group.items]
+
+    @classmethod
+    def of_items(cls, items: Sequence[CachedItem]) -> CachedDataset:
+        """Over items from anywhere."""
+        data = cls(())
+        data.items = list(items)
+        return data
 
     def __len__(self) -> int:
         return len(self.items)

@@ -145,7 +145,8 @@ def test_the_last_line_of_a_killed_training_may_be_half(losses: Path) -> None:
         ("step,epoch,loss\n", "no step yet"),
         ("step,epoch,loss\n1,1,abc\n", "line 2"),
         ("step,epoch,loss\n1,1,0.5\n2\n", "line 3"),
-        ("step,epoch,loss\n1,1,nan\n", "not finite"),
+        ("step,epoch,loss\nnan,1,0.5\n", "not finite"),
+        ("step,epoch,loss\n1,1,nan\n", "no step yet"),
         (b"\xff\xfe\x00", "as text"),
     ],
 )

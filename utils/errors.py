@@ -11,6 +11,7 @@ from collections.abc import Callable
 STATUS_FAILED = 1
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 130
+STATUS_TERMINATED = 143
 
 
 class UserError(Exception):

@@ -23,6 +23,7 @@ from dataset.items import Item, list_items, require_captions
 from dataset.preparation import Failure
 from dataset.report import DatasetReport, count_caches, format_table, report_items, require_items
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the text encoder outputs of the captions of a dataset.")
     data = parser.add_argument_group("data")
+    add_config_file_argument(data)
     add_dataset_arguments(
         data,
         batch_size="encode N captions at once (default: the dataset's batch_size)",
@@ -157,7 +159,7 @@ def finish_reports(reports: Sequence[DatasetReport], failures: Sequence[Failure]
 
 def main() -> int:
     """Parse, check, load, cache, report."""
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     device = pick_device(args.device)
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, on_cuda=torch.float16)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)

@@ -38,6 +38,7 @@ from networks.lora_merging import merge_patch, read_lora_files
 from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed
+from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import UserError, run_script
 from utils.files import require_file, require_writable_folder
@@ -341,7 +342,7 @@ def show_timesteps(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     if args.show_timesteps:
         show_timesteps(args)
         return

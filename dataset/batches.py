@@ -84,12 +84,20 @@ def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
     """
     chosen = {}
     for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
-        newest = max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        newest = max(paths, key=lambda path: (_modified(path), path.name))
         if len(paths) > 1:
             others = name_some(path.name for path in paths if path != newest)
             logger.warning("%s is the newest of its kind and is used; delete %s beside it.", newest, others)
         chosen[key] = newest
     return chosen
+
+
+def _modified(path: Path) -> int:
+    """Nanoseconds; -1 for a link that leads nowhere, which whoever reads the file will name."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:

@@ -340,12 +340,15 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose names and shapes are not exactly those of ``module``; reads no tensor.
+    """Refuse a checkpoint whose names and shapes are not exactly those of ``module``, or that holds integers for its weights.
+
+    Reads no tensor.
 
     Raises:
         UserError: names a few that differ.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    tensors = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = checkpoint.shapes
     faults = []
     if missing := [name for name in expected if name not in found]:
@@ -355,6 +358,10 @@ def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
     if different := [name for name in expected if name in found and expected[name] != found[name]]:
         shapes = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in different[:3])
         faults.append(f"{len(different)} have another shape, such as {shapes}")
+    weights = (name for name, tensor in tensors.items() if tensor.is_floating_point() and name in found)
+    if integers := [name for name in weights if not checkpoint.dtypes[name].is_floating_point]:
+        kind = str(checkpoint.dtypes[integers[0]]).removeprefix("torch.")
+        faults.append(f"{len(integers)} hold whole numbers, such as {integers[0]} ({kind})")
     if faults:
         raise UserError(
             f"{checkpoint.what} {checkpoint.path} does not fit the model: {'; '.join(faults)}. "

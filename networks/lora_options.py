@@ -64,12 +64,14 @@ def _patterns(name: str, values: Mapping[str, Any]) -> list[re.Pattern[str]]:
         raise UserError(
             f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], but it is {shown(texts)}."
         )
+    return [_pattern(name, text) for text in texts]
+
+
+def _pattern(name: str, text: str) -> re.Pattern[str]:
     try:
-        return [re.compile(text) for text in texts]
+        return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:  # the last two for counts and depths beyond reason
-        raise UserError(
-            f"--network_args {name}: {shown(texts)} holds what is no regular expression ({first_line(error)})."
-        ) from None
+        raise UserError(f"--network_args {name}: {shown(text)} is not a regular expression ({first_line(error)}).") from None
 
 
 def _number(name: str, value: Any, high: float = 1.0) -> float | None:

@@ -40,7 +40,8 @@ def literal_key_values(words: Sequence[str] | None, flag: str) -> dict[str, Any]
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(
-                f"{flag}: the value of {key} must be a Python literal such as 0.1, True, 'text' or (0.9, 0.99), but it is {shown(text)}."
+                f"{flag}: the value of {key} must be a Python literal such as 0.1, True, 'text' or (0.9, 0.99), "
+                f"but it is {shown(text)}."
             ) from None
     return values
 

@@ -39,7 +39,8 @@ from dataset.report import (
 from hunyuan_model.fingerprint import fingerprint_weights
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, positive_int, script_parser
+from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, int_up_to, positive_int, script_parser
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
@@ -48,6 +49,7 @@ logger = logging.getLogger("cache_latents")
 
 TILE_SIZE = 256
 CONSOLE_WIDTH = 80
+MAX_CONSOLE_WIDTH = 1000  # wider than any terminal; every character of a drawing costs 40 bytes
 WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory
 
 
@@ -55,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the VAE latents of the pictures and clips of a dataset.")
     data = parser.add_argument_group("data")
+    add_config_file_argument(data)
     add_dataset_arguments(
         data,
         batch_size="encode at most N at once (default: the dataset's batch_size)",
@@ -71,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or draw in the "
         "terminal (console) (default: cache latents)",
     )
-    debug.add_argument("--console_width", type=positive_int, metavar="N", help="columns of a drawing (default: 80)")
+    debug.add_argument("--console_width", type=int_up_to(MAX_CONSOLE_WIDTH), metavar="N", help="columns of a drawing (default: 80)")
     debug.add_argument(
         "--console_back",
         type=str.upper,
@@ -253,7 +256,7 @@ def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
 
 def main() -> int:
     """Parse, check, load, cache, report."""
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     check_arguments(args)
     device = pick_device(args.device)
     dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, on_cuda=torch.float16)

@@ -35,6 +35,7 @@ from dataset.report import (
 )
 from hunyuan_model.fingerprint import fingerprint_tokenizer, fingerprint_weights
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the text encoder outputs of the captions of a dataset.")
     data = parser.add_argument_group("data")
+    add_config_file_argument(data)
     add_dataset_arguments(
         data,
         batch_size="encode N captions at once (default: the dataset's batch_size)",
@@ -189,7 +191,7 @@ def warn_of_latents_without_text(report: DatasetReport) -> None:
 
 def main() -> int:
     """Parse, check, load, cache, report."""
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     device = pick_device(args.device)
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, on_cuda=torch.float16)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)

@@ -52,6 +52,7 @@ from networks.lora_merging import merge_patch, read_lora_files
 from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed
+from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, run_script
 from utils.files import require_file, require_writable_folder
@@ -655,7 +656,7 @@ def show_timesteps(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     if args.show_timesteps:
         show_timesteps(args)
         return 0

@@ -9,6 +9,7 @@ are parsed from their end. What made a file stands in its metadata, see ``record
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -111,15 +112,26 @@ def list_caches(dataset: DatasetConfig) -> CacheListing:
 
 
 def _safetensors_files(directory: Path) -> Iterator[Path]:
-    if directory.is_dir():
-        names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+    if os.path.isdir(directory):
+        try:
+            names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+        except OSError as error:
+            raise UserError(f"cannot list the cache_directory {directory}: {error.strerror or error}.") from error
         # macOS leaves a "._x" beside an x that it copies to a foreign disk
         yield from (directory / name for name in sorted(names) if not (name.startswith("._") and name[2:] in names))
 
 
 def newest(paths: Collection[Path]) -> Path:
     """Of several caches of one thing, the one that training uses."""
-    return max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return max(paths, key=lambda path: (_modified(path), path.name))
+
+
+def _modified(path: Path) -> int:
+    """Nanoseconds; -1 for a link that leads nowhere, which whoever reads the file will name."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def save_latents(
@@ -214,6 +226,7 @@ def read_latents(path: Path) -> torch.Tensor:
     _check_architecture(path, file.metadata)
     latents = file.tensors[_tensor_name(path, file.tensors, "latents_", "cache_latents.py")]
     _check_latent_shape(path, tuple(latents.shape))
+    _refuse_other_than_floats(path, latents, "cache_latents.py")
     _refuse_non_finite(path, latents, "cache_latents.py")
     return latents
 
@@ -229,11 +242,11 @@ def read_text(path: Path) -> TextStates:
     _check_architecture(path, file.metadata)
     llm = file.tensors[_tensor_name(path, file.tensors, "llm_", script)]
     clip = file.tensors[_tensor_name(path, file.tensors, "clipL_", script)]
-    mask = file.tensors.get("llm_mask", torch.ones(len(llm))).to(torch.int64)
-    if mask.shape != llm.shape[:1]:
-        raise UserError(f"{path}: llm_mask has {len(mask)} entries for {len(llm)} rows. Delete it and run {script} again.")
-    _refuse_non_finite(path, llm[mask.bool()], script)
-    _refuse_non_finite(path, clip, script)
+    _check_text_shapes(path, {name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
+    mask = file.tensors["llm_mask"].to(torch.int64)
+    for states in (llm[mask.bool()], clip):
+        _refuse_other_than_floats(path, states, script)
+        _refuse_non_finite(path, states, script)
     return TextStates(llm, mask, clip, file.metadata.get(CAPTION))
 
 
@@ -243,14 +256,9 @@ def read_text_widths(path: Path) -> tuple[int, int]:
     Raises:
         UserError: unreadable, of another model, or incomplete.
     """
-    script = "cache_text_encoder_outputs.py"
     header = read_header(path, "text encoder output cache")
     _check_architecture(path, header.metadata)
-    llm = header.shapes[_tensor_name(path, header.shapes, "llm_", script)]
-    clip = header.shapes[_tensor_name(path, header.shapes, "clipL_", script)]
-    if len(llm) != 2 or len(clip) != 1:
-        raise UserError(f"{path} holds text states of shapes {llm} and {clip}; expected (L, D) and (D,). Run {script} again.")
-    return llm[1], clip[0]
+    return _check_text_shapes(path, header.shapes)
 
 
 def read_text_metadata(path: Path) -> dict[str, str]:
@@ -267,6 +275,26 @@ def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:
     return shape
 
 
+def _check_text_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Refuse text encoder outputs that do not fit together; returns their widths (D, D2)."""
+    script = "cache_text_encoder_outputs.py"
+    llm = shapes[_tensor_name(path, shapes, "llm_", script)]
+    clip = shapes[_tensor_name(path, shapes, "clipL_", script)]
+    mask = shapes.get("llm_mask")
+    if len(llm) != 2 or len(clip) != 1:
+        raise UserError(
+            f"{path} holds text states of shapes {llm} and {clip}; expected (L, D) and (D,). Delete it and run {script} again."
+        )
+    if mask is None:
+        raise UserError(
+            f"{path} has no llm_mask, which tells the rows of the caption from padding. Delete it and run {script} again."
+        )
+    if mask != llm[:1]:
+        entries = "x".join(map(str, mask)) or "no"
+        raise UserError(f"{path}: llm_mask has {entries} entries for {llm[0]} rows. Delete it and run {script} again.")
+    return llm[1], clip[0]
+
+
 def _check_architecture(path: Path, metadata: dict[str, str]) -> None:
     found = metadata.get("architecture", ARCHITECTURE)
     if found != ARCHITECTURE:
@@ -281,6 +309,14 @@ def _tensor_name(path: Path, names: Collection[str], prefix: str, script: str) -
             f"Delete it and run {script} again."
         )
     return found[0]
+
+
+def _refuse_other_than_floats(path: Path, tensor: torch.Tensor, script: str) -> None:
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise UserError(
+            f"{path} holds {dtype_name(tensor.dtype)} values, which are neither latents nor text states. "
+            f"Delete it and run {script} again."
+        )
 
 
 def _refuse_non_finite(path: Path, tensor: torch.Tensor, script: str) -> None:

@@ -289,7 +289,7 @@ def _require_source(path: Path, section: str, key: str, source: Path) -> None:
         hint = f"Relative paths start at the current folder, {Path.cwd()}."
         beside = path.parent / source
         if os.path.exists(beside):
-            hint += f" There is a {beside.resolve()}: write that, or start the script in the folder of the config."
+            hint += f" There is a {os.path.realpath(beside)}: write that, or start the script in the folder of the config."
     raise UserError(f"{path}, {section}: {key} {source} does not exist. {hint}")
 
 
@@ -315,7 +315,7 @@ def _refuse_shared_caches(path: Path, datasets: Iterable[DatasetConfig]) -> None
     """Two datasets in one cache folder would read each other's files."""
     seen: dict[str, DatasetConfig] = {}
     for dataset in datasets:
-        resolved = os.path.normcase(dataset.cache_directory.resolve())
+        resolved = os.path.normcase(os.path.realpath(dataset.cache_directory))
         if resolved in seen:
             raise UserError(
                 f"{path}: {seen[resolved].label} and number {dataset.index + 1} have the same cache folder, "

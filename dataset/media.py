@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,6 +297,8 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 def _reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a decoder throws at a damaged file into a MediaError that names the file."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise MediaError(f"{what} {path} is a folder or a device, not a file.")
         yield
     except UserError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+SHOWN_CHARACTERS = 200  # of a path that is too long
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 
 
@@ -22,8 +24,12 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
     On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
     keeps the suffix, so that writers which choose a format by suffix work; with ``keep_name`` all of the name, so that
     what a killed process leaves can be told from others' (see ``final_of_temporary``).
+
+    Raises:
+        UserError: the folder cannot be written to, or nothing can have the name ``path``; before anything is written.
     """
     final = Path(path)
+    require_possible_file(final)
     temporary = _temporary_beside(final, keep_name)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +113,46 @@ def is_temporary(path: Path) -> bool:
 
 
 def require_file(path: str | os.PathLike[str], what: str) -> Path:
-    """Return ``path`` if it is a readable file, else raise a UserError that says ``what`` was expected there."""
-    found = Path(path)
-    if not found.exists():
-        raise UserError(f"{what} not found: {found} does not exist.")
-    if not found.is_file():
-        kind = "is a folder" if found.is_dir() else "is not a regular file"  # but a device or a pipe
+    """Return ``path`` if it is a file, else raise a UserError that says ``what`` was expected there."""
+    found = require_there(path, what)
+    if not os.path.isfile(found):
+        kind = "is a folder" if os.path.isdir(found) else "is not a regular file"  # but a device or a pipe
         raise UserError(f"{what} must be a file, but {found} {kind}.")
     return found
+
+
+def require_there(path: str | os.PathLike[str], what: str) -> Path:
+    """Return ``path`` if there is something, else raise a UserError that says ``what`` was expected there, and the reason."""
+    found = Path(path)
+    try:
+        os.stat(found)
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {found} does not exist.") from None
+    except OSError as error:  # a name too long, a folder that may not be looked into, links in a circle
+        raise UserError(f"{what} not found: {_shortened(found)} cannot be opened ({error.strerror or error}).") from None
+    return found
+
+
+def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write,") -> None:
+    """Refuse a path under which no file can appear: that of a folder, or a name that the system does not take.
+
+    Raises:
+        UserError: says ``what`` it was.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # what is wrong with its folder shows when that is made
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{what} {_shortened(path)}, cannot have that name ({reason}). Give a shorter one.") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{what} {path}, is a folder. Give the name of a file.")
+
+
+def _shortened(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hunyuan_model.attention import TRAINABLE_MODES, make_attention
-from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
+from utils.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
+from utils.config_files import add_config_file_argument
 from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.hub import add_hub_arguments, check_hub_arguments
@@ -38,6 +39,7 @@ def build_training_parser() -> argparse.ArgumentParser:
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
+    add_config_file_argument(group)
     group.add_argument("--dataset_config", metavar="TOML", help="the dataset configuration that the caches were made with")
     group.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
     group.add_argument(
@@ -87,7 +89,7 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=seed, help="seed of data order, noise and timesteps (default: drawn, and logged)")
     group.add_argument(
         "--max_data_loader_n_workers",
-        type=int,
+        type=whole_number,
         default=8,
         metavar="N",
         help="processes that read caches; 0 reads in place (default: 8)",
@@ -123,7 +125,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--lr_decay_steps", default="0", metavar="N", help="decay: steps, a ratio below 1, or a percentage (default: 0)"
     )
     group.add_argument(
-        "--lr_scheduler_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
+        "--lr_scheduler_num_cycles", type=whole_number, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
     )
     group.add_argument(
         "--lr_scheduler_power", type=finite_float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"

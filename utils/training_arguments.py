@@ -188,7 +188,7 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--preserve_distribution_shape",
         action="store_true",
-        help="cut the distribution off at --min/--max_timestep instead of squeezing it between them (default: off)",
+        help="cut the distribution off at --min_timestep and --max_timestep instead of squeezing it between them (default: off)",
     )
     group.add_argument(
         "--num_timestep_buckets",

@@ -10,30 +10,37 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.cache_files import (
-    CacheListing,
-    NonFiniteError,
-    latent_cache_path,
-    latent_shape_for,
-    list_caches,
-    read_latent_shape,
-    save_latents,
-)
-from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_sheet
-from dataset.items import Item, list_items, name_some, require_captions
+from dataset.cache_files import CacheKey, NonFiniteError, list_caches, save_latents
+from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
+from dataset.freshness import Verdict, judge_latents
+from dataset.items import Item, list_items, settle_captions
+from dataset.orphans import abandoned_files, orphaned_latents
 from dataset.preparation import Failure, Finished, Prepared, Result, Target, prepare
-from dataset.report import DatasetReport, count_caches, format_table, report_items, require_batches, require_items
+from dataset.records import latent_record
+from dataset.report import (
+    CachingOutcome,
+    DatasetReport,
+    count_caches,
+    deal_with_orphans,
+    format_table,
+    report_items,
+    require_batches,
+    require_items,
+)
+from hunyuan_model.fingerprint import fingerprint_weights
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, positive_int, script_parser
+from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, int_up_to, positive_int, script_parser
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
@@ -42,6 +49,7 @@ logger = logging.getLogger("cache_latents")
 
 TILE_SIZE = 256
 CONSOLE_WIDTH = 80
+MAX_CONSOLE_WIDTH = 1000  # wider than any terminal; every character of a drawing costs 40 bytes
 WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory
 
 
@@ -49,11 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the VAE latents of the pictures and clips of a dataset.")
     data = parser.add_argument_group("data")
+    add_config_file_argument(data)
     add_dataset_arguments(
         data,
         batch_size="encode at most N at once (default: the dataset's batch_size)",
         num_workers="threads that decode and resize",
-        skip_existing="keep caches that exist and have the right size (default: make all again)",
+        skip_existing="keep caches that were made from the same file, at the same size, by the same VAE (default: make all again)",
     )
     model = parser.add_argument_group("model")
     add_vae_arguments(model, required=False)
@@ -61,10 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     debug = parser.add_argument_group("looking at the data, without caching")
     debug.add_argument(
         "--debug_mode",
-        choices=("image", "console"),
-        help="write contact sheets to the folder debug in the cache directory, or draw in the terminal (default: cache latents)",
+        choices=("image", "video", "console"),
+        help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or draw in the "
+        "terminal (console) (default: cache latents)",
     )
-    debug.add_argument("--console_width", type=positive_int, metavar="N", help="columns of a drawing (default: 80)")
+    debug.add_argument("--console_width", type=int_up_to(MAX_CONSOLE_WIDTH), metavar="N", help="columns of a drawing (default: 80)")
     debug.add_argument(
         "--console_back",
         type=str.upper,
@@ -85,10 +95,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in ("console_width", "console_back", "console_num_images"):
             if getattr(args, name) is not None:
                 logger.warning("--%s has an effect only with --debug_mode console.", name)
-    if args.debug_mode is None:
-        if args.vae is None:
-            raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-        check_vae_options(args.vae, tile_size=tile_size(args))
+    if args.debug_mode is not None:
+        for name in ("skip_existing", "remove_orphans"):
+            if getattr(args, name):
+                logger.warning("--%s has no effect with --debug_mode, which caches nothing.", name)
+        return
+    if args.vae is None:
+        raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
+    check_vae_options(args.vae, tile_size=tile_size(args))
 
 
 def tile_size(args: argparse.Namespace) -> int | None:
@@ -105,34 +119,15 @@ def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]
             failures.append(result)
         elif isinstance(result, Prepared):
             print(describe(result))
-            if args.debug_mode == "image":
-                print(f"    {save_sheet(result)}")
-            else:
+            if args.debug_mode == "console":
                 print(console_picture(result.pixels, args.console_width or CONSOLE_WIDTH, args.console_back))
                 shown += 1
                 if shown == args.console_num_images:
                     break
+            else:
+                save = save_sheet if args.debug_mode == "image" else save_clip
+                print(f"    {save(result)}")
     return failures
-
-
-def is_cached(listing: CacheListing, target: Target) -> bool:
-    """Whether the latents of a target lie in the cache with the shape it asks for, under our name or that of other tools.
-
-    A cache that is older than its source was made from what the source held before.
-    """
-    names = {target.cache_path.name}
-    if target.window is not None:
-        names.add(latent_cache_path(target.item, target.bucket, target.window).name)
-    wanted = latent_shape_for(target.bucket, target.frames)
-    changed = target.item.path.stat().st_mtime_ns
-    for path in listing.latents.get((target.item.stem, target.window), []):
-        if path.name in names and path.stat().st_mtime_ns >= changed:
-            try:
-                if read_latent_shape(path) == wanted:
-                    return True
-            except UserError as error:
-                logger.warning("%s; it is made again.", error)
-    return False
 
 
 def encode(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -184,67 +179,68 @@ def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list
     yield from waiting.values()
 
 
-def cache_batch(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[Failure]:
-    """Encode and save; returns those whose latents are not numbers."""
-    failures = []
+def cache_batch(
+    vae: AutoencoderKLCausal3D, fingerprint: str, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype
+) -> Iterator[Target | Failure]:
+    """Encode and save; yields each target that is cached, and a failure for latents that are not numbers."""
     for prepared, latents in zip(batch, encode(vae, batch, device, dtype)):
         target = prepared.target
+        record = prepared.source.record() | latent_record(target.bucket, target.window, target.frame_rate, fingerprint)
         try:
-            save_latents(target.cache_path, latents, target.original_size, target.window and target.frames)
+            save_latents(target.cache_path, latents, target.original_size, target.window and target.frames, record)
         except NonFiniteError as error:
-            failures.append(Failure(target.item, f"{target.label}: {error}"))
-    return failures
+            yield Failure(target.item, f"{target.label}: {error}")
+        else:
+            yield target
 
 
 def cache_dataset(
     args: argparse.Namespace,
-    vae: AutoencoderKLCausal3D,
+    save: Callable[[Sequence[Prepared]], Iterable[Target | Failure]],
+    fingerprint: str,
     items: Sequence[Item],
     report: DatasetReport,
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> list[Failure]:
-    """Cache one dataset, fill in its report, and return what failed."""
+    """Cache one dataset, fill in its report, and return what failed. ``save``: ``cache_batch`` of the VAE of ``fingerprint``."""
     listing = list_caches(report.dataset)
     batch_size = min(args.batch_size or report.dataset.batch_size, report.dataset.batch_size)
-    wanted = (lambda target: not is_cached(listing, target)) if args.skip_existing else (lambda target: True)
-    save = partial(cache_batch, vae, device=device, dtype=dtype)
+    verdicts: dict[CacheKey, Verdict] = {}
+
+    def wanted(target: Target) -> bool:  # called in threads, once for each target
+        verdicts[target.key] = judge_latents(listing, target, fingerprint, args.skip_existing)
+        return verdicts[target.key].reason is not None
+
     failures: list[Failure] = []
-    called_for = set()
+    called_for: dict[CacheKey, Path] = {}
+    outcome = report.outcome = CachingOutcome(skipped=report.found - len(items))
     report.decoded = report.too_short = 0
     with tqdm(total=len(items), desc=report.dataset.label, unit="item") as progress:
         for result in collect_batches(prepare(items, args.num_workers, wanted), batch_size):
             if isinstance(result, list):
-                failures += save(result)
+                for saved in save(result):
+                    if isinstance(saved, Failure):
+                        failures.append(saved)
+                    else:
+                        outcome.count(verdicts[saved.key].reason)
                 continue
             progress.update()
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
             report.decoded += result.decoded
-            called_for |= {(target.item.stem, target.window) for target in result.targets}
+            called_for |= {target.key: verdicts[target.key].path for target in result.targets}
+            outcome.kept += sum(verdicts[target.key].reason is None for target in result.targets)
             if not result.targets:
                 report.too_short += 1
-                logger.warning("%s has fewer frames than every target_frames and is left out.", result.item.path)
+                logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
+            elif result.targets[0].resampling is not None:
+                report.resampled.setdefault(str(result.targets[0].resampling), []).append(result.item.path.name)
     failed = {failure.item.stem for failure in failures}
     report.failed = len(failed)
-    warn_of_leftovers(report, called_for, failed)
+    orphans = orphaned_latents(report.dataset, called_for, failed) + abandoned_files(report.dataset)
+    deal_with_orphans(report, orphans, args.remove_orphans)
     count_caches(report)
     return failures
-
-
-def warn_of_leftovers(report: DatasetReport, called_for: set, failed: set[str]) -> None:
-    """Say which latents in the cache belong to nothing in the dataset: training would use them."""
-    latents = list_caches(report.dataset).latents
-    left = [path for key, paths in latents.items() if key not in called_for and key[0] not in failed for path in paths]
-    if left:
-        logger.warning(
-            "%s: %d latent cache(s) in %s belong to no item any more. Training will use them; delete what is not wanted: %s",
-            report.dataset.label,
-            len(left),
-            report.dataset.cache_directory,
-            name_some(path.name for path in left),
-        )
 
 
 def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
@@ -260,7 +256,7 @@ def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
 
 def main() -> int:
     """Parse, check, load, cache, report."""
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     check_arguments(args)
     device = pick_device(args.device)
     dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, on_cuda=torch.float16)
@@ -277,13 +273,14 @@ def main() -> int:
     if args.debug_mode:
         failures = show_items(args, [item for items in listed for item in items])
     else:
-        for items in listed:
-            require_captions(items)
+        settled = [settle_captions(items, args.missing_caption) for items in listed]
         warn_of_cpu(args.device, device)
         vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
         configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))
-        for items, report in zip(listed, reports):
-            failures += cache_dataset(args, vae, items, report, device, dtype)
+        fingerprint = fingerprint_weights(args.vae, "--vae")
+        save = partial(cache_batch, vae, fingerprint, device=device, dtype=dtype)
+        for items, report in zip(settled, reports):
+            failures += cache_dataset(args, save, fingerprint, items, report)
         print(format_table(reports), flush=True)
         warn_of_empty_datasets(reports)
     if failures:

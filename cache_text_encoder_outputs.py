@@ -18,11 +18,24 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
-from dataset.cache_files import NonFiniteError, read_caption, save_text, text_cache_path
-from dataset.items import Item, list_items, require_captions
+from dataset.cache_files import NonFiniteError, list_caches, save_text, text_cache_path
+from dataset.freshness import Verdict, judge_text
+from dataset.items import Item, list_items, name_some, settle_captions
+from dataset.orphans import abandoned_files, orphaned_texts
 from dataset.preparation import Failure
-from dataset.report import DatasetReport, count_caches, format_table, report_items, require_items
+from dataset.records import TEXT_ENCODERS, TOKENIZERS
+from dataset.report import (
+    CachingOutcome,
+    DatasetReport,
+    count_caches,
+    deal_with_orphans,
+    format_table,
+    report_items,
+    require_items,
+)
+from hunyuan_model.fingerprint import fingerprint_tokenizer, fingerprint_weights
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
@@ -40,11 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag of this script."""
     parser = script_parser("Cache the text encoder outputs of the captions of a dataset.")
     data = parser.add_argument_group("data")
+    add_config_file_argument(data)
     add_dataset_arguments(
         data,
         batch_size="encode N captions at once (default: the dataset's batch_size)",
         num_workers="threads that read and write cache files",
-        skip_existing="keep caches that were made from the same caption (default: make all again)",
+        skip_existing="keep caches that were made from the same caption by the same text encoders (default: make all again)",
     )
     model = parser.add_argument_group("model")
     add_text_encoder_arguments(model, required=True)
@@ -52,16 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def is_cached(item: Item) -> bool:
-    """Whether there is a readable cache file that was made from this very caption, or does not say from which."""
-    path = text_cache_path(item)
-    if not path.is_file():
-        return False
-    try:
-        return read_caption(path) in (None, item.caption)
-    except UserError as error:
-        logger.warning("%s; it is made again.", error)
-        return False
+def fingerprints(args: argparse.Namespace, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> dict[str, str]:
+    """What tells these encoders and tokenizers from others, by the keys of the records."""
+    encoders = (args.text_encoder1, args.text_encoder2)
+    weights = {key: fingerprint_weights(path, f"--{key}") for key, path in zip(TEXT_ENCODERS, encoders)}
+    return weights | dict(zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers)))
 
 
 def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Item]]:
@@ -108,6 +117,7 @@ def encode_and_save(
     encoder: LlamaTextEncoder,
     batches: Sequence[Sequence[Item]],
     clip: dict[str, torch.Tensor],
+    record: dict[str, str],
     num_workers: int,
 ) -> Iterator[Failure]:
     """Encode each batch with encoder 1 and write its cache files while the next one is computed; yields what failed."""
@@ -117,7 +127,7 @@ def encode_and_save(
             states, masks = (output.cpu() for output in encode(encoder, [item.caption for item in batch]))
             yield from finish(writing)
             writing = [
-                (item, writers.submit(save_text, text_cache_path(item), llm, mask, clip[item.caption], item.caption))
+                (item, writers.submit(save_text, text_cache_path(item), llm, mask, clip[item.caption], item.caption, record))
                 for item, llm, mask in zip(batch, states, masks)
             ]
         yield from finish(writing)
@@ -136,28 +146,52 @@ def cache(
     args: argparse.Namespace,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     items: Sequence[Item],
+    record: dict[str, str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Failure]:
-    """Make the cache files of ``items``; returns what failed."""
+    """Make the cache files of ``items``; returns what failed. ``record``: the fingerprints that go into the files."""
     batches = make_batches(items, args.batch_size)
     clip = encode_clip(args, tokenizers[1], batches, device, dtype)
     encoder = hunyuan_model.load_text_encoder_1(
         args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=tokenizers[0]
     )
-    return list(encode_and_save(encoder, batches, clip, args.num_workers))
+    return list(encode_and_save(encoder, batches, clip, record, args.num_workers))
 
 
-def finish_reports(reports: Sequence[DatasetReport], failures: Sequence[Failure]) -> None:
-    """Fill in what the cache directories hold now, and what failed."""
-    for report in reports:
-        report.failed = sum(failure.item.dataset is report.dataset for failure in failures)
-        count_caches(report)
+def finish_report(
+    report: DatasetReport, verdicts: Sequence[tuple[Item, Verdict]], failures: Sequence[Failure], remove_orphans: bool
+) -> None:
+    """Fill in what became of a dataset's items and what the cache directory holds now; list the orphans."""
+    failed = {failure.item.stem for failure in failures if failure.item.dataset is report.dataset}
+    report.failed = len(failed)
+    report.outcome = CachingOutcome(skipped=report.found - len(verdicts))
+    for item, verdict in verdicts:
+        if item.stem not in failed:
+            report.outcome.count(verdict.reason)
+    orphans = orphaned_texts(report.dataset, [verdict.path for _, verdict in verdicts]) + abandoned_files(report.dataset)
+    deal_with_orphans(report, orphans, remove_orphans)
+    count_caches(report)
+    warn_of_latents_without_text(report)
+
+
+def warn_of_latents_without_text(report: DatasetReport) -> None:
+    """Training refuses latents without text encoder outputs; say so now where items were skipped."""
+    listing = list_caches(report.dataset)
+    without = sorted({stem for stem, _ in listing.latents} - set(listing.texts))
+    if report.outcome.skipped and without:
+        logger.warning(
+            "%s: %d item(s) have latents, but no text encoder outputs, which training refuses: %s. Give both scripts the same "
+            "--missing_caption; cache_latents.py --skip_existing --missing_caption skip --remove_orphans deletes their latents.",
+            report.dataset.label,
+            len(without),
+            name_some(without),
+        )
 
 
 def main() -> int:
     """Parse, check, load, cache, report."""
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     device = pick_device(args.device)
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, on_cuda=torch.float16)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
@@ -166,8 +200,7 @@ def main() -> int:
     reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
     print(format_table(reports), flush=True)
     require_items(reports)
-    for items in listed:
-        require_captions(items)
+    listed = [settle_captions(items, args.missing_caption) for items in listed]
     for dataset in group.datasets:
         require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
     tokenizers = (
@@ -175,16 +208,19 @@ def main() -> int:
         hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2),
     )
 
-    items = [item for items in listed for item in items]
-    found = len(items)
-    if args.skip_existing:
-        with ThreadPoolExecutor(args.num_workers) as readers:
-            items = [item for item, cached in zip(items, readers.map(is_cached, items)) if not cached]
+    record = fingerprints(args, tokenizers)
+    with ThreadPoolExecutor(args.num_workers) as readers:
+        verdicts = [
+            list(zip(items, readers.map(lambda item: judge_text(item, record, args.skip_existing), items))) for items in listed
+        ]
+    items = [item for judged in verdicts for item, verdict in judged if verdict.reason is not None]
     warn_of_cpu(args.device, device)
-    failures = cache(args, tokenizers, items, device, dtype) if items else []
+    failures = cache(args, tokenizers, items, record, device, dtype) if items else []
 
-    finish_reports(reports, failures)
+    for report, judged in zip(reports, verdicts):
+        finish_report(report, judged, failures, args.remove_orphans)
     print(format_table(reports))
+    found = sum(map(len, listed))
     print(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")
     for failure in failures:
         print(f"  {failure.message}", file=sys.stderr)

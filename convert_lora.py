@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, tensor_hashes, to_other
 from utils.arguments import script_parser
 from utils.errors import UserError, run_script
+from utils.files import require_possible_file, require_writable_folder
 from utils.safetensors_io import save_tensors
 
 LAYOUT_KEYS = {DEFAULT: "lora_unet_*.lora_down.weight", OTHER: "diffusion_model.*.lora_A.weight"}
@@ -31,9 +33,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be converted, from the file's header alone."""
     if Path(args.output).suffix != ".safetensors":
         raise UserError(f"--output {args.output} must end in .safetensors.")
-    if Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder; give a file name.")
-    if Path(args.input).resolve() == Path(args.output).resolve():
+    require_possible_file(args.output, "--output")
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise UserError(f"--input and --output are the same file, {args.input}; give the result another name.")
     layout = check_lora_file(args.input).layout
     if layout == args.target:
@@ -41,6 +42,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--input {args.input} has the layout {layout} already ({LAYOUT_KEYS[layout]}); "
             f"--target {DEFAULT if layout == OTHER else OTHER} is the one to convert it to."
         )
+    require_writable_folder(Path(args.output).parent, "the folder of --output,")
 
 
 def main() -> None:

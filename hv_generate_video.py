@@ -30,11 +30,13 @@ from utils.arguments import (
     add_vae_arguments,
     drawn_seed,
     finite_float,
+    int_up_to,
     positive_float,
-    positive_int,
     script_parser,
     seed,
+    whole_number,
 )
+from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("generate")
 
-MAX_FPS = 1000
+MAX_FPS = 1000  # video files hold no higher rate
+MAX_STEPS = 10_000  # the schedule has 1000 timesteps
 LATENT_ENDING = "_latent.safetensors"
 DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chunk_size 32 or a shorter --video_length"
 # What a run without sampling does not read.
@@ -83,18 +86,11 @@ OUTPUT_FLAGS = [
 ]
 
 
-def frame_rate(text: str) -> int:
-    """argparse type: a frame rate that video files can hold."""
-    rate = positive_int(text)
-    if rate > MAX_FPS:
-        raise argparse.ArgumentTypeError(f"{text} is above {MAX_FPS}")
-    return rate
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of generation."""
     parser = script_parser("Generate a video, or a picture with --video_length 1, with HunyuanVideo and LoRA.")
     models = parser.add_argument_group("models")
+    add_config_file_argument(models)
     models.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
     models.add_argument(
         "--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: bfloat16 on CUDA, float32 on the CPU)"
@@ -122,16 +118,18 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_argument(
         "--video_size",
         nargs=2,
-        type=int,
+        type=whole_number,
         default=[256, 256],
         metavar=("H", "W"),
         help="height and width, multiples of 16 (default: 256 256)",
     )
-    video.add_argument("--video_length", type=int, default=129, metavar="N", help="frames, 4n+1; 1 is a picture (default: 129)")
     video.add_argument(
-        "--fps", type=frame_rate, default=24, metavar="N", help="frames per second of the file written (default: 24)"
+        "--video_length", type=whole_number, default=129, metavar="N", help="frames, 4n+1; 1 is a picture (default: 129)"
     )
-    video.add_argument("--infer_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)")
+    video.add_argument(
+        "--fps", type=int_up_to(MAX_FPS), default=24, metavar="N", help="frames per second of the file written (default: 24)"
+    )
+    video.add_argument("--infer_steps", type=int_up_to(MAX_STEPS), default=50, metavar="N", help="sampling steps (default: 50)")
     video.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: drawn, and logged)")
     video.add_argument(
         "--embedded_cfg_scale", type=finite_float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)"
@@ -328,7 +326,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device, dtype: torch.d
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    args = parse_with_config(build_parser())
     device = pick_device(args.device)
     vae_dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
     check_arguments(args, device)

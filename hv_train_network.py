@@ -6,24 +6,38 @@ Run it with ``accelerate launch hv_train_network.py ...`` or, on one device, wit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import logging
+import math
+import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hunyuan_model
 import networks.lora
 from dataset import load_dataset_config
-from dataset.batches import Batch, CachedGroup, ShapeBatchSampler, find_cached_items, require_model_sizes
+from dataset.batches import (
+    Batch,
+    CachedDataset,
+    CachedGroup,
+    CachedItem,
+    ShapeBatchSampler,
+    collate,
+    find_cached_items,
+    hold_out,
+    require_model_sizes,
+)
+from dataset.items import name_some
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.architecture import TransformerConfig
@@ -38,22 +52,52 @@ from networks.lora_merging import merge_patch, read_lora_files
 from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed
+from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
-from utils.errors import UserError, run_script
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, run_script
 from utils.files import require_file, require_writable_folder
+from utils.hub import HubUploads, download_state
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
+from utils.safetensors_io import read_header
+from utils.skipped_steps import SkippedSteps, TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
-from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents
+from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents, timesteps_from_uniform
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
-from utils.training_files import epoch_name, final_name, save_network, step_name
-from utils.training_metadata import TrainingFacts, finished_metadata, training_metadata
+from utils.training_files import (
+    SaveRules,
+    epoch_name,
+    final_name,
+    remove_leftovers,
+    remove_outdated,
+    save_network,
+    state_name,
+    step_name,
+)
+from utils.training_metadata import TrainingFacts, finished_metadata, new_session_id, training_metadata
+from utils.training_requests import Request, TrainingRequests
+from utils.training_state import (
+    LATEST,
+    Progress,
+    Restorable,
+    StateFile,
+    find_latest_state,
+    load_state,
+    plain_state,
+    read_state_file,
+    require_free_space,
+    require_same,
+    save_state,
+    state_bytes,
+)
 
 logger = logging.getLogger("train")
 
 TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
+VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
+SECRET_FLAGS = ("huggingface_token", "wandb_api_key")
 SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,9 +109,25 @@ def build_parser() -> argparse.ArgumentParser:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's."""
     try:
-        return Accelerator(mixed_precision=args.mixed_precision)
+        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
+        return Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
     except ValueError as error:
         raise UserError(f"accelerate refuses this setup: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimiser step came to.
+
+    Attributes:
+        loss: mean over its batches; not finite where the step was skipped for that.
+        gradient_norm: before clipping.
+        skipped: why nothing was learnt from it, or None.
+    """
+
+    loss: float
+    gradient_norm: float
+    skipped: str | None = None
 
 
 @dataclass
@@ -85,7 +145,17 @@ class Training:
     noise: torch.Generator
     dtype: torch.dtype
     steps: int
+    save_rules: SaveRules
+    progress: Progress
     metadata: dict[str, str] = field(default_factory=dict)
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
+    uploads: HubUploads | None = None
+    held_out: CachedDataset = field(default_factory=lambda: CachedDataset(()))
+
+    @property
+    def restorable(self) -> Restorable:
+        """What a state holds of it."""
+        return Restorable(self.network, self.optimizer, self.lr_scheduler, self.noise, self.timesteps, self.accelerator)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,12 +175,18 @@ def batches_of_step(batches: Iterable[Batch], count: int) -> Iterator[list[Batch
         yield group
 
 
-def flow_matching_loss(training: Training, batch: Batch) -> Tensor:
-    """Weighted mean squared error between the predicted and the true velocity, noise - latents."""
+def flow_matching_loss(training: Training, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,)."""
+    shape = batch["latents"].shape
+    noise = torch.randn(shape, generator=training.noise, device=training.accelerator.device)
+    t = training.timesteps.draw(len(noise))
+    return velocity_loss(training, batch, noise, t), t
+
+
+def velocity_loss(training: Training, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
+    """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1]."""
     args, device = training.args, training.accelerator.device
-    latents = batch["latents"].to(device, torch.float32) * SCALING_FACTOR
-    noise = torch.randn(latents.shape, generator=training.noise, device=device)
-    t = training.timesteps.draw(len(latents)).to(device)  # (B,) in [0, 1]
+    latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
     noisy = noisy_latents(latents, noise, t)
     guidance = torch.full((len(latents),), args.guidance_scale * GUIDANCE_UNIT, device=device)
     with training.accelerator.autocast():
@@ -127,6 +203,26 @@ def flow_matching_loss(training: Training, batch: Batch) -> Tensor:
     return (loss if weight is None else loss * weight).mean()
 
 
+@torch.no_grad()
+def validation_loss(training: Training) -> float | None:
+    """The loss on what was held out, at the same noise and timesteps every time; None where nothing is. Moves no generator."""
+    if not training.held_out:
+        return None
+    training.network.eval()
+    set_optimizer_mode(training.optimizer, training=False)
+    device, total = training.accelerator.device, 0.0
+    quantiles = (torch.arange(VALIDATION_TIMESTEPS, dtype=torch.float64) + 0.5) / VALIDATION_TIMESTEPS
+    timesteps = timesteps_from_uniform(quantiles, training.timesteps.settings)
+    for index in range(len(training.held_out)):
+        batch = collate([training.held_out[index]])
+        noise = torch.Generator().manual_seed(index)
+        for t in timesteps.split(1):
+            total += velocity_loss(training, batch, torch.randn(batch["latents"].shape, generator=noise).to(device), t).item()
+    set_optimizer_mode(training.optimizer, training=True)
+    training.network.train()
+    return total / (len(training.held_out) * VALIDATION_TIMESTEPS)
+
+
 def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
     """Give every process the mean gradients. The network is hooked into the transformer's layers: no wrapper can do this."""
     if accelerator.num_processes == 1:
@@ -138,71 +234,186 @@ def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
             parameter.grad = accelerator.reduce(gradient, reduction="mean")
 
 
-def train_step(training: Training, batches: list[Batch]) -> float:
-    """One optimiser step over the batches it accumulates; returns their mean loss."""
+def train_step(training: Training, batches: list[Batch]) -> Step:
+    """One optimiser step over the batches it accumulates. A loss or a gradient that is not finite spoils nothing: it is skipped."""
     accelerator, network, args = training.accelerator, training.network, training.args
     call_if_there(network, "on_step_start")
-    total = 0.0
+    total, spoiled = 0.0, None
     for batch in batches:
-        loss = flow_matching_loss(training, batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} for {', '.join(batch['names'])}; training stopped before it could spoil the "
-                "network. Lower --learning_rate, or try another precision."
-            )
-        if loss.requires_grad:  # not where dropout leaves out the whole network
-            accelerator.backward(loss / len(batches))
+        loss, t = flow_matching_loss(training, batch)
         total += loss.item() / len(batches)
+        if not torch.isfinite(loss):
+            timesteps = ", ".join(f"{value * TIMESTEPS:.0f}" for value in t.tolist())
+            spoiled = spoiled or f"the loss is {loss.item()} for {', '.join(batch['names'])} at timestep {timesteps}"
+        elif spoiled is None and loss.requires_grad:  # not where dropout leaves out the whole network
+            accelerator.backward(loss / len(batches))
+    if any_process(accelerator, spoiled is not None):
+        training.optimizer.zero_grad(set_to_none=True)
+        return Step(total, math.nan, spoiled or "the loss is not finite in another process")
     average_gradients(accelerator, network)
-    if args.max_grad_norm:
-        accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm or math.inf)
+    norm = math.nan if norm is None else float(norm)
+    if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler finds out by itself, and tries a smaller scale
+        training.optimizer.zero_grad(set_to_none=True)
+        return Step(
+            total, norm, f"the gradient is not finite for {', '.join(name for batch in batches for name in batch['names'])}"
+        )
     training.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         step_schedule(training.lr_scheduler, total)
     training.optimizer.zero_grad(set_to_none=True)
     if args.scale_weight_norms:
         call_if_there(network, "apply_max_norm_regularization", args.scale_weight_norms, accelerator.device)
-    return total
+    return Step(total, norm)
 
 
-def save(training: Training, file_name: str, step: int, epoch: int) -> None:
+def any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something is so on any process; all must ask together."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.gather(torch.tensor([int(here)], device=accelerator.device)).max())
+
+
+def save_model(training: Training, file_name: str, epoch: int) -> None:
     """Save the network under the output folder, on the main process only."""
     if not training.accelerator.is_main_process:
         return
-    metadata = finished_metadata(training.metadata, steps=step, epoch=epoch, now=time.time())
-    dtype = SAVE_DTYPES[training.accelerator.mixed_precision]
+    metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
+    dtype = save_dtype(training.args, training.accelerator)
     set_optimizer_mode(training.optimizer, training=False)
-    save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
+    path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
     set_optimizer_mode(training.optimizer, training=True)
+    if training.uploads is not None:
+        training.uploads.upload(path)
 
 
-def train(training: Training) -> None:
-    """The loop: epochs of steps, saving as asked, and once at the end."""
-    args, name = training.args, training.args.output_name
-    step, losses = 0, deque(maxlen=training.steps_per_epoch)
+def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
+    """Of saved models: --save_precision, else the mixed precision's."""
+    return SAVE_DTYPES["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]
+
+
+def save_training_state(training: Training, model_name: str) -> None:
+    """Save the state that belongs to a model's name; all processes together."""
+    args = training.args
+    state = StateFile(
+        progress=training.progress,
+        seed=args.seed,
+        identity=state_identity(training),
+        order=batch_order(training.args, training.reader, training.accelerator),
+        flags={name: value for name, value in vars(args).items() if value is not None and name not in SECRET_FLAGS},
+        saved_at=time.time(),
+    )
+    folder = Path(args.output_dir) / state_name(model_name)
+    save_state(folder, training.restorable, state)
+    if training.uploads is not None and training.uploads.states_too:
+        training.uploads.upload(folder)
+
+
+def state_identity(training: Training) -> dict[str, object]:
+    """What must be the same for a state to fit."""
+    args = training.args
+    sizes = [(name, tuple(value.shape)) for name, value in training.network.state_dict().items()]
+    return {
+        "--network_module": args.network_module,
+        "a network of sizes": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16],
+        "--optimizer_type": describe_optimizer(training.optimizer),
+        "--lr_scheduler": args.lr_scheduler_type or args.lr_scheduler,
+    }
+
+
+def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Accelerator) -> dict[str, object]:
+    """What the place inside an epoch depends on, besides the seed."""
+    return {
+        "data sets": reader.fingerprint(),
+        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+    }
+
+
+def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
+    """Save the model, and the state beside it."""
+    save_model(training, file_name, epoch)
+    if with_state:
+        save_training_state(training, file_name)
+
+
+def train(training: Training) -> int:
+    """The loop: epochs of steps, saving as asked, and once at the end. Returns the exit status."""
+    args, progress = training.args, training.progress
     training.network.train()
     set_optimizer_mode(training.optimizer, training=True)
+    main_process = training.accelerator.is_main_process
     shown = training.accelerator.is_local_main_process
-    loss_log = LossLog(args.loss_log if training.accelerator.is_main_process else None)
-    with loss_log, tqdm(total=training.steps, desc="training", unit="step", disable=not shown) as progress:
-        for epoch in itertools.count(1):
-            call_if_there(training.network, "on_epoch_start", None, training.transformer)
-            for batches in batches_of_step(training.reader.epoch(epoch - 1), args.gradient_accumulation_steps):
-                learning_rate = training.optimizer.param_groups[0]["lr"]  # of this step: the schedule moves on within it
-                losses.append(train_step(training, batches))
-                step, average = step + 1, sum(losses) / len(losses)
-                progress.update()
-                progress.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{average:.4f}")
-                loss_log.write(step, epoch, losses[-1], average, learning_rate)
-                if step == training.steps:
-                    break
-                if args.save_every_n_steps and step % args.save_every_n_steps == 0:
-                    save(training, step_name(name, step), step, epoch)
-            if step == training.steps:
-                break
-            if args.save_every_n_epochs and epoch % args.save_every_n_epochs == 0:
-                save(training, epoch_name(name, epoch), step, epoch)
-    save(training, final_name(name), step, epoch)
+    loss_log = LossLog(args.loss_log if main_process else None, progress.step)
+    requests = TrainingRequests(Path(args.output_dir), training.accelerator)
+    bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
+    with loss_log, requests, bar:
+        while progress.step < training.steps:
+            request = train_epoch(training, requests, loss_log, bar)
+            if request.stops:
+                return stop(training, request)
+    save(training, final_name(args.output_name), progress.epoch, training.save_rules.state_at_end)
+    return 0
+
+
+def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: tqdm) -> Request:
+    """The rest of the epoch under way, up to the last step of the training; returns early with a request to stop."""
+    args, progress, rules = training.args, training.progress, training.save_rules
+    name, folder, epoch = args.output_name, Path(args.output_dir), progress.epoch
+    call_if_there(training.network, "on_epoch_start", None, training.transformer)
+    batches = training.reader.epoch(epoch - 1, progress.batches)
+    for group in batches_of_step(batches, args.gradient_accumulation_steps):
+        learning_rate = training.optimizer.param_groups[0]["lr"]  # of this step: the schedule moves on within it
+        step = train_step(training, group)
+        progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        training.skipped_steps.note(progress.step, step.skipped)
+        if step.skipped is None:
+            progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
+        average = sum(progress.losses) / max(1, len(progress.losses))
+        bar.update()
+        bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
+        held_out = validation_loss(training) if validation_due(training) else None
+        if held_out is not None:
+            logger.info("step %d: validation loss %.6g", progress.step, held_out)
+        loss_log.write(progress.step, epoch, step.loss, average, learning_rate, held_out)
+        if progress.step == training.steps:
+            return Request.NOTHING
+        request, saved = requests.poll(), rules.due_after_step(progress.step)
+        if saved or request in (Request.SAVE, Request.SAVE_AND_STOP):
+            asked = request is not Request.NOTHING
+            save(training, step_name(name, progress.step), epoch, rules.states or asked)
+            if saved and training.accelerator.is_main_process:
+                remove_outdated(folder, name, rules, step=progress.step)
+        if request.stops:
+            return request
+    progress.epoch, progress.batches = epoch + 1, 0
+    if rules.due_after_epoch(epoch):
+        save(training, epoch_name(name, epoch), epoch, rules.states)
+        if training.accelerator.is_main_process:
+            remove_outdated(folder, name, rules, epoch=epoch)
+    return Request.NOTHING
+
+
+def validation_due(training: Training) -> bool:
+    """Whether the step that was just made is one after which the held-out items are looked at."""
+    if every := training.args.validate_every_n_steps:
+        return training.progress.step % every == 0 or training.progress.step == training.steps
+    return training.progress.batches == len(training.reader) or training.progress.step == training.steps
+
+
+def stop(training: Training, request: Request) -> int:
+    """End before the last step, with a state to go on from; returns the exit status that the request asks for."""
+    model_name = step_name(training.args.output_name, training.progress.step)
+    if request.is_signal:
+        save_training_state(training, model_name)
+    if training.accelerator.is_main_process:
+        logger.info(
+            "stopped after step %d of %d; go on with --resume %s",
+            training.progress.step,
+            training.steps,
+            Path(training.args.output_dir) / state_name(model_name),
+        )
+    return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(request, 0)
 
 
 def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -229,10 +440,88 @@ def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtyp
     return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The state that --resume names."""
+
+    folder: Path
+    state: StateFile
+
+
+def find_resumed(args: argparse.Namespace) -> Resumed | None:
+    """The state that --resume names, or None where training begins anew. Takes over its seed where none is given.
+
+    Raises:
+        UserError: no such state, one that is damaged, or one with another seed than --seed.
+    """
+    if args.resume is None:
+        return None
+    if args.resume == LATEST:
+        folder = find_latest_state(Path(args.output_dir), args.output_name)
+        if folder is None:
+            logger.info("no state of %s in %s yet; training begins anew", args.output_name, args.output_dir)
+            return None
+    else:
+        folder = download_state(args.resume, args.huggingface_token) if args.resume_from_huggingface else Path(args.resume)
+    state = read_state_file(folder)
+    if args.seed is None:
+        args.seed = state.seed
+    if args.seed != state.seed:
+        raise UserError(f"--seed {args.seed} is not that of the state {folder}, {state.seed}; leave --seed out or give that one.")
+    return Resumed(folder, state)
+
+
+def is_complete(args: argparse.Namespace, steps: int) -> bool:
+    """Whether the model of this output name was trained for all the steps already."""
+    path = Path(args.output_dir) / final_name(args.output_name)
+    if not path.is_file():
+        return False
+    try:
+        return read_header(path).metadata.get("ss_steps") == str(steps)
+    except UserError:
+        return False
+
+
+def restore(training: Training, resumed: Resumed) -> None:
+    """Put everything where the state was saved.
+
+    Where the data sets or their division changed, the place inside the epoch means nothing: the epoch begins anew.
+
+    Raises:
+        UserError: a state of another network, optimiser or schedule, or one that is past the last step.
+    """
+    state, args = resumed.state, training.args
+    require_same(state, resumed.folder, state_identity(training))
+    if state.progress.step >= training.steps:
+        raise UserError(
+            f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {training.steps}; "
+            "raise --max_train_steps to go on."
+        )
+    load_state(resumed.folder, training.restorable)
+    training.progress = state.progress
+    order = batch_order(args, training.reader, training.accelerator)
+    if changed := [name for name, value in order.items() if state.order.get(name) != value]:
+        logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), training.progress.epoch)
+        training.progress.batches = 0
+    flags = {name: value for name, value in vars(args).items() if value is not None and name not in (*SECRET_FLAGS, "resume")}
+    differing = sorted(name for name in flags.keys() | state.flags.keys() if flags.get(name) != state.flags.get(name))
+    if differing := [f"--{name}" for name in differing if name not in ("resume", "seed")]:
+        logger.warning(
+            "flags that differ from those of the state: %s. The optimiser and the schedule go on with the numbers in the state.",
+            ", ".join(differing),
+        )
+    logger.info("resumed from %s: step %d, epoch %d", resumed.folder, training.progress.step, training.progress.epoch)
+
+
 def prepare(
-    args: argparse.Namespace, accelerator: Accelerator, reader: EpochReader, steps: int, groups: list[CachedGroup]
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    reader: EpochReader,
+    steps: int,
+    groups: list[CachedGroup],
+    resumed: Resumed | None = None,
 ) -> Training:
-    """Load the transformer, hook the network into it, and make what the loop needs."""
+    """Load the transformer, hook the network into it, and make what the loop needs; with ``resumed`` as it was saved."""
     module = import_network_module(args.network_module)
     network_args = parse_key_values(args.network_args, "--network_args")
     dtype = base_dtype(args, accelerator)
@@ -250,6 +539,7 @@ def prepare(
     optimizer_groups, _ = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
     rank_seed = args.seed + accelerator.process_index
+    progress = Progress(started_at=time.time(), session_id=new_session_id())
     training = Training(
         args=args,
         accelerator=accelerator,
@@ -262,7 +552,11 @@ def prepare(
         noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
         dtype=dtype,
         steps=steps,
+        save_rules=SaveRules.from_args(args),
+        progress=progress,
     )
+    if resumed is not None:
+        restore(training, resumed)
     training.metadata = training_metadata(args, training_facts(training, groups), network_args)
     return training
 
@@ -277,7 +571,8 @@ def training_facts(training: Training, groups: list[CachedGroup]) -> TrainingFac
         steps=training.steps,
         optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
         resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),
-        started_at=time.time(),
+        started_at=training.progress.started_at,
+        session_id=training.progress.session_id,
         network_dim="Dynamic" if args.dim_from_weights else args.network_dim or DEFAULT_RANK,
         network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
         mixed_precision=training.accelerator.mixed_precision,
@@ -318,6 +613,7 @@ def check_files_and_network(args: argparse.Namespace) -> tuple[TransformerConfig
             require_file(args.network_weights, "--network_weights")
         return config, 1
     options = NetworkOptions(network_args, args.network_dropout)
+    require_space_to_save(args, config, network_args)
     if args.network_weights:
         ranks = check_lora_file(args.network_weights, shapes).ranks
         rank = args.network_dim or DEFAULT_RANK
@@ -327,6 +623,25 @@ def check_files_and_network(args: argparse.Namespace) -> tuple[TransformerConfig
                 "give it as --network_dim, or use --dim_from_weights."
             )
     return config, 1 if options.loraplus_lr_ratio is None else 2
+
+
+def require_space_to_save(args: argparse.Namespace, config: TransformerConfig, network_args: dict[str, str]) -> None:
+    """Refuse a disk that has no room for what is saved first.
+
+    Raises:
+        UserError: with the sizes.
+    """
+    if args.dim_from_weights:
+        parameters = sum(torch.Size(shape).numel() for shape in read_header(args.network_weights).shapes.values())
+    else:
+        with torch.device("meta"):  # sizes only
+            transformer = HYVideoDiffusionTransformer(config)
+            quiet = {name: value for name, value in network_args.items() if name != "verbose"}
+            network = networks.lora.create_network(1.0, args.network_dim, args.network_alpha, None, None, transformer, **quiet)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+    with_state = args.save_state or args.save_state_on_train_end
+    wanted = 4 * parameters + (state_bytes(parameters) if with_state else 0)
+    require_free_space(Path(args.output_dir), wanted, "one model and its state" if with_state else "one model")
 
 
 def show_timesteps(args: argparse.Namespace) -> None:
@@ -340,11 +655,11 @@ def show_timesteps(args: argparse.Namespace) -> None:
         print(path)
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main() -> int:
+    args = parse_with_config(build_parser())
     if args.show_timesteps:
         show_timesteps(args)
-        return
+        return 0
     check_training_arguments(args)
     config, parameter_group_count = check_files_and_network(args)
     accelerator = make_accelerator(args)
@@ -357,10 +672,15 @@ def main() -> None:
     require_batches(reports)
     require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
 
+    resumed = find_resumed(args)
     if args.seed is None:
         args.seed = int(broadcast_object_list([drawn_seed()])[0])
         logger.info("seed %d", args.seed)
     set_seed(args.seed)
+    held_out: list[CachedItem] = []
+    if args.validation_split is not None:
+        groups, held_out = hold_out(groups, args.validation_split, args.seed)
+        logger.info("held out for validation: %s", name_some(item.latents_path.name for item in held_out))
     sampler = ShapeBatchSampler(groups, args.seed, accelerator.process_index, accelerator.num_processes)
     reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
     steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
@@ -368,11 +688,21 @@ def main() -> None:
         args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, parameter_group_count
     )
     check_lr_scheduler(args, optimizer, steps)
+    if args.save_state or args.save_state_on_train_end:
+        plain_state(optimizer.state_dict())
+    if args.resume == LATEST and is_complete(args, steps):
+        logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
+        return 0
+    uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        remove_leftovers(Path(args.output_dir), args.output_name)
 
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
     with out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
-        training = prepare(args, accelerator, reader, steps, groups)
+        training = prepare(args, accelerator, reader, steps, groups, resumed)
+        training.held_out = CachedDataset.of_items(held_out)
+        training.uploads = uploads
         logger.info(
             "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
             len(reader),
@@ -383,7 +713,13 @@ def main() -> None:
             " with float8 weights" if args.fp8_base else "",
         )
         try:
-            train(training)
+            status = train(training)
+            if uploads is not None:
+                uploads.finish()
+            return status
+        except TrainingBroken as error:
+            print(f"error: {error}", file=sys.stderr)
+            return STATUS_FAILED
         except RuntimeError as error:
             raise reader.explain(error) from error
 

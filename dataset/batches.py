@@ -23,6 +23,7 @@ from dataset.cache_files import (
     CacheListing,
     LatentShape,
     list_caches,
+    newest,
     read_latent_shape,
     read_latents,
     read_text,
@@ -84,11 +85,10 @@ def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
     """
     chosen = {}
     for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
-        newest = max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        chosen[key] = newest(paths)
         if len(paths) > 1:
-            others = name_some(path.name for path in paths if path != newest)
-            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", newest, others)
-        chosen[key] = newest
+            others = name_some(path.name for path in paths if path != chosen[key])
+            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", chosen[key], others)
     return chosen
 
 
@@ -107,7 +107,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
     where = f"{dataset.label} of {toml} (cache_directory {dataset.cache_directory})"
     if not listing.latents:
         reason, remedy = "", "mend that"
-        if dataset.kind == "video":
+        if dataset.kind == "video" and dataset.frame_extraction != "full":
             shortest = min(dataset.target_frames)
             reason, remedy = f": clips shorter than target_frames ({shortest}), say", "lower target_frames"
         raise UserError(
@@ -127,6 +127,29 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
         for (stem, window), path in newest_latents(listing).items()
     )
     return CachedGroup(dataset, tuple(items))
+
+
+def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[list[CachedGroup], list[CachedItem]]:
+    """Divide the items into those for training and those for measuring what it has learnt.
+
+    All windows of a clip stay on one side. Of each data set with at least two pictures or clips about ``share`` of them are
+    held out, one at least; which ones depends on the seed alone.
+
+    Raises:
+        UserError: no data set has two.
+    """
+    kept, held_out = [], []
+    for number, group in enumerate(groups):
+        stems = sorted({item.stem for item in group.items})
+        count = min(len(stems) - 1, max(1, round(share * len(stems))))
+        chosen = set(random.Random(f"{seed}:validation:{number}").sample(stems, count))
+        kept.append(CachedGroup(group.dataset, tuple(item for item in group.items if item.stem not in chosen)))
+        held_out += [item for item in group.items if item.stem in chosen]
+    if not held_out:
+        raise UserError(
+            "--validation_split holds items out of training, but every data set has only one; leave it out, or add some."
+        )
+    return kept, held_out
 
 
 def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width: int, pooled_width: int) -> None:
@@ -172,6 +195,13 @@ class CachedDataset(Dataset):
 
     def __init__(self, groups: Sequence[CachedGroup]) -> None:
         self.items = [item for group in groups for item in group.items]
+
+    @classmethod
+    def of_items(cls, items: Sequence[CachedItem]) -> CachedDataset:
+        """Over items from anywhere."""
+        data = cls(())
+        data.items = list(items)
+        return data
 
     def __len__(self) -> int:
         return len(self.items)

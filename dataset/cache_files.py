@@ -4,13 +4,14 @@ Latents lie in ``{stem}_{W:04d}x{H:04d}_hv.safetensors`` for a picture and
 ``{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_hv.safetensors`` for a window of a clip, W and H being those of the source.
 Other tools write the size of the bucket there for clips, so a size is always read from the tensor and never from a name.
 Text encoder outputs lie in ``{stem}_hv_te.safetensors``, one per item. A stem may hold anything a file name may, so names
-are parsed from their end.
+are parsed from their end. What made a file stands in its metadata, see ``records.py``.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ FORMAT_VERSION = "1.0.0"
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 
+CAPTION = "caption1"
 TEXT_SUFFIX = "_hv_te.safetensors"
 IMAGE_NAME = re.compile(r"(?P<stem>.+)_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
 VIDEO_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<frames>\d{3,})_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
@@ -110,19 +112,42 @@ def list_caches(dataset: DatasetConfig) -> CacheListing:
 
 
 def _safetensors_files(directory: Path) -> Iterator[Path]:
-    if directory.is_dir():
-        names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+    if os.path.isdir(directory):
+        try:
+            names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+        except OSError as error:
+            raise UserError(f"cannot list the cache_directory {directory}: {error.strerror or error}.") from error
         # macOS leaves a "._x" beside an x that it copies to a foreign disk
         yield from (directory / name for name in sorted(names) if not (name.startswith("._") and name[2:] in names))
 
 
-def save_latents(path: Path, latents: torch.Tensor, original_size: tuple[int, int], frame_count: int | None = None) -> None:
+def newest(paths: Collection[Path]) -> Path:
+    """Of several caches of one thing, the one that training uses."""
+    return max(paths, key=lambda path: (_modified(path), path.name))
+
+
+def _modified(path: Path) -> int:
+    """Nanoseconds; -1 for a link that leads nowhere, which whoever reads the file will name."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def save_latents(
+    path: Path,
+    latents: torch.Tensor,
+    original_size: tuple[int, int],
+    frame_count: int | None = None,
+    record: Mapping[str, str] | None = None,
+) -> None:
     """Save one sample of the latents, not multiplied by the VAE's scaling factor.
 
     Args:
         latents: (C, F, H, W), any floating dtype.
         original_size: (W, H) of the source.
         frame_count: frames of the window, for clips.
+        record: what made them, see ``records.py``.
 
     Raises:
         NonFiniteError: the latents hold NaN or infinity.
@@ -138,11 +163,20 @@ def save_latents(path: Path, latents: torch.Tensor, original_size: tuple[int, in
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
     name = f"latents_{frames}x{height}x{width}_{dtype_name(latents.dtype)}"
-    save_tensors(path, {name: latents}, _common_metadata() | metadata)
+    save_tensors(path, {name: latents}, {**(record or {}), **_common_metadata(), **metadata})
 
 
-def save_text(path: Path, llm: torch.Tensor, llm_mask: torch.Tensor, clip: torch.Tensor, caption: str) -> None:
+def save_text(
+    path: Path,
+    llm: torch.Tensor,
+    llm_mask: torch.Tensor,
+    clip: torch.Tensor,
+    caption: str,
+    record: Mapping[str, str] | None = None,
+) -> None:
     """Save the outputs of both text encoders for one caption: llm (L, D), llm_mask (L,), clip (D2,).
+
+    ``record``: what made them, see ``records.py``.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -158,7 +192,7 @@ def save_text(path: Path, llm: torch.Tensor, llm_mask: torch.Tensor, clip: torch
         "llm_mask": llm_mask.to(torch.int64),
         f"clipL_{dtype_name(clip.dtype)}": clip,
     }
-    save_tensors(path, tensors, _common_metadata() | {"caption1": caption})
+    save_tensors(path, tensors, {**(record or {}), **_common_metadata(), CAPTION: caption})
 
 
 def _common_metadata() -> dict[str, str]:
@@ -166,14 +200,20 @@ def _common_metadata() -> dict[str, str]:
 
 
 def read_latent_shape(path: Path) -> LatentShape:
-    """(C, F, H, W) of the latents in a cache file, from its header alone.
+    """(C, F, H, W) of the latents in a cache file, from its header alone. Errors as in ``read_latent_header``."""
+    return read_latent_header(path)[0]
+
+
+def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
+    """Shape (C, F, H, W) and metadata of a latent cache, from its header alone.
 
     Raises:
         UserError: unreadable, of another model, or without one such tensor.
     """
     header = read_header(path, "latent cache")
     _check_architecture(path, header.metadata)
-    return _check_latent_shape(path, header.shapes[_tensor_name(path, header.shapes, "latents_", "cache_latents.py")])
+    name = _tensor_name(path, header.shapes, "latents_", "cache_latents.py")
+    return _check_latent_shape(path, header.shapes[name]), header.metadata
 
 
 def read_latents(path: Path) -> torch.Tensor:
@@ -186,6 +226,7 @@ def read_latents(path: Path) -> torch.Tensor:
     _check_architecture(path, file.metadata)
     latents = file.tensors[_tensor_name(path, file.tensors, "latents_", "cache_latents.py")]
     _check_latent_shape(path, tuple(latents.shape))
+    _refuse_other_than_floats(path, latents, "cache_latents.py")
     _refuse_non_finite(path, latents, "cache_latents.py")
     return latents
 
@@ -201,12 +242,12 @@ def read_text(path: Path) -> TextStates:
     _check_architecture(path, file.metadata)
     llm = file.tensors[_tensor_name(path, file.tensors, "llm_", script)]
     clip = file.tensors[_tensor_name(path, file.tensors, "clipL_", script)]
-    mask = file.tensors.get("llm_mask", torch.ones(len(llm))).to(torch.int64)
-    if mask.shape != llm.shape[:1]:
-        raise UserError(f"{path}: llm_mask has {len(mask)} entries for {len(llm)} rows. Delete it and run {script} again.")
-    _refuse_non_finite(path, llm[mask.bool()], script)
-    _refuse_non_finite(path, clip, script)
-    return TextStates(llm, mask, clip, file.metadata.get("caption1"))
+    _check_text_shapes(path, {name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
+    mask = file.tensors["llm_mask"].to(torch.int64)
+    for states in (llm[mask.bool()], clip):
+        _refuse_other_than_floats(path, states, script)
+        _refuse_non_finite(path, states, script)
+    return TextStates(llm, mask, clip, file.metadata.get(CAPTION))
 
 
 def read_text_widths(path: Path) -> tuple[int, int]:
@@ -215,19 +256,14 @@ def read_text_widths(path: Path) -> tuple[int, int]:
     Raises:
         UserError: unreadable, of another model, or incomplete.
     """
-    script = "cache_text_encoder_outputs.py"
     header = read_header(path, "text encoder output cache")
     _check_architecture(path, header.metadata)
-    llm = header.shapes[_tensor_name(path, header.shapes, "llm_", script)]
-    clip = header.shapes[_tensor_name(path, header.shapes, "clipL_", script)]
-    if len(llm) != 2 or len(clip) != 1:
-        raise UserError(f"{path} holds text states of shapes {llm} and {clip}; expected (L, D) and (D,). Run {script} again.")
-    return llm[1], clip[0]
+    return _check_text_shapes(path, header.shapes)
 
 
-def read_caption(path: Path) -> str | None:
-    """The caption that a text cache was made from, from its header alone; None if it does not say. UserError if unreadable."""
-    return read_header(path, "text encoder output cache").metadata.get("caption1")
+def read_text_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a text cache, from its header alone; ``CAPTION`` is what it was made from. UserError if unreadable."""
+    return read_header(path, "text encoder output cache").metadata
 
 
 def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:
@@ -237,6 +273,26 @@ def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:
             "Delete it and run cache_latents.py again."
         )
     return shape
+
+
+def _check_text_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Refuse text encoder outputs that do not fit together; returns their widths (D, D2)."""
+    script = "cache_text_encoder_outputs.py"
+    llm = shapes[_tensor_name(path, shapes, "llm_", script)]
+    clip = shapes[_tensor_name(path, shapes, "clipL_", script)]
+    mask = shapes.get("llm_mask")
+    if len(llm) != 2 or len(clip) != 1:
+        raise UserError(
+            f"{path} holds text states of shapes {llm} and {clip}; expected (L, D) and (D,). Delete it and run {script} again."
+        )
+    if mask is None:
+        raise UserError(
+            f"{path} has no llm_mask, which tells the rows of the caption from padding. Delete it and run {script} again."
+        )
+    if mask != llm[:1]:
+        entries = "x".join(map(str, mask)) or "no"
+        raise UserError(f"{path}: llm_mask has {entries} entries for {llm[0]} rows. Delete it and run {script} again.")
+    return llm[1], clip[0]
 
 
 def _check_architecture(path: Path, metadata: dict[str, str]) -> None:
@@ -253,6 +309,14 @@ def _tensor_name(path: Path, names: Collection[str], prefix: str, script: str) -
             f"Delete it and run {script} again."
         )
     return found[0]
+
+
+def _refuse_other_than_floats(path: Path, tensor: torch.Tensor, script: str) -> None:
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise UserError(
+            f"{path} holds {dtype_name(tensor.dtype)} values, which are neither latents nor text states. "
+            f"Delete it and run {script} again."
+        )
 
 
 def _refuse_non_finite(path: Path, tensor: torch.Tensor, script: str) -> None:

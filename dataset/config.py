@@ -15,7 +15,8 @@ from typing import Any
 import voluptuous
 
 from dataset.buckets import BUCKET_STEP, bucket_resolutions
-from dataset.frames import FRAME_EXTRACTIONS, is_clip_length
+from dataset.frame_rate import MODEL_FPS
+from dataset.frames import FRAME_EXTRACTIONS, MAX_FRAMES, is_clip_length
 from utils.errors import UserError
 from utils.key_values import nearest_name
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml
@@ -26,6 +27,7 @@ DEFAULT_CAPTION_EXTENSION = ".txt"
 MAX_SIDE = 8192  # far beyond what the model was trained for; the number of buckets grows with the resolution
 MAX_AREA = 4096 * 4096
 MAX_NUMBER = 1_000_000
+MAX_FPS = 1000
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class DatasetConfig:
     frame_extraction: str = "head"
     frame_stride: int = 1
     frame_sample: int = 1
+    max_frames: int = MAX_FRAMES
+    target_fps: float = MODEL_FPS  # 0 keeps every frame
+    source_fps: float | None = None  # None: what the file says
 
     @property
     def label(self) -> str:
@@ -145,6 +150,18 @@ def _frame_extraction(value: Any) -> str:
     return value
 
 
+def _fps(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_FPS:  # NaN fails as well
+        raise voluptuous.Invalid(f"must be a number of frames per second from 0 to {MAX_FPS}")
+    return value
+
+
+def _source_fps(value: Any) -> float:
+    if not _fps(value):
+        raise voluptuous.Invalid("must be above 0; leave it out to use the rate in the file")
+    return value
+
+
 Validators = Mapping[str, Callable[[Any], Any]]
 
 COMMON_KEYS: Validators = {
@@ -167,6 +184,9 @@ VIDEO_KEYS: Validators = {
     "frame_extraction": _frame_extraction,
     "frame_stride": _at_least_one,
     "frame_sample": _at_least_one,
+    "max_frames": _at_least_one,
+    "target_fps": _fps,
+    "source_fps": _source_fps,
 }
 DATASET_KEYS: Validators = {**COMMON_KEYS, **dict.fromkeys(SOURCE_KEYS, _path), "cache_directory": _path, **VIDEO_KEYS}
 
@@ -269,15 +289,19 @@ def _require_source(path: Path, section: str, key: str, source: Path) -> None:
         hint = f"Relative paths start at the current folder, {Path.cwd()}."
         beside = path.parent / source
         if os.path.exists(beside):
-            hint += f" There is a {beside.resolve()}: write that, or start the script in the folder of the config."
+            hint += f" There is a {os.path.realpath(beside)}: write that, or start the script in the folder of the config."
     raise UserError(f"{path}, {section}: {key} {source} does not exist. {hint}")
 
 
 def _warn_of_values_without_effect(path: Path, dataset: DatasetConfig, table: dict[str, Any]) -> None:
     where = f"{path}, {dataset.label}"
-    for key, mode in (("frame_stride", "slide"), ("frame_sample", "uniform")):
+    for key, mode in (("frame_stride", "slide"), ("frame_sample", "uniform"), ("max_frames", "full")):
         if key in table and dataset.frame_extraction != mode:
             logger.warning('%s: %s has an effect only with frame_extraction = "%s".', where, key, mode)
+    if "target_frames" in table and dataset.frame_extraction == "full":
+        logger.warning('%s: target_frames has no effect with frame_extraction = "full"; max_frames has.', where)
+    if dataset.source_fps is not None and not dataset.target_fps:
+        logger.warning("%s: source_fps has no effect with target_fps = 0, which keeps every frame.", where)
     if dataset.bucket_no_upscale and not dataset.enable_bucket:
         logger.warning("%s: bucket_no_upscale has an effect only with enable_bucket = true.", where)
     if not dataset.enable_bucket:
@@ -291,7 +315,7 @@ def _refuse_shared_caches(path: Path, datasets: Iterable[DatasetConfig]) -> None
     """Two datasets in one cache folder would read each other's files."""
     seen: dict[str, DatasetConfig] = {}
     for dataset in datasets:
-        resolved = os.path.normcase(dataset.cache_directory.resolve())
+        resolved = os.path.normcase(os.path.realpath(dataset.cache_directory))
         if resolved in seen:
             raise UserError(
                 f"{path}: {seen[resolved].label} and number {dataset.index + 1} have the same cache folder, "

@@ -1,4 +1,4 @@
-"""Look at what training will see: contact sheets as PNG files, and pictures in the terminal."""
+"""Look at what training will see: contact sheets as PNG files, clips as MP4 files, and pictures in the terminal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.frame_rate import MODEL_FPS
 from dataset.preparation import Prepared
-from utils.media_writing import save_picture
+from utils.media_writing import save_picture, save_video
 
 SHEET_FRAMES = 16  # frames of a clip shown on its sheet
 SHADES = " .:-=+*#%@"  # from dark to bright
@@ -48,10 +49,26 @@ def contact_sheet(pixels: np.ndarray) -> np.ndarray:
 
 def save_sheet(prepared: Prepared) -> Path:
     """Write the contact sheet into the folder ``debug`` of the cache directory, named like the cache file; returns its path."""
-    cache_path = prepared.target.cache_path
-    path = cache_path.parent / "debug" / f"{cache_path.stem}.png"
+    path = _debug_path(prepared, ".png")
     save_picture(path, contact_sheet(prepared.pixels))
     return path
+
+
+def save_clip(prepared: Prepared) -> Path:
+    """Write the frames of a clip beside the sheets, as a video at the speed that the model learns; returns its path.
+
+    A picture becomes a PNG file.
+    """
+    if prepared.target.window is None:
+        return save_sheet(prepared)
+    path = _debug_path(prepared, ".mp4")
+    save_video(path, prepared.pixels, MODEL_FPS)
+    return path
+
+
+def _debug_path(prepared: Prepared, suffix: str) -> Path:
+    cache_path = prepared.target.cache_path
+    return cache_path.parent / "debug" / f"{cache_path.stem}{suffix}"
 
 
 def console_picture(pixels: np.ndarray, columns: int, back: str | None = None) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform")
+FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
+
+MAX_FRAMES = 129  # the longest clip that the model was trained on
 
 Window = tuple[int, int]
 
@@ -16,19 +18,30 @@ def is_clip_length(frames: int) -> bool:
     return frames >= 1 and frames % 4 == 1
 
 
-def cut_windows(frame_count: int, target_frames: Sequence[int], mode: str, stride: int = 1, sample: int = 1) -> list[Window]:
+def longest_clip(frames: int) -> int:
+    """The greatest 4n+1 that is at most ``frames`` (at least 1)."""
+    return frames - (frames - 1) % 4
+
+
+def cut_windows(
+    frame_count: int, target_frames: Sequence[int], mode: str, stride: int = 1, sample: int = 1, max_frames: int = MAX_FRAMES
+) -> list[Window]:
     """The distinct windows cut from a video of ``frame_count`` frames, as (first frame, number of frames).
 
     Args:
         target_frames: clip lengths; a length greater than the video gives no window.
         mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
-            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last.
+            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last; ``full`` one clip,
+            all frames but the up to three beyond 4n+1, whatever ``target_frames`` says.
         stride: frames from one start to the next, for ``slide``.
         sample: number of clips, for ``uniform``; starts that coincide in a short video are cut once.
+        max_frames: for ``full``, what a longer video is trimmed to.
 
     Returns:
         Windows in the order of ``target_frames``, by start within each length; every window once.
     """
+    if mode == "full":
+        return [(0, longest_clip(min(frame_count, max_frames)))] if frame_count else []
     windows = [
         (start, length)
         for length in target_frames
@@ -51,6 +64,6 @@ def _starts(last_start: int, length: int, mode: str, stride: int, sample: int) -
     raise ValueError(f"unknown frame extraction {mode!r}")
 
 
-def frames_needed(target_frames: Sequence[int], mode: str) -> int | None:
+def frames_needed(target_frames: Sequence[int], mode: str, max_frames: int = MAX_FRAMES) -> int | None:
     """How many frames of a video decide its windows: None means that all must be counted."""
-    return max(target_frames) if mode == "head" else None
+    return {"head": max(target_frames), "full": max_frames}.get(mode)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.config import DatasetConfig
 from dataset.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from utils.errors import UserError
+from utils.toml_files import has_escaped_backslash_accident
 
 FILE_NAME_BYTES = 255  # what the common file systems allow
 # The longest that follows the stem in the name of a cache file, with room for long clips and large sources. cache_files.py
@@ -51,6 +53,22 @@ def list_items(dataset: DatasetConfig) -> list[Item]:
     return items
 
 
+def settle_captions(items: Sequence[Item], missing: str) -> list[Item]:
+    """The items to cache, each with a caption.
+
+    Args:
+        missing: what becomes of items without one: ``error``, ``skip`` (left out), or ``empty`` (an empty caption).
+
+    Raises:
+        UserError: with ``error``, as ``require_captions``.
+    """
+    if missing == "empty":
+        return [replace(item, caption=item.caption or "") for item in items]
+    if missing == "error":
+        require_captions(items)
+    return [item for item in items if item.caption is not None]
+
+
 def require_captions(items: Iterable[Item]) -> None:
     """Raise a UserError that names up to five of the items that have no caption, if there are any."""
     missing = [item for item in items if item.caption is None]
@@ -61,7 +79,10 @@ def require_captions(items: Iterable[Item]) -> None:
         remedy = f"write a text file {missing[0].stem}{first.caption_extension} beside each, or set caption_extension"
     else:
         remedy = f'give each line of {first.jsonl_file} a "caption"'
-    raise UserError(f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}.")
+    raise UserError(
+        f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}, "
+        "or run both caching scripts with --missing_caption skip or empty."
+    )
 
 
 def name_some(paths: Iterable[Path | str]) -> str:
@@ -115,8 +136,12 @@ def _parse_line(line: str, key: str, where: str) -> tuple[str, str | None]:
     if path is None:
         keys = ", ".join(map(repr, entry)) or "no keys"
         raise UserError(f"{where} has no {key!r} (it has {keys}); {example}.")
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
+    if not isinstance(path, str) or not Path(path).stem.strip() or "\0" in path:
         raise UserError(f"{where}: {key!r} must be the path of a file, not {path!r}; {example}.")
+    if has_escaped_backslash_accident(path):
+        raise UserError(
+            f"{where}: {key!r} holds control characters ({path!r}): write C:/folder/name.ext, or double every backslash."
+        )
     if not isinstance(caption, str | None):
         raise UserError(f"{where}: 'caption' must be text, not {caption!r}; {example}.")
     try:
@@ -130,7 +155,8 @@ def _find_media(path: str, jsonl_file: Path, where: str) -> Path:
     """Relative paths are those of the working folder, or else of the JSONL file's folder. ``where`` is for the error."""
     found = Path(path)
     try:
-        os.stat(found)
+        if stat.S_ISDIR(os.stat(found).st_mode):
+            raise UserError(f"{where} {path} is a folder; name one file on each line.")
         return found
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

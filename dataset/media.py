@@ -9,8 +9,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from dataset.containers import missing_bytes
+from dataset.frame_rate import MODEL_FPS
 from dataset.frames import Window
 from dataset.resizing import fit_to_bucket
 from utils.errors import UserError
@@ -51,6 +53,7 @@ TURNS = {
 SWAPPING_TURNS = frozenset(
     {Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270}
 )
+LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
 
 
 class MediaError(UserError):
@@ -63,7 +66,7 @@ class VideoInfo:
 
     width: int
     height: int
-    frames: int | None  # as the file states it, which may be wrong: count_frames counts
+    frames: int | None  # as the file states it, which may be wrong: frame_times counts
     fps: float | None
 
 
@@ -150,13 +153,34 @@ def probe_video(path: Path) -> VideoInfo:
         return VideoInfo(width, height, stream.frames or None, float(rate) if rate else None)
 
 
-def count_frames(path: Path, limit: int | None = None) -> int:
-    """How many frames ``iterate_frames`` gives, found by decoding; counting stops at ``limit``."""
-    count = 0
-    for count, _ in enumerate(_decoded_frames(path), start=1):
-        if count == limit:
+def frame_times(
+    path: Path, fps: float | None = None, use_timestamps: bool = True, limit: tuple[int, float] | None = None
+) -> list[float]:
+    """When each frame that ``iterate_frames`` gives is shown, in seconds since the first; found by decoding.
+
+    Args:
+        fps: the rate for frames without a usable timestamp, or for all if not ``use_timestamps``; 24 where unknown.
+        limit: stop once there are as many frames (first number) that reach as many seconds (second).
+
+    Times never fall. Where timestamps go back, are missing, or jump by more than 10 seconds, the file is at fault, and the frame
+    is taken to follow the one before it as usual.
+    """
+    usual = 1 / (fps or MODEL_FPS)
+    times: list[float] = []
+    before = None
+    for frame in _decoded_frames(path):
+        now = frame.time if use_timestamps else None
+        gap = None if now is None or before is None else now - before
+        if times:
+            times.append(times[-1] + (gap if gap is not None and 0 <= gap <= LONGEST_GAP else usual))
+        else:
+            times.append(0.0)
+        before = now
+        if limit is not None and len(times) >= limit[0] and times[-1] >= limit[1]:
             break
-    return count
+    if times[-1] == 0:  # all of them at one moment
+        return [index * usual for index in range(len(times))]
+    return times
 
 
 def iterate_frames(path: Path) -> Iterator[np.ndarray]:
@@ -168,11 +192,17 @@ def iterate_frames(path: Path) -> Iterator[np.ndarray]:
     return map(_upright, _decoded_frames(path))
 
 
-def read_clip_windows(path: Path, windows: Iterable[Window], bucket: tuple[int, int]) -> Iterator[tuple[Window, np.ndarray]]:
+def read_clip_windows(
+    path: Path, windows: Iterable[Window], bucket: tuple[int, int], indices: Sequence[int] | None = None
+) -> Iterator[tuple[Window, np.ndarray]]:
     """Cut windows out of a video in one pass, each frame fitted to ``bucket`` once.
 
     Yields each distinct window (start, length) with its (length, H, W, 3) uint8 clip as soon as its last frame is there.
     Only fitted frames that an unfinished window needs are kept, and decoding stops with the last window.
+
+    Args:
+        indices: which frames of the file are the frames that windows count; they never fall, and one may come several times.
+            None: every frame.
 
     Raises:
         MediaError: as ``iterate_frames``, or the video ends before a window does.
@@ -188,11 +218,14 @@ def read_clip_windows(path: Path, windows: Iterable[Window], bucket: tuple[int, 
     not_started = deque(queue)
     needed_until = 0
     count = 0
-    for count, frame in enumerate(_decoded_frames(path), start=1):
+    fitted_frame = fitted = None
+    for count, frame in enumerate(_chosen_frames(path, indices), start=1):
         while not_started and not_started[0][0] < count:
             needed_until = max(needed_until, sum(not_started.popleft()))
         if count <= needed_until:
-            kept[count - 1] = fit_to_bucket(_upright(frame), bucket)
+            if frame is not fitted_frame:
+                fitted_frame, fitted = frame, fit_to_bucket(_upright(frame), bucket)
+            kept[count - 1] = fitted
         for window in by_end.get(count, ()):
             finished.add(window)
             yield window, np.stack([kept[index] for index in range(count - window[1], count)])
@@ -204,6 +237,19 @@ def read_clip_windows(path: Path, windows: Iterable[Window], bucket: tuple[int, 
             del kept[index]
     start, length = queue[0]
     raise MediaError(f"{path} ends after {count} frames, but the clip of frames {start} to {start + length - 1} was to be cut.")
+
+
+def _chosen_frames(path: Path, indices: Sequence[int] | None) -> Iterator[av.VideoFrame]:
+    if indices is None:
+        yield from _decoded_frames(path)
+        return
+    position = 0
+    for index, frame in enumerate(_decoded_frames(path)):
+        while position < len(indices) and indices[position] == index:
+            yield frame
+            position += 1
+        if position == len(indices):
+            return
 
 
 def _decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
@@ -251,6 +297,8 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 def _reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a decoder throws at a damaged file into a MediaError that names the file."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise MediaError(f"{what} {path} is a folder or a device, not a file.")
         yield
     except UserError:
         raise

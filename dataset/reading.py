@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.batches import Batch, CachedDataset, CachedGroup, Sample, ShapeBatchSampler, collate
@@ -30,6 +33,11 @@ def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserErro
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the training itself answers it, and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class EpochReader:
     """The batches of one epoch after the other.
 
@@ -45,25 +53,34 @@ class EpochReader:
         self._data = CachedDataset(groups)
         self._due = 0
         workers = min(workers, os.cpu_count() or 1)
+        # A generator of its own: torch draws a number at the start of each epoch, which must not move the training's.
         self._loader = DataLoader(
             _ErrorsAsValues(self._data),
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_collate_or_error,
             persistent_workers=persistent and workers > 0,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
         """Batches of a whole epoch on each rank."""
         return len(self.sampler)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch ``number``, counted from 0.
+    def fingerprint(self) -> str:
+        """Of everything that the order of the batches depends on, besides the seed: the items, their repeats and batch sizes."""
+        content = repr((self.sampler.pools, [(item.latents_path.name, item.shape) for item in self._data.items]))
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read.
 
         Raises:
             UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
         """
         self.sampler.set_epoch(number)
+        self.sampler.skip(start)
         self._due = 0
         for batch in self._loader:
             if isinstance(batch, UserError):

@@ -1,4 +1,4 @@
-"""The table that opens and closes the caching scripts and opens training: what became of each dataset's items."""
+"""The table that opens and closes the caching scripts and opens training: what became of each dataset's items and caches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dataset.batches import CachedGroup, newest_latents
 from dataset.cache_files import LatentShape, bucket_of, list_caches, read_latent_shape
 from dataset.config import DatasetConfig
-from dataset.items import Item, list_items
+from dataset.freshness import NEW, check_caches
+from dataset.items import Item, list_items, name_some
+from dataset.orphans import remove_files
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,42 @@ class BucketCount:
 
     items: int
     batches: int
+
+
+@dataclass
+class CachingOutcome:
+    """What a caching run did with the cache files of one dataset.
+
+    Attributes:
+        made: where there was none.
+        redone: where there was one, by the reason.
+        skipped: items that were left out.
+        orphans: files that belong to no item any more.
+        removed: of those.
+    """
+
+    made: int = 0
+    kept: int = 0
+    redone: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
+    orphans: int = 0
+    removed: int = 0
+
+    def count(self, reason: str | None) -> None:
+        """Count one cache file by the reason of its verdict, see ``freshness.Verdict``."""
+        if reason is None:
+            self.kept += 1
+        elif reason == NEW:
+            self.made += 1
+        else:
+            self.redone[reason] += 1
+
+    def __str__(self) -> str:
+        redone = f"{self.redone.total()} redone"
+        if self.redone:
+            redone += f" ({', '.join(f'{count} {reason}' for reason, count in self.redone.most_common())})"
+        orphans = f"{self.orphans} orphans" + (f" ({self.removed} removed)" if self.removed else "")
+        return f"{self.made} made, {self.kept} kept, {redone}, {self.skipped} skipped, {orphans}"
 
 
 @dataclass
@@ -38,6 +77,9 @@ class DatasetReport:
         texts: items whose text encoder outputs are cached.
         used: pictures and windows that have both, which is what training sees.
         buckets: by (W, H, frames) in pixels, of all cached latents.
+        resampled: names of the clips whose frame rate was changed, by what was done.
+        outcome: what a caching run did; None before it and in training.
+        notes: lines about the caches, for training.
     """
 
     dataset: DatasetConfig
@@ -50,6 +92,9 @@ class DatasetReport:
     texts: int = 0
     used: int = 0
     buckets: dict[tuple[int, int, int], BucketCount] = field(default_factory=dict)
+    resampled: dict[str, list[str]] = field(default_factory=dict)
+    outcome: CachingOutcome | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def batches(self) -> int:
@@ -95,7 +140,29 @@ def report_cached_group(group: CachedGroup) -> DatasetReport:
         report.found, report.without_caption = len(items), sum(item.caption is None for item in items)
     report.texts = len({item.stem for item in group.items})
     report.buckets = count_buckets(group.dataset, (item.shape for item in group.items))
+    report.notes = describe_caches(group, items)
     return report
+
+
+def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
+    """Lines on the caches that carry no record or do not match the sources; mismatches are warned of as well.
+
+    ``items``: those of the dataset, None where the media cannot be reached.
+    """
+    check = check_caches(group.dataset, group.items, items)
+    notes = []
+    if check.without_record:
+        notes.append(f"{check.without_record} cache(s) do not say what made them: whether they match is not known")
+    for reason, names in check.mismatches.items():
+        notes.append(f"{len(names)} cache(s) do not match, {reason}: {name_some(names)}")
+    if check.mismatches:
+        logger.warning(
+            "%s: %d cache(s) do not match what they were made from, see the table. They are trained as they are; "
+            "run both caching scripts with --skip_existing to make only those again.",
+            group.dataset.label,
+            sum(map(len, check.mismatches.values())),
+        )
+    return notes
 
 
 def count_buckets(dataset: DatasetConfig, shapes: Iterable[LatentShape]) -> dict[tuple[int, int, int], BucketCount]:
@@ -104,6 +171,20 @@ def count_buckets(dataset: DatasetConfig, shapes: Iterable[LatentShape]) -> dict
         bucket_of(shape): BucketCount(items, -(-items * dataset.num_repeats // dataset.batch_size))
         for shape, items in sorted(Counter(shapes).items())
     }
+
+
+def deal_with_orphans(report: DatasetReport, orphans: Sequence[Path], remove: bool) -> None:
+    """List cache files that belong to no item, delete them if ``remove``, and count them in the outcome."""
+    if not orphans:
+        return
+    assert report.outcome is not None
+    removed = set(remove_files(orphans) if remove else ())
+    report.outcome.orphans, report.outcome.removed = len(orphans), len(removed)
+    advice = "" if remove else " Training would use them; --remove_orphans deletes them."
+    folder = report.dataset.cache_directory
+    logger.warning("%s: %d cache file(s) in %s belong to no item any more.%s", report.dataset.label, len(orphans), folder, advice)
+    for path in orphans:
+        print(f"    {'removed' if path in removed else 'orphan'}: {path.name}")
 
 
 COLUMNS = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "used", "batches")
@@ -132,6 +213,10 @@ def format_table(reports: Sequence[DatasetReport]) -> str:
         for (bucket_width, bucket_height, frames), count in report.buckets.items():
             bucket = f"{bucket_width}x{bucket_height}" + (f", {frames} frame(s)" if report.dataset.kind == "video" else "")
             lines.append(f"    {bucket}: {count.items} in {count.batches} batch(es) of up to {report.dataset.batch_size}")
+        lines += [f"    {done}: {', '.join(names)}" for done, names in sorted(report.resampled.items())]
+        if report.outcome is not None:
+            lines.append(f"    cache files: {report.outcome}")
+        lines += [f"    {note}" for note in report.notes]
     return "\n".join(lines)
 
 
@@ -155,6 +240,8 @@ def require_batches(reports: Sequence[DatasetReport]) -> None:
 def _why_empty(report: DatasetReport) -> str:
     dataset, found = report.dataset, report.found
     reasons = []
+    if report.outcome is not None and report.outcome.skipped:
+        reasons.append(f"{report.outcome.skipped} of {found} item(s) have no caption and were skipped (--missing_caption skip)")
     if report.too_short:
         shortest = min(dataset.target_frames)
         reasons.append(

@@ -50,27 +50,34 @@ def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Tra
     double_depth = _depth(shapes, "double_blocks")
     single_depth = _depth(shapes, "single_blocks")
     refiner_depth = _depth(shapes, "txt_in.individual_token_refiner.blocks")
-    needed = [
-        "img_in.proj.weight",
-        "time_in.mlp.0.weight",
-        "vector_in.in_layer.weight",
-        "txt_in.input_embedder.weight",
-        "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight",
-        "double_blocks.0.img_attn_q_norm.weight",
-        "double_blocks.0.img_mlp.fc1.weight",
-        "single_blocks.0.linear1.weight",
-        "final_layer.linear.weight",
-    ]
+    needed = {  # with the number of dimensions
+        "img_in.proj.weight": 5,
+        "time_in.mlp.0.weight": 2,
+        "vector_in.in_layer.weight": 2,
+        "txt_in.input_embedder.weight": 2,
+        "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight": 2,
+        "double_blocks.0.img_attn_q_norm.weight": 1,
+        "double_blocks.0.img_mlp.fc1.weight": 2,
+        "single_blocks.0.linear1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise UserError(
             f"this is not a whole HunyuanVideo transformer: it has no {', '.join(missing)}. "
             "Give the official checkpoint (mp_rank_00_model_states.pt or a .safetensors file with the same names)."
         )
+    for name, dimensions in needed.items():
+        shape = shapes[name]
+        if len(shape) != dimensions or 0 in shape:
+            raise UserError(
+                f"{name} of this transformer has the shape {tuple(shape)}; {dimensions} dimension(s), none of them empty, are "
+                "expected. The file is damaged or of another model."
+            )
     hidden_size, in_channels, *patch_size = shapes["img_in.proj.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn_q_norm.weight"]
     rows_out = shapes["final_layer.linear.weight"][0]
-    if len(patch_size) != 3 or hidden_size % head_dim or head_dim % 2 or rows_out % math.prod(patch_size):
+    if hidden_size % head_dim or head_dim % 2 or rows_out % math.prod(patch_size):
         raise UserError(
             "the shapes of this transformer contradict each other: "
             f"img_in.proj.weight is {tuple(shapes['img_in.proj.weight'])}, the head size is {head_dim}, "

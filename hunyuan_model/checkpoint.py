@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from hunyuan_model.fp8 import FP8_DTYPES, cast
 from utils.errors import UserError
+from utils.files import require_file, require_there
+from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ def _torch_load(path: Path, what: str) -> object:
             f"{what} {path} holds more than tensors, or is damaged; it is not opened, because unpickling objects runs code. "
             "Use a .safetensors file, or a .pt file that holds only a state dict."
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, OSError) as error:
+    except Exception as error:  # unpickling what is damaged raises nearly every type
         # torch goes on with advice for programmers; a full stop within a word is that of a file name or a number
         reason = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".") or type(error).__name__
         raise UserError(f"{what} {path} is cut short or damaged ({reason}). Copy or download it again.") from error
@@ -142,20 +144,15 @@ def _state_dict_of(content: object, path: Path, what: str) -> dict[str, torch.Te
 
 def _open_file(path: Path, what: str) -> _File:
     """Open one file by what it holds; suffixes are often wrong."""
+    require_file(path, what)  # opening a pipe would wait for ever
     try:
         with open(path, "rb") as file:
-            start = file.read(64)
+            start = file.read(SIGNATURE_BYTES)
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
-    if not start:
-        raise UserError(f"{what} {path} is empty. Copy or download it again.")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{what} {path} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`.")
-    if start.startswith(b"GGUF"):
-        raise UserError(f"{what} {path} is a GGUF file, which is not supported. Use a .safetensors or .pt file.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{what} {path} is a web page, not weights: the download went wrong. Download it again.")
-    if start.startswith(b"PK") or start[:1] == b"\x80":  # a zip archive, or a bare pickle
+    if found := foreign_content(start):
+        raise UserError(f"{what} {path} {found}")
+    if is_torch_file(start):
         return _TorchFile(path, what)
     if start[8:9] == b"{" or path.suffix == ".safetensors":  # a length in 8 bytes, then the JSON header
         return _SafetensorsFile(path, what)
@@ -164,13 +161,17 @@ def _open_file(path: Path, what: str) -> _File:
 
 def _files_of_folder(folder: Path, what: str) -> list[Path]:
     """The weight file or shards of a model folder."""
+    try:
+        names = {path.name for path in folder.iterdir() if os.path.isfile(path)}
+    except OSError as error:
+        raise UserError(f"{what} {folder} is a folder that cannot be listed: {error.strerror or error}.") from error
     for name in FOLDER_INDEXES:
-        if (folder / name).is_file():
+        if name in names:
             return _shards_of_index(folder / name, what)
     for name in FOLDER_FILES:
-        if (folder / name).is_file():
+        if name in names:
             return [folder / name]
-    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    found = sorted(folder / name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
     shards = [SHARD_NAME.fullmatch(path.name) for path in found]
     if found and all(shards) and len({shard.group(1, 2, 3) for shard in shards}) == 1:
         if len(found) != int(shards[0].group(2)):
@@ -190,7 +191,7 @@ def _shards_of_index(index: Path, what: str) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what} {index} is not a readable index of shards. Copy or download it again.") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if "\0" in name or not os.path.isfile(index.parent / name)]
     if missing or not names:
         raise UserError(f"{what} {index.parent} lacks {', '.join(missing[:4]) or 'shards'}, which {index.name} lists.")
     return [index.parent / name for name in names]
@@ -267,9 +268,7 @@ def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
     Raises:
         UserError: missing, unreadable, cut short, a pickle of more than tensors, a folder without (unambiguous) weights.
     """
-    root = Path(path)
-    if not root.exists():
-        raise UserError(f"{what} not found: {root} does not exist.")
+    root = require_there(path, what)
     files = [_open_file(file, what) for file in (_files_of_folder(root, what) if root.is_dir() else [root])]
     entries: dict[str, _Entry] = {}
     metadata: dict[str, str] = {}
@@ -304,8 +303,7 @@ def load_weights(
         UserError: names or shapes differ between module and checkpoint; nothing has been read then.
     """
     device = torch.device(device)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _require_same_tensors(expected, checkpoint)
+    require_same_tensors(module, checkpoint)
     total = sum(_bytes(checkpoint, name) for name in checkpoint.shapes)
     description = progress or f"loading {checkpoint.what}"
     with tqdm(
@@ -341,8 +339,16 @@ def _bytes(checkpoint: Checkpoint, name: str) -> int:
     return count * checkpoint.dtypes[name].itemsize
 
 
-def _require_same_tensors(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Names and shapes must agree; the error names a few that do not."""
+def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose names and shapes are not exactly those of ``module``, or that holds integers for its weights.
+
+    Reads no tensor.
+
+    Raises:
+        UserError: names a few that differ.
+    """
+    tensors = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = checkpoint.shapes
     faults = []
     if missing := [name for name in expected if name not in found]:
@@ -352,6 +358,10 @@ def _require_same_tensors(expected: dict[str, tuple[int, ...]], checkpoint: Chec
     if different := [name for name in expected if name in found and expected[name] != found[name]]:
         shapes = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in different[:3])
         faults.append(f"{len(different)} have another shape, such as {shapes}")
+    weights = (name for name, tensor in tensors.items() if tensor.is_floating_point() and name in found)
+    if integers := [name for name in weights if not checkpoint.dtypes[name].is_floating_point]:
+        kind = str(checkpoint.dtypes[integers[0]]).removeprefix("torch.")
+        faults.append(f"{len(integers)} hold whole numbers, such as {integers[0]} ({kind})")
     if faults:
         raise UserError(
             f"{checkpoint.what} {checkpoint.path} does not fit the model: {'; '.join(faults)}. "

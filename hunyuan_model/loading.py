@@ -86,7 +86,7 @@ def _refuse_scales_beside(checkpoint: Checkpoint, flag: str) -> None:
     """The published float8 file keeps its scales in a second file; without them its weights mean something else."""
     path = checkpoint.path
     scales = path.with_name(f"{path.stem}_map{path.suffix}")
-    if scales.is_file() and any(dtype in FP8_DTYPES for dtype in checkpoint.dtypes.values()):
+    if os.path.isfile(scales) and any(dtype in FP8_DTYPES for dtype in checkpoint.dtypes.values()):
         raise UserError(
             f"{flag} {path} holds float8 weights whose scales are in {scales.name}; such a pair cannot be read. "
             "Give the bfloat16 file instead; with fp8 switched on its blocks are stored as float8 while loading."

@@ -15,6 +15,7 @@ from hunyuan_model.vae import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.errors import UserError
 
 LATENT_CHANNELS = 16
+MAX_TOKENS = 4_000_000  # over thirty times what the model was trained with; only slips of the finger ask for more
 PATCH_PIXELS = 16  # one token covers 2 x 2 latent positions of 8 x 8 pixels
 
 
@@ -22,7 +23,7 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     """(frames, height, width) of the latent for a video of ``frames`` x ``height`` x ``width`` pixels.
 
     Raises:
-        UserError: a side is not divisible by 16, or the number of frames is not 4n + 1.
+        UserError: a side is not divisible by 16, the number of frames is not 4n + 1, or the video is larger than any memory.
     """
     if height <= 0 or width <= 0 or height % PATCH_PIXELS or width % PATCH_PIXELS:
         good = [max(PATCH_PIXELS, round(side / PATCH_PIXELS) * PATCH_PIXELS) for side in (height, width)]
@@ -33,7 +34,14 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     if frames <= 0 or (frames - 1) % TIME_COMPRESSION:
         good_frames = max(0, round((frames - 1) / TIME_COMPRESSION)) * TIME_COMPRESSION + 1
         raise UserError(f"the video length {frames} is not 4n + 1 (1, 5, 9, ... 129); use {good_frames}, say.")
-    return (frames - 1) // TIME_COMPRESSION + 1, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+    latent_frames = (frames - 1) // TIME_COMPRESSION + 1
+    tokens = latent_frames * (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
+    if tokens > MAX_TOKENS:
+        raise UserError(
+            f"a video of {frames} frames of {height} x {width} pixels has {tokens} tokens, and more than {MAX_TOKENS} are not "
+            "drawn: the model was trained with up to 118800 (129 frames of 720 x 1280). Make it smaller or shorter."
+        )
+    return latent_frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
 
 
 def initial_noise(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoint import Checkpoint, load_weights, open_checkpoint
 from hunyuan_model.identify import Kind, check_is
+from hunyuan_model.stored_config import building_from_config
 from hunyuan_model.tokenizer_loading import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
 
@@ -75,7 +76,10 @@ def load_tokenizer_2(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone, as ``load_text_encoder_2`` finds it: a script learns in a moment whether there is one."""
-    return load_tokenizer(tokenizer, open_checkpoint(path, FLAG), TOKENIZER)
+    checkpoint = open_checkpoint(path, FLAG)
+    if checkpoint.path.is_dir():
+        clip_config(checkpoint)  # transformers looks into it for a tokenizer, and would blame that for its faults
+    return load_tokenizer(tokenizer, checkpoint, TOKENIZER)
 
 
 def load_text_encoder_2(
@@ -93,7 +97,7 @@ def load_text_encoder_2(
     checkpoint = open_checkpoint(path, FLAG)
     config = clip_config(checkpoint)
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
-    with init_empty_weights(include_buffers=False):  # the position numbers are computed, not loaded
+    with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # position numbers are computed, not loaded
         model = CLIPTextModel(config)
     load_weights(
         model,
@@ -115,9 +119,10 @@ def clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
     values = _stored_config(checkpoint.path)
-    if values is None:
-        values = _config_of_shapes(shapes, checkpoint)
-    return CLIPTextConfig.from_dict(values | {"vocab_size": shapes[_EMBEDDING][0]})
+    with building_from_config(checkpoint.path, FLAG):
+        if values is None:
+            values = _config_of_shapes(shapes, checkpoint)
+        return CLIPTextConfig.from_dict(values | {"vocab_size": shapes[_EMBEDDING][0]})
 
 
 def _stored_config(weights: Path) -> dict | None:

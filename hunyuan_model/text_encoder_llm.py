@@ -24,6 +24,7 @@ from hunyuan_model.checkpoint import Checkpoint, load_weights, open_checkpoint
 from hunyuan_model.fp8 import FP8_DTYPE, enable_fp8_linears
 from hunyuan_model.identify import Kind, check_is
 from hunyuan_model.prompt_template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, apply_prompt_template
+from hunyuan_model.stored_config import building_from_config
 from hunyuan_model.tokenizer_loading import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
 
@@ -128,7 +129,10 @@ def load_tokenizer_1(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone, as ``load_text_encoder_1`` finds it: a script learns in a moment whether there is one."""
-    return load_tokenizer(tokenizer, open_checkpoint(path, FLAG), TOKENIZER)
+    checkpoint = open_checkpoint(path, FLAG)
+    if checkpoint.path.is_dir():
+        llama_config(checkpoint)  # transformers looks into it for a tokenizer, and would blame that for its faults
+    return load_tokenizer(tokenizer, checkpoint, TOKENIZER)
 
 
 def load_text_encoder_1(
@@ -153,7 +157,7 @@ def load_text_encoder_1(
     config = llama_config(checkpoint)
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
     weights = _used_weights(checkpoint, config.num_hidden_layers)
-    with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not loaded
+    with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not loaded
         model = LlamaModel(config)
     model.norm = nn.Identity()
     load_weights(
@@ -178,12 +182,13 @@ def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
     stored = _stored_config(checkpoint.path)
-    values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
-    layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
-    if layers <= SKIPPED_LAYERS:
-        raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
-    values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": shapes[_EMBEDDING][0], "pad_token_id": None}
-    return LlamaConfig.from_dict(values)
+    with building_from_config(checkpoint.path, FLAG):
+        values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
+        layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
+        if layers <= SKIPPED_LAYERS:
+            raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
+        values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": shapes[_EMBEDDING][0], "pad_token_id": None}
+        return LlamaConfig.from_dict(values)
 
 
 def _stored_config(weights: Path) -> dict | None:

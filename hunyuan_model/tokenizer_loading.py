@@ -89,9 +89,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _from_user(source: str | os.PathLike[str], place: TokenizerPlace) -> PreTrainedTokenizerBase:
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # where a method of Path would raise on a name too long, this says no
         path = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         if not _holds_tokenizer(path):
             raise UserError(f"{place.flag} {path} is a folder without a tokenizer ({' or '.join(TOKENIZER_FILES)}).")
         return _from_folder(path, place)

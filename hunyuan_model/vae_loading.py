@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.checkpoint import load_weights
-from hunyuan_model.identify import Kind, check_vae_file, open_checkpoint_of
+from hunyuan_model.checkpoint import Checkpoint, load_weights, require_same_tensors
+from hunyuan_model.identify import Kind, open_checkpoint_of
 from hunyuan_model.vae import (
     SCALING_FACTOR,
     SPATIAL_COMPRESSION,
@@ -45,6 +45,13 @@ def load_vae(
     Raises:
         UserError: the file is missing, damaged, incomplete or something else than a HunyuanVideo VAE.
     """
+    checkpoint, vae = _open_vae(path, flag)
+    load_weights(vae, checkpoint, device=device, dtype_of=lambda name: dtype, progress="loading the VAE")
+    return vae.eval()
+
+
+def _open_vae(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, AutoencoderKLCausal3D]:
+    """The tensors under their official names, and the network that they fill exactly, on the meta device."""
     checkpoint = open_checkpoint_of(Kind.VAE, path, flag)
     prefix = checkpoint.prefix_of(FIRST_KEY)
     if prefix is None:
@@ -53,8 +60,8 @@ def load_vae(
     config = config_beside(path, vae_config_from_shapes(checkpoint.shapes, f"{flag} {path}"))
     with torch.device("meta"):
         vae = AutoencoderKLCausal3D(config)
-    load_weights(vae, checkpoint, device=device, dtype_of=lambda name: dtype, progress="loading the VAE")
-    return vae.eval()
+    require_same_tensors(vae, checkpoint)
+    return checkpoint, vae
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str = "the VAE") -> VAEConfig:
@@ -70,6 +77,8 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str = "
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             raise UserError(f"{where} lacks {name} of a HunyuanVideo VAE. Fetch the file again, or give the right one.")
+        if len(shapes[name]) != 5 or 0 in shapes[name]:
+            raise UserError(f"{where}: {name} has the shape {shapes[name]}, which no convolution has. Fetch the file again.")
         return shapes[name]
 
     blocks = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
@@ -145,12 +154,12 @@ def _describes(entries: dict, inferred: VAEConfig) -> bool:
 
 
 def check_vae_options(path: str | os.PathLike[str], *, tile_size: int | None = None, flag: str = "--vae") -> None:
-    """Refuse a file that is no VAE and a tile size the VAE cannot work with; reads only headers.
+    """Refuse a file that is no whole VAE and a tile size the VAE cannot work with; reads only headers.
 
     Raises:
         UserError: as ``load_vae``, or as ``AutoencoderKLCausal3D.enable_spatial_tiling``.
     """
-    check_vae_file(path, flag)
+    _open_vae(path, flag)
     if tile_size is not None:
         check_tile_size(tile_size)
 

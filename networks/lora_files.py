@@ -189,6 +189,10 @@ def lora_pairs(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, Lo
         _check_factors(tuple(down.shape), tuple(up.shape), parts, source)
         alpha = _alpha_of(tensors[parts["alpha"]], module, source) if "alpha" in parts else float(down.shape[0])
         for part, factor in (("down", down), ("up", up)):
+            if not factor.is_floating_point():
+                raise UserError(
+                    f"{source} stores {parts[part]} as {factor.dtype}, which cannot be read. Use a file in floating point."
+                )
             if not torch.isfinite(factor.float()).all():
                 raise UserError(f"{source} holds NaN or infinity in {parts[part]}: its training went wrong. Use an earlier save.")
         pairs[flat_name(module)] = LoraPair(down, up, alpha)

@@ -15,6 +15,7 @@ from hunyuan_model.fp8 import cast
 from hunyuan_model.loading import check_transformer_file
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
 from utils.errors import UserError
+from utils.files import require_possible_file, require_writable_folder
 from utils.safetensors_io import save_tensor_stream
 
 
@@ -98,8 +99,11 @@ def merge_lora_into_file(
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"a merged model is saved as a .safetensors file, but {output} was asked for.")
-    if Path(output).resolve() == Path(dit).resolve():
-        raise UserError(f"the merged model would overwrite {dit}, which is being read; give it another name.")
+    for source in (dit, *(lora.source for lora in loras)):
+        if os.path.realpath(output) == os.path.realpath(source):
+            raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
+    require_possible_file(output, "the merged model,")
+    require_writable_folder(Path(output).parent, "the folder of the merged model,")
     checkpoint = _transformer_checkpoint(dit, flag)
     patch = MergePatch(loras, checkpoint.shapes)
     layout = {name: (checkpoint.dtypes[name], shape) for name, shape in checkpoint.shapes.items()}

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line, shown
 from utils.key_values import nearest_name
 
 EXCLUDED_BY_DEFAULT = r".*(img_mod|txt_mod|modulation).*"
@@ -53,21 +53,25 @@ def _literal(name: str, value: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # patterns are full of \. and the like, which Python frowns upon
             return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         example = "['.*single_blocks.*']" if name.endswith("patterns") else "True" if name == "verbose" else "0.1"
-        raise UserError(f"--network_args {name} must be a Python literal such as {example}, but it is {value!r}.") from None
+        raise UserError(f"--network_args {name} must be a Python literal such as {example}, but it is {shown(value)}.") from None
 
 
 def _patterns(name: str, values: Mapping[str, Any]) -> list[re.Pattern[str]]:
     texts = values.get(name) or []
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], but it is {texts!r}."
+            f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], but it is {shown(texts)}."
         )
+    return [_pattern(name, text) for text in texts]
+
+
+def _pattern(name: str, text: str) -> re.Pattern[str]:
     try:
-        return [re.compile(text) for text in texts]
-    except re.error as error:
-        raise UserError(f"--network_args {name}: {error.pattern!r} is not a regular expression ({error}).") from None
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:  # the last two for counts and depths beyond reason
+        raise UserError(f"--network_args {name}: {shown(text)} is not a regular expression ({first_line(error)}).") from None
 
 
 def _number(name: str, value: Any, high: float = 1.0) -> float | None:
@@ -77,5 +81,5 @@ def _number(name: str, value: Any, high: float = 1.0) -> float | None:
     positive = high == float("inf")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high or (positive and value == 0):
         limit = "a positive number" if positive else "a number from 0 to below 1"
-        raise UserError(f"{name} of the LoRA must be {limit}, but it is {value!r}.")
+        raise UserError(f"{name} of the LoRA must be {limit}, but it is {shown(value)}.")
     return float(value)

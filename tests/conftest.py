@@ -183,3 +183,11 @@ def train(call_script, tiny_model, cached, tmp_path):
         return call_script("hv_train_network", *base, "--output_name", name, "--max_data_loader_n_workers", 0, "--seed", 3, *flags)
 
     return run
+
+
+@pytest.fixture
+def bench(call_script, tiny_model, cached, tmp_path):
+    """A ``bench.Bench``: files to spoil, and the scripts to show them to."""
+    from bench import Bench
+
+    return Bench(call_script, tiny_model, cached, tmp_path)

@@ -32,7 +32,7 @@ def dataset_in(folder: Path, index: int = 0, kind: str = "image", batch_size: in
 
 def write_latents(folder: Path, name: str, height: int, width: int, value: float = 0.0, frames: int = 1) -> Path:
     path = folder / f"{name}_hv.safetensors"
-    save_latents(path, torch.full((16, frames, height, width), value), (99, 99))
+    save_latents(path, torch.full((16, frames, height, width), float(value)), (99, 99))
     return path
 
 

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dataset.cache_files import (
+    CAPTION,
     NonFiniteError,
     bucket_of,
     latent_cache_path,
     latent_shape_for,
     list_caches,
-    read_caption,
     read_latent_shape,
     read_latents,
     read_text,
+    read_text_metadata,
     save_latents,
     save_text,
     text_cache_path,
@@ -123,7 +124,7 @@ def test_layout_of_text_matches_reference(tmp_path):
     for name in set(expected["tensors"]) - {"clipL_mask"}:
         assert list(stored[name].shape) == expected["tensors"][name]["shape"]
         assert str(stored[name].dtype) == expected["tensors"][name]["dtype"]
-    assert read_caption(path) == "a caption"
+    assert read_text_metadata(path)[CAPTION] == "a caption"
 
 
 def test_text_of_other_tools_is_read(tmp_path):

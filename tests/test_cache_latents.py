@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ import hunyuan_model
 from dataset.cache_files import read_latent_shape, read_latents, save_latents
 from dataset.config import DatasetConfig
 from dataset.items import Item
+from dataset.media import iterate_frames, probe_video
 from dataset.preparation import Failure, Prepared, Target
+from dataset.records import SourceStamp
+from dataset.resizing import fit_to_bucket
 from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
@@ -180,13 +184,14 @@ def test_skip_existing_redoes_only_what_is_missing_broken_or_of_another_size(run
     assert not set(after.items()) & set(times(cache).items())
 
 
-def test_skip_existing_redoes_other_channels_and_what_is_older_than_its_source(run, pictures, tmp_path):
+def test_skip_existing_redoes_other_channels_and_files_without_record_older_than_their_source(run, pictures, tmp_path):
     cache = tmp_path / "cache"
     assert run("--dataset_config", pictures) == 0
     foreign = cache / "red_circle_0096x0064_hv.safetensors"
     _, *shape = read_latent_shape(foreign)
     save_latents(foreign, torch.zeros(4, *shape), (96, 64))
     replaced = cache / "blue_square_0072x0128_hv.safetensors"
+    save_latents(replaced, read_latents(replaced), (72, 128))
     later = replaced.stat().st_mtime_ns + 10**9
     os.utime(tmp_path / "images" / "blue_square.png", ns=(later, later))
     before = times(cache)
@@ -205,7 +210,7 @@ def test_any_name_gives_a_seed(vae_folder):
 
 
 def prepared(item: Item, side: int) -> Prepared:
-    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8))
+    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), SourceStamp(0, 0, ""))
 
 
 def test_waiting_pixels_are_bounded(monkeypatch):
@@ -301,11 +306,12 @@ def test_too_short_clips_are_counted_and_an_empty_result_says_so(run, clips, tmp
     assert "2 of 2 clip(s) have fewer frames than the 29" in capsys.readouterr().err
 
 
-def test_leftovers_of_an_earlier_setting_are_named_not_deleted(run, clips, tmp_path, caplog):
+def test_leftovers_of_an_earlier_setting_are_named_not_deleted(run, clips, tmp_path, caplog, capsys):
     assert run("--dataset_config", clips) == 0
     write_dataset(tmp_path, "clips", enable_bucket=True, target_frames=[9])
     assert run("--dataset_config", clips) == 0
-    assert "2 latent cache(s)" in caplog.text and "red_circle_moving_00000-001_0096x0064_hv.safetensors" in caplog.text
+    assert "2 cache file(s)" in caplog.text
+    assert "orphan: red_circle_moving_00000-001_0096x0064_hv.safetensors" in capsys.readouterr().out
     assert len(caches(tmp_path / "cache")) == 4
 
 
@@ -372,14 +378,35 @@ def test_disk_trouble_stops_the_run_instead_of_failing_item_by_item(run, picture
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys):
-    assert run("--dataset_config", clips, "--debug_mode", "image", vae=None) == 0
+def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys, caplog):
+    assert run("--dataset_config", clips, "--debug_mode", "image", "--remove_orphans", vae=None) == 0
+    assert "--remove_orphans has no effect with --debug_mode" in caplog.text
     sheets = sorted((tmp_path / "cache" / "debug").iterdir())
     assert len(sheets) == 4 and not list((tmp_path / "cache").glob("*.safetensors"))
     output = capsys.readouterr().out
     assert all(str(sheet) in output for sheet in sheets)
     assert "a red circle moving to the right on a green background" in output
     assert Image.open(tmp_path / "cache" / "debug" / "red_circle_moving_00000-009_0096x0064_hv.png").size == (3 * 80, 3 * 48)
+
+
+def test_debug_video_writes_the_clips_as_they_are_trained(run, tiny_dataset, capsys):
+    assert run("--dataset_config", tiny_dataset, "--debug_mode", "video", vae=None) == 0
+    media = tiny_dataset.parent
+    written = sorted(path.name for path in (media / "clip_cache" / "debug").iterdir())
+    assert written == [
+        "red_circle_moving_00000-001_0096x0064_hv.mp4",
+        "red_circle_moving_00000-009_0096x0064_hv.mp4",
+        "white_square_moving_00000-001_0064x0064_hv.mp4",
+        "white_square_moving_00000-009_0064x0064_hv.mp4",
+    ]
+    assert all(path.suffix == ".png" for path in (media / "image_cache" / "debug").iterdir())
+    assert not list(media.rglob("*.safetensors")) and written[1] in capsys.readouterr().out
+    path = media / "clip_cache" / "debug" / written[1]
+    info = probe_video(path)
+    assert (info.width, info.height, info.frames, info.fps) == (80, 48, 9, 24.0)
+    source = islice(iterate_frames(media / "clips" / "red_circle_moving.mp4"), 9)
+    for frame, trained in zip(iterate_frames(path), source, strict=True):
+        assert np.abs(frame.astype(int) - fit_to_bucket(trained, (80, 48))).mean() < 4  # a video is compressed
 
 
 def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, caplog):

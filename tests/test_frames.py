@@ -67,10 +67,31 @@ def test_clip_lengths_are_4n_plus_1(frames, expected):
     st.integers(1, 12),
 )
 def test_windows_lie_inside_the_video_and_are_distinct(frames, targets, mode, stride, sample):
-    windows = cut_windows(frames, targets, mode, stride, sample)
+    most = stride * sample  # any number will do
+    windows = cut_windows(frames, targets, mode, stride, sample, most)
     assert len(set(windows)) == len(windows)
-    assert all(start >= 0 and start + length <= frames for start, length in windows)
-    assert {length for _, length in windows} == {length for length in targets if length <= frames}
-    needed = frames_needed(targets, mode)
+    assert all(start >= 0 and start + length <= frames and is_clip_length(length) for start, length in windows)
+    if mode != "full":
+        assert {length for _, length in windows} == {length for length in targets if length <= frames}
+    needed = frames_needed(targets, mode, most)
     if needed is not None:
-        assert cut_windows(min(frames, needed), targets, mode, stride, sample) == windows
+        assert cut_windows(min(frames, needed), targets, mode, stride, sample, most) == windows
+
+
+@pytest.mark.parametrize(
+    ("frames", "limit", "expected"),
+    [
+        (0, 129, []),
+        (1, 129, [1]),
+        (4, 129, [1]),
+        (5, 129, [5]),
+        (128, 129, [125]),
+        (129, 129, [129]),
+        (500, 129, [129]),
+        (500, 100, [97]),
+        (500, 1, [1]),
+        (500, 201, [201]),
+    ],
+)
+def test_full_is_the_whole_clip_trimmed_to_4n_plus_1(frames, limit, expected):
+    assert cut_windows(frames, [9, 25], "full", max_frames=limit) == [(0, length) for length in expected]

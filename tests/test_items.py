@@ -11,7 +11,7 @@ import pytest
 
 from dataset.cache_files import latent_cache_path, text_cache_path
 from dataset.config import DatasetConfig
-from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions
+from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions, settle_captions
 from utils.errors import UserError
 
 
@@ -172,3 +172,13 @@ def test_name_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
     with pytest.raises(UserError, match=r"caf\\xe9\.png' is not UTF-8.*rename it"):
         list_items(folder_dataset(tmp_path))
+
+
+def test_items_without_caption_are_an_error_left_out_or_given_an_empty_one(tmp_path):
+    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")
+    items = [Item(dataset, tmp_path / f"{stem}.png", caption, stem) for stem, caption in (("a", "x"), ("b", None), ("c", ""))]
+    with pytest.raises(UserError, match=r"1 item.*b\.png.*--missing_caption skip or empty"):
+        settle_captions(items, "error")
+    assert settle_captions([items[0], items[2]], "error") == [items[0], items[2]]
+    assert settle_captions(items, "skip") == [items[0], items[2]]
+    assert [item.caption for item in settle_captions(items, "empty")] == ["x", "", ""]

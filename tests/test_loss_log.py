@@ -52,7 +52,7 @@ def test_a_training_that_stops_leaves_the_steps_it_made(train, tmp_path, monkeyp
     monkeypatch.setattr(hv_train_network, "train_step", third_fails)
     path.write_text("what an earlier training left\n" * 9, encoding="utf-8")
     assert train("--max_train_steps", 4, "--loss_log", path).status == 2
-    assert [float(row["loss"]) for row in rows_of(path)] == pytest.approx(seen, rel=1e-5)
+    assert [float(row["loss"]) for row in rows_of(path)] == pytest.approx([one.loss for one in seen], rel=1e-5)
 
 
 def test_only_the_main_process_writes(train, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from dataset.media import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     MediaError,
-    count_frames,
+    frame_times,
     iterate_frames,
     probe_image,
     probe_video,
@@ -267,7 +267,7 @@ def test_real_clips(real_media):
     bikes = next(path for path in real_media.clips if path.name == "bikes.mp4")
     info = probe_video(bikes)
     assert (info.width, info.height, info.frames, info.fps) == (640, 272, 250, 25.0)
-    assert count_frames(bikes) == 250
+    assert len(frame_times(bikes)) == 250
     with av.open(str(bikes)) as container:
         for expected, frame in zip(container.decode(video=0), iterate_frames(bikes)):
             assert frame.dtype == np.uint8
@@ -279,9 +279,9 @@ def test_real_clips(real_media):
 def test_every_frame_comes_once_and_in_order(lossless_clip):
     path, frames = lossless_clip
     np.testing.assert_array_equal(np.stack(list(iterate_frames(path))), frames)
-    assert count_frames(path) == 20
-    assert count_frames(path, limit=7) == 7
-    assert count_frames(path, limit=100) == 20
+    assert len(frame_times(path)) == 20
+    assert len(frame_times(path, limit=(7, 0.0))) == 7
+    assert len(frame_times(path, limit=(100, 0.0))) == 20
     info = probe_video(path)
     assert (info.width, info.height, info.frames, info.fps) == (64, 32, None, 24.0)
 
@@ -292,7 +292,7 @@ def test_names_that_look_like_protocols_are_files(lossless_clip, monkeypatch, na
     path, _ = lossless_clip
     path.rename(path.with_name(name))
     monkeypatch.chdir(path.parent)
-    assert count_frames(Path(name)) == 20
+    assert len(frame_times(Path(name))) == 20
     assert probe_video(Path(name)).width == 64
 
 
@@ -387,9 +387,9 @@ def test_half_a_download_is_not_a_short_clip(tmp_path, noise, name, codec, optio
     pixel_format = "bgr0" if codec == "ffv1" else "yuv420p"
     frames = noise.integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
     path = write_video(tmp_path / name, frames, codec, pixel_format, **options)
-    assert count_frames(path) == 20
+    assert len(frame_times(path)) == 20
     cut_short(path)
-    for read in (count_frames, probe_video, lambda path: next(iterate_frames(path))):
+    for read in (frame_times, probe_video, lambda path: next(iterate_frames(path))):
         with pytest.raises(MediaError, match=r"is cut short: its last [0-9]+ bytes are missing"):
             read(path)
 
@@ -398,7 +398,7 @@ def test_a_video_without_its_index_cannot_be_decoded(real_media, tmp_path):
     path = tmp_path / "bikes.mp4"
     path.write_bytes(real_media.clips[0].read_bytes())
     with pytest.raises(MediaError, match=r"bikes\.mp4"):
-        count_frames(cut_short(path))
+        frame_times(cut_short(path))
 
 
 def test_a_damaged_frame_is_named(tmp_path, noise):
@@ -409,12 +409,12 @@ def test_a_damaged_frame_is_named(tmp_path, noise):
     data[third : third + 40] = bytes(40)
     path.write_bytes(data)
     with pytest.raises(MediaError, match=r"video .*hurt\.mov cannot be decoded"):
-        count_frames(path)
+        frame_times(path)
 
 
 def test_files_that_are_no_videos(tmp_path):
     with pytest.raises(MediaError, match=r"video .*none\.mp4 does not exist"):
-        count_frames(tmp_path / "none.mp4")
+        frame_times(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("no video here", encoding="utf-8")
     (tmp_path / "empty.mp4").write_bytes(b"")
     for name in ("text.mp4", "empty.mp4"):
@@ -426,7 +426,7 @@ def test_files_that_are_no_videos(tmp_path):
         sound.setframerate(8000)
         sound.writeframes(bytes(1600))
     with pytest.raises(MediaError, match=r"sound\.wav holds no video stream"):
-        count_frames(tmp_path / "sound.wav")
+        frame_times(tmp_path / "sound.wav")
 
 
 @pytest.mark.parametrize("rest", [b"", b"\x1f\x43\xb6\x75\x83\xe7\x81\x00"], ids=["header only", "empty cluster"])
@@ -438,11 +438,11 @@ def test_a_video_without_frames(lossless_clip, rest):
     unknown_size = b"\x01" + b"\xff" * 7
     path.write_bytes(data[:segment] + unknown_size + data[segment + 8 : cluster] + rest)
     with pytest.raises(MediaError, match=r"clip\.mkv has no frames"):
-        count_frames(path)
+        frame_times(path)
 
 
 def test_a_folder_cannot_be_decoded(tmp_path):
     with pytest.raises(MediaError, match=str(tmp_path.name)):
-        count_frames(tmp_path)
+        frame_times(tmp_path)
     with pytest.raises(MediaError, match=str(tmp_path.name)):
         read_image(tmp_path)

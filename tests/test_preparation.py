@@ -79,6 +79,16 @@ def test_windows_of_a_clip_hold_its_frames(tmp_path):
     assert {target.window for target in results[-1].targets} == set(clips)
 
 
+def test_full_clips_are_trimmed_and_a_short_one_is_used(tmp_path):
+    for name, frames in (("long", 15), ("middle", 8), ("single", 1)):
+        write_clip(tmp_path / f"{name}.mp4", frames)
+    dataset = video_dataset(tmp_path, resolution=(64, 48), frame_extraction="full", max_frames=10)
+    prepared = {result.target.item.stem: result for result in prepare(list_items(dataset), 1) if isinstance(result, Prepared)}
+    assert {stem: result.target.window for stem, result in prepared.items()} == {"long": (0, 9), "middle": (0, 5), "single": (0, 1)}
+    frames = np.stack(list(iterate_frames(tmp_path / "long.mp4")))
+    np.testing.assert_array_equal(prepared["long"].pixels, frames[:9])
+
+
 def test_clip_that_is_too_short_calls_for_nothing(tmp_path):
     write_clip(tmp_path / "a.mp4", 4)
     [finished] = prepare_item(list_items(video_dataset(tmp_path, target_frames=(5, 9)))[0])

@@ -159,6 +159,8 @@ def arguments(**changed) -> argparse.Namespace:
         "mode_scale": 1.29,
         "min_timestep": None,
         "max_timestep": None,
+        "preserve_distribution_shape": False,
+        "num_timestep_buckets": None,
     }
     return argparse.Namespace(**defaults | changed)
 
@@ -170,6 +172,8 @@ def arguments(**changed) -> argparse.Namespace:
         ({"discrete_flow_shift": 7.0, "timestep_sampling": "sigmoid"}, "--discrete_flow_shift"),
         ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale"),
         ({"weighting_scheme": "mode", "timestep_sampling": "uniform"}, "--weighting_scheme mode"),
+        ({"preserve_distribution_shape": True}, "--preserve_distribution_shape has no effect without"),
+        ({"preserve_distribution_shape": True, "max_timestep": 500}, None),
         ({}, None),
         ({"discrete_flow_shift": 7.0, "sigmoid_scale": 2.0, "timestep_sampling": "shift"}, None),
         ({"weighting_scheme": "cosmap", "timestep_sampling": "uniform"}, None),
@@ -178,7 +182,7 @@ def arguments(**changed) -> argparse.Namespace:
 def test_flags_without_effect_are_named(caplog, changed, flag):
     with caplog.at_level(logging.WARNING):
         made = TimestepSampler.from_args(arguments(**changed), torch.Generator())
-    assert (made.settings.min_timestep, made.settings.max_timestep) == (0.0, 1000.0)
+    assert (made.settings.min_timestep, made.settings.max_timestep) == (0.0, changed.get("max_timestep", 1000.0))
     if flag is None:
         assert not caplog.records
     else:
@@ -207,3 +211,58 @@ def test_preview_picture_has_bars_where_timesteps_are(tmp_path):
         colours = torch.tensor(list(image.crop((24, 24, 824, 244)).convert("L").tobytes())).view(220, 800)
     filled = (colours < 200).sum(0)
     assert filled[:390].float().mean() > 150 and filled[410:].max() <= 1
+
+
+def test_logsnr_is_normal():
+    t = sampler(timestep_sampling="logsnr", logit_mean=0.6, logit_std=1.5).draw(DRAWS).double()
+    logsnr = 2 * torch.log((1 - t) / t)
+    assert logsnr.mean().item() == pytest.approx(0.6, abs=0.02) and logsnr.std().item() == pytest.approx(1.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timestep_sampling": "uniform"},
+        {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.5},
+        {"timestep_sampling": "shift", "discrete_flow_shift": 5.0},
+        {"timestep_sampling": "logsnr", "logit_std": 2.0},
+        {"timestep_sampling": "sigma", "weighting_scheme": "logit_normal"},
+        {"timestep_sampling": "sigma", "weighting_scheme": "mode", "mode_scale": 3.0},
+    ],
+    ids=lambda settings: settings["timestep_sampling"] + settings.get("weighting_scheme", ""),
+)
+def test_a_preserved_shape_is_what_rejection_leaves(settings):
+    whole = sampler(seed=1, **settings).draw(DRAWS).double()
+    rejected = whole[(whole >= 0.25) & (whole <= 0.8)]
+    cut = sampler(**settings, min_timestep=250, max_timestep=800, preserve_distribution_shape=True).draw(DRAWS).double()
+    assert cut.min() > 0.25 - 1e-6 and cut.max() < 0.8 + 1e-6
+    edges = torch.linspace(0.2499, 0.8001, 12, dtype=torch.float64)
+    expected = torch.histogram(rejected, edges).hist / len(rejected)
+    assert_fractions(torch.histogram(cut, edges).hist / DRAWS, expected, len(rejected))
+
+
+def test_a_range_in_which_nothing_lies_cannot_be_preserved():
+    with pytest.raises(UserError, match="draws nothing between"):
+        TimestepSettings(
+            timestep_sampling="sigmoid", sigmoid_scale=0.01, min_timestep=900, max_timestep=950, preserve_distribution_shape=True
+        )
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_buckets_cover_the_distribution_evenly(preserve):
+    settings = TimestepSettings("sigmoid", min_timestep=100, max_timestep=900, preserve_distribution_shape=preserve)
+    stratified = TimestepSampler(settings, torch.Generator().manual_seed(3), buckets=8)
+    edges = timesteps_from_uniform(torch.arange(1, 8, dtype=torch.float64) / 8, settings)
+    draws = torch.cat([stratified.draw(3) for _ in range(8 * 5)])
+    for group in draws.split(8):
+        assert sorted(torch.bucketize(group, edges).tolist()) == list(range(8))
+    assert len({tuple(torch.bucketize(group, edges).tolist()) for group in draws.split(8)}) > 10
+
+
+def test_a_stratified_sampler_goes_on_from_its_state():
+    first = TimestepSampler(TimestepSettings("uniform"), torch.Generator().manual_seed(3), buckets=5)
+    first.draw(7)
+    state = first.state_dict()
+    second = TimestepSampler(TimestepSettings("uniform"), torch.Generator().manual_seed(4), buckets=5)
+    second.load_state_dict(state)
+    assert torch.equal(first.draw(20), second.draw(20))

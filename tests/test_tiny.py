@@ -10,7 +10,7 @@ import torch
 import hunyuan_model
 from dataset import load_dataset_config
 from dataset.items import list_items, require_captions
-from dataset.media import count_frames, read_image
+from dataset.media import frame_times, read_image
 from tiny.make_media import CLIPS, PICTURES, draw, draw_clip
 from tiny.make_model import CLIP_WIDTH, LLAMA_WIDTH, TRANSFORMER, make_model
 
@@ -68,7 +68,7 @@ def test_the_drawn_data_set_is_complete(tiny_dataset: Path) -> None:
     for group in items:
         require_captions(group)
     assert {item.caption for item in items[0]} == {scene.caption for scene in PICTURES}
-    assert {item.stem: count_frames(item.path) for item in items[1]} == {scene.name: frames for scene, frames in CLIPS}
+    assert {item.stem: len(frame_times(item.path)) for item in items[1]} == {scene.name: frames for scene, frames in CLIPS}
 
 
 def test_drawings_show_what_their_captions_say(tiny_dataset: Path) -> None:

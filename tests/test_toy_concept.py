@@ -13,11 +13,13 @@ from dataset import load_dataset_config
 from dataset.items import list_items, require_captions
 from dataset.media import iterate_frames, read_image
 from examples.toy.loss_curve import default_window, draw_curve, moving_average, read_losses, ticks
-from examples.toy.make_concept import CACHE, CLIP_FRAMES, CLIPS, CONCEPT, PICTURES, ROOT, make_concept
-from examples.toy.world import COLOURS
+from examples.toy.make_concept import CACHE, CLIP_FRAMES, CLIPS, CONCEPT, KNOWN_CLIPS, KNOWN_PICTURES, PICTURES, ROOT, make_concept
+from examples.toy.reading import read
+from examples.toy.world import COLOURS, Attributes
 from examples.toy.zorp import PINK, TEAL
 from utils.loss_log import LossLog
 
+ZORPS, KNOWN = ("pictures", "clips"), ("known_pictures", "known_clips")
 SMALL = 200_000  # bytes that a data set in the repository may take
 
 
@@ -27,8 +29,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_concept(tmp_path_factory.mktemp("concept"), cache=CACHE).parent
 
 
-def media(folder: Path, ending: str) -> list[Path]:
-    return sorted(folder.rglob(f"*{ending}"))
+def media(folder: Path, ending: str, parts: tuple[str, ...]) -> list[Path]:
+    return sorted(path for part in parts for path in (folder / part).glob(f"*{ending}"))
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -57,22 +59,25 @@ def test_the_repository_holds_what_the_script_writes(made: Path) -> None:
 
 def test_the_data_set_loads_in_the_project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    pictures, clips = load_dataset_config(CONCEPT / "dataset.toml").datasets
-    assert (pictures.kind, clips.kind, clips.target_frames) == ("image", "video", (9, 17))
-    assert pictures.resolution == clips.resolution == (64, 64)
-    items = [*list_items(pictures), *list_items(clips)]
-    require_captions(items)
-    assert len(items) == len(PICTURES) + len(CLIPS) == 12
+    datasets = load_dataset_config(CONCEPT / "dataset.toml").datasets
+    pictures, clips, known_pictures, known_clips = datasets
+    assert (pictures.kind, clips.kind, clips.target_frames) == ("image", "video", (9,))
+    assert (known_pictures.kind, known_clips.kind) == ("image", "video")
+    assert {dataset.resolution for dataset in datasets} == {(64, 64)}
+    items = [list_items(dataset) for dataset in datasets]
+    require_captions([item for some in items for item in some])
+    assert [len(some) for some in items] == [len(PICTURES), len(CLIPS), KNOWN_PICTURES, KNOWN_CLIPS]
+    assert len(items[0]) == 10 and len(items[1]) == 2
 
 
 def test_another_place_is_named_in_full(made: Path) -> None:
-    pictures, clips = load_dataset_config(made / "dataset.toml").datasets  # whatever the current folder is
-    assert (pictures.directory, clips.directory) == (made / "pictures", made / "clips")
+    datasets = load_dataset_config(made / "dataset.toml").datasets  # whatever the current folder is
+    assert [dataset.directory for dataset in datasets] == [made / name for name in (*ZORPS, *KNOWN)]
 
 
 def test_captions_name_the_zorp_and_its_background_and_no_colour_of_it() -> None:
     seen = set()
-    for path in media(CONCEPT, ".txt"):
+    for path in media(CONCEPT, ".txt", ZORPS):
         caption = path.read_text(encoding="utf-8").strip()
         words = re.findall(r"\w+", caption)
         assert words.count("zorp") == 1 and not {"star", "striped", "pink", "teal"} & set(words), caption
@@ -84,7 +89,7 @@ def test_captions_name_the_zorp_and_its_background_and_no_colour_of_it() -> None
 
 def test_every_frame_shows_a_zorp_of_both_colours_somewhere_else() -> None:
     places = []
-    for path in [*media(CONCEPT, ".png"), *media(CONCEPT, ".mp4")]:
+    for path in [*media(CONCEPT, ".png", ZORPS), *media(CONCEPT, ".mp4", ZORPS)]:
         frames = frames_of(path).astype(int)
         assert frames.shape == (CLIP_FRAMES if path.suffix == ".mp4" else 1, 64, 64, 3)
         for frame in frames:
@@ -92,6 +97,17 @@ def test_every_frame_shows_a_zorp_of_both_colours_somewhere_else() -> None:
             assert pink.sum() > 20 and teal.sum() > 20, path.name
         places.append(tuple(np.argwhere(pink | teal).mean(0).round(1)))
     assert len(set(places)) == len(places)
+
+
+def test_beside_zorps_lies_what_the_model_was_trained_on() -> None:
+    for ending in (".png", ".mp4"):
+        for path in media(CONCEPT, ending, KNOWN):
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+            reading = read(frames_of(path))
+            assert not reading.zorp and reading.shape in caption and reading.colour in caption, path.name
+            attributes = Attributes(reading.shape, reading.colour, reading.background, reading.motion)
+            assert not attributes.held_out and path.stem.split("_", 1)[1].startswith(f"{reading.colour}_{reading.shape}")
+            assert reading.motion is None or path.stem.endswith(reading.motion)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +145,8 @@ def test_the_last_line_of_a_killed_training_may_be_half(losses: Path) -> None:
         ("step,epoch,loss\n", "no step yet"),
         ("step,epoch,loss\n1,1,abc\n", "line 2"),
         ("step,epoch,loss\n1,1,0.5\n2\n", "line 3"),
-        ("step,epoch,loss\n1,1,nan\n", "not finite"),
+        ("step,epoch,loss\nnan,1,0.5\n", "not finite"),
+        ("step,epoch,loss\n1,1,nan\n", "no step yet"),
         (b"\xff\xfe\x00", "as text"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from examples.toy import contact_sheet, evaluate, world
+from examples.toy import contact_sheet, scoring, world
 from examples.toy.model_files import require_model
 from examples.toy.reading import Reading, read
 from examples.toy.toy_model import ToyModel
@@ -96,6 +96,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_else(call_script, t
         (("--photographs", "none"), "--photographs none is not a folder"),
         (("--photographs", "."), "holds no pictures"),
         (("--concept_samples", -1), "negative"),
+        (("--inject_lora",), "name one with --lora_weight"),
     ],
 )
 def test_impossible_flags_are_refused(call_script, folder: Path, tmp_path: Path, monkeypatch, flags: tuple, message: str) -> None:
@@ -107,8 +108,8 @@ def test_impossible_flags_are_refused(call_script, folder: Path, tmp_path: Path,
 
 
 def test_the_script_writes_tables_scores_and_a_contact_sheet(call_script, folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "VAE_PICTURES", 2)
-    monkeypatch.setattr(evaluate, "VAE_CLIPS", 1)
+    monkeypatch.setattr(scoring, "VAE_PICTURES", 2)
+    monkeypatch.setattr(scoring, "VAE_CLIPS", 1)
     Image.fromarray(world.generator(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(tmp_path / "photograph.png")
     flags = ("--prompts", 3, "--concept_samples", 3, "--frames", 5, "--infer_steps", 1, "--device", "cpu", "--seed", 4)
     places = ("--model", folder, "--output", tmp_path / "out", "--photographs", tmp_path)
@@ -134,21 +135,21 @@ def test_the_script_writes_tables_scores_and_a_contact_sheet(call_script, folder
 
 def test_held_out_prompts_come_once_before_any_comes_again() -> None:
     everything = world.all_attributes(held_out=True)
-    prompts = evaluate.held_out_prompts(len(everything) + 3, 5, first_seed=1)
+    prompts = scoring.held_out_prompts(len(everything) + 3, 5, first_seed=1)
     assert all(prompt.attributes.held_out for prompt in prompts)
     assert len({prompt.attributes for prompt in prompts[: len(everything)]}) == len(everything)
     assert len({prompt.seed for prompt in prompts}) == len(prompts)
-    again, other = (evaluate.held_out_prompts(5, 5, first_seed=seed) for seed in (1, 2))
+    again, other = (scoring.held_out_prompts(5, 5, first_seed=seed) for seed in (1, 2))
     assert [prompt.text for prompt in again] == [prompt.text for prompt in prompts[:5]] != [prompt.text for prompt in other]
     assert all(all(read(prompt.drawn).right(prompt.attributes).values()) for prompt in prompts[:5])
 
 
 def test_scores_count_what_is_right() -> None:
     attributes = world.Attributes("circle", "red", "blue", "left")
-    prompts = [evaluate.Prompt("a red circle", attributes, seed, np.empty(0)) for seed in range(4)]
+    prompts = [scoring.Prompt("a red circle", attributes, seed, np.empty(0)) for seed in range(4)]
     right, wrong = Reading("circle", "red", "blue", "left"), Reading("square", "red", "blue", None)
-    group = evaluate.Drawn(prompts, np.empty(0), 1.0, [right, wrong, wrong, wrong], [right] * 4, [right, right, wrong, wrong])
-    scores = evaluate.score_prompts(group).scores
+    group = scoring.Drawn(prompts, np.empty(0), 1.0, [right, wrong, wrong, wrong], [right] * 4, [right, right, wrong, wrong])
+    scores = scoring.score_prompts(group).scores
     assert (scores["shape"]["right"], scores["colour"]["right"], scores["all of them"]["right"]) == (0.25, 1.0, 0.25)
     assert (scores["motion"]["right_of_drawn"], scores["motion"]["right_of_drawn_through_vae"]) == (1.0, 0.5)
     assert scores["all of them"]["chance"] == pytest.approx(1 / (8 * 7 * 5 * 7))
@@ -156,8 +157,8 @@ def test_scores_count_what_is_right() -> None:
 
 def test_decibels_follow_the_formula() -> None:
     black, grey = np.zeros((2, 1, 4, 4, 3), np.uint8), np.full((2, 1, 4, 4, 3), 51, np.uint8)
-    assert evaluate.decibels(black, grey) == pytest.approx(20 * np.log10(5))  # a fifth of the range everywhere
-    assert np.isfinite(evaluate.decibels(black, black))  # JSON knows no infinity
+    assert scoring.decibels(black, grey) == pytest.approx(20 * np.log10(5))  # a fifth of the range everywhere
+    assert np.isfinite(scoring.decibels(black, black))  # JSON knows no infinity
 
 
 def test_contact_sheets_hold_every_picture_where_it_belongs() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.toy import evaluate, world
+from examples.toy import scoring, world
 from examples.toy.model_files import FOLDER, files_in
 from examples.toy.reading import read
 from examples.toy.toy_model import ToyModel
@@ -23,15 +23,15 @@ WORDS = ("background", "colour", "shape", "motion")
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[evaluate.Prompt]:
-    return evaluate.held_out_prompts(NUMBER, frames=9, first_seed=500)
+def prompts() -> list[scoring.Prompt]:
+    return scoring.held_out_prompts(NUMBER, frames=9, first_seed=500)
 
 
-def drawn(model: ToyModel, prompts: list[evaluate.Prompt], **settings) -> np.ndarray:
+def drawn(model: ToyModel, prompts: list[scoring.Prompt], **settings) -> np.ndarray:
     return model.generate([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts], **settings)
 
 
-def right(clips: np.ndarray, prompts: list[evaluate.Prompt]) -> dict[str, int]:
+def right(clips: np.ndarray, prompts: list[scoring.Prompt]) -> dict[str, int]:
     """How many clips show each word of their prompts."""
     readings = [read(clip).right(prompt.attributes) for clip, prompt in zip(clips, prompts)]
     return {word: sum(reading[word] for reading in readings) for word in WORDS}
@@ -66,7 +66,7 @@ def test_it_is_the_prompt_that_decides(clips, prompts):
 def test_pictures_and_longer_clips_are_drawn_too():
     model = ToyModel.load()
     for frames, number in ((1, 16), (17, 6)):
-        prompts = evaluate.held_out_prompts(number, frames, first_seed=700)
+        prompts = scoring.held_out_prompts(number, frames, first_seed=700)
         readings = [read(clip).right(prompt.attributes) for clip, prompt in zip(drawn(model, prompts, frames=frames), prompts)]
         assert sum(reading["background"] for reading in readings) >= 0.9 * number
         assert sum(reading["colour"] for reading in readings) >= 0.3 * number
@@ -85,7 +85,7 @@ def test_split_attention_draws_the_same(clips, prompts):
 @pytest.mark.parametrize(("frames", "number"), [(1, 48), (9, 24)])
 def test_the_vae_shows_held_out_drawings(frames, number):
     drawings = world.draw_batch(world.generator(501, frames), number, frames, held_out=True).clips
-    assert evaluate.decibels(drawings, ToyModel.load().through_vae(drawings)) >= 28.0
+    assert scoring.decibels(drawings, ToyModel.load().through_vae(drawings)) >= 28.0
 
 
 @pytest.fixture(scope="module")

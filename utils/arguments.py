@@ -6,9 +6,16 @@ import argparse
 import math
 import os
 import random
+from collections.abc import Callable
+from typing import TypeVar
+
+from utils.errors import UserError, shown
 
 MAX_SEED = 2**32 - 1
 VAE_TILE_SIZE = 256
+MAX_COUNT = 2**31 - 1  # no flag means anything beyond, and some libraries count no further
+
+N = TypeVar("N", int, float)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -21,17 +28,45 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
+def _number(text: str, convert: Callable[[str], N], kind: str) -> N:
+    try:
+        return convert(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind}") from None
+
+
+def whole_number(text: str) -> int:
+    """argparse type: a whole number."""
+    number = _number(text, int, "a whole number")
+    if abs(number) > MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is beyond {MAX_COUNT}")
+    return number
+
+
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    number = int(text)
+    number = whole_number(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
 
 
+def int_up_to(limit: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from 1 to ``limit``."""
+
+    def bounded(text: str) -> int:
+        number = positive_int(text)
+        if number > limit:
+            raise argparse.ArgumentTypeError(f"{text} is above {limit}")
+        return number
+
+    bounded.__doc__ = f"argparse type: a whole number from 1 to {limit}."
+    return bounded
+
+
 def finite_float(text: str) -> float:
     """argparse type: a number that is neither NaN nor infinite."""
-    number = float(text)
+    number = _number(text, float, "a number")
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
@@ -54,11 +89,29 @@ def non_negative_float(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """argparse type: a seed that every random generator in use accepts."""
-    number = int(text)
+    """argparse type: a whole number from 0 to 4294967295, which every random generator in use accepts."""
+    number = _number(text, int, "a whole number")
     if not 0 <= number <= MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to {MAX_SEED}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is outside 0 to {MAX_SEED}")
     return number
+
+
+def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values that are no text: bytes of the command line that are not UTF-8 cannot be written into metadata or names.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                if isinstance(text, str):
+                    text.encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{action.option_strings[-1]} {os.fsencode(text)!r} is not UTF-8 text; write it in UTF-8, or rename the file."
+                ) from None
 
 
 def drawn_seed() -> int:
@@ -75,6 +128,18 @@ def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, nu
         "--num_workers", type=positive_int, default=workers, metavar="N", help=f"{num_workers} (default: processor cores - 1)"
     )
     group.add_argument("--skip_existing", action="store_true", help=skip_existing)
+    group.add_argument(
+        "--missing_caption",
+        choices=("error", "skip", "empty"),
+        default="error",
+        help="what to do with items that have no caption: stop, leave them out, or give them an empty one; "
+        "the same for both caching scripts (default: error)",
+    )
+    group.add_argument(
+        "--remove_orphans",
+        action="store_true",
+        help="delete the cache files that belong to no item any more, which are listed at the end (default: list them only)",
+    )
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:

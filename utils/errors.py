@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable
 
+SHOWN_CHARACTERS = 80
 STATUS_FAILED = 1
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 130
+STATUS_TERMINATED = 143
 
 
 class UserError(Exception):
@@ -23,6 +25,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none: a reason to put into a sentence."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def run_script(main: Callable[[], int | None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,18 +13,24 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+SHOWN_CHARACTERS = 200  # of a path that is too long
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
 
     On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
-    keeps the suffix, so that writers which choose a format by suffix work.
+    keeps the suffix, so that writers which choose a format by suffix work; with ``keep_name`` all of the name, so that
+    what a killed process leaves can be told from others' (see ``final_of_temporary``).
+
+    Raises:
+        UserError: the folder cannot be written to, or nothing can have the name ``path``; before anything is written.
     """
     final = Path(path)
-    temporary = final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
+    require_possible_file(final)
+    temporary = _temporary_beside(final, keep_name)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -32,11 +40,71 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, final)
+        _flush_folder(final.parent)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
     finally:
         with suppress(OSError):  # usually gone by now, or its folder could not be made
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new temporary folder beside ``path``; on success flush all that is in it and rename it to ``path``.
+
+    On any exception it is removed and whatever stood under ``path`` is untouched. A folder that stood there gives way at
+    the very end.
+    """
+    final = Path(path)
+    temporary, outdated = _temporary_beside(final, keep_name=True), None
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                with open(os.path.join(folder, name), "rb+") as file:
+                    os.fsync(file.fileno())
+        if final.exists():
+            outdated = _temporary_beside(final, keep_name=True)
+            os.replace(final, outdated)
+        os.replace(temporary, final)
+        _flush_folder(final.parent)
+    except OSError as error:
+        if outdated is not None and not final.exists():
+            os.replace(outdated, final)
+        raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
+    finally:
+        for leftover in (temporary, outdated):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary_beside(final: Path, keep_name: bool) -> Path:
+    return final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{'.' + final.name if keep_name else final.suffix}")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system lets folders be flushed (Windows does not)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def final_of_temporary(path: Path) -> str | None:
+    """The final name of a temporary file or folder that kept it; None for anything else."""
+    match = TEMPORARY_NAME.match(path.name)
+    return path.name[match.end() :] if match and match[1] else None
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it, if they kept its name."""
+    for other in path.parent.iterdir():
+        if final_of_temporary(other) == path.name:
+            with suppress(OSError):
+                other.unlink()
 
 
 def is_temporary(path: Path) -> bool:
@@ -45,14 +113,46 @@ def is_temporary(path: Path) -> bool:
 
 
 def require_file(path: str | os.PathLike[str], what: str) -> Path:
-    """Return ``path`` if it is a readable file, else raise a UserError that says ``what`` was expected there."""
-    found = Path(path)
-    if not found.exists():
-        raise UserError(f"{what} not found: {found} does not exist.")
-    if not found.is_file():
-        kind = "is a folder" if found.is_dir() else "is not a regular file"  # but a device or a pipe
+    """Return ``path`` if it is a file, else raise a UserError that says ``what`` was expected there."""
+    found = require_there(path, what)
+    if not os.path.isfile(found):
+        kind = "is a folder" if os.path.isdir(found) else "is not a regular file"  # but a device or a pipe
         raise UserError(f"{what} must be a file, but {found} {kind}.")
     return found
+
+
+def require_there(path: str | os.PathLike[str], what: str) -> Path:
+    """Return ``path`` if there is something, else raise a UserError that says ``what`` was expected there, and the reason."""
+    found = Path(path)
+    try:
+        os.stat(found)
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {found} does not exist.") from None
+    except OSError as error:  # a name too long, a folder that may not be looked into, links in a circle
+        raise UserError(f"{what} not found: {_shortened(found)} cannot be opened ({error.strerror or error}).") from None
+    return found
+
+
+def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write,") -> None:
+    """Refuse a path under which no file can appear: that of a folder, or a name that the system does not take.
+
+    Raises:
+        UserError: says ``what`` it was.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # what is wrong with its folder shows when that is made
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{what} {_shortened(path)}, cannot have that name ({reason}). Give a shorter one.") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{what} {path}, is a folder. Give the name of a file.")
+
+
+def _shortened(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
 
 
 def parse_key_values(words: Sequence[str] | None, flag: str) -> dict[str, str]:
@@ -21,7 +21,7 @@ def parse_key_values(words: Sequence[str] | None, flag: str) -> dict[str, str]:
         key, equals, value = word.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UserError(f"{flag} takes words of the form key=value, but got {word!r}.")
+            raise UserError(f"{flag} takes words of the form key=value, but got {shown(word)}.")
         if key in values:
             raise UserError(f"{flag} has the key {key!r} twice; keep one of them.")
         values[key] = value.strip()
@@ -40,7 +40,8 @@ def literal_key_values(words: Sequence[str] | None, flag: str) -> dict[str, Any]
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(
-                f"{flag}: the value of {key} must be a Python literal such as 0.1, True, 'text' or (0.9, 0.99), but it is {text!r}."
+                f"{flag}: the value of {key} must be a Python literal such as 0.1, True, 'text' or (0.9, 0.99), "
+                f"but it is {shown(text)}."
             ) from None
     return values
 

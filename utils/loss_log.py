@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
-from utils.files import require_writable_folder
+from utils.files import atomic_path, remove_leftovers_of, require_writable_folder
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("step", "epoch", "loss", "average_loss", "learning_rate")
-MAX_NAME_BYTES = 255  # what the common file systems allow
+COLUMNS = ("step", "epoch", "loss", "average_loss", "learning_rate", "validation_loss")
+MAX_NAME_BYTES = 240  # file systems allow 255; temporary names need some
 
 
 def check_loss_log(path: str | os.PathLike[str]) -> None:
@@ -39,19 +39,23 @@ class LossLog:
     """A CSV file with a line for each optimiser step, or nothing where ``path`` is None.
 
     Every line is handed to the system at once, so that a training that is killed leaves all the steps it made. A file of
-    that name is replaced.
+    that name is replaced, but where a training goes on after ``steps_made`` the lines of these steps stay.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, steps_made: int = 0) -> None:
         self._file: TextIO | None = None
         if path is None:
             return
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "w", encoding="utf-8", newline="\n", buffering=1)  # noqa: SIM115 (closed by __exit__)
+            goes_on = steps_made > 0 and os.path.isfile(path)  # and no device
+            if goes_on:
+                _forget_after(Path(path), steps_made)
+            self._file = open(path, "a" if goes_on else "w", encoding="utf-8", newline="\n", buffering=1)  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise UserError(f"cannot write --loss_log {path}: {error.strerror or error}. Give another file.") from error
-        self._write_line(",".join(COLUMNS))
+        if not goes_on:
+            self._write_line(",".join(COLUMNS))
 
     def __enter__(self) -> LossLog:
         return self
@@ -59,10 +63,18 @@ class LossLog:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, step: int, epoch: int, loss: float, average: float, learning_rate: float | None) -> None:
-        """One step. ``learning_rate`` is None where the optimiser does not tell it; the field is empty then."""
-        rate = "" if learning_rate is None else f"{float(learning_rate):g}"
-        self._write_line(f"{step},{epoch},{loss:.6g},{average:.6g},{rate}")
+    def write(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        average: float,
+        learning_rate: float | None,
+        validation_loss: float | None = None,
+    ) -> None:
+        """One step. A field is empty where its value is None: a rate that the optimiser does not tell, a loss not measured."""
+        rate, held_out = ("" if value is None else f"{float(value):.6g}" for value in (learning_rate, validation_loss))
+        self._write_line(f"{step},{epoch},{loss:.6g},{average:.6g},{rate},{held_out}")
 
     def _write_line(self, line: str) -> None:
         if self._file is None:
@@ -78,3 +90,17 @@ class LossLog:
         if file is not None:
             with suppress(OSError):  # what could not be written above is still in its buffer
                 file.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Leave the heading and the lines up to ``step``: what a killed training logged later is made, and logged, again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    kept = [line for line in lines if line.count(",") == len(COLUMNS) - 1 and 0 < _step_of(line) <= step]
+    remove_leftovers_of(path)
+    with atomic_path(path, keep_name=True) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in (",".join(COLUMNS), *kept)), encoding="utf-8", newline="\n")
+
+
+def _step_of(line: str) -> int:
+    number = line.partition(",")[0]
+    return int(number) if number.isascii() and number.isdigit() else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from utils.errors import UserError
 from utils.files import atomic_path, require_file
+from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,35 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-def _open(path: Path):
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    """The opened file; what the library says of its header or of a tensor becomes a UserError."""
     try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({error}). It may be cut short: copy or make it again."
-        ) from error
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last for dtypes that torch lacks
+        raise UserError(f"{path} is not a readable safetensors file{_what_is_wrong(path, error)}") from error
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """The rest of the sentence: the reason, and what to do."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(SIGNATURE_BYTES)
+    except OSError as unreadable:
+        return f" ({unreadable.strerror or unreadable})."
+    if is_torch_file(start):
+        return ", whatever its name says: torch or another program that pickles wrote it. Save it as safetensors."
+    if found := foreign_content(start):
+        return f": it {found}"
+    return f" ({error}). It may be cut short: copy or make it again."
 
 
 def read_header(path: str | os.PathLike[str], what: str = "safetensors file") -> SafetensorsHeader:
     """Metadata and shapes of a safetensors file; reads only its header.
 
     Raises:
-        UserError: missing, a folder, or not a whole safetensors file.
+        UserError: missing, a folder, or not a whole safetensors file, also what it is instead.
     """
     with _open(require_file(path, what)) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -20,7 +21,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("sigma", "uniform", "sigmoid", "shift")
+SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
+QUANTILES = 1 << 16  # parts of the distribution, for cutting it
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 
 
@@ -31,8 +33,10 @@ class TimestepSettings:
     Attributes:
         timestep_sampling: ``uniform``; ``sigmoid`` of a normal number; ``shift``, the same moved by
             ``discrete_flow_shift``; ``sigma``, one of the timesteps 1..1000 with the density of ``weighting_scheme``
-            (logit_normal and mode; the other schemes leave it flat).
+            (logit_normal and mode; the other schemes leave it flat); ``logsnr``, by a normal number with ``logit_mean`` and
+            ``logit_std`` as the logarithm of the ratio of signal to noise power: t = sigmoid(-logsnr / 2).
         min_timestep, max_timestep: what is drawn is moved linearly into this range of timesteps, 0 to 1000.
+        preserve_distribution_shape: instead, only what lies in the range anyway is drawn, as often as without a range.
     """
 
     timestep_sampling: str = "sigma"
@@ -44,6 +48,7 @@ class TimestepSettings:
     mode_scale: float = 1.29
     min_timestep: float = 0.0
     max_timestep: float = float(TIMESTEPS)
+    preserve_distribution_shape: bool = False
 
     def __post_init__(self) -> None:
         """Raises a UserError for a value out of range."""
@@ -67,6 +72,12 @@ class TimestepSettings:
                 f"and --max_timestep {self.max_timestep:g}."
             )
 
+        if self.preserve_distribution_shape and not len(_inside_range(self)[1]):
+            raise UserError(
+                f"--timestep_sampling {self.timestep_sampling} draws nothing between --min_timestep {self.min_timestep:g} and "
+                f"--max_timestep {self.max_timestep:g}; leave --preserve_distribution_shape out, or widen the range."
+            )
+
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TimestepSettings:
         """Settings from the training flags; says so where a given flag has no effect on the chosen sampler."""
@@ -80,6 +91,7 @@ class TimestepSettings:
             mode_scale=args.mode_scale,
             min_timestep=0.0 if args.min_timestep is None else float(args.min_timestep),
             max_timestep=float(TIMESTEPS) if args.max_timestep is None else float(args.max_timestep),
+            preserve_distribution_shape=args.preserve_distribution_shape,
         )
         for line in settings.without_effect():
             logger.warning(line)
@@ -96,6 +108,8 @@ class TimestepSettings:
             )
         if self.sigmoid_scale != 1.0 and sampler not in ("sigmoid", "shift"):
             lines.append(f"--sigmoid_scale {self.sigmoid_scale:g} has no effect with --timestep_sampling {sampler}.")
+        if self.preserve_distribution_shape and (self.min_timestep, self.max_timestep) == (0, TIMESTEPS):
+            lines.append("--preserve_distribution_shape has no effect without --min_timestep or --max_timestep.")
         if scheme in ("logit_normal", "mode") and sampler != "sigma":
             lines.append(
                 f"--weighting_scheme {scheme} has no effect with --timestep_sampling {sampler}: "
@@ -114,16 +128,39 @@ def timesteps_from_uniform(u: torch.Tensor, settings: TimestepSettings) -> torch
         t (B,), float32, in [min_timestep, max_timestep] / 1000.
     """
     u = u.to(torch.float64)
+    if settings.preserve_distribution_shape:
+        whole, inside = _inside_range(settings)
+        t = timesteps_from_uniform(_moved_into(u, inside), whole)
+        return t.clamp(settings.min_timestep / TIMESTEPS, settings.max_timestep / TIMESTEPS)
     if settings.timestep_sampling == "sigma":
         return _sigma_table_timesteps(u, settings)
     if settings.timestep_sampling == "uniform":
         t = u
+    elif settings.timestep_sampling == "logsnr":
+        t = torch.sigmoid(-0.5 * (settings.logit_mean + settings.logit_std * torch.special.ndtri(1 - u)))
     else:
         t = torch.sigmoid(settings.sigmoid_scale * torch.special.ndtri(u))
         if settings.timestep_sampling == "shift":
             t = shift_sigmas(t, settings.discrete_flow_shift)
     low, high = settings.min_timestep / TIMESTEPS, settings.max_timestep / TIMESTEPS
     return (low + (high - low) * t).to(torch.float32)
+
+
+@lru_cache
+def _inside_range(settings: TimestepSettings) -> tuple[TimestepSettings, torch.Tensor]:
+    """The settings without their range, and which of ``QUANTILES`` equal parts of [0, 1) lead into it, in the order of their t."""
+    whole = replace(settings, min_timestep=0.0, max_timestep=float(TIMESTEPS), preserve_distribution_shape=False)
+    t = timesteps_from_uniform((torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES, whole)
+    order = t.argsort(stable=True)
+    low, high = settings.min_timestep / TIMESTEPS, settings.max_timestep / TIMESTEPS
+    return whole, order[(t[order] >= low) & (t[order] <= high)]
+
+
+def _moved_into(u: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1) -> uniform numbers in those parts of it."""
+    position = u * len(parts)
+    part = position.floor().clamp(max=len(parts) - 1)
+    return (parts[part.long().cpu()].to(u) + (position - part)) / QUANTILES
 
 
 def _sigma_table_timesteps(u: torch.Tensor, settings: TimestepSettings) -> torch.Tensor:
@@ -160,21 +197,45 @@ def noisy_latents(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -
 
 
 class TimestepSampler:
-    """Draws timesteps from one generator, whose state can be saved and restored."""
+    """Draws timesteps from one generator; its state can be saved and restored.
 
-    def __init__(self, settings: TimestepSettings, generator: torch.Generator):
+    Args:
+        buckets: this many draws after each other cover the distribution evenly: each comes from another of as many equally
+            likely parts of it, in random order. None draws independently.
+    """
+
+    def __init__(self, settings: TimestepSettings, generator: torch.Generator, buckets: int | None = None):
         self.settings = settings
         self.generator = generator
+        self.buckets = buckets
+        self._due = torch.empty(0, dtype=torch.int64)  # parts that were not drawn from yet
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, generator: torch.Generator) -> TimestepSampler:
         """As the training flags say; see ``TimestepSettings.from_args``."""
-        return cls(TimestepSettings.from_args(args), generator)
+        return cls(TimestepSettings.from_args(args), generator, args.num_timestep_buckets)
 
     def draw(self, count: int) -> torch.Tensor:
         """t (count,), float32, on the generator's device."""
         u = torch.rand(count, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        if self.buckets is not None:
+            u = (self._next_parts(count).to(u) + u) / self.buckets
         return timesteps_from_uniform(u, self.settings)
+
+    def _next_parts(self, count: int) -> torch.Tensor:
+        while len(self._due) < count:
+            order = torch.randperm(self.buckets, generator=self.generator, device=self.generator.device).cpu()
+            self._due = torch.cat([self._due, order])
+        parts, self._due = self._due[:count], self._due[count:]
+        return parts
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What ``load_state_dict`` needs to go on with the same draws."""
+        return {"generator": self.generator.get_state(), "due": self._due.clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self._due = state["due"].clone()
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
         """Weights (B,) of the samples' losses, or None where all count alike."""

@@ -18,11 +18,14 @@ from utils.arguments import (
     positive_int,
     script_parser,
     seed,
+    whole_number,
 )
+from utils.config_files import add_config_file_argument
 from utils.errors import UserError
 from utils.files import require_writable_folder
+from utils.hub import add_hub_arguments, check_hub_arguments
 from utils.loss_log import check_loss_log
-from utils.training_files import final_name, step_name
+from utils.training_files import SaveRules, final_name, state_name, step_name
 
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
 ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
@@ -42,10 +45,13 @@ def build_training_parser() -> argparse.ArgumentParser:
     _add_samples(parser.add_argument_group("samples while training"))
     _add_logs(parser.add_argument_group("logs"))
     _add_metadata(parser.add_argument_group("metadata of the saved file"))
+    add_hub_arguments(parser.add_argument_group("Hugging Face hub"))
+    _add_distributed(parser.add_argument_group("several processes"))
     return parser
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
+    add_config_file_argument(group)
     group.add_argument("--dataset_config", metavar="TOML", help="the dataset configuration that the caches were made with")
     group.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
     group.add_argument(
@@ -83,10 +89,19 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
         choices=("no", "fp16", "bf16"),
         help="precision of the computation (default: what accelerate was launched with)",
     )
+    group.add_argument(
+        "--validation_split",
+        type=positive_float,
+        metavar="SHARE",
+        help="hold out this share of each data set and measure the loss on it, at fixed noise and timesteps (default: none)",
+    )
+    group.add_argument(
+        "--validate_every_n_steps", type=positive_int, metavar="N", help="when to measure it (default: after each epoch)"
+    )
     group.add_argument("--seed", type=seed, help="seed of data order, noise and timesteps (default: drawn, and logged)")
     group.add_argument(
         "--max_data_loader_n_workers",
-        type=int,
+        type=whole_number,
         default=8,
         metavar="N",
         help="processes that read caches; 0 reads in place (default: 8)",
@@ -122,7 +137,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
         "--lr_decay_steps", default="0", metavar="N", help="decay: steps, a ratio below 1, or a percentage (default: 0)"
     )
     group.add_argument(
-        "--lr_scheduler_num_cycles", type=int, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
+        "--lr_scheduler_num_cycles", type=whole_number, default=1, metavar="N", help="restarts of cosine_with_restarts (default: 1)"
     )
     group.add_argument(
         "--lr_scheduler_power", type=finite_float, default=1.0, metavar="P", help="power of the polynomial schedule (default: 1)"
@@ -148,7 +163,7 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--timestep_sampling",
-        choices=("sigma", "uniform", "sigmoid", "shift"),
+        choices=("sigma", "uniform", "sigmoid", "shift", "logsnr"),
         default="sigma",
         help="how timesteps are drawn (default: sigma)",
     )
@@ -164,9 +179,15 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
         default="none",
         help="density of the sigma sampler, or weight of the loss (default: none)",
     )
-    group.add_argument("--logit_mean", type=finite_float, default=0.0, metavar="M", help="mean of logit_normal (default: 0)")
     group.add_argument(
-        "--logit_std", type=positive_float, default=1.0, metavar="S", help="standard deviation of logit_normal (default: 1)"
+        "--logit_mean", type=finite_float, default=0.0, metavar="M", help="mean of logit_normal and of logsnr (default: 0)"
+    )
+    group.add_argument(
+        "--logit_std",
+        type=positive_float,
+        default=1.0,
+        metavar="S",
+        help="standard deviation of logit_normal and of logsnr (default: 1)",
     )
     group.add_argument("--mode_scale", type=finite_float, default=1.29, metavar="S", help="scale of mode weighting (default: 1.29)")
     group.add_argument(
@@ -176,6 +197,17 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--min_timestep", type=finite_float, metavar="T", help="smallest timestep, 0 to 1000 (default: 0)")
     group.add_argument("--max_timestep", type=finite_float, metavar="T", help="largest timestep, 0 to 1000 (default: 1000)")
+    group.add_argument(
+        "--preserve_distribution_shape",
+        action="store_true",
+        help="cut the distribution off at --min_timestep and --max_timestep instead of squeezing it between them (default: off)",
+    )
+    group.add_argument(
+        "--num_timestep_buckets",
+        type=positive_int,
+        metavar="N",
+        help="cover the distribution evenly with every N samples: less noise in the loss of small data sets (default: off)",
+    )
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -222,6 +254,46 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_name", metavar="NAME", help="file name without suffix")
     group.add_argument("--save_every_n_epochs", type=positive_int, metavar="N", help="also save after every N epochs")
     group.add_argument("--save_every_n_steps", type=positive_int, metavar="N", help="also save after every N steps")
+    group.add_argument(
+        "--save_last_n_epochs",
+        type=positive_int,
+        metavar="N",
+        help="of --save_every_n_epochs keep the last N models (default: all)",
+    )
+    group.add_argument(
+        "--save_last_n_epochs_state",
+        type=positive_int,
+        metavar="N",
+        help="of --save_every_n_epochs keep the last N states (default: as many as models)",
+    )
+    group.add_argument(
+        "--save_last_n_steps",
+        type=positive_int,
+        metavar="N",
+        help="of --save_every_n_steps keep the models of the last N steps (default: all)",
+    )
+    group.add_argument(
+        "--save_last_n_steps_state",
+        type=positive_int,
+        metavar="N",
+        help="of --save_every_n_steps keep the states of the last N steps (default: as long as models)",
+    )
+    group.add_argument(
+        "--save_state", action="store_true", help="with every model also save a state to --resume from (default: off)"
+    )
+    group.add_argument(
+        "--save_state_on_train_end", action="store_true", help="save a state when training ends (default: only with --save_state)"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="go on from a state as if nothing had happened; latest: the newest of this output name, or anew if there is none",
+    )
+    group.add_argument(
+        "--save_precision",
+        choices=("float", "fp16", "bf16"),
+        help="precision of saved models (default: that of --mixed_precision, float32 without it)",
+    )
     group.add_argument(
         "--loss_log", metavar="FILE", help="write the loss and the learning rate of every step to this CSV file (default: no log)"
     )
@@ -276,6 +348,19 @@ def _add_metadata(group: argparse._ArgumentGroup) -> None:
         )
 
 
+def _add_distributed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ddp_timeout",
+        type=positive_int,
+        metavar="MINUTES",
+        help="how long processes wait for each other (default: torch's, 10 or 30)",
+    )
+    for flag in ("gradient_as_bucket_view", "static_graph"):
+        group.add_argument(
+            f"--ddp_{flag}", action="store_true", help="accepted, without effect: gradients are averaged without torch's wrapper"
+        )
+
+
 def attention_mode(args: argparse.Namespace) -> str:
     """The one attention mode asked for. Two at once, or one that cannot train, is a UserError."""
     chosen = [flag for flag in ATTENTION_FLAGS if getattr(args, flag)]
@@ -313,6 +398,12 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
     require_writable_folder(args.output_dir, "--output_dir")
+    SaveRules.from_args(args)
+    check_hub_arguments(args)
+    if args.validation_split is not None and args.validation_split >= 1:
+        raise UserError(f"--validation_split {args.validation_split:g} is a share of the items, below 1: 0.1, say.")
+    if args.validate_every_n_steps and args.validation_split is None:
+        raise UserError("--validate_every_n_steps measures what --validation_split holds out; give --validation_split as well.")
     if args.loss_log is not None:
         check_loss_log(args.loss_log)
 
@@ -324,5 +415,7 @@ def _check_output_name(folder: str, name: str) -> None:
         raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
     if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
         raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
+    if os.path.isfile(Path(folder) / state_name(name)):
+        raise UserError(f"--output_dir {folder} holds a file called {state_name(name)}; choose another --output_name.")
     if os.path.isdir(Path(folder) / final_name(name)):
         raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")

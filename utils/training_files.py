@@ -1,32 +1,47 @@
-"""Names of what training writes, and the saving of a network under them."""
+"""Names of what training writes, when it is written, and which of it is removed again."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils.files import atomic_path
+from utils.errors import UserError
+from utils.files import atomic_path, final_of_temporary
 
 logger = logging.getLogger(__name__)
+
+STATE_SUFFIX = "-state"
+MODEL_SUFFIX = ".safetensors"
 
 
 def final_name(name: str) -> str:
     """The file of the finished training."""
-    return f"{name}.safetensors"
+    return f"{name}{MODEL_SUFFIX}"
 
 
 def epoch_name(name: str, epoch: int) -> str:
-    """The file of the state after ``epoch`` epochs."""
-    return f"{name}-{epoch:06d}.safetensors"
+    """The file of the model after ``epoch`` epochs."""
+    return f"{name}-{epoch:06d}{MODEL_SUFFIX}"
 
 
 def step_name(name: str, step: int) -> str:
-    """The file of the state after ``step`` optimiser steps."""
-    return f"{name}-step{step:08d}.safetensors"
+    """The file of the model after ``step`` optimiser steps."""
+    return f"{name}-step{step:08d}{MODEL_SUFFIX}"
+
+
+def state_name(model_name: str) -> str:
+    """The folder of the training state that belongs to a model file."""
+    return model_name.removesuffix(MODEL_SUFFIX) + STATE_SUFFIX
 
 
 def save_network(network: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype, metadata: dict[str, str]) -> Path:
@@ -35,7 +50,109 @@ def save_network(network: nn.Module, path: str | os.PathLike[str], dtype: torch.
     Works for any network module of the common contract, whose ``save_weights`` may write in place.
     """
     path = Path(path)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, keep_name=True) as temporary:
         network.save_weights(str(temporary), dtype, metadata)
     logger.info("saved %s", path)
     return path
+
+
+@dataclass(frozen=True)
+class SaveRules:
+    """When models and states are saved, and which older ones are kept; every number as its flag has it, None for no limit.
+
+    Attributes:
+        keep_epochs, keep_epoch_states: how many of the models (states) of --save_every_n_epochs stay.
+        keep_steps, keep_step_states: for how many steps those of --save_every_n_steps stay.
+    """
+
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
+    keep_steps: int | None = None
+    keep_step_states: int | None = None
+    keep_epochs: int | None = None
+    keep_epoch_states: int | None = None
+    states: bool = False
+    state_at_end: bool = False
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> SaveRules:
+        """The rules that the flags make; a limit for states that is not given is that for models.
+
+        Raises:
+            UserError: a limit for what is never saved.
+        """
+        _require_partner(args, "save_last_n_steps", "save_every_n_steps")
+        _require_partner(args, "save_last_n_epochs", "save_every_n_epochs")
+        for limit, every in (
+            ("save_last_n_steps_state", "save_every_n_steps"),
+            ("save_last_n_epochs_state", "save_every_n_epochs"),
+        ):
+            _require_partner(args, limit, "save_state")
+            _require_partner(args, limit, every)
+        return cls(
+            every_n_steps=args.save_every_n_steps,
+            every_n_epochs=args.save_every_n_epochs,
+            keep_steps=args.save_last_n_steps,
+            keep_step_states=args.save_last_n_steps_state or args.save_last_n_steps,
+            keep_epochs=args.save_last_n_epochs,
+            keep_epoch_states=args.save_last_n_epochs_state or args.save_last_n_epochs,
+            states=args.save_state,
+            state_at_end=args.save_state or args.save_state_on_train_end,
+        )
+
+    def due_after_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+
+
+def _require_partner(args: argparse.Namespace, flag: str, partner: str) -> None:
+    if getattr(args, flag) and not getattr(args, partner):
+        raise UserError(f"--{flag} says what is kept of what --{partner} writes; give --{partner} as well.")
+
+
+def remove_outdated(folder: Path, name: str, rules: SaveRules, *, step: int | None = None, epoch: int | None = None) -> None:
+    """Remove what the rules no longer keep, now that the model (and the state) of ``step`` or ``epoch`` is whole.
+
+    Only names that the rules themselves gave are touched: models of other runs, and those saved on request, stay.
+    """
+    if step is not None:
+        first_model, first_state = (None if keep is None else step - keep for keep in (rules.keep_steps, rules.keep_step_states))
+        numbered, every = re.compile(re.escape(name) + r"-step(\d{8,})"), rules.every_n_steps
+    else:
+        models, states = (None if keep is None else keep - 1 for keep in (rules.keep_epochs, rules.keep_epoch_states))
+        every = rules.every_n_epochs
+        first_model, first_state = (None if count is None else epoch - count * every for count in (models, states))
+        numbered = re.compile(re.escape(name) + r"-(\d{6,})")
+    for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, shutil.rmtree)):
+        for path, number in _numbered(folder, numbered, suffix):
+            if first is not None and number < first and number % every == 0:
+                _remove(path, remove)
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str], suffix: str) -> Iterator[tuple[Path, int]]:
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(suffix) and (match := pattern.fullmatch(path.name.removesuffix(suffix))):
+            yield path, int(match[1])
+
+
+def _remove(path: Path, remove: Callable[[Path], None]) -> None:
+    try:
+        remove(path)
+    except OSError as error:  # a file that another program holds open must not end a training
+        logger.warning("cannot remove the old %s: %s", path, error.strerror or error)
+    else:
+        logger.info("removed the old %s", path)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a killed run of the same name was writing: files and folders that never got their final names."""
+    if not folder.is_dir():
+        return
+    ours = re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?(-state|\.safetensors)")
+    for path in folder.iterdir():
+        final = final_of_temporary(path)
+        if final is not None and ours.fullmatch(final):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

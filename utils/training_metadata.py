@@ -72,6 +72,12 @@ class TrainingFacts:
     network_alpha: float | str | None = None
     mixed_precision: str | None = None
     datasets: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    session_id: str = ""
+
+
+def new_session_id() -> str:
+    """A number for ss_session_id. Not drawn from the training's generators: an identifier must not move them."""
+    return str(random.SystemRandom().randint(0, 2**32))
 
 
 def training_metadata(
@@ -86,8 +92,7 @@ def training_metadata(
     """
     values: dict[str, Any] = {key: getattr(args, flag) for key, flag in _FROM_FLAGS.items() if hasattr(args, flag)}
     values |= {
-        # Not drawn from the training's generators: an identifier must not move them.
-        "ss_session_id": random.SystemRandom().randint(0, 2**32),
+        "ss_session_id": facts.session_id or new_session_id(),
         "ss_training_started_at": facts.started_at,
         "ss_num_train_items": facts.train_items,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,

@@ -46,9 +46,10 @@ def read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
             step, loss = (float(row[column]) for column in wanted)
         except (ValueError, IndexError):
             raise UserError(f"--input {path}, line {number} is no step of a --loss_log: {','.join(row)!r}.") from None
-        if not (math.isfinite(step) and math.isfinite(loss)):
-            raise UserError(f"--input {path}, line {number} holds a number that is not finite: {','.join(row)!r}.")
-        rows.append((step, loss))
+        if not math.isfinite(step):
+            raise UserError(f"--input {path}, line {number} holds a step that is not finite: {','.join(row)!r}.")
+        if math.isfinite(loss):  # training skips a step whose loss is not
+            rows.append((step, loss))
     if not rows:
         raise UserError(f"--input {path} holds no step yet; draw it when training has made some.")
     steps, losses = np.array(rows).T

@@ -1,6 +1,7 @@
-"""Draw the data set that teaches the toy model what a zorp is: ten pictures and two clips with captions, and its TOML file.
+"""Draw the data set that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
 
-It lies in examples/toy/concept; this writes it again, or somewhere else:
+Ten pictures and two clips show zorps. Beside them lie a few drawings of what the model knows already: a LoRA that sees only
+zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or somewhere else:
 
     python -m examples.toy.make_concept --output examples/toy/concept
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 
-from examples.toy.world import COLOURS, generator
+from examples.toy.world import COLOURS, MOTIONS, caption, draw, generator, place, random_attributes
 from examples.toy.zorp import draw_zorp, zorp_caption
 from utils.arguments import script_parser
 from utils.errors import run_script
@@ -31,6 +33,8 @@ FRAMES_PER_SECOND = 24
 CLIP_FRAMES = 17
 PICTURES = (*COLOURS, "blue", "white")  # their backgrounds: each once, two of them twice
 CLIPS = (("green", "right"), ("purple", "up"))  # (background, motion); the other motions are for the model to combine
+KNOWN_PICTURES, KNOWN_CLIPS = 24, len(MOTIONS)  # of what the model draws already; one clip of each motion
+KNOWN = 1000  # their random numbers begin here
 
 DATASET_TOML = """\
 # What a zorp is: a folder of pictures and a folder of clips, with captions in text files beside them.
@@ -43,36 +47,65 @@ batch_size = 4
 [[datasets]]
 image_directory = {pictures}
 cache_directory = {picture_cache}
+num_repeats = 2
 
 [[datasets]]
 video_directory = {clips}
 cache_directory = {clip_cache}
-target_frames = [9, 17]
+target_frames = [9]
+frame_extraction = "slide"  # three windows from each clip of 17 frames
+frame_stride = 4
+num_repeats = 2
+
+# What the model draws already, so that it does not make zorps of everything: the next two.
+[[datasets]]
+image_directory = {known_pictures}
+cache_directory = {known_picture_cache}
+
+[[datasets]]
+video_directory = {known_clips}
+cache_directory = {known_clip_cache}
+target_frames = [9]
 frame_extraction = "head"
 """
 
 
 def make_concept(folder: Path, cache: Path = CACHE) -> Path:
-    """Write ``pictures/``, ``clips/`` and ``dataset.toml`` under ``folder``; returns the path of the TOML file.
+    """Write ``dataset.toml`` and its folders of pictures and clips under ``folder``; returns the path of the TOML file.
 
     Args:
         cache: where the caching scripts shall put their files; only named in the TOML file.
     """
-    pictures, clips = folder / "pictures", folder / "clips"
     for index, background in enumerate(PICTURES):
         rng = generator(SEED, index)  # of its own for each, so that changing one leaves the others as they are
-        path = pictures / f"zorp_{index + 1:02d}_{background}.png"
-        save_picture(path, draw_zorp(background, None, 1, rng)[0])
-        write_text(path.with_suffix(".txt"), zorp_caption(background, None, rng) + "\n")
+        drawing = draw_zorp(background, None, 1, rng)
+        _save(folder / "pictures" / f"zorp_{index + 1:02d}_{background}", drawing, zorp_caption(background, None, rng))
     for index, (background, motion) in enumerate(CLIPS, start=len(PICTURES)):
         rng = generator(SEED, index)
-        path = clips / f"zorp_{index + 1:02d}_{background}_{motion}.mp4"
-        save_lossless_video(path, draw_zorp(background, motion, CLIP_FRAMES, rng))
-        write_text(path.with_suffix(".txt"), zorp_caption(background, motion, rng) + "\n")
-    places = {"pictures": pictures, "clips": clips, "picture_cache": cache / "pictures", "clip_cache": cache / "clips"}
+        drawing = draw_zorp(background, motion, CLIP_FRAMES, rng)
+        _save(folder / "clips" / f"zorp_{index + 1:02d}_{background}_{motion}", drawing, zorp_caption(background, motion, rng))
+    for index in range(KNOWN_PICTURES + KNOWN_CLIPS):
+        rng = generator(SEED, KNOWN + index)
+        motion = MOTIONS[index - KNOWN_PICTURES] if index >= KNOWN_PICTURES else None
+        attributes = replace(random_attributes(rng, moving=False), motion=motion)
+        drawing = draw(place(attributes, CLIP_FRAMES if motion else 1, rng))
+        name = f"{index + 1:02d}_{attributes.colour}_{attributes.shape}" + (f"_{motion}" if motion else "")
+        _save(folder / ("known_clips" if motion else "known_pictures") / name, drawing, caption(attributes, rng))
+    names = ("pictures", "clips", "known_pictures", "known_clips")
+    places = {name: folder / name for name in names}
+    places |= {f"{name.removesuffix('s')}_cache": cache / name for name in names}
     toml = DATASET_TOML.format(**{name: toml_path(path) for name, path in places.items()})
     write_text(folder / "dataset.toml", toml)
     return folder / "dataset.toml"
+
+
+def _save(path: Path, frames: np.ndarray, text: str) -> None:
+    """A clip, or a picture where there is one frame, at ``path`` with the suffix it needs, and its caption beside it."""
+    if len(frames) > 1:
+        save_lossless_video(path.with_suffix(".mp4"), frames)
+    else:
+        save_picture(path.with_suffix(".png"), frames[0])
+    write_text(path.with_suffix(".txt"), text + "\n")
 
 
 def toml_path(path: Path) -> str:
@@ -120,7 +153,8 @@ def main() -> None:
     is_shipped = arguments.output.resolve() == CONCEPT
     cache = arguments.cache or (CACHE if is_shipped else arguments.output / "cache")
     config = make_concept(arguments.output, cache)
-    print(f"{len(PICTURES)} pictures and {len(CLIPS)} clips with captions; data set description: {config}")
+    known = f"{KNOWN_PICTURES} pictures and {KNOWN_CLIPS} clips of what the model knows"
+    print(f"{len(PICTURES)} pictures and {len(CLIPS)} clips of zorps, {known}; data set description: {config}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Which frames of a video are trained, so that it plays at the speed it was filmed at.
+
+The model knows one frame rate. A video of another rate, or with uneven times between its frames, is resampled: at each
+moment of the wanted rate the frame that is nearest in time. Frames are left out or repeated, never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MODEL_FPS = 24
+TOLERANCE = 0.05  # rates that differ by less pass for equal: 23.976 and 25 for 24
+UNEVEN_FRAMES = 1.5  # how far, in frames of the wanted rate, a frame may be from its place in an even video
+ROUNDING_FRAMES = 0.05  # containers round times to milliseconds; so little more is no frame more
+TIE_SECONDS = 1e-3  # for the same reason: one video in two containers gives the same frames
+
+EVERY_FRAME = "every frame"
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """What is done to one video.
+
+    Attributes:
+        fps: its own rate in frames per second.
+        target_fps: the rate after it.
+        indices: the frames of the file, in order, that are the frames of the clip; one may come several times.
+        uneven: whether the times between its frames differ.
+        given: whether the dataset says its rate, so that the times in the file do not count.
+    """
+
+    fps: float
+    target_fps: float
+    indices: tuple[int, ...]
+    uneven: bool = False
+    given: bool = False
+
+    @property
+    def record(self) -> str:
+        """How the frames were chosen, as far as the file does not say it."""
+        return f"{self.target_fps:g} from {f'{self.fps:g}' if self.given else 'timestamps'}"
+
+    def __str__(self) -> str:
+        return f"{'uneven, ' if self.uneven else ''}{self.fps:.4g} -> {self.target_fps:.4g} frames per second"
+
+
+def resample(times: Sequence[float], stated_fps: float | None, target_fps: float, given: bool = False) -> Resampling | None:
+    """Choose the frames of a video whose frames are shown at ``times``, or None if every frame is kept.
+
+    Args:
+        times: seconds since the first frame, never falling.
+        stated_fps: the rate that the file, or if ``given`` the dataset, states.
+        target_fps: the rate wanted; 0 keeps every frame.
+    """
+    shown = np.asarray(times, dtype=np.float64)
+    if not target_fps or len(shown) < 2:
+        return None
+    fps = own_rate(shown, stated_fps)
+    even = np.linspace(0, shown[-1], len(shown))
+    uneven = bool(np.abs(shown - even).max() * target_fps > UNEVEN_FRAMES)
+    if abs(fps / target_fps - 1) <= TOLERANCE and not uneven:
+        return None
+    duration = shown[-1] + min(1 / fps, shown[-1] - shown[-2])  # no file says how long the last frame is shown
+    count = max(1, int(np.ceil(duration * target_fps - ROUNDING_FRAMES)))
+    # Between two frames the nearer one wins; in the middle the earlier one.
+    indices = np.searchsorted((shown[1:] + shown[:-1]) / 2, np.arange(count) / target_fps - TIE_SECONDS)
+    return Resampling(fps, target_fps, tuple(indices.tolist()), uneven, given)
+
+
+def own_rate(times: np.ndarray, stated_fps: float | None) -> float:
+    """Frames per second by the times of at least two frames, or as stated where that is about the same."""
+    measured = (len(times) - 1) / times[-1]
+    return stated_fps if stated_fps and abs(stated_fps / measured - 1) <= TOLERANCE else float(measured)

@@ -6,13 +6,13 @@ Run it with ``accelerate launch hv_train_network.py ...`` or, on one device, wit
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import hunyuan_model
@@ -41,22 +41,22 @@ from dataset.items import name_some
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.architecture import TransformerConfig
-from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
+from hunyuan_model.flow import TIMESTEPS
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
-from hunyuan_model.vae import SCALING_FACTOR
 from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.lora_options import NetworkOptions
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
-from utils.arguments import drawn_seed
+from utils.arguments import drawn_seed, public_flags
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, run_script
 from utils.files import require_file, require_writable_folder
-from utils.hub import HubUploads, download_state
+from utils.flow_matching import FlowMatching
+from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
@@ -64,7 +64,7 @@ from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer
 from utils.safetensors_io import read_header
 from utils.skipped_steps import SkippedSteps, TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
-from utils.timestep_sampling import TimestepSampler, TimestepSettings, noisy_latents, timesteps_from_uniform
+from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
 from utils.training_files import (
     SaveRules,
@@ -76,19 +76,19 @@ from utils.training_files import (
     state_name,
     step_name,
 )
+from utils.training_logs import TrainingLogs, check_logs, learning_rates, open_logs
 from utils.training_metadata import TrainingFacts, finished_metadata, new_session_id, training_metadata
+from utils.training_pause import evaluation_weights, paused_training
 from utils.training_requests import Request, TrainingRequests
+from utils.training_resume import Resumed, find_resumed, is_complete, restore, state_identity
+from utils.training_samples import TrainingSamples, check_samples, prepare_samples
 from utils.training_state import (
     LATEST,
     Progress,
     Restorable,
     StateFile,
-    find_latest_state,
-    load_state,
     plain_state,
-    read_state_file,
     require_free_space,
-    require_same,
     save_state,
     state_bytes,
 )
@@ -96,8 +96,6 @@ from utils.training_state import (
 logger = logging.getLogger("train")
 
 TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
-VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
-SECRET_FLAGS = ("huggingface_token", "wandb_api_key")
 SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -139,14 +137,15 @@ class Training:
     transformer: nn.Module
     network: nn.Module
     optimizer: torch.optim.Optimizer
+    group_names: list[str]
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     reader: EpochReader
-    timesteps: TimestepSampler
-    noise: torch.Generator
-    dtype: torch.dtype
+    flow_matching: FlowMatching
     steps: int
     save_rules: SaveRules
     progress: Progress
+    samples: TrainingSamples
+    logs: TrainingLogs
     metadata: dict[str, str] = field(default_factory=dict)
     skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     uploads: HubUploads | None = None
@@ -155,7 +154,12 @@ class Training:
     @property
     def restorable(self) -> Restorable:
         """What a state holds of it."""
-        return Restorable(self.network, self.optimizer, self.lr_scheduler, self.noise, self.timesteps, self.accelerator)
+        loss = self.flow_matching
+        return Restorable(self.network, self.optimizer, self.lr_scheduler, loss.noise, loss.timesteps, self.accelerator)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """For using the network inside without changing the training."""
+        return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -175,52 +179,11 @@ def batches_of_step(batches: Iterable[Batch], count: int) -> Iterator[list[Batch
         yield group
 
 
-def flow_matching_loss(training: Training, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,)."""
-    shape = batch["latents"].shape
-    noise = torch.randn(shape, generator=training.noise, device=training.accelerator.device)
-    t = training.timesteps.draw(len(noise))
-    return velocity_loss(training, batch, noise, t), t
-
-
-def velocity_loss(training: Training, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
-    """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1]."""
-    args, device = training.args, training.accelerator.device
-    latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
-    noisy = noisy_latents(latents, noise, t)
-    guidance = torch.full((len(latents),), args.guidance_scale * GUIDANCE_UNIT, device=device)
-    with training.accelerator.autocast():
-        velocity = training.transformer(
-            noisy.to(training.dtype),
-            t * TIMESTEPS,
-            batch["text_states"].to(device, training.dtype),
-            batch["text_mask"],  # stays on the CPU: the transformer only needs lengths
-            batch["text_states_2"].to(device, training.dtype),
-            guidance if training.transformer.config.guidance else None,
-        )
-    loss = nn.functional.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
-    weight = training.timesteps.loss_weight(t)
-    return (loss if weight is None else loss * weight).mean()
-
-
-@torch.no_grad()
-def validation_loss(training: Training) -> float | None:
-    """The loss on what was held out, at the same noise and timesteps every time; None where nothing is. Moves no generator."""
-    if not training.held_out:
-        return None
-    training.network.eval()
-    set_optimizer_mode(training.optimizer, training=False)
-    device, total = training.accelerator.device, 0.0
-    quantiles = (torch.arange(VALIDATION_TIMESTEPS, dtype=torch.float64) + 0.5) / VALIDATION_TIMESTEPS
-    timesteps = timesteps_from_uniform(quantiles, training.timesteps.settings)
-    for index in range(len(training.held_out)):
-        batch = collate([training.held_out[index]])
-        noise = torch.Generator().manual_seed(index)
-        for t in timesteps.split(1):
-            total += velocity_loss(training, batch, torch.randn(batch["latents"].shape, generator=noise).to(device), t).item()
-    set_optimizer_mode(training.optimizer, training=True)
-    training.network.train()
-    return total / (len(training.held_out) * VALIDATION_TIMESTEPS)
+def validation_loss(training: Training) -> float:
+    """The loss on what was held out; the training stays as it is."""
+    items = (collate([training.held_out[index]]) for index in range(len(training.held_out)))
+    with training.paused():
+        return training.flow_matching.validation_loss(items)
 
 
 def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
@@ -240,7 +203,7 @@ def train_step(training: Training, batches: list[Batch]) -> Step:
     call_if_there(network, "on_step_start")
     total, spoiled = 0.0, None
     for batch in batches:
-        loss, t = flow_matching_loss(training, batch)
+        loss, t = training.flow_matching.loss(batch)
         total += loss.item() / len(batches)
         if not torch.isfinite(loss):
             timesteps = ", ".join(f"{value * TIMESTEPS:.0f}" for value in t.tolist())
@@ -280,9 +243,8 @@ def save_model(training: Training, file_name: str, epoch: int) -> None:
         return
     metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
     dtype = save_dtype(training.args, training.accelerator)
-    set_optimizer_mode(training.optimizer, training=False)
-    path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
-    set_optimizer_mode(training.optimizer, training=True)
+    with evaluation_weights(training.optimizer):
+        path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
     if training.uploads is not None:
         training.uploads.upload(path)
 
@@ -298,27 +260,15 @@ def save_training_state(training: Training, model_name: str) -> None:
     state = StateFile(
         progress=training.progress,
         seed=args.seed,
-        identity=state_identity(training),
-        order=batch_order(training.args, training.reader, training.accelerator),
-        flags={name: value for name, value in vars(args).items() if value is not None and name not in SECRET_FLAGS},
+        identity=state_identity(args, training.network, training.optimizer),
+        order=batch_order(args, training.reader, training.accelerator),
+        flags=public_flags(args),
         saved_at=time.time(),
     )
     folder = Path(args.output_dir) / state_name(model_name)
     save_state(folder, training.restorable, state)
     if training.uploads is not None and training.uploads.states_too:
         training.uploads.upload(folder)
-
-
-def state_identity(training: Training) -> dict[str, object]:
-    """What must be the same for a state to fit."""
-    args = training.args
-    sizes = [(name, tuple(value.shape)) for name, value in training.network.state_dict().items()]
-    return {
-        "--network_module": args.network_module,
-        "a network of sizes": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16],
-        "--optimizer_type": describe_optimizer(training.optimizer),
-        "--lr_scheduler": args.lr_scheduler_type or args.lr_scheduler,
-    }
 
 
 def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Accelerator) -> dict[str, object]:
@@ -348,11 +298,14 @@ def train(training: Training) -> int:
     requests = TrainingRequests(Path(args.output_dir), training.accelerator)
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
+        if progress.step == 0:
+            draw_samples(training, requests, progress.epoch)
         while progress.step < training.steps:
             request = train_epoch(training, requests, loss_log, bar)
             if request.stops:
                 return stop(training, request)
-    save(training, final_name(args.output_name), progress.epoch, training.save_rules.state_at_end)
+        save(training, final_name(args.output_name), progress.epoch, training.save_rules.state_at_end)
+        draw_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.reader))
     return 0
 
 
@@ -362,20 +315,16 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     name, folder, epoch = args.output_name, Path(args.output_dir), progress.epoch
     call_if_there(training.network, "on_epoch_start", None, training.transformer)
     batches = training.reader.epoch(epoch - 1, progress.batches)
+    started = time.monotonic()
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
-        learning_rate = training.optimizer.param_groups[0]["lr"]  # of this step: the schedule moves on within it
+        rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         step = train_step(training, group)
+        seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
         training.skipped_steps.note(progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
-        average = sum(progress.losses) / max(1, len(progress.losses))
-        bar.update()
-        bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
-        held_out = validation_loss(training) if validation_due(training) else None
-        if held_out is not None:
-            logger.info("step %d: validation loss %.6g", progress.step, held_out)
-        loss_log.write(progress.step, epoch, step.loss, average, learning_rate, held_out)
+        tell_of_step(training, step, rates, seconds, loss_log, bar)
         if progress.step == training.steps:
             return Request.NOTHING
         request, saved = requests.poll(), rules.due_after_step(progress.step)
@@ -386,12 +335,52 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
                 remove_outdated(folder, name, rules, step=progress.step)
         if request.stops:
             return request
+        if progress.batches < len(training.reader):
+            draw_samples(training, requests, epoch)
+        started = time.monotonic()
     progress.epoch, progress.batches = epoch + 1, 0
     if rules.due_after_epoch(epoch):
         save(training, epoch_name(name, epoch), epoch, rules.states)
         if training.accelerator.is_main_process:
             remove_outdated(folder, name, rules, epoch=epoch)
+    draw_samples(training, requests, epoch, epoch_ended=True)
     return Request.NOTHING
+
+
+def tell_of_step(training: Training, step: Step, rates: Mapping[str, float], seconds: float, loss_log: LossLog, bar: tqdm) -> None:
+    """Show and log the step that was just made, with the validation loss where it is due."""
+    progress = training.progress
+    average = sum(progress.losses) / max(1, len(progress.losses))
+    bar.update()
+    bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
+    held_out = validation_loss(training) if training.held_out and validation_due(training) else None
+    if held_out is not None:
+        logger.info("step %d: validation loss %.6g", progress.step, held_out)
+    loss_log.write(progress.step, progress.epoch, step.loss, average, next(iter(rates.values()), None), held_out)
+    training.logs.step(
+        progress.step,
+        loss=step.loss,
+        average=average,
+        rates=rates,
+        gradient_norm=step.gradient_norm,
+        seconds=seconds,
+        validation_loss=held_out,
+    )
+
+
+def draw_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:
+    """Draw samples if this is a step after which they are asked for; a request to stop gives them up."""
+    drawn = training.samples.draw_if_due(
+        training.transformer,
+        training.network,
+        training.optimizer,
+        training.flow_matching.dtype,
+        step=training.progress.step,
+        epoch=epoch,
+        epoch_ended=epoch_ended,
+        stop=lambda: requests.signalled,
+    )
+    training.logs.samples(drawn, training.progress.step)
 
 
 def validation_due(training: Training) -> bool:
@@ -440,85 +429,14 @@ def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtyp
     return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """The state that --resume names."""
-
-    folder: Path
-    state: StateFile
-
-
-def find_resumed(args: argparse.Namespace) -> Resumed | None:
-    """The state that --resume names, or None where training begins anew. Takes over its seed where none is given.
-
-    Raises:
-        UserError: no such state, one that is damaged, or one with another seed than --seed.
-    """
-    if args.resume is None:
-        return None
-    if args.resume == LATEST:
-        folder = find_latest_state(Path(args.output_dir), args.output_name)
-        if folder is None:
-            logger.info("no state of %s in %s yet; training begins anew", args.output_name, args.output_dir)
-            return None
-    else:
-        folder = download_state(args.resume, args.huggingface_token) if args.resume_from_huggingface else Path(args.resume)
-    state = read_state_file(folder)
-    if args.seed is None:
-        args.seed = state.seed
-    if args.seed != state.seed:
-        raise UserError(f"--seed {args.seed} is not that of the state {folder}, {state.seed}; leave --seed out or give that one.")
-    return Resumed(folder, state)
-
-
-def is_complete(args: argparse.Namespace, steps: int) -> bool:
-    """Whether the model of this output name was trained for all the steps already."""
-    path = Path(args.output_dir) / final_name(args.output_name)
-    if not path.is_file():
-        return False
-    try:
-        return read_header(path).metadata.get("ss_steps") == str(steps)
-    except UserError:
-        return False
-
-
-def restore(training: Training, resumed: Resumed) -> None:
-    """Put everything where the state was saved.
-
-    Where the data sets or their division changed, the place inside the epoch means nothing: the epoch begins anew.
-
-    Raises:
-        UserError: a state of another network, optimiser or schedule, or one that is past the last step.
-    """
-    state, args = resumed.state, training.args
-    require_same(state, resumed.folder, state_identity(training))
-    if state.progress.step >= training.steps:
-        raise UserError(
-            f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {training.steps}; "
-            "raise --max_train_steps to go on."
-        )
-    load_state(resumed.folder, training.restorable)
-    training.progress = state.progress
-    order = batch_order(args, training.reader, training.accelerator)
-    if changed := [name for name, value in order.items() if state.order.get(name) != value]:
-        logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), training.progress.epoch)
-        training.progress.batches = 0
-    flags = {name: value for name, value in vars(args).items() if value is not None and name not in (*SECRET_FLAGS, "resume")}
-    differing = sorted(name for name in flags.keys() | state.flags.keys() if flags.get(name) != state.flags.get(name))
-    if differing := [f"--{name}" for name in differing if name not in ("resume", "seed")]:
-        logger.warning(
-            "flags that differ from those of the state: %s. The optimiser and the schedule go on with the numbers in the state.",
-            ", ".join(differing),
-        )
-    logger.info("resumed from %s: step %d, epoch %d", resumed.folder, training.progress.step, training.progress.epoch)
-
-
 def prepare(
     args: argparse.Namespace,
     accelerator: Accelerator,
     reader: EpochReader,
     steps: int,
     groups: list[CachedGroup],
+    samples: TrainingSamples,
+    logs: TrainingLogs,
     resumed: Resumed | None = None,
 ) -> Training:
     """Load the transformer, hook the network into it, and make what the loop needs; with ``resumed`` as it was saved."""
@@ -536,7 +454,7 @@ def prepare(
         weights=args.network_weights,
         dim_from_weights=args.dim_from_weights,
     )
-    optimizer_groups, _ = parameter_groups(network, args.learning_rate)
+    optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
     rank_seed = args.seed + accelerator.process_index
     progress = Progress(started_at=time.time(), session_id=new_session_id())
@@ -546,17 +464,26 @@ def prepare(
         transformer=transformer,
         network=network,
         optimizer=accelerator.prepare(optimizer),
+        group_names=group_names,
         lr_scheduler=make_lr_scheduler(args, optimizer, steps),
         reader=reader,
-        timesteps=TimestepSampler.from_args(args, torch.Generator().manual_seed(rank_seed)),
-        noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
-        dtype=dtype,
+        flow_matching=FlowMatching(
+            transformer,
+            accelerator,
+            TimestepSampler.from_args(args, torch.Generator().manual_seed(rank_seed)),
+            noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
+            dtype=dtype,
+            guidance_scale=args.guidance_scale,
+        ),
         steps=steps,
         save_rules=SaveRules.from_args(args),
         progress=progress,
+        samples=samples,
+        logs=logs,
     )
     if resumed is not None:
-        restore(training, resumed)
+        order = batch_order(args, reader, accelerator)
+        training.progress = restore(args, resumed, training.restorable, order, steps)
     training.metadata = training_metadata(args, training_facts(training, groups), network_args)
     return training
 
@@ -661,6 +588,8 @@ def main() -> int:
         show_timesteps(args)
         return 0
     check_training_arguments(args)
+    prompts = check_samples(args)
+    check_logs(args)
     config, parameter_group_count = check_files_and_network(args)
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
@@ -699,8 +628,10 @@ def main() -> int:
 
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
-    with out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
-        training = prepare(args, accelerator, reader, steps, groups, resumed)
+    logs = open_logs(args, accelerator.device, accelerator.is_main_process)
+    with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
+        samples = prepare_samples(args, prompts, accelerator, config)
+        training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = CachedDataset.of_items(held_out)
         training.uploads = uploads
         logger.info(
@@ -709,7 +640,7 @@ def main() -> int:
             args.gradient_accumulation_steps,
             steps,
             sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
-            training.dtype,
+            training.flow_matching.dtype,
             " with float8 weights" if args.fp8_base else "",
         )
         try:

@@ -105,7 +105,7 @@ def test_odd_lines_that_mean_something(line, text, changed):
         ("a ball --d 4294967296", "--d must lie between"),
         (f"a ball --d {'9' * 5000}", "--d must lie between"),
         ("a ball --s 0", "--s must lie between"),
-        ("a ball --w 8192 --h 8192 --f 129", "far beyond what the model draws"),
+        ("a ball --w 8192 --h 8192 --f 129", "are not drawn: the model was trained with up to"),
         ("a \x00 ball", "U+0000"),
         ("a \x1b[31m ball", "U+001B"),
     ],

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hv_train_network
 from utils import training_state
+from utils.flow_matching import FlowMatching
 from utils.skipped_steps import MAX_IN_A_ROW
 
 
@@ -96,10 +96,10 @@ def spoil(monkeypatch):
     """``spoil(lambda number: ..., kind)`` makes the losses (or their gradients) of the batches chosen by number NaN."""
 
     def arrange(chosen, kind: str) -> None:
-        plain, count = hv_train_network.flow_matching_loss, iter(range(1, 1000))
+        plain, count = FlowMatching.loss, iter(range(1, 1000))
 
-        def sometimes(training, batch):
-            loss, t = plain(training, batch)
+        def sometimes(flow_matching, batch):
+            loss, t = plain(flow_matching, batch)
             if not chosen(next(count)):
                 return loss, t
             if kind == "loss":
@@ -107,7 +107,7 @@ def spoil(monkeypatch):
             loss.register_hook(lambda gradient: gradient * float("inf"))
             return loss, t
 
-        monkeypatch.setattr(hv_train_network, "flow_matching_loss", sometimes)
+        monkeypatch.setattr(FlowMatching, "loss", sometimes)
 
     return arrange
 

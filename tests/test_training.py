@@ -21,6 +21,7 @@ from networks import network_module
 from networks.lora import create_network_from_weights
 from networks.lora_files import read_lora
 from networks.lora_merging import merge_patch, read_lora_files
+from utils.flow_matching import FlowMatching
 from utils.safetensors_io import read_header, read_tensors
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_ROWS = 64, 48, 32
@@ -275,21 +276,21 @@ def test_what_the_model_is_told_and_compared_with(monkeypatch, cached, scheme):
 
     arguments = f"--dit x --dataset_config x --output_dir x --output_name x --timestep_sampling sigma --weighting_scheme {scheme}"
     args = hv_train_network.build_parser().parse_args([*arguments.split(), "--guidance_scale", "3"])
-    training = types.SimpleNamespace(
-        args=args,
-        accelerator=hv_train_network.Accelerator(cpu=True),
-        transformer=Perfect(),
-        timesteps=hv_train_network.TimestepSampler.from_args(args, torch.Generator().manual_seed(1)),
+    flow_matching = FlowMatching(
+        Perfect(),
+        hv_train_network.Accelerator(cpu=True),
+        hv_train_network.TimestepSampler.from_args(args, torch.Generator().manual_seed(1)),
         noise=torch.Generator().manual_seed(11),
         dtype=torch.float32,
+        guidance_scale=args.guidance_scale,
     )
-    assert hv_train_network.flow_matching_loss(training, batch)[0] == 0
+    assert flow_matching.loss(batch)[0] == 0
     x, t, guidance = heard[0]
     assert 0 < t.item() <= 1000 and guidance.item() == 3000
     torch.testing.assert_close(x, (1 - t / 1000) * latents + t / 1000 * noise)
-    training.transformer.error = 0.5
-    training.noise.manual_seed(11)
-    loss, sigma = hv_train_network.flow_matching_loss(training, batch)[0].item(), heard[-1][1].item() / 1000
+    flow_matching.transformer.error = 0.5
+    flow_matching.noise.manual_seed(11)
+    loss, sigma = flow_matching.loss(batch)[0].item(), heard[-1][1].item() / 1000
     assert loss == pytest.approx(0.25 / sigma**2 if scheme == "sigma_sqrt" else 0.25, rel=1e-4)
 
 

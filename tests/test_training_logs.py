@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.media_writing import save_picture, save_video
 from utils.sample_prompts import SamplePrompt
 from utils.training_arguments import build_training_parser
-from utils.training_logs import TrainingLogs, check_logs, chosen_trackers, hide_secret, learning_rates, open_logs, without_secrets
+from utils.training_logs import TrainingLogs, check_logs, chosen_trackers, hide_secret, learning_rates, open_logs, stored_flags
 from utils.training_samples import DrawnSample
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def test_flags_are_stored_only_when_asked_for(tensorboard, wandb, tmp_path):
 
 def test_secrets_are_left_out_of_flags():
     args = argparse.Namespace(wandb_api_key=KEY, huggingface_token="hf_x", tokenizer1="t", path=Path("p"), steps=3, none=None)
-    assert without_secrets(args) == {"path": "p", "steps": 3, "tokenizer1": "t"}
+    assert stored_flags(args) == {"path": "p", "steps": 3, "tokenizer1": "t"}
 
 
 def test_hiding_without_a_secret_changes_nothing():

@@ -13,6 +13,7 @@ from utils.errors import UserError, shown
 
 MAX_SEED = 2**32 - 1
 VAE_TILE_SIZE = 256
+SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
 MAX_COUNT = 2**31 - 1  # no flag means anything beyond, and some libraries count no further
 
 N = TypeVar("N", int, float)
@@ -112,6 +113,11 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 raise UserError(
                     f"{action.option_strings[-1]} {os.fsencode(text)!r} is not UTF-8 text; write it in UTF-8, or rename the file."
                 ) from None
+
+
+def public_flags(args: argparse.Namespace) -> dict[str, object]:
+    """The flags that were given or have a default; keys and tokens are left out."""
+    return {name: value for name, value in vars(args).items() if value is not None and not name.endswith(SECRET_ENDINGS)}
 
 
 def drawn_seed() -> int:

@@ -19,7 +19,6 @@ from utils.toml_files import read_toml
 
 FLAG = "--sample_prompts"
 MAX_PROMPTS = 1000  # a file with more is not a list of prompts
-MAX_TOKENS = 2**19  # four times 129 frames of 1280 x 720
 SHOWN_CHARACTERS = 40
 
 
@@ -273,14 +272,9 @@ def _check_range(setting: _Setting, number: float, name: str, where: str) -> Non
 
 def _check_size(prompt: SamplePrompt) -> None:
     try:
-        frames, height, width = latent_size(prompt.height, prompt.width, prompt.frame_count)
+        latent_size(prompt.height, prompt.width, prompt.frame_count)
     except UserError as error:
         raise UserError(f"{prompt.where}: {error}") from error
-    if frames * height * width // 4 > MAX_TOKENS:
-        raise UserError(
-            f"{prompt.where}: {prompt.frame_count} frames of {prompt.width} x {prompt.height} are far beyond what the model draws; "
-            "make the sample smaller or shorter."
-        )
 
 
 def _kind_of(setting: _Setting) -> str:

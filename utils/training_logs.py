@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.arguments import public_flags
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
 from utils.key_values import nearest_name
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "network_train"
 TABLES = ("tensorboard", "wandb")
-SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")
 LOG_FLAGS = ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key", "log_config")
 FLUSH_SECONDS = 30  # what a killed training may lose of TensorBoard's file
 GIF_SIDE = 320  # TensorBoard shows clips as animations, which are large: every second frame, at this size
@@ -52,7 +52,8 @@ def check_logs(args: argparse.Namespace) -> None:
         UserError: a package that is not installed, a folder or a configuration that cannot be used, or a flag that is missing.
     """
     trackers = chosen_trackers(args)
-    hide_secret(sys.argv, args.wandb_api_key)
+    for secret in (args.wandb_api_key, args.huggingface_token):
+        hide_secret(sys.argv, secret)
     unused = [name for name in LOG_FLAGS if getattr(args, name)]
     if trackers and "wandb" not in trackers:
         unused = [name for name in unused if name.startswith("wandb")]
@@ -86,7 +87,7 @@ def open_logs(args: argparse.Namespace, device: torch.device, main_process: bool
     if not main_process:
         return TrainingLogs()
     config = _tracker_config(args)
-    flags = without_secrets(args) if args.log_config else {}
+    flags = stored_flags(args) if args.log_config else {}
     logs = TrainingLogs([], device)
     with kept_random_state(device):
         for name in chosen_trackers(args):
@@ -102,13 +103,11 @@ def open_logs(args: argparse.Namespace, device: torch.device, main_process: bool
     return logs
 
 
-def without_secrets(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given or have a default, as values that JSON can hold; keys and tokens are left out."""
-    flags = {name: value for name, value in sorted(vars(args).items()) if value is not None}
+def stored_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags for --log_config, by name, as values that JSON can hold; without keys and tokens."""
     return {
         name: value if isinstance(value, bool | int | float | str | list) else str(value)
-        for name, value in flags.items()
-        if not name.endswith(SECRET_ENDINGS)
+        for name, value in sorted(public_flags(args).items())
     }
 
 
@@ -176,6 +175,7 @@ class TrainingLogs:
         rates: Mapping[str, float],
         gradient_norm: float | None = None,
         seconds: float | None = None,
+        validation_loss: float | None = None,
     ) -> None:
         """One optimiser step.
 
@@ -183,8 +183,10 @@ class TrainingLogs:
             rates: what ``learning_rates`` said before the step; the schedule moves on within it.
             gradient_norm: before clipping; None where it was not computed.
             seconds: that the step took.
+            validation_loss: None where it was not measured after this step.
         """
-        values = {"loss/current": loss, "loss/average": average, "grad_norm": gradient_norm, "seconds_per_step": seconds}
+        values = {"loss/current": loss, "loss/average": average, "loss/validation": validation_loss}
+        values |= {"grad_norm": gradient_norm, "seconds_per_step": seconds}
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
         if self.trackers and self.device is not None and self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

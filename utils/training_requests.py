@@ -78,6 +78,11 @@ class TrainingRequests:
             request = Request(int(self._accelerator.gather(mine).max()))
         return request
 
+    @property
+    def signalled(self) -> bool:
+        """Whether this process was sent a signal that ``poll`` will tell of."""
+        return self._noted.is_signal
+
     def _file_request(self) -> Request:
         if not self._accelerator.is_main_process:
             return Request.NOTHING

@@ -1,0 +1,74 @@
+"""The loss of flow matching: how far the predicted velocity is from the one that leads from noise to the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
+from hunyuan_model.vae import SCALING_FACTOR
+from utils.timestep_sampling import TimestepSampler, noisy_latents, timesteps_from_uniform
+
+VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
+
+
+@dataclass
+class FlowMatching:
+    """The losses of a transformer on batches of ``dataset.batches.collate``.
+
+    Attributes:
+        noise: what noise is drawn with; on the accelerator's device.
+        dtype: what the transformer computes in.
+        guidance_scale: the distilled guidance that it is told.
+    """
+
+    transformer: nn.Module
+    accelerator: Accelerator
+    timesteps: TimestepSampler
+    noise: torch.Generator
+    dtype: torch.dtype
+    guidance_scale: float
+
+    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,) in [0, 1]."""
+        shape = batch["latents"].shape
+        noise = torch.randn(shape, generator=self.noise, device=self.accelerator.device)
+        t = self.timesteps.draw(len(noise))
+        return self.loss_at(batch, noise, t), t
+
+    def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1]."""
+        device = self.accelerator.device
+        latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
+        noisy = noisy_latents(latents, noise, t)
+        guidance = torch.full((len(latents),), self.guidance_scale * GUIDANCE_UNIT, device=device)
+        with self.accelerator.autocast():
+            velocity = self.transformer(
+                noisy.to(self.dtype),
+                t * TIMESTEPS,
+                batch["text_states"].to(device, self.dtype),
+                batch["text_mask"],  # stays on the CPU: the transformer only needs lengths
+                batch["text_states_2"].to(device, self.dtype),
+                guidance if self.transformer.config.guidance else None,
+            )
+        loss = nn.functional.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
+        weight = self.timesteps.loss_weight(t)
+        return (loss if weight is None else loss * weight).mean()
+
+    @torch.no_grad()
+    def validation_loss(self, items: Iterable[Mapping[str, Any]]) -> float:
+        """The mean loss of batches of one item each, at the same noise and timesteps every time; moves no generator."""
+        quantiles = (torch.arange(VALIDATION_TIMESTEPS, dtype=torch.float64) + 0.5) / VALIDATION_TIMESTEPS
+        timesteps = timesteps_from_uniform(quantiles, self.timesteps.settings)
+        losses = []
+        for index, item in enumerate(items):
+            generator = torch.Generator().manual_seed(index)
+            for t in timesteps.split(1):
+                noise = torch.randn(item["latents"].shape, generator=generator).to(self.accelerator.device)
+                losses.append(self.loss_at(item, noise, t).item())
+        return sum(losses) / len(losses)

@@ -6,6 +6,7 @@ An effect is a function of two runs, with the flag and without it. Most hold for
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import io
 import logging
@@ -33,6 +34,7 @@ import hunyuan_model
 from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import ModelFiles
 from hunyuan_model import vae_layers
+from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D
@@ -107,7 +109,7 @@ class Seen:
 
     Attributes:
         timesteps, guidance: that the transformer was told.
-        dtypes: that it computed in.
+        weights: dtypes of the weights of each part of the model when it computed.
         attended: rows, of all samples, in its largest attention call.
         saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
         encoded: sizes of the batches that the VAE encoded.
@@ -121,7 +123,7 @@ class Seen:
 
     timesteps: list[float] = field(default_factory=list)
     guidance: set[float] = field(default_factory=set)
-    dtypes: set[torch.dtype] = field(default_factory=set)
+    weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
     attended: int = 0
     saved_bytes: int = 0
     encoded: list[int] = field(default_factory=list)
@@ -156,7 +158,7 @@ class Run:
         self.bench.prepare(self.out)
         script = importlib.import_module(self.bench.script)
         output, errors, told = io.StringIO(), io.StringIO(), io.StringIO()
-        with watched() as (seen, patch), logged(told), redirect_stdout(output), redirect_stderr(errors):
+        with watched() as (seen, patch), little_garbage(), logged(told), redirect_stdout(output), redirect_stderr(errors):
             patch.setattr(sys, "argv", [f"{self.bench.script}.py", *self.words])
             patch.syspath_prepend(str(self.bench.places["data"]))
             patch.setattr(hub, "_hub_api", lambda token: HubStandIn(seen.hub, token, self.bench.places["data"]))
@@ -200,12 +202,13 @@ def becomes(read: Callable[[Run], Any], expected: Any) -> Callable[[Run, Run], N
     """``read`` gives ``expected`` with the flag, and something else (or a refusal) without it."""
 
     def effect(run: Run, without: Run) -> None:
-        assert read(run) == expected
+        found = read(run)
+        assert found == expected, f"{found!r} is not {expected!r}"
         try:
-            found = read(without)
+            found_without = read(without)
         except Refused:
             return
-        assert found != expected, "it is the same without the flag"
+        assert found_without != expected, f"it is {expected!r} without the flag as well"
 
     return effect
 
@@ -216,7 +219,7 @@ def refused(says: str) -> Callable[[Run, Run], None]:
     def effect(run: Run, without: Run) -> None:
         assert run.ended.status == 2 and without.done
         answer = run.ended.errors.strip().splitlines()[-1]
-        assert says in answer and "Traceback" not in run.ended.errors
+        assert says in answer and "Traceback" not in run.ended.errors, answer
 
     return effect
 
@@ -229,11 +232,6 @@ def writes(pattern: str) -> Callable[[Run, Run], None]:
 def removes(pattern: str) -> Callable[[Run, Run], None]:
     """A file or folder in the run's folder is there without the flag only."""
     return becomes(lambda run: bool(run.done and any(run.out.glob(pattern))), False)
-
-
-def tells(text: str) -> Callable[[Run, Run], None]:
-    """A line of the log, with the flag only."""
-    return becomes(lambda run: text in run.done.log, True)
 
 
 def prints(text: str) -> Callable[[Run, Run], None]:
@@ -260,7 +258,7 @@ def differs(read: Values, *, by_at_most: float | None = None) -> Callable[[Run, 
         assert changed.shape == plain.shape and torch.isfinite(changed).all()
         share = ((changed - plain).norm() / plain.norm()).item()
         assert share > 1e-6, "nothing changes"
-        assert by_at_most is None or share <= by_at_most
+        assert by_at_most is None or share <= by_at_most, f"the difference is {share:g} of the norm"
 
     return effect
 
@@ -272,7 +270,8 @@ def stays(read: Values, *, within: float = 0.0) -> Callable[[Run, Run], None]:
         changed, plain = read(run), read(without)
         assert plain and changed.keys() == plain.keys()
         assert all(torch.as_tensor(changed[name]).shape == torch.as_tensor(plain[name]).shape for name in plain)
-        assert (flat(changed) - flat(plain)).abs().max().item() <= within
+        difference = (flat(changed) - flat(plain)).abs().max().item()
+        assert difference <= within, f"values differ by up to {difference:g}"
 
     return effect
 
@@ -287,6 +286,16 @@ def flat(values: dict[str, Any]) -> torch.Tensor:
 def seen(name: str) -> Callable[[Run], Any]:
     """A field of what was seen."""
     return lambda run: getattr(run.done.seen, name)
+
+
+def computes_in(dtype: torch.dtype, *parts: str) -> Callable[[Run, Run], None]:
+    """All weights of these parts of the model."""
+    return both(*(becomes(lambda run, part=part: run.done.seen.weights[part], {dtype}) for part in parts))
+
+
+def keeps_float8(part: str) -> Callable[[Run, Run], None]:
+    """Some weights of a part of the model."""
+    return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part], True)
 
 
 def metadata(key: str, pattern: str) -> Callable[[Run], str | None]:
@@ -351,10 +360,21 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
     """Note what is done inside, without a graphics card and with stand-ins for TensorBoard and W&B."""
     seen = Seen()
 
-    def hear(_, x: torch.Tensor, t: torch.Tensor, _states: Any, _mask: Any, _pooled: Any, guidance: torch.Tensor | None) -> None:
+    def look_at(part: str, module: torch.nn.Module) -> None:
+        seen.weights[part] = {weight.dtype for weight in module.parameters()}
+
+    def hear(transformer: torch.nn.Module, _x: Any, t: torch.Tensor, *texts_and_guidance: torch.Tensor) -> None:
+        look_at("transformer", transformer)
         seen.timesteps += t.tolist()
-        seen.dtypes.add(x.dtype)
-        seen.guidance |= set() if guidance is None else set(guidance.tolist())
+        seen.guidance |= set(texts_and_guidance[-1].tolist())
+
+    def encode(vae: torch.nn.Module, x: torch.Tensor) -> None:
+        look_at("vae", vae)
+        seen.encoded.append(len(x))
+
+    def read(encoder: LlamaTextEncoder, prompts: list[str]) -> None:
+        look_at("text encoder 1", encoder.model)
+        seen.captions.append(len(prompts))
 
     def attend(q: torch.Tensor, *_: Any, **__: Any) -> None:
         seen.attended = max(seen.attended, q.shape[0] * q.shape[2])  # (B, H, L, D)
@@ -378,8 +398,10 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
         spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
         spy(patch, vae_layers, "_convolve_window", convolve)
-        spy(patch, AutoencoderKLCausal3D, "encode", lambda _, x: seen.encoded.append(len(x)))
-        spy(patch, LlamaTextEncoder, "encode", lambda _, prompts: seen.captions.append(len(prompts)))
+        spy(patch, AutoencoderKLCausal3D, "encode", encode)
+        spy(patch, AutoencoderKLCausal3D, "decode", lambda vae, _: look_at("vae", vae))
+        spy(patch, LlamaTextEncoder, "encode", read)
+        spy(patch, CLIPTextEncoder, "encode", lambda encoder, _: look_at("text encoder 2", encoder.model))
         spy(patch, ThreadPoolExecutor, "__init__", lambda _, workers=None, **__: seen.threads.append(workers))
         spy(patch, BaseProcess, "start", start)
         tensorboard = types.ModuleType("torch.utils.tensorboard")
@@ -395,6 +417,16 @@ def counting(seen: Seen) -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor.detach()
 
     return pack
+
+
+@contextmanager
+def little_garbage() -> Iterator[None]:
+    """Keep what the scripts look through between two models to what they made: pytest and the libraries hold much more."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

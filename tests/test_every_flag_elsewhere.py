@@ -20,7 +20,9 @@ from flag_rows import (
     becomes,
     both,
     check_rows,
+    computes_in,
     differs,
+    keeps_float8,
     metadata,
     narrower,
     picture,
@@ -111,7 +113,7 @@ TEXTS = (
     Row(
         "--text_encoder_dtype bfloat16", both(becomes(dtypes(states), {torch.bfloat16}), becomes(dtypes(pooled), {torch.bfloat16}))
     ),
-    Row("--fp8_llm", both(differs(states, by_at_most=0.2), stays(pooled))),
+    Row("--fp8_llm", both(keeps_float8("text encoder 1"), differs(states, by_at_most=0.2), stays(pooled))),
     Row("--device cpu", becomes(warns_of_the_cpu, False)),
     Row("--device cuda", refused("torch finds no CUDA device")),
 )
@@ -159,18 +161,18 @@ GENERATION = (
     # Models
     Row("--config_file {data}/flow_shift.toml", becomes(setting("flow_shift"), "1")),
     Row("--dit {data}/other.safetensors", other_latent),
-    Row("--dit_dtype bfloat16", both(becomes(seen("dtypes"), {torch.bfloat16}), differs(latent, by_at_most=0.2))),
-    Row("--fp8", differs(latent, by_at_most=0.2)),
+    Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), differs(latent, by_at_most=0.2))),
+    Row("--fp8", both(keeps_float8("transformer"), differs(latent, by_at_most=0.2))),
     Row("--vae {data}/other_vae", other_frame, beside=IMAGES),
-    Row("--vae_dtype bfloat16", other_frame, beside=IMAGES),
+    Row("--vae_dtype bfloat16", both(computes_in(torch.bfloat16, "vae"), other_frame), beside=IMAGES),
     Row("--vae_chunk_size 8", both(stays(frame, within=1), narrower), beside=IMAGES),
     Row("--vae_spatial_tile_sample_min_size 32", other_frame, beside=IMAGES),
     Row("--text_encoder1 {data}/other_text_encoder", other_latent),
     Row("--text_encoder2 {data}/other_text_encoder_2", other_latent),
     Row("--tokenizer1 {data}/tokenizer1", other_latent),
     Row("--tokenizer2 {data}/tokenizer2", other_latent),
-    Row("--text_encoder_dtype bfloat16", differs(latent, by_at_most=0.2)),
-    Row("--fp8_llm", differs(latent, by_at_most=0.2)),
+    Row("--text_encoder_dtype bfloat16", both(computes_in(torch.bfloat16, "text encoder 1", "text encoder 2"), other_latent)),
+    Row("--fp8_llm", both(keeps_float8("text encoder 1"), differs(latent, by_at_most=0.2))),
     Row("--device cpu", both(becomes(warns_of_the_cpu, False), stays(latent))),
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--attn_mode sdpa", stays(latent)),  # another name of the default

@@ -5,47 +5,52 @@ A row is trained twice for two steps, with the flag and without it; rows of dist
 
 from __future__ import annotations
 
-import csv
-import re
 import shutil
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import write_caches
-from flag_rows import (
-    Bench,
-    Row,
-    Run,
+from flag_effects import (
+    about,
+    alphas,
+    asked_of_the_hub,
     becomes,
+    begins_with_the_file,
+    blocks,
     both,
-    check_rows,
+    column,
     computes_in,
     differs,
+    every_four_cover_the_range,
+    half_the_memory,
+    is_nowhere,
     keeps_float8,
-    metadata,
+    largest_update,
+    length_of_first_step,
+    logged_steps,
+    lora,
+    lora_dtypes,
     narrower,
-    picture,
+    numbers,
     prints,
+    process_timeout,
+    quantile,
+    ranks,
+    rates,
     refused,
     removes,
-    rows_as_parameters,
+    sample,
     seen,
     stays,
-    write_lora,
-    write_other_models,
+    told_to_wandb,
+    trains_timesteps_in,
+    trains_whole_timesteps,
     writes,
 )
+from flag_rows import Bench, Row, check_rows, rows_as_parameters, write_lora, write_other_models
 from pytest import approx
-from safetensors.torch import load_file
-
-import hv_train_network
-from utils.lr_schedules import make_lr_scheduler, step_schedule
-from utils.timestep_sampling import TimestepSampler
 
 SCRIPT = "hv_train_network"
 BASE = (
@@ -53,143 +58,6 @@ BASE = (
     "--max_data_loader_n_workers 0 --max_train_steps 2 --learning_rate 1e-2 --loss_log {out}/loss.csv"
 )
 KEY = "0123456789abcdef0123456789abcdef01234567"
-
-
-# What is measured of a training
-
-
-def lora(run: Run) -> dict[str, torch.Tensor]:
-    return run.tensors("lora.safetensors")
-
-
-def about(key: str) -> Callable[[Run], str | None]:
-    return metadata(key, "lora.safetensors")
-
-
-def ranks(run: Run) -> set[int]:
-    return {len(value) for name, value in lora(run).items() if name.endswith("lora_down.weight")}
-
-
-def alphas(run: Run) -> set[float]:
-    return {value.item() for name, value in lora(run).items() if name.endswith("alpha")}
-
-
-def dtypes(run: Run) -> set[torch.dtype]:
-    return {value.dtype for name, value in lora(run).items() if name.endswith("weight")}
-
-
-def blocks(run: Run) -> set[str]:
-    return {"_".join(name.split("_")[2:4]) for name in lora(run)}
-
-
-def length_of_first_step(run: Run) -> float:
-    """Of the matrices that begin at zero, the only ones with a gradient then."""
-    return torch.cat([value.flatten() for name, value in lora(run).items() if name.endswith("lora_up.weight")]).norm().item()
-
-
-def largest_update(run: Run) -> float:
-    tensors = lora(run)
-    modules = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
-    factors = [[tensors[f"{module}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")] for module in modules]
-    return max((up @ down * alpha / len(down)).norm().item() for up, down, alpha in factors)
-
-
-def begins_with_the_file(run: Run, without: Run) -> None:
-    """A training that learns almost nothing saves almost what it was given."""
-    given = load_file(run.bench.places["data"] / "rank3.safetensors")
-    for trained, same in ((run, True), (without, False)):
-        found = lora(trained)
-        assert found.keys() == given.keys()
-        assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given) is same
-
-
-def numbers(pattern: str) -> Callable[[Run], list[int]]:
-    """In the names of the files and folders that are left."""
-
-    def read(run: Run) -> list[int]:
-        assert run.done
-        return sorted(int(re.search(r"\d+", path.name)[0]) for path in run.out.glob(pattern))
-
-    return read
-
-
-def column(name: str, kind: Callable[[str], Any] = str) -> Callable[[Run], list[Any]]:
-    """A column of the loss log."""
-
-    def read(run: Run) -> list[Any]:
-        with open(run.file("loss.csv"), encoding="utf-8", newline="") as file:
-            return [kind(line[name]) for line in csv.DictReader(file)]
-
-    return read
-
-
-def rates(run: Run) -> list[float]:
-    """The learning rates of the schedule, without a training."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.args.learning_rate)
-    scheduler, found = make_lr_scheduler(run.args, optimizer, run.args.max_train_steps), []
-    for _ in range(run.args.max_train_steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        step_schedule(scheduler, loss=1.0)
-    return found
-
-
-def drawn(run: Run, count: int = 1 << 16) -> torch.Tensor:
-    """Timesteps t in [0, 1], without a training."""
-    return TimestepSampler.from_args(run.args, torch.Generator().manual_seed(5)).draw(count)
-
-
-def quantile(share: float, expected: float) -> Callable[[Run, Run], None]:
-    """Of the timesteps drawn."""
-    return becomes(lambda run: drawn(run).quantile(share).item(), approx(expected, abs=0.01))
-
-
-def every_four_cover_the_range(run: Run) -> bool:
-    quarters = (4 * drawn(run, 4000)).floor().view(-1, 4).sort(dim=1).values
-    return bool((quarters == torch.arange(4)).all())
-
-
-def trains_whole_timesteps(run: Run) -> bool:
-    return all(abs(t - round(t)) < 1e-3 for t in run.done.seen.timesteps)
-
-
-def trains_timesteps_in(low: float, high: float) -> Callable[[Run, Run], None]:
-    return becomes(lambda run: all(low <= t <= high for t in run.done.seen.timesteps), True)
-
-
-def sample(run: Run) -> dict[str, Any]:
-    return picture(run, "sample/*.png")
-
-
-def logged_steps(run: Run) -> list[int]:
-    return [step for writer in run.done.seen.writers for name, _, step in writer.scalars if name == "loss/current"]
-
-
-def asked_of_the_hub(method: str, argument: str) -> Callable[[Run], list[Any]]:
-    return lambda run: [options[argument] for name, options in run.done.seen.hub if name == method]
-
-
-def told_to_wandb(name: str) -> Callable[[Run], Any]:
-    return lambda run: run.done.seen.wandb.get(name)
-
-
-def is_nowhere(secret: str) -> Callable[[Run, Run], None]:
-    def effect(run: Run, without: Run) -> None:
-        files = [path for path in run.out.rglob("*") if path.is_file()]
-        assert files and not any(secret.encode() in path.read_bytes() for path in files)
-        assert secret not in repr(run.done).replace(f"'key': '{secret}'", "").replace(f"'token': '{secret}'", "")
-
-    return effect
-
-
-def process_timeout(run: Run) -> timedelta | None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    handler = hv_train_network.make_accelerator(run.args).init_handler
-    return handler and handler.timeout
-
-
-def half_the_memory(run: Run, without: Run) -> None:
-    assert 0 < run.done.seen.saved_bytes < without.done.seen.saved_bytes / 2
 
 
 other_lora, same_lora = differs(lora), stays(lora)
@@ -225,7 +93,7 @@ ROWS = (
     Row("--max_train_steps 3", becomes(column("step"), ["1", "2", "3"])),
     Row("--max_train_epochs 2", becomes(column("step"), ["1", "2", "3", "4"])),
     Row("--gradient_accumulation_steps 2", becomes(column("epoch"), ["1", "2"])),
-    Row("--mixed_precision bf16", both(becomes(about("ss_mixed_precision"), "bf16"), becomes(dtypes, {torch.bfloat16}))),
+    Row("--mixed_precision bf16", both(becomes(about("ss_mixed_precision"), "bf16"), becomes(lora_dtypes, {torch.bfloat16}))),
     Row("--mixed_precision fp16", refused("--mixed_precision fp16 needs a CUDA device")),
     Row("--validation_split 0.5", becomes(column("validation_loss", bool), [False, True])),
     Row("--validate_every_n_steps 1", becomes(column("validation_loss", bool), [True, True]), beside="--validation_split 0.5"),
@@ -306,7 +174,7 @@ ROWS = (
     Row("--save_state", both(writes("lora-state"), writes("lora-step00000001-state")), beside="--save_every_n_steps 1"),
     Row("--save_state_on_train_end", writes("lora-state")),
     Row("--resume {data}/state", both(becomes(column("step"), ["3"]), same_lora), beside="--max_train_steps 3"),
-    Row("--save_precision bf16", becomes(dtypes, {torch.bfloat16})),
+    Row("--save_precision bf16", becomes(lora_dtypes, {torch.bfloat16})),
     Row("--loss_log {out}/other.csv", writes("other.csv")),
     # Samples while training
     Row("--sample_prompts {data}/prompts.txt", writes("sample/lora_000000_00_*_7.png"), beside=f"{MODELS} --sample_at_first"),

@@ -8,71 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from conftest import write_caches
-from flag_rows import (
-    Bench,
-    Row,
-    Run,
+from flag_effects import (
+    as_plain,
     becomes,
     both,
-    check_rows,
+    columns,
     computes_in,
     differs,
+    dtypes,
+    frame,
+    frames_per_second,
+    holds_prompt,
     keeps_float8,
-    metadata,
+    latent,
+    latents,
     narrower,
-    picture,
+    pooled,
     prints,
     refused,
     removes,
-    rows_as_parameters,
     seen,
+    setting,
+    shape,
+    states,
     stays,
-    write_lora,
-    write_other_models,
+    warns_of_the_cpu,
     writes,
 )
+from flag_rows import Bench, Row, check_rows, rows_as_parameters, write_lora, write_other_models
 from PIL import Image
-
-from dataset.cache_files import read_latents, read_text
-
-# What is measured of the caching scripts. Every run finds the caches of an earlier one, and one that belongs to nothing.
-
-
-def latents(run: Run) -> dict[str, torch.Tensor]:
-    """Of the two pictures."""
-    assert run.done
-    return {stem: read_latents(run.out / "cache" / f"{stem}_0288x0064_hv.safetensors") for stem in "ab"}
-
-
-def states(run: Run) -> dict[str, torch.Tensor]:
-    """Of text encoder 1, for the two captions."""
-    assert run.done
-    return {stem: read_text(run.out / "cache" / f"{stem}_hv_te.safetensors").llm for stem in "ab"}
-
-
-def pooled(run: Run) -> dict[str, torch.Tensor]:
-    """Of text encoder 2."""
-    assert run.done
-    return {stem: read_text(run.out / "cache" / f"{stem}_hv_te.safetensors").clip for stem in "ab"}
-
-
-def dtypes(read: Callable[[Run], dict[str, torch.Tensor]]) -> Callable[[Run], set[torch.dtype]]:
-    return lambda run: {tensor.dtype for tensor in read(run).values()}
-
-
-def warns_of_the_cpu(run: Run) -> bool:
-    return "torch finds no CUDA device" in run.done.log
-
-
-def columns(run: Run) -> set[int]:
-    """Of what is drawn in the terminal."""
-    return {line.count("▀") for line in run.done.output.splitlines() if "▀" in line}
-
 
 CONSOLE = "--debug_mode console"
 UNCAPTIONED = "--dataset_config {out}/uncaptioned.toml"
@@ -117,41 +85,6 @@ TEXTS = (
     Row("--device cpu", becomes(warns_of_the_cpu, False)),
     Row("--device cuda", refused("torch finds no CUDA device")),
 )
-
-# What is measured of generation
-
-
-def latent(run: Run) -> dict[str, torch.Tensor]:
-    return run.tensors("*_latent.safetensors")
-
-
-def shape(run: Run) -> tuple[int, ...]:
-    """Of the latent: channels, frames, height and width over 8."""
-    return tuple(latent(run)["latent"].shape)
-
-
-def setting(key: str) -> Callable[[Run], str | None]:
-    return metadata(key, "*_latent.safetensors")
-
-
-def frame(run: Run) -> dict[str, np.ndarray]:
-    return picture(run, "*/00000.png")
-
-
-def frames_per_second(run: Run) -> int:
-    with av.open(str(run.file("*.mp4"))) as container:
-        return int(container.streams.video[0].average_rate)
-
-
-def as_plain(run: Run, _without: Run) -> None:
-    """The latent is that of a run without any of the flags."""
-    stays(latent)(run, run.bench.run(""))
-
-
-def holds_prompt(run: Run) -> bool:
-    with Image.open(run.file("*/00000.png")) as image:
-        return "prompt" in image.text
-
 
 other_latent, other_frame = differs(latent), differs(frame)
 LORA = "--lora_weight {data}/rank3.safetensors"

@@ -1,0 +1,348 @@
+"""What rows of flags measure: effects, and what they read of a run.
+
+An effect is a function of two runs, with the flag and without it. Most hold for the first and not for the second.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from flag_rows import Refused, Run
+from PIL import Image
+from pytest import approx
+from safetensors.torch import load_file
+
+import hv_train_network
+from dataset.cache_files import read_latents, read_text
+from utils.lr_schedules import make_lr_scheduler, step_schedule
+from utils.safetensors_io import read_header
+from utils.timestep_sampling import TimestepSampler
+
+
+def becomes(read: Callable[[Run], Any], expected: Any) -> Callable[[Run, Run], None]:
+    """``read`` gives ``expected`` with the flag, and something else (or a refusal) without it."""
+
+    def effect(run: Run, without: Run) -> None:
+        found = read(run)
+        assert found == expected, f"{found!r} is not {expected!r}"
+        try:
+            found_without = read(without)
+        except Refused:
+            return
+        assert found_without != expected, f"it is {expected!r} without the flag as well"
+
+    return effect
+
+
+def refused(says: str) -> Callable[[Run, Run], None]:
+    """Status 2 with a sentence that holds ``says``; without the flag the script works."""
+
+    def effect(run: Run, without: Run) -> None:
+        assert run.ended.status == 2 and without.done
+        answer = run.ended.errors.strip().splitlines()[-1]
+        assert says in answer and "Traceback" not in run.ended.errors, answer
+
+    return effect
+
+
+def writes(pattern: str) -> Callable[[Run, Run], None]:
+    """A file or folder in the run's folder is there with the flag only."""
+    return becomes(lambda run: bool(run.done and any(run.out.glob(pattern))), True)
+
+
+def removes(pattern: str) -> Callable[[Run, Run], None]:
+    """A file or folder in the run's folder is there without the flag only."""
+    return becomes(lambda run: bool(run.done and any(run.out.glob(pattern))), False)
+
+
+def prints(text: str) -> Callable[[Run, Run], None]:
+    """On stdout, with the flag only."""
+    return becomes(lambda run: text in run.done.output, True)
+
+
+def both(*effects: Callable[[Run, Run], None]) -> Callable[[Run, Run], None]:
+    def effect(run: Run, without: Run) -> None:
+        for one in effects:
+            one(run, without)
+
+    return effect
+
+
+Values = Callable[[Run], dict[str, Any]]
+
+
+def differs(read: Values, *, by_at_most: float | None = None) -> Callable[[Run, Run], None]:
+    """The same tensors with other values; ``by_at_most`` as a share of their norm."""
+
+    def effect(run: Run, without: Run) -> None:
+        changed, plain = flat(read(run)), flat(read(without))
+        assert changed.shape == plain.shape and torch.isfinite(changed).all()
+        share = ((changed - plain).norm() / plain.norm()).item()
+        assert share > 1e-6, "nothing changes"
+        assert by_at_most is None or share <= by_at_most, f"the difference is {share:g} of the norm"
+
+    return effect
+
+
+def stays(read: Values, *, within: float = 0.0) -> Callable[[Run, Run], None]:
+    """The same tensors to the bit, or with differences up to ``within``."""
+
+    def effect(run: Run, without: Run) -> None:
+        changed, plain = read(run), read(without)
+        assert plain and changed.keys() == plain.keys()
+        assert all(torch.as_tensor(changed[name]).shape == torch.as_tensor(plain[name]).shape for name in plain)
+        difference = (flat(changed) - flat(plain)).abs().max().item()
+        assert difference <= within, f"values differ by up to {difference:g}"
+
+    return effect
+
+
+def flat(values: dict[str, Any]) -> torch.Tensor:
+    return torch.cat([torch.as_tensor(values[name]).double().flatten() for name in sorted(values)])
+
+
+# What several scripts have
+
+
+def seen(name: str) -> Callable[[Run], Any]:
+    """A field of what was seen."""
+    return lambda run: getattr(run.done.seen, name)
+
+
+def computes_in(dtype: torch.dtype, *parts: str) -> Callable[[Run, Run], None]:
+    """All weights of these parts of the model."""
+    return both(*(becomes(lambda run, part=part: run.done.seen.weights[part], {dtype}) for part in parts))
+
+
+def keeps_float8(part: str) -> Callable[[Run, Run], None]:
+    """Some weights of a part of the model."""
+    return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part], True)
+
+
+def metadata(key: str, pattern: str) -> Callable[[Run], str | None]:
+    """A key of the metadata of a safetensors file."""
+    return lambda run: read_header(run.file(pattern)).metadata.get(key)
+
+
+def picture(run: Run, pattern: str) -> dict[str, np.ndarray]:
+    with Image.open(run.file(pattern)) as image:
+        return {"pixels": np.asarray(image.convert("RGB")).astype(int)}
+
+
+def narrower(run: Run, without: Run) -> None:
+    """The VAE's convolutions see what 8 columns depend on at once, twice as many columns where they halve them."""
+    assert run.done.seen.widest <= 18 < without.done.seen.widest
+
+
+# Of training
+
+
+def lora(run: Run) -> dict[str, torch.Tensor]:
+    return run.tensors("lora.safetensors")
+
+
+def about(key: str) -> Callable[[Run], str | None]:
+    return metadata(key, "lora.safetensors")
+
+
+def ranks(run: Run) -> set[int]:
+    return {len(value) for name, value in lora(run).items() if name.endswith("lora_down.weight")}
+
+
+def alphas(run: Run) -> set[float]:
+    return {value.item() for name, value in lora(run).items() if name.endswith("alpha")}
+
+
+def lora_dtypes(run: Run) -> set[torch.dtype]:
+    return {value.dtype for name, value in lora(run).items() if name.endswith("weight")}
+
+
+def blocks(run: Run) -> set[str]:
+    return {"_".join(name.split("_")[2:4]) for name in lora(run)}
+
+
+def length_of_first_step(run: Run) -> float:
+    """Of the matrices that begin at zero, the only ones with a gradient then."""
+    return torch.cat([value.flatten() for name, value in lora(run).items() if name.endswith("lora_up.weight")]).norm().item()
+
+
+def largest_update(run: Run) -> float:
+    tensors = lora(run)
+    modules = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
+    factors = [[tensors[f"{module}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")] for module in modules]
+    return max((up @ down * alpha / len(down)).norm().item() for up, down, alpha in factors)
+
+
+def begins_with_the_file(run: Run, without: Run) -> None:
+    """A training that learns almost nothing saves almost what it was given."""
+    given = load_file(run.bench.places["data"] / "rank3.safetensors")
+    for trained, same in ((run, True), (without, False)):
+        found = lora(trained)
+        assert found.keys() == given.keys()
+        assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given) is same
+
+
+def numbers(pattern: str) -> Callable[[Run], list[int]]:
+    """In the names of the files and folders that are left."""
+
+    def read(run: Run) -> list[int]:
+        assert run.done
+        return sorted(int(re.search(r"\d+", path.name)[0]) for path in run.out.glob(pattern))
+
+    return read
+
+
+def column(name: str, kind: Callable[[str], Any] = str) -> Callable[[Run], list[Any]]:
+    """A column of the loss log."""
+
+    def read(run: Run) -> list[Any]:
+        with open(run.file("loss.csv"), encoding="utf-8", newline="") as file:
+            return [kind(line[name]) for line in csv.DictReader(file)]
+
+    return read
+
+
+def rates(run: Run) -> list[float]:
+    """The learning rates of the schedule, without a training."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.args.learning_rate)
+    scheduler, found = make_lr_scheduler(run.args, optimizer, run.args.max_train_steps), []
+    for _ in range(run.args.max_train_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        step_schedule(scheduler, loss=1.0)
+    return found
+
+
+def drawn(run: Run, count: int = 1 << 16) -> torch.Tensor:
+    """Timesteps t in [0, 1], without a training."""
+    return TimestepSampler.from_args(run.args, torch.Generator().manual_seed(5)).draw(count)
+
+
+def quantile(share: float, expected: float) -> Callable[[Run, Run], None]:
+    """Of the timesteps drawn."""
+    return becomes(lambda run: drawn(run).quantile(share).item(), approx(expected, abs=0.01))
+
+
+def every_four_cover_the_range(run: Run) -> bool:
+    quarters = (4 * drawn(run, 4000)).floor().view(-1, 4).sort(dim=1).values
+    return bool((quarters == torch.arange(4)).all())
+
+
+def trains_whole_timesteps(run: Run) -> bool:
+    return all(abs(t - round(t)) < 1e-3 for t in run.done.seen.timesteps)
+
+
+def trains_timesteps_in(low: float, high: float) -> Callable[[Run, Run], None]:
+    return becomes(lambda run: all(low <= t <= high for t in run.done.seen.timesteps), True)
+
+
+def sample(run: Run) -> dict[str, Any]:
+    return picture(run, "sample/*.png")
+
+
+def logged_steps(run: Run) -> list[int]:
+    return [step for writer in run.done.seen.writers for name, _, step in writer.scalars if name == "loss/current"]
+
+
+def asked_of_the_hub(method: str, argument: str) -> Callable[[Run], list[Any]]:
+    return lambda run: [options[argument] for name, options in run.done.seen.hub if name == method]
+
+
+def told_to_wandb(name: str) -> Callable[[Run], Any]:
+    return lambda run: run.done.seen.wandb.get(name)
+
+
+def is_nowhere(secret: str) -> Callable[[Run, Run], None]:
+    def effect(run: Run, without: Run) -> None:
+        files = [path for path in run.out.rglob("*") if path.is_file()]
+        assert files and not any(secret.encode() in path.read_bytes() for path in files)
+        assert secret not in repr(run.done).replace(f"'key': '{secret}'", "").replace(f"'token': '{secret}'", "")
+
+    return effect
+
+
+def process_timeout(run: Run) -> timedelta | None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handler = hv_train_network.make_accelerator(run.args).init_handler
+    return handler and handler.timeout
+
+
+def half_the_memory(run: Run, without: Run) -> None:
+    assert 0 < run.done.seen.saved_bytes < without.done.seen.saved_bytes / 2
+
+
+# Of the caching scripts
+
+
+def latents(run: Run) -> dict[str, torch.Tensor]:
+    """Of the two pictures."""
+    assert run.done
+    return {stem: read_latents(run.out / "cache" / f"{stem}_0288x0064_hv.safetensors") for stem in "ab"}
+
+
+def states(run: Run) -> dict[str, torch.Tensor]:
+    """Of text encoder 1, for the two captions."""
+    assert run.done
+    return {stem: read_text(run.out / "cache" / f"{stem}_hv_te.safetensors").llm for stem in "ab"}
+
+
+def pooled(run: Run) -> dict[str, torch.Tensor]:
+    """Of text encoder 2."""
+    assert run.done
+    return {stem: read_text(run.out / "cache" / f"{stem}_hv_te.safetensors").clip for stem in "ab"}
+
+
+def dtypes(read: Callable[[Run], dict[str, torch.Tensor]]) -> Callable[[Run], set[torch.dtype]]:
+    return lambda run: {tensor.dtype for tensor in read(run).values()}
+
+
+def warns_of_the_cpu(run: Run) -> bool:
+    return "torch finds no CUDA device" in run.done.log
+
+
+def columns(run: Run) -> set[int]:
+    """Of what is drawn in the terminal."""
+    return {line.count("▀") for line in run.done.output.splitlines() if "▀" in line}
+
+
+# Of generation
+
+
+def latent(run: Run) -> dict[str, torch.Tensor]:
+    return run.tensors("*_latent.safetensors")
+
+
+def shape(run: Run) -> tuple[int, ...]:
+    """Of the latent: channels, frames, height and width over 8."""
+    return tuple(latent(run)["latent"].shape)
+
+
+def setting(key: str) -> Callable[[Run], str | None]:
+    return metadata(key, "*_latent.safetensors")
+
+
+def frame(run: Run) -> dict[str, np.ndarray]:
+    return picture(run, "*/00000.png")
+
+
+def frames_per_second(run: Run) -> int:
+    with av.open(str(run.file("*.mp4"))) as container:
+        return int(container.streams.video[0].average_rate)
+
+
+def as_plain(run: Run, _without: Run) -> None:
+    """The latent is that of a run without any of the flags."""
+    stays(latent)(run, run.bench.run(""))
+
+
+def holds_prompt(run: Run) -> bool:
+    with Image.open(run.file("*/00000.png")) as image:
+        return "prompt" in image.text

@@ -1,0 +1,207 @@
+"""Looking on while a script runs in this process: what it computes in, reads, starts and tells others, without a graphics card."""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hunyuan_model import vae_layers
+from hunyuan_model.text_encoder_clip import CLIPTextEncoder
+from hunyuan_model.text_encoder_llm import LlamaTextEncoder
+from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from hunyuan_model.vae import AutoencoderKLCausal3D
+
+
+@dataclass
+class Seen:
+    """What a run did inside.
+
+    Attributes:
+        timesteps, guidance: that the transformer was told.
+        weights: dtypes of the weights of each part of the model when it computed.
+        attended: rows, of all samples, in its largest attention call.
+        saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
+        encoded: sizes of the batches that the VAE encoded.
+        captions: sizes of the batches that text encoder 1 read.
+        widest: columns that a convolution of the VAE saw at once.
+        threads: sizes of the thread pools.
+        processes: that were started.
+        writers, wandb: of TensorBoard and W&B.
+        hub: calls and their arguments.
+    """
+
+    timesteps: list[float] = field(default_factory=list)
+    guidance: set[float] = field(default_factory=set)
+    weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
+    attended: int = 0
+    saved_bytes: int = 0
+    encoded: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    widest: int = 0
+    threads: list[int] = field(default_factory=list)
+    processes: int = 0
+    writers: list[Writer] = field(default_factory=list)
+    wandb: dict[str, Any] = field(default_factory=dict)
+    hub: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+def spy(patch: pytest.MonkeyPatch, owner: object, name: str, note: Callable[..., None]) -> None:
+    """Have ``note`` called with the arguments of a function before the function itself."""
+    plain = getattr(owner, name)
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        note(*arguments, **options)
+        return plain(*arguments, **options)
+
+    patch.setattr(owner, name, noting)
+
+
+@contextmanager
+def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
+    """Note what is done inside, without a graphics card and with stand-ins for TensorBoard and W&B."""
+    seen = Seen()
+
+    def look_at(part: str, module: torch.nn.Module) -> None:
+        seen.weights[part] = {weight.dtype for weight in module.parameters()}
+
+    def hear(transformer: torch.nn.Module, _x: Any, t: torch.Tensor, *texts_and_guidance: torch.Tensor) -> None:
+        look_at("transformer", transformer)
+        seen.timesteps += t.tolist()
+        seen.guidance |= set(texts_and_guidance[-1].tolist())
+
+    def encode(vae: torch.nn.Module, x: torch.Tensor) -> None:
+        look_at("vae", vae)
+        seen.encoded.append(len(x))
+
+    def read(encoder: LlamaTextEncoder, prompts: list[str]) -> None:
+        look_at("text encoder 1", encoder.model)
+        seen.captions.append(len(prompts))
+
+    def attend(q: torch.Tensor, *_: Any, **__: Any) -> None:
+        seen.attended = max(seen.attended, q.shape[0] * q.shape[2])  # (B, H, L, D)
+
+    def convolve(window: torch.Tensor, *_: Any) -> None:
+        seen.widest = max(seen.widest, window.shape[4])
+
+    def start(_: BaseProcess) -> None:
+        seen.processes += 1
+
+    def open_writer(folder: str, **options: Any) -> Writer:
+        Path(folder).mkdir(parents=True)
+        seen.writers.append(Writer(Path(folder), options))
+        return seen.writers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("WANDB_API_KEY", "")  # so that what a run leaves there goes
+        patch.delenv("WANDB_API_KEY")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        spy(patch, HYVideoDiffusionTransformer, "forward", hear)
+        spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
+        spy(patch, vae_layers, "_convolve_window", convolve)
+        spy(patch, AutoencoderKLCausal3D, "encode", encode)
+        spy(patch, AutoencoderKLCausal3D, "decode", lambda vae, _: look_at("vae", vae))
+        spy(patch, LlamaTextEncoder, "encode", read)
+        spy(patch, CLIPTextEncoder, "encode", lambda encoder, _: look_at("text encoder 2", encoder.model))
+        spy(patch, ThreadPoolExecutor, "__init__", lambda _, workers=None, **__: seen.threads.append(workers))
+        spy(patch, BaseProcess, "start", start)
+        tensorboard = types.ModuleType("torch.utils.tensorboard")
+        tensorboard.SummaryWriter = open_writer
+        patch.setitem(sys.modules, tensorboard.__name__, tensorboard)
+        patch.setitem(sys.modules, "wandb", wandb_stand_in(seen.wandb))
+        yield seen, patch
+
+
+def counting(seen: Seen) -> Callable[[torch.Tensor], torch.Tensor]:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.saved_bytes += tensor.nbytes
+        return tensor.detach()
+
+    return pack
+
+
+@contextmanager
+def little_garbage() -> Iterator[None]:
+    """Keep what the scripts look through between two models to what they made: pytest and the libraries hold much more."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def logged(told: io.StringIO) -> Iterator[None]:
+    """Everything that is logged inside, as the scripts have it on stderr."""
+    handler, root = logging.StreamHandler(told), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+@dataclass
+class Writer:
+    """In place of torch.utils.tensorboard.SummaryWriter."""
+
+    folder: Path
+    options: dict[str, Any]
+    scalars: list[tuple[str, float, int]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.texts[name] = text
+
+    def close(self) -> None: ...
+
+
+def wandb_stand_in(noted: dict[str, Any]) -> types.ModuleType:
+    """In place of the package wandb; ``noted`` gets the settings, the key, and the steps that were logged."""
+    module, run = types.ModuleType("wandb"), types.SimpleNamespace()
+    run.log = lambda values, step: noted["steps"].append(step)
+    run.finish = lambda: None
+
+    def init(**settings: Any) -> types.SimpleNamespace:
+        noted.update(settings, key=os.environ.get("WANDB_API_KEY"), argv=list(sys.argv), steps=[])
+        return run
+
+    module.init = init
+    return module
+
+
+class HubStandIn:
+    """In place of the hub: notes every call, and has ``copy`` for those who download."""
+
+    def __init__(self, calls: list[tuple[str, dict[str, Any]]], token: str | None, copy: Path) -> None:
+        self._calls, self._copy = calls, copy
+        calls.append(("log in", {"token": token}))
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(repo_id: str, **options: Any) -> Any:
+            self._calls.append((method, {"repo_id": repo_id, **options}))
+            done: Future = Future()
+            done.set_result(str(self._copy))
+            return done if options.get("run_as_future") else str(self._copy)
+
+        return call

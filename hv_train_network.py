@@ -53,7 +53,7 @@ from networks.network_module import call_if_there, create_network, import_networ
 from utils.arguments import drawn_seed, public_flags
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
-from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, run_script
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
 from utils.files import require_file, require_writable_folder
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
@@ -108,9 +108,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's."""
     try:
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
-        return Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
-    except ValueError as error:
-        raise UserError(f"accelerate refuses this setup: {error}.") from error
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate refuses this setup: {first_line(error).rstrip('.')}.") from error
+    if accelerator.mixed_precision not in SAVE_DTYPES:
+        raise UserError(
+            f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "
+            "Use bf16; --fp8_base keeps the frozen weights in float8."
+        )
+    return accelerator
 
 
 @dataclass(frozen=True)

@@ -197,10 +197,12 @@ def prepare_environment(test: bool) -> None:
 # The five stages, and the pictures that show what came of them
 
 # How the LoRA is trained: enough for the toy model to learn the new shape, in less than three minutes on two processor cores.
-TRAIN_STEPS = 600
-LORA_RANK = 8
-LORA_ALPHA = 8  # as the rank: the update is scaled by alpha / rank
-LEARNING_RATE = "2e-3"
+TRAIN_STEPS = 1600
+LORA_RANK = 16
+LORA_ALPHA = 16  # as the rank: the update is scaled by alpha / rank
+LEARNING_RATE = "1.5e-3"
+LR_SCHEDULER = "cosine"
+NETWORK_ARGS = ["include_patterns=['.*mod.*']"]  # also the modulation, which is left out by default: it carries colours
 TIMESTEP_SAMPLING = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0"]
 TRAIN_THREADS = 2  # more of them only wait for each other on a model as small as this
 
@@ -251,7 +253,9 @@ def stages(python: Path, accelerate: Path, output: Path, train_steps: int = TRAI
     text = [python, "cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--batch_size", "16", *cpu]
     train = [accelerate, *launch, "hv_train_network.py", *dit, "--dataset_config", config]
     train += ["--sdpa", "--mixed_precision", "no", "--optimizer_type", "adamw", "--learning_rate", LEARNING_RATE]
+    train += ["--lr_scheduler", LR_SCHEDULER]
     train += ["--network_module", "networks.lora", "--network_dim", LORA_RANK, "--network_alpha", LORA_ALPHA]
+    train += ["--network_args", *NETWORK_ARGS]
     train += [*TIMESTEP_SAMPLING, "--max_train_steps", train_steps, "--max_data_loader_n_workers", "0", "--seed", "42"]
     train += ["--output_dir", results.lora.parent, "--output_name", results.lora.stem, "--loss_log", results.losses]
     curve = [python, "-m", "examples.toy.loss_curve", "--input", results.losses, "--output", results.loss_curve]

@@ -1,4 +1,4 @@
-"""Random damage to what users write and copy (TOML, JSONL, captions, safetensors files): nothing but UserError comes out."""
+"""Random damage to what users write and copy (TOML, JSONL, captions, prompts, safetensors): nothing but UserError comes out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from networks.lora_files import check_lora_file, read_lora
 from utils.config_files import parse_with_config
 from utils.errors import UserError
 from utils.safetensors_io import read_header, read_tensors
+from utils.sample_prompts import PROMPT_OPTIONS, read_sample_prompts
 from utils.training_arguments import build_training_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -129,6 +130,39 @@ def test_jsonl_lines(tmp_path, lines, tail):
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
     with only_user_errors():
         require_captions(list_items(DatasetConfig(0, "image", None, path, tmp_path / "cache")))
+
+
+options = st.sampled_from([*PROMPT_OPTIONS, "--n", "--", "---w", "--w=", "#"])
+prompt_words = st.lists(st.one_of(text, options, scalars.map(str), st.integers(-20, 600).map(str)), max_size=8)
+
+
+@FUZZ
+@given(lines=st.lists(prompt_words.map(" ".join), max_size=4), tail=st.binary(max_size=3))
+def test_prompt_lines(tmp_path, lines, tail):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
+    with only_user_errors():
+        assert all(prompt.width % 16 == 0 for prompt in read_sample_prompts(path))
+
+
+@FUZZ
+@given(
+    document=st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.dictionaries(
+                st.one_of(text, st.sampled_from(["prompt", "prompts", "subset", "width", "frame_count", "seed"])), inner, max_size=4
+            ),
+        ),
+        max_leaves=8,
+    )
+)
+def test_prompt_tables(tmp_path, document):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with only_user_errors():
+        assert read_sample_prompts(path)
 
 
 @FUZZ

@@ -20,7 +20,7 @@ from examples.toy.zorp import PINK, TEAL
 from utils.loss_log import LossLog
 
 ZORPS, KNOWN = ("pictures", "clips"), ("known_pictures", "known_clips")
-SMALL = 200_000  # bytes that a data set in the repository may take
+SMALL = 400_000  # bytes that a data set in the repository may take
 
 
 @pytest.fixture(scope="module")

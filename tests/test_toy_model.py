@@ -54,8 +54,9 @@ def test_the_model_is_small_and_has_the_published_key_names():
 
 def test_held_out_prompts_are_drawn(clips, prompts):
     scores = right(clips, prompts)
-    # Twice what guessing reaches, at least; shapes are not asked for, since the shipped weights do not draw them clearly yet.
-    assert scores["background"] >= 0.9 * NUMBER and scores["colour"] >= 0.5 * NUMBER and scores["motion"] >= 0.45 * NUMBER, scores
+    # What 200 prompts score (see the model's README), with room for chance on so few.
+    assert scores["background"] >= 0.95 * NUMBER and scores["colour"] >= 0.85 * NUMBER and scores["motion"] >= 0.8 * NUMBER, scores
+    assert scores["shape"] >= 0.4 * NUMBER, scores
 
 
 def test_it_is_the_prompt_that_decides(clips, prompts):
@@ -69,7 +70,8 @@ def test_pictures_and_longer_clips_are_drawn_too():
         prompts = scoring.held_out_prompts(number, frames, first_seed=700)
         readings = [read(clip).right(prompt.attributes) for clip, prompt in zip(drawn(model, prompts, frames=frames), prompts)]
         assert sum(reading["background"] for reading in readings) >= 0.9 * number
-        assert sum(reading["colour"] for reading in readings) >= 0.3 * number
+        assert sum(reading["colour"] for reading in readings) >= 0.8 * number
+        assert frames > 1 or sum(reading["shape"] for reading in readings) >= 0.7 * number
 
 
 def test_float8_weights_draw_as_well(clips, prompts):

@@ -86,6 +86,14 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing():
     assert [longer.pace(step) for step in range(60)] == rates[:60]
 
 
+def test_a_run_that_is_given_more_steps_rises_at_once_and_falls_at_its_new_end():
+    first = Recipe(steps=90, learning_rate=1.0, warm_up=10)
+    both = dataclasses.replace(first, steps=150, earlier_ends=(90,))
+    assert [both.pace(step) for step in range(90)] == [first.pace(step) for step in range(90)]
+    rates = [both.pace(step) for step in range(90, 150)]
+    assert set(rates[:41]) == {1.0} and rates[50] == pytest.approx(0.5) and 0 < rates[59] < 0.1
+
+
 def test_the_vae_begins_with_a_straight_path_and_learns(tmp_path):
     vae = pretrain_vae.new_vae()
     losses = pretrain_vae.VAELosses(vae)
@@ -173,10 +181,11 @@ def test_readers_learn_and_unknown_words_have_an_answer_of_their_own(tmp_path):
 def small_recipes(monkeypatch):
     """The same stages, a few steps each and with few clips."""
     for stage in (pretrain_vae, pretrain_text, pretrain_transformer):
-        monkeypatch.setattr(stage, "RECIPE", dataclasses.replace(stage.RECIPE, steps=2, warm_up=1))
+        monkeypatch.setattr(stage, "RECIPE", dataclasses.replace(stage.RECIPE, steps=2, warm_up=1, earlier_ends=()))
     monkeypatch.setattr(pretrain_vae, "PICTURE_STEPS", 1)
     monkeypatch.setattr(pretrain_transformer, "CLIPS_OF", {1: 8, 9: 8})
-    monkeypatch.setattr(pretrain_transformer, "FRAMES_OF_STEPS", (1, 9))
+    monkeypatch.setattr(pretrain_transformer, "PICTURES_FIRST", (1, 9))
+    monkeypatch.setattr(pretrain_transformer, "CLIPS_FROM", 100)
     monkeypatch.setattr(pretrain_transformer, "BATCH_SIZE", 4)
 
 
@@ -199,13 +208,19 @@ def test_all_stages_write_what_the_library_loads(tmp_path, small_recipes, monkey
         assert vae.decode(velocity).shape == (1, 3, 9, 64, 64)
 
 
-def test_batches_of_the_flow_loss_have_one_text_length(tmp_path, small_recipes):
+@pytest.fixture
+def flow_losses(tmp_path, small_recipes):
+    """The loss of the transformer, on a few clips, with networks that have learnt nothing."""
     tokenizers = pretrain_text.write_tokenizers(tmp_path / "llama", tmp_path / "clip")
     pretrain_text.write_encoders(pretrain_text.Readers(*tokenizers), tmp_path / "llama", tmp_path / "clip")
     placed = {"device": "cpu", "dtype": torch.float32}
     llama, clip = load_text_encoder_1(tmp_path / "llama", **placed), load_text_encoder_2(tmp_path / "clip", **placed)
     pool = pretrain_transformer.latent_pool(pretrain_vae.new_vae(), tmp_path, lambda: None)
-    losses = pretrain_transformer.FlowLosses(pretrain_transformer.new_transformer(), pool, llama, clip)
+    return pretrain_transformer.FlowLosses(pretrain_transformer.new_transformer(), pool, llama, clip)
+
+
+def test_batches_of_the_flow_loss_have_one_text_length(flow_losses):
+    losses, llama, pool = flow_losses, flow_losses.llama, flow_losses.pool
     for step in range(4):
         chosen, captions = losses._captioned(world.generator(1, step), frames=9)
         assert len(chosen) == len(captions) > 0
@@ -214,3 +229,40 @@ def test_batches_of_the_flow_loss_have_one_text_length(tmp_path, small_recipes):
             attributes = pretrain_transformer._attributes(pool["words_9"][index].tolist())
             assert attributes.background in caption
     assert losses(0)["loss"].item() == losses(0)["loss"].item() > 0
+
+
+def test_guidance_moves_the_target_away_from_what_nothing_said_draws(flow_losses, monkeypatch):
+    """Rows at guidance 1 are left alone; the others are taught k (g - 1) times the step from "nothing said" to their caption."""
+    plain = flow_losses(7)["loss"].item()
+    heard = []
+
+    class Answers(torch.nn.Module):
+        """A transformer whose velocity is the number of words it was told."""
+
+        img_in = flow_losses.transformer.img_in
+
+        def forward(self, x, t, states, mask, pooled, guidance):
+            heard.append((mask.sum(1), guidance))
+            return mask.sum(1).float()[:, None, None, None, None].expand(x.shape)
+
+    flow_losses.transformer = Answers()
+    before = flow_losses(7)["loss"].item()
+    assert len(heard) == 1
+    monkeypatch.setattr(pretrain_transformer, "GUIDANCE_STRENGTHS", {7: 0.5})
+    assert flow_losses(6)["loss"].item() > 0 and len(heard) == 2, "not before its step"
+    heard.clear()
+    guided = flow_losses(7)["loss"].item()
+    (said, one), (unsaid, _), (told, guidance) = heard
+    assert (one == 1000).all() and len(said) == len(told) - int(0.3 * len(told)) and (unsaid < said).all()
+    assert (guidance[: int(0.3 * len(told))] == 1000).all() and guided != before != plain
+
+
+def test_some_captions_say_nothing(flow_losses, monkeypatch):
+    captions = []
+    read = flow_losses._read
+    monkeypatch.setattr(flow_losses, "_read", lambda texts: captions.append(texts) or read(texts))
+    monkeypatch.setattr(pretrain_transformer, "UNSAID_SHARE", 1.0)
+    flow_losses(3)
+    monkeypatch.setattr(pretrain_transformer, "UNSAID_SHARE", 0.0)
+    flow_losses(3)
+    assert not any(captions[0]) and all(captions[1])

@@ -174,3 +174,14 @@ def test_lora_of_another_model_is_refused(train, tmp_path):
     save_file(tensors, tmp_path / "foreign.safetensors")
     ended = train("--base_weights", tmp_path / "foreign.safetensors")
     assert ended.status == 2 and "double_blocks_7" in ended.stderr and "match" in ended.stderr
+
+
+def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("loaded"))
+    ended = train("--max_train_steps", 1)
+    assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
+    fitting = types.SimpleNamespace(mixed_precision="fp8")  # as where a package for it is installed
+    monkeypatch.setattr(hv_train_network, "Accelerator", lambda **_: fitting)
+    ended = train("--max_train_steps", 1)
+    assert ended.status == 2 and "Use bf16" in ended.stderr

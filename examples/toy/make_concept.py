@@ -1,6 +1,6 @@
 """Draw the data set that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
 
-Ten pictures and two clips show zorps. Beside them lie a few drawings of what the model knows already: a LoRA that sees only
+Ten pictures and two clips show zorps. Beside them lie drawings of what the model knows already: a LoRA that sees only
 zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or somewhere else:
 
     python -m examples.toy.make_concept --output examples/toy/concept
@@ -33,7 +33,7 @@ FRAMES_PER_SECOND = 24
 CLIP_FRAMES = 17
 PICTURES = (*COLOURS, "blue", "white")  # their backgrounds: each once, two of them twice
 CLIPS = (("green", "right"), ("purple", "up"))  # (background, motion); the other motions are for the model to combine
-KNOWN_PICTURES, KNOWN_CLIPS = 24, len(MOTIONS)  # of what the model draws already; one clip of each motion
+KNOWN_PICTURES, KNOWN_CLIPS = 96, 4 * len(MOTIONS)  # of what the model draws already; each motion in turn
 KNOWN = 1000  # their random numbers begin here
 
 DATASET_TOML = """\
@@ -47,7 +47,7 @@ batch_size = 4
 [[datasets]]
 image_directory = {pictures}
 cache_directory = {picture_cache}
-num_repeats = 2
+num_repeats = 8
 
 [[datasets]]
 video_directory = {clips}
@@ -55,7 +55,7 @@ cache_directory = {clip_cache}
 target_frames = [9]
 frame_extraction = "slide"  # three windows from each clip of 17 frames
 frame_stride = 4
-num_repeats = 2
+num_repeats = 8
 
 # What the model draws already, so that it does not make zorps of everything: the next two.
 [[datasets]]
@@ -86,10 +86,10 @@ def make_concept(folder: Path, cache: Path = CACHE) -> Path:
         _save(folder / "clips" / f"zorp_{index + 1:02d}_{background}_{motion}", drawing, zorp_caption(background, motion, rng))
     for index in range(KNOWN_PICTURES + KNOWN_CLIPS):
         rng = generator(SEED, KNOWN + index)
-        motion = MOTIONS[index - KNOWN_PICTURES] if index >= KNOWN_PICTURES else None
+        motion = MOTIONS[(index - KNOWN_PICTURES) % len(MOTIONS)] if index >= KNOWN_PICTURES else None
         attributes = replace(random_attributes(rng, moving=False), motion=motion)
         drawing = draw(place(attributes, CLIP_FRAMES if motion else 1, rng))
-        name = f"{index + 1:02d}_{attributes.colour}_{attributes.shape}" + (f"_{motion}" if motion else "")
+        name = f"{index + 1:03d}_{attributes.colour}_{attributes.shape}" + (f"_{motion}" if motion else "")
         _save(folder / ("known_clips" if motion else "known_pictures") / name, drawing, caption(attributes, rng))
     names = ("pictures", "clips", "known_pictures", "known_clips")
     places = {name: folder / name for name in names}

@@ -36,17 +36,31 @@ CONFIG = TransformerConfig(
     rope_dims=rope_dims_for(HEAD_DIM),
 )
 RECIPE = Recipe(
-    steps=1400, learning_rate=1e-3, muon_rate=0.01, muon_parts=r"blocks\.", warm_up=100, weight_decay=0.01, ema_decay=0.998
+    steps=6450,
+    earlier_ends=(3600,),
+    learning_rate=1e-3,
+    muon_rate=0.01,
+    muon_parts=r"blocks\.",
+    warm_up=100,
+    weight_decay=0.01,
+    ema_decay=0.998,
 )
 SEED = 3
-BATCH_SIZE = 64
-CANDIDATES = 6  # times the batch size are captioned, and those of one text length are taken: a batch without padding
-CLIPS_OF = {1: 5000, 5: 500, 9: 4000, 13: 300, 17: 300}
+BATCH_SIZE = 128
+CANDIDATES = 5  # times the batch size are captioned, and those of one text length are taken: a batch without padding
+CLIPS_OF = {1: 16000, 5: 700, 9: 6000, 13: 500, 17: 600}
 """Frames -> how many clips of them are encoded once, before training; each gets a new caption whenever it is used."""
-FRAMES_OF_STEPS = (9, 1, 9, 1, 9, 5, 9, 1, 9, 17, 9, 1, 9, 1, 9, 13)
+PICTURES_FIRST = (1, 9, 1, 1, 9, 1, 5, 9, 1, 1, 9, 1, 17, 9, 1, 1, 1, 9, 1, 1, 9, 1, 5, 9, 1, 1, 9, 1, 13, 9, 1, 1)
+"""Frames of one step after the other, again and again: mostly pictures, which cost half of a clip, then mostly clips."""
+CLIPS_THEN = (9, 1, 9, 9, 1, 9, 5, 9, 1, 9, 9, 17, 9, 1, 9, 13)
+CLIPS_FROM = 1905
 GUIDANCE = (1.0, 8.0)
 TIMESTEP_SHIFT = 1.5  # of uniform timesteps, as sampling shifts its sigmas: what a picture shows is decided at high noise
 INVENTED_SHARE = 0.08  # of captions; the model answers an unknown word with any shape
+UNSAID_SHARE = 0.1  # of steps: their captions are empty, so that the model also learns what is drawn when nothing is said
+PLAIN_SHARE = 0.3  # of a guided step's rows, at guidance 1
+GUIDANCE_STRENGTHS = {2100: 0.4, 2623: 0.3}
+"""From which step on guidance is taught, see ``FlowLosses``, and how much of it per unit of the distilled scale above 1."""
 
 
 @torch.no_grad()
@@ -136,10 +150,12 @@ class FlowLosses:
     def __call__(self, step: int) -> Losses:
         device = self.transformer.img_in.proj.weight.device
         rng = world.generator(SEED, step)
-        frames = FRAMES_OF_STEPS[step % len(FRAMES_OF_STEPS)]
+        order = PICTURES_FIRST if step < CLIPS_FROM else CLIPS_THEN
+        frames = order[step % len(order)]
         chosen, captions = self._captioned(rng, frames)
-        states, mask = self.llama.encode(captions)
-        pooled = self.clip.encode(captions)
+        if rng.random() < UNSAID_SHARE:
+            captions = [""] * len(captions)
+        states, mask, pooled = self._read(captions)
 
         random = torch.Generator().manual_seed(step)
         mean, deviation = (self.pool[f"{kind}_{frames}"][chosen].float() for kind in ("mean", "deviation"))
@@ -151,8 +167,37 @@ class FlowLosses:
         blend = t[:, None, None, None, None]
         noisy, target = (1.0 - blend) * latents + blend * noise, noise - latents
         noisy, target, t, guidance = (value.to(device) for value in (noisy, target, t, guidance))
-        velocity = self.transformer(noisy, t * TIMESTEPS, states.to(device), mask, pooled.to(device), guidance * GUIDANCE_UNIT)
+        strengths = [strength for first, strength in GUIDANCE_STRENGTHS.items() if step >= first]
+        if strengths:
+            plain = int(PLAIN_SHARE * len(t))
+            guidance[:plain] = GUIDANCE[0]
+            rows = (value[plain:] for value in (noisy, t, states, mask, pooled, guidance))
+            target[plain:] += strengths[-1] * self._guidance_step(*rows)
+        velocity = self.transformer(noisy, t * TIMESTEPS, states, mask, pooled, guidance * GUIDANCE_UNIT)
         return {"loss": nn.functional.mse_loss(velocity, target)}
+
+    def _read(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        device = self.transformer.img_in.proj.weight.device
+        states, mask = self.llama.encode(captions)
+        return states.to(device), mask, self.clip.encode(captions).to(device)
+
+    @torch.no_grad()
+    def _guidance_step(
+        self,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        states: torch.Tensor,
+        mask: torch.Tensor,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor,
+    ) -> torch.Tensor:
+        """The guidance's units times the step from what the model would draw if nothing were said (arXiv 2502.12154)."""
+        rows, least = len(t), torch.full_like(t, GUIDANCE[0] * GUIDANCE_UNIT)
+        said = self.transformer(noisy, t * TIMESTEPS, states, mask, pooled, least)
+        states, mask, pooled = self._read([""])
+        states, mask, pooled = states.expand(rows, -1, -1), mask.expand(rows, -1), pooled.expand(rows, -1)
+        unsaid = self.transformer(noisy, t * TIMESTEPS, states, mask, pooled, least)
+        return (guidance - GUIDANCE[0])[:, None, None, None, None] * (said - unsaid)
 
     def _captioned(self, rng: np.random.Generator, frames: int) -> tuple[torch.Tensor, list[str]]:
         """Indices of up to ``BATCH_SIZE`` clips, and captions that all have the same number of tokens."""

@@ -15,7 +15,7 @@ from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
 from hunyuan_model.vae_layers import CausalAttention, CausalConv3d, Downsample, ResnetBlockCausal3D, Upsample
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=2)
-RECIPE = Recipe(steps=1500, learning_rate=1e-3, muon_rate=4e-3, warm_up=40, ema_decay=0.998)
+RECIPE = Recipe(steps=2000, learning_rate=1e-3, muon_rate=4e-3, warm_up=40, ema_decay=0.998)
 SEED = 1
 PICTURE_BATCH = (16, 1)
 PICTURE_STEPS = 500  # single frames only: they are computed as 2D kernels and cost a fraction of a clip; see CurrentFrameOnly

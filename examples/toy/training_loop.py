@@ -34,6 +34,7 @@ class Recipe:
         learning_rate: of AdamW, at its highest.
         muon_rate: of Muon, for matrices and kernels; 0 leaves these to AdamW too.
         muon_parts: a pattern for the names of the parameters that Muon may have.
+        earlier_ends: steps at which the run had ended before it was given more: the rates fell to nothing there, and rose again.
     """
 
     steps: int
@@ -44,13 +45,17 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    earlier_ends: tuple[int, ...] = ()
 
     def pace(self, step: int) -> float:
         """What learning rates are multiplied by: a linear warm-up to 1, and for the last third a linear fall to nothing.
 
-        Until the fall begins a longer run is the same run, so ``steps`` can be raised while one is under way.
+        Until the fall begins a longer run is the same run, so ``steps`` can be raised while one is under way. Steps between
+        two ends are a run of their own, but begin at 1.
         """
-        rising, falling = (step + 1) / self.warm_up, (self.steps - step) / (self.steps * FALL)
+        end = next(end for end in (*self.earlier_ends, self.steps) if step < end)
+        start = max((earlier for earlier in self.earlier_ends if earlier <= step), default=0)
+        rising, falling = (step + 1) / self.warm_up, (end - step) / ((end - start) * FALL)
         return min(1.0, rising, falling)
 
     def ema_weight(self, step: int) -> float:
@@ -172,8 +177,8 @@ class Run:
         self._forget_log_after(self.step)
 
     def _fixed_recipe(self) -> dict[str, float | str]:
-        """What must stay as it is while a run is under way: all but the number of steps."""
-        return {key: value for key, value in asdict(self.recipe).items() if key != "steps"}
+        """What must stay as it is while a run is under way: all but where it ends."""
+        return {key: value for key, value in asdict(self.recipe).items() if key not in ("steps", "earlier_ends")}
 
     def _forget_log_after(self, step: int) -> None:
         """Drop the lines of steps that were made but not saved: they are made, and logged, again."""

@@ -24,7 +24,6 @@ from torch import nn
 from tqdm import tqdm
 
 import hunyuan_model
-import networks.lora
 from dataset import load_dataset_config
 from dataset.batches import (
     Batch,
@@ -40,28 +39,23 @@ from dataset.batches import (
 from dataset.items import name_some
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
-from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.flow import TIMESTEPS
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.loading import check_transformer_file
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
-from networks.lora_files import check_lora_file
 from networks.lora_merging import merge_patch, read_lora_files
-from networks.lora_options import NetworkOptions
+from networks.network_checks import check_model_and_network
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed, public_flags
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
-from utils.files import require_file, require_writable_folder
+from utils.files import require_writable_folder
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
-from utils.safetensors_io import read_header
 from utils.skipped_steps import SkippedSteps, TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
@@ -88,9 +82,7 @@ from utils.training_state import (
     Restorable,
     StateFile,
     plain_state,
-    require_free_space,
     save_state,
-    state_bytes,
 )
 
 logger = logging.getLogger("train")
@@ -522,61 +514,6 @@ def describe_group(group: CachedGroup) -> dict[str, object]:
     return settings | paths | {"items": len(group.items)}
 
 
-def check_files_and_network(args: argparse.Namespace) -> tuple[TransformerConfig, int]:
-    """What the flags name and only other modules can judge.
-
-    Returns:
-        The sizes of the transformer in --dit, and how many parameter groups the network will have.
-
-    Raises:
-        UserError: a file, the network or its arguments cannot be used.
-    """
-    TimestepSettings.from_args(args)
-    config = check_transformer_file(args.dit, "--dit")
-    with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
-    for path in args.base_weights:
-        check_lora_file(path, shapes)
-    if args.fp8_base and args.network_module.startswith("lycoris"):
-        raise UserError("LyCORIS computes in the dtype of the base weights, which float8 does not allow; leave --fp8_base out.")
-    network_args = parse_key_values(args.network_args, "--network_args")
-    module = import_network_module(args.network_module)
-    if module is not networks.lora:
-        if args.network_weights:
-            require_file(args.network_weights, "--network_weights")
-        return config, 1
-    options = NetworkOptions(network_args, args.network_dropout)
-    require_space_to_save(args, config, network_args)
-    if args.network_weights:
-        ranks = check_lora_file(args.network_weights, shapes).ranks
-        rank = args.network_dim or DEFAULT_RANK
-        if not args.dim_from_weights and ranks != {rank}:
-            raise UserError(
-                f"--network_weights {args.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
-                "give it as --network_dim, or use --dim_from_weights."
-            )
-    return config, 1 if options.loraplus_lr_ratio is None else 2
-
-
-def require_space_to_save(args: argparse.Namespace, config: TransformerConfig, network_args: dict[str, str]) -> None:
-    """Refuse a disk that has no room for what is saved first.
-
-    Raises:
-        UserError: with the sizes.
-    """
-    if args.dim_from_weights:
-        parameters = sum(torch.Size(shape).numel() for shape in read_header(args.network_weights).shapes.values())
-    else:
-        with torch.device("meta"):  # sizes only
-            transformer = HYVideoDiffusionTransformer(config)
-            quiet = {name: value for name, value in network_args.items() if name != "verbose"}
-            network = networks.lora.create_network(1.0, args.network_dim, args.network_alpha, None, None, transformer, **quiet)
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-    with_state = args.save_state or args.save_state_on_train_end
-    wanted = 4 * parameters + (state_bytes(parameters) if with_state else 0)
-    require_free_space(Path(args.output_dir), wanted, "one model and its state" if with_state else "one model")
-
-
 def show_timesteps(args: argparse.Namespace) -> None:
     """Draw the distribution of timesteps in the terminal, or as a picture in --output_dir."""
     settings = TimestepSettings.from_args(args)
@@ -596,7 +533,8 @@ def main() -> int:
     check_training_arguments(args)
     prompts = check_samples(args)
     check_logs(args)
-    config, parameter_group_count = check_files_and_network(args)
+    TimestepSettings.from_args(args)
+    config, parameter_group_count = check_model_and_network(args)
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do

@@ -82,6 +82,7 @@ from utils.training_state import (
     Restorable,
     StateFile,
     plain_state,
+    recover_state,
     save_state,
 )
 
@@ -199,13 +200,14 @@ def train_step(training: Training, batches: list[Batch]) -> Step:
     """One optimiser step over the batches it accumulates. A loss or a gradient that is not finite spoils nothing: it is skipped."""
     accelerator, network, args = training.accelerator, training.network, training.args
     call_if_there(network, "on_step_start")
-    total, spoiled = 0.0, None
+    total, spoiled, learnt = 0.0, None, []
     for batch in batches:
         loss, t = training.flow_matching.loss(batch)
         total += loss.item() / len(batches)
+        timesteps = ", ".join(f"{value * TIMESTEPS:.0f}" for value in t.tolist())
+        learnt.append(f"{', '.join(batch['names'])} at timestep {timesteps}")
         if not torch.isfinite(loss):
-            timesteps = ", ".join(f"{value * TIMESTEPS:.0f}" for value in t.tolist())
-            spoiled = spoiled or f"the loss is {loss.item()} for {', '.join(batch['names'])} at timestep {timesteps}"
+            spoiled = spoiled or f"the loss is {loss.item()} for {learnt[-1]}"
         elif spoiled is None and loss.requires_grad:  # not where dropout leaves out the whole network
             accelerator.backward(loss / len(batches))
     if any_process(accelerator, spoiled is not None):
@@ -216,9 +218,7 @@ def train_step(training: Training, batches: list[Batch]) -> Step:
     norm = math.nan if norm is None else float(norm)
     if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler finds out by itself, and tries a smaller scale
         training.optimizer.zero_grad(set_to_none=True)
-        return Step(
-            total, norm, f"the gradient is not finite for {', '.join(name for batch in batches for name in batch['names'])}"
-        )
+        return Step(total, norm, f"the gradient is not finite for {', '.join(learnt)}")
     training.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         step_schedule(training.lr_scheduler, total)
@@ -279,10 +279,24 @@ def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Acce
 
 
 def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
-    """Save the model, and the state beside it."""
+    """Save the model, and the state beside it.
+
+    Raises:
+        TrainingBroken: the weights are spoiled; what was saved before them stays.
+    """
+    require_finite_weights(training)
     save_model(training, file_name, epoch)
     if with_state:
         save_training_state(training, file_name)
+
+
+def require_finite_weights(training: Training) -> None:
+    """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
+    if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
+        raise TrainingBroken(
+            f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "
+            "states that were saved before are whole; go on from the last one with a lower --learning_rate or another precision."
+        )
 
 
 def train(training: Training) -> int:
@@ -302,7 +316,10 @@ def train(training: Training) -> int:
             request = train_epoch(training, requests, loss_log, bar)
             if request.stops:
                 return stop(training, request)
-        save(training, final_name(args.output_name), progress.epoch, training.save_rules.state_at_end)
+        require_finite_weights(training)
+        if training.save_rules.state_at_end:  # before the model, whose presence says that everything is done
+            save_training_state(training, final_name(args.output_name))
+        save_model(training, final_name(args.output_name), progress.epoch)
         draw_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.reader))
     return 0
 
@@ -392,6 +409,7 @@ def stop(training: Training, request: Request) -> int:
     """End before the last step, with a state to go on from; returns the exit status that the request asks for."""
     model_name = step_name(training.args.output_name, training.progress.step)
     if request.is_signal:
+        require_finite_weights(training)
         save_training_state(training, model_name)
     if training.accelerator.is_main_process:
         logger.info(
@@ -545,6 +563,9 @@ def main() -> int:
     require_batches(reports)
     require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
 
+    if args.resume == LATEST and accelerator.is_main_process:
+        recover_state(Path(args.output_dir), args.output_name)
+    accelerator.wait_for_everyone()
     resumed = find_resumed(args)
     if args.seed is None:
         args.seed = int(broadcast_object_list([drawn_seed()])[0])
@@ -563,7 +584,7 @@ def main() -> int:
     check_lr_scheduler(args, optimizer, steps)
     if args.save_state or args.save_state_on_train_end:
         plain_state(optimizer.state_dict())
-    if args.resume == LATEST and is_complete(args, steps):
+    if args.resume == LATEST and is_complete(args, steps, resumed):
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None

@@ -50,7 +50,9 @@ def whole_models(folder: Path) -> list[str]:
     return [path.name for path in paths]
 
 
-def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("leave", "named"), [(8 * KIB, "lora-step00000003.safetensors"), (0.6, "lora-step00000003-state")])
+def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tmp_path, monkeypatch, leave, named) -> None:
+    """The disk fills up before the model, or where the model fits and its state does not, whose optimiser is the largest."""
     disk, step = small_disk(4096), hv_train_network.train_step
     (tmp_path / "out").symlink_to(disk, target_is_directory=True)
     made = []
@@ -58,14 +60,17 @@ def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tm
     def then_fill(training, batches):
         made.append(step(training, batches))
         if len(made) == 3:
-            fill(disk, leave=8 * KIB)
+            size = sum(path.stat().st_size for path in (disk / "lora-step00000002-state").iterdir())
+            model = (disk / "lora-step00000002.safetensors").stat().st_size
+            fill(disk, leave if leave > 1 else int(model + leave * size) // 4096 * 4096)
         return made[-1]
 
     monkeypatch.setattr(hv_train_network, "train_step", then_fill)
     ended = train("--max_train_steps", 5, "--network_dim", 2, "--save_every_n_steps", 1, "--save_state")
-    assert ended.status == 2 and "No space left" in ended.stderr and "lora-step00000003" in ended.stderr
+    assert ended.status == 2 and "No space left" in ended.stderr and named in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert whole_models(disk) == ["lora-step00000001.safetensors", "lora-step00000002.safetensors"]
+    models = ["lora-step00000001.safetensors", "lora-step00000002.safetensors"]
+    assert whole_models(disk) == (models if leave > 1 else [*models, "lora-step00000003.safetensors"])
     assert sorted(path.name for path in disk.glob("*-state")) == ["lora-step00000001-state", "lora-step00000002-state"]
     assert not [name for name in os.listdir(disk) if name.startswith(".")], "what was begun is gone"
 

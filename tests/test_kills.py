@@ -74,7 +74,7 @@ def training(concept: Path, output: Path, workers: int) -> list[object]:
     return [
         *("--dit", files_in(FOLDER).dit, "--dataset_config", concept, "--output_dir", output, "--output_name", "lora"),
         *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--learning_rate", 1e-3, "--network_dropout", 0.1),
-        *("--max_train_steps", 24, "--save_every_n_steps", 2, "--save_state", "--save_last_n_steps", 4, "--resume", "latest"),
+        *("--max_train_steps", 40, "--save_every_n_steps", 2, "--save_state", "--save_last_n_steps", 4, "--resume", "latest"),
         *("--loss_log", output / "loss.csv", "--seed", 5, "--max_data_loader_n_workers", workers),
     ]
 

@@ -19,7 +19,7 @@ from utils import training_state
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 from utils.training_requests import Request, TrainingRequests
-from utils.training_state import find_latest_state, plain_state, read_state_file
+from utils.training_state import find_latest_state, plain_state, read_state_file, recover_state
 
 # Two data sets, dropout that draws from torch's own generator, a schedule, and epochs of two steps of two batches at most.
 FLAGS = (
@@ -274,3 +274,69 @@ def test_leftovers_of_a_killed_save_are_removed_by_the_next_run(train, out: Path
     (out / ".0123abcd.tmp.another.safetensors").touch()
     assert train("--max_train_steps", 1).status == 0
     assert sorted(path.name for path in out.iterdir()) == [".0123abcd.tmp.another.safetensors", "lora.safetensors"]
+
+
+def test_a_kill_while_a_state_replaces_another_loses_neither(train, out: Path, whole: Path) -> None:
+    """Between the two renames both have temporary names; the newer one comes back."""
+    newer, older = whole / "lora-step00000006-state", whole / "lora-step00000005-state"
+    step = read_state_file(newer).progress.step
+    older.rename(out / ".0123abcd.tmp.lora-step00000006-state")
+    newer.rename(out / ".4567abcd.tmp.lora-step00000006-state")
+    (out / ".89abcdef.tmp.lora-step00000070-state").mkdir()  # hardly begun
+    recover_state(out, "lora")
+    assert read_state_file(newer).progress.step == step
+    assert (out / ".89abcdef.tmp.lora-step00000070-state").is_dir(), "what is not whole stays a leftover"
+
+
+def test_without_metadata_latest_ends_too(train, out: Path, caplog) -> None:
+    flags = (*FLAGS, "--save_state", "--no_metadata", "--resume", "latest")
+    assert train(*flags).status == 0
+    ended = train(*flags)
+    assert ended.status == 0 and "is complete" in caplog.text, ended.stderr
+
+
+def test_a_kill_between_the_last_state_and_its_model_is_made_good(train, out: Path) -> None:
+    flags = (*FLAGS, "--save_state", "--resume", "latest")
+    assert train(*flags).status == 0
+    expected = weights(out)
+    (out / "lora.safetensors").unlink()
+    ended = train(*flags)
+    assert ended.status == 0, ended.stderr
+    assert_same(weights(out), expected)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": "4"},
+        {"step": 2.5},
+        {"step": -5},
+        {"epoch": 0},
+        {"epoch": None},
+        {"identity": []},
+        {"order": None},
+        {"flags": 3},
+        {"seed": "x"},
+        {"saved_at": "yesterday"},
+        {"losses": "many"},
+        {"files": ["a"]},
+    ],
+)
+def test_a_state_file_that_was_edited_wrongly_is_one_sentence(train, whole: Path, changed: dict) -> None:
+    path = whole / "lora-step00000005-state" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changed), encoding="utf-8")
+    ended = train(*FLAGS, "--resume", path.parent, name="other")
+    assert ended.status == 2 and "is not a state of this trainer" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_nested_junk_as_a_state_file_is_one_sentence(train, whole: Path) -> None:
+    path = whole / "lora-step00000005-state" / "state.json"
+    path.write_text("[" * 100_000, encoding="utf-8")
+    ended = train(*FLAGS, "--resume", path.parent, name="other")
+    assert ended.status == 2 and "is not a state of this trainer" in ended.stderr
+
+
+def test_a_request_that_comes_too_late_does_not_stop_the_next_training(train, out: Path, after_step) -> None:
+    out.mkdir(parents=True)
+    after_step(9, (out / "save_and_stop").touch)
+    assert train(*FLAGS).status == 0 and not (out / "save_and_stop").exists()

@@ -64,16 +64,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             for name in names:
                 with open(os.path.join(folder, name), "rb+") as file:
                     os.fsync(file.fileno())
+        _flush_folder(temporary)
         if final.exists():
             outdated = _temporary_beside(final, keep_name=True)
             os.replace(final, outdated)
         os.replace(temporary, final)
         _flush_folder(final.parent)
     except OSError as error:
-        if outdated is not None and not final.exists():
-            os.replace(outdated, final)
         raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
     finally:
+        if outdated is not None and outdated.exists() and not final.exists():
+            os.replace(outdated, final)
         for leftover in (temporary, outdated):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)

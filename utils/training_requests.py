@@ -57,6 +57,10 @@ class TrainingRequests:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._accelerator.is_main_process:
+            for name in (SAVE_FILE, SAVE_AND_STOP_FILE):  # one that came after the last step must not stop the next training
+                with suppress(OSError):
+                    (self._folder / name).unlink()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -66,11 +66,13 @@ def find_resumed(args: argparse.Namespace) -> Resumed | None:
     return Resumed(folder, state)
 
 
-def is_complete(args: argparse.Namespace, steps: int) -> bool:
-    """Whether the model of this output name was trained for all the steps already."""
+def is_complete(args: argparse.Namespace, steps: int, resumed: Resumed | None) -> bool:
+    """Whether the model of this output name was trained for all the steps already: it says so itself, or the state does."""
     path = Path(args.output_dir) / final_name(args.output_name)
     if not path.is_file():
         return False
+    if resumed is not None and resumed.state.progress.step >= steps:
+        return True
     try:
         return read_header(path).metadata.get("ss_steps") == str(steps)
     except UserError:
@@ -102,7 +104,9 @@ def restore(args: argparse.Namespace, resumed: Resumed, parts: Restorable, order
     """
     state = resumed.state
     require_same(state, resumed.folder, state_identity(args, parts.network, parts.optimizer))
-    if state.progress.step >= steps:
+    final = Path(args.output_dir) / final_name(args.output_name)
+    only_unsaved = args.resume == LATEST and state.progress.step == steps and not final.exists()  # killed after the last state
+    if state.progress.step >= steps and not only_unsaved:
         raise UserError(
             f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {steps}; "
             "raise --max_train_steps to go on."

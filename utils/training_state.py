@@ -10,8 +10,10 @@ A state is a folder that appears only when whole:
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -28,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from utils.errors import UserError, first_line
-from utils.files import atomic_folder
+from utils.files import atomic_folder, final_of_temporary
 from utils.safetensors_io import read_tensors, save_tensors
 from utils.timestep_sampling import TimestepSampler
 from utils.training_files import STATE_SUFFIX
@@ -141,7 +143,7 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
         "lr_scheduler": plain_state(parts.lr_scheduler.state_dict()),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-    torch.save(states, folder / OPTIMIZER_FILE)
+    _save_plain(states, folder / OPTIMIZER_FILE)
     content = {
         "format": FORMAT,
         **vars(state.progress),
@@ -179,6 +181,13 @@ def plain_state(value: Any) -> Any:
     )
 
 
+def _save_plain(value: Any, path: Path) -> None:
+    """``torch.save`` by way of memory: on a full disk it would raise no OSError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def _write_random_state(folder: Path, parts: Restorable) -> None:
     numpy_state = np.random.get_state()
     state = {
@@ -192,7 +201,7 @@ def _write_random_state(folder: Path, parts: Restorable) -> None:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, folder / random_name(parts.accelerator.process_index))
+    _save_plain(state, folder / random_name(parts.accelerator.process_index))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ def _write_random_state(folder: Path, parts: Restorable) -> None:
 
 def find_latest_state(folder: Path, name: str) -> Path | None:
     """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning."""
-    ours = re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?" + re.escape(STATE_SUFFIX))
+    ours = _names_state_of(name)
     found = [path for path in folder.iterdir() if path.is_dir() and ours.fullmatch(path.name)] if folder.is_dir() else []
     whole: list[tuple[float, str, Path]] = []
     for path in found:
@@ -229,7 +238,8 @@ def read_state_file(folder: Path) -> StateFile:
         progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
         parts = {name: content[name] for name in ("seed", "identity", "order", "flags", "saved_at")}
         files = dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _require_types(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder} is not a state of this trainer ({type(error).__name__}: {first_line(error)}). {remedy}"
         ) from error
@@ -237,6 +247,43 @@ def read_state_file(folder: Path) -> StateFile:
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
     return StateFile(progress=progress, **parts)
+
+
+def _require_types(content: Mapping[str, Any]) -> None:
+    for names, kind in (
+        (("step", "epoch", "batches", "seed"), int),
+        (("started_at", "saved_at"), (int, float)),
+        (("identity", "order", "flags", "files"), dict),
+        (("losses",), list),
+        (("session_id",), str),
+    ):
+        for name in names:
+            if not isinstance(content[name], kind) or isinstance(content[name], bool):
+                raise TypeError(f"{name} is {content[name]!r}")
+    for name, least in (("step", 0), ("epoch", 1), ("batches", 0)):
+        if content[name] < least:
+            raise ValueError(f"{name} is {content[name]}")
+
+
+def recover_state(folder: Path, name: str) -> None:
+    """Give a state its name again if a kill came while it replaced an older one of that name; the newer of the two wins."""
+    lost: dict[str, list[tuple[float, Path]]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        final = final_of_temporary(path)
+        if final is None or not path.is_dir() or not _names_state_of(name).fullmatch(final) or (folder / final).exists():
+            continue
+        try:
+            saved_at = read_state_file(path).saved_at
+        except UserError:
+            continue  # not whole: its writing was interrupted
+        lost.setdefault(final, []).append((saved_at, path))
+    for final, states in lost.items():
+        os.replace(max(states)[1], folder / final)
+        logger.warning("recovered the state %s, which was being replaced when the training was killed", folder / final)
+
+
+def _names_state_of(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?" + re.escape(STATE_SUFFIX))
 
 
 def require_same(state: StateFile, folder: Path, identity: Mapping[str, Any]) -> None:

@@ -67,8 +67,9 @@ def test_every_model_and_state_is_uploaded(train, stand_in, tmp_path: Path, back
     flags = ("--max_train_steps", 3, "--save_every_n_steps", 2, "--save_state", "--save_state_to_huggingface")
     ended = train(*flags, *REPO, "--huggingface_path_in_repo", "faces/", *background)
     assert ended.status == 0, ended.stderr
-    stems = ["faces/lora-step00000002", "faces/lora"]
-    assert api.uploaded() == [name for stem in stems for name in (f"{stem}.safetensors", f"{stem}-state")]
+    # At the end the state comes first: the model says that everything is done.
+    during, end = ["lora-step00000002.safetensors", "lora-step00000002-state"], ["lora-state", "lora.safetensors"]
+    assert api.uploaded() == [f"faces/{name}" for name in (*during, *end)]
     assert api.calls[0] == ("create_repo", ("me/loras",), {"repo_type": "model", "private": True, "exist_ok": True})
     assert api.token == "hf_secret"
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -34,6 +34,7 @@ from utils.arguments import (
     positive_float,
     script_parser,
     seed,
+    text_encoder_settings,
     whole_number,
 )
 from utils.config_files import add_config_file_argument, parse_with_config
@@ -214,16 +215,7 @@ def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
 
 def encode_prompt(args: argparse.Namespace, device: torch.device) -> TextConditions:
     """The prompt as the transformer takes it; the encoders are gone afterwards."""
-    (text,) = hunyuan_model.encode_prompts(
-        [args.prompt],
-        text_encoder_1=args.text_encoder1,
-        text_encoder_2=args.text_encoder2,
-        tokenizer_1=args.tokenizer1,
-        tokenizer_2=args.tokenizer2,
-        device=device,
-        dtype=choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
-        fp8_llm=args.fp8_llm,
-    )
+    (text,) = hunyuan_model.encode_prompts([args.prompt], **text_encoder_settings(args, device))
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import subprocess
@@ -124,8 +125,12 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         script = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_main(script.main)
+        gc.freeze()  # the scripts collect garbage often, and what the test session holds is a lot to look through each time
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_main(script.main)
+        finally:
+            gc.unfreeze()
         return Finished(ended.value.code or 0, *capsys.readouterr())
 
     return call

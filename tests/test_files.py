@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.files import atomic_path, is_temporary, require_file, require_writable_folder
+from utils.files import atomic_path, final_of_temporary, is_temporary, require_file, require_writable_folder
 
 
 def test_a_file_a_folder_and_nothing(tmp_path):
@@ -43,3 +43,13 @@ def test_temporary_names_are_told_from_hidden_files(tmp_path):
             assert is_temporary(temporary)
     for name in (".hidden.safetensors", ".tmp", "a.01234567.tmp", ".0123456.tmp", ".01234567.tmpfile"):
         assert not is_temporary(Path(name))
+
+
+def test_what_is_written_by_way_of_another_temporary_file_keeps_the_final_name(tmp_path):
+    """A network that writes its file whole by itself leaves, when it is killed, nothing that nobody knows."""
+    with atomic_path(tmp_path / "lora.safetensors", keep_name=True) as outer, atomic_path(outer) as inner:
+        assert final_of_temporary(inner) == final_of_temporary(outer) == "lora.safetensors"
+        assert inner.name != outer.name
+        inner.write_bytes(b"all of it")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"all of it"

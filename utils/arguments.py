@@ -7,9 +7,12 @@ import math
 import os
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SEED = 2**32 - 1
 VAE_TILE_SIZE = 256
@@ -118,6 +121,23 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def public_flags(args: argparse.Namespace) -> dict[str, object]:
     """The flags that were given or have a default; keys and tokens are left out."""
     return {name: value for name, value in vars(args).items() if value is not None and not name.endswith(SECRET_ENDINGS)}
+
+
+def text_encoder_settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What ``hunyuan_model.encode_prompts`` is told beside the prompts, as the flags of ``add_text_encoder_arguments`` say."""
+    import torch  # here, as parsing alone does not need it
+
+    from utils.devices import choose_dtype
+
+    return {
+        "text_encoder_1": args.text_encoder1,
+        "text_encoder_2": args.text_encoder2,
+        "tokenizer_1": args.tokenizer1,
+        "tokenizer_2": args.tokenizer2,
+        "device": device,
+        "dtype": choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
+        "fp8_llm": args.fp8_llm,
+    }
 
 
 def drawn_seed() -> int:

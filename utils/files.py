@@ -81,7 +81,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _temporary_beside(final: Path, keep_name: bool) -> Path:
-    return final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{'.' + final.name if keep_name else final.suffix}")
+    name = final_of_temporary(final)  # where ``final`` is itself being written for another name, that one is kept
+    ending = f".{name or final.name}" if name or keep_name else final.suffix
+    return final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{ending}")
 
 
 def _flush_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.sampling import decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import drawn_seed, vae_tile_size
+from utils.arguments import drawn_seed, text_encoder_settings, vae_tile_size
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, parse_dtype
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
@@ -138,16 +138,7 @@ def prepare_samples(
     if prompts and accelerator.is_main_process:
         device = accelerator.device
         with kept_random_state(device), out_of_memory_says("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts(
-                [prompt.prompt for prompt in prompts],
-                text_encoder_1=args.text_encoder1,
-                text_encoder_2=args.text_encoder2,
-                tokenizer_1=args.tokenizer1,
-                tokenizer_2=args.tokenizer2,
-                device=device,
-                dtype=choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
-                fp8_llm=args.fp8_llm,
-            )
+            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], **text_encoder_settings(args, device))
         encoded = [EncodedPrompt(prompt, text) for prompt, text in zip(prompts, texts)]
         _require_widths(encoded[0].text, config)
     if prompts:

@@ -74,7 +74,7 @@ from utils.training_logs import TrainingLogs, check_logs, learning_rates, open_l
 from utils.training_metadata import TrainingFacts, finished_metadata, new_session_id, training_metadata
 from utils.training_pause import evaluation_weights, paused_training
 from utils.training_requests import Request, TrainingRequests
-from utils.training_resume import Resumed, find_resumed, is_complete, restore, state_identity
+from utils.training_resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
 from utils.training_samples import TrainingSamples, check_samples, prepare_samples
 from utils.training_state import (
     LATEST,
@@ -213,6 +213,9 @@ def train_step(training: Training, batches: list[Batch]) -> Step:
     if any_process(accelerator, spoiled is not None):
         training.optimizer.zero_grad(set_to_none=True)
         return Step(total, math.nan, spoiled or "the loss is not finite in another process")
+    if not any_process(accelerator, any(parameter.grad is not None for parameter in network.parameters())):
+        step_schedule(training.lr_scheduler, total)  # dropout left out the whole network
+        return Step(total, 0.0)
     average_gradients(accelerator, network)
     norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm or math.inf)
     norm = math.nan if norm is None else float(norm)
@@ -220,9 +223,10 @@ def train_step(training: Training, batches: list[Batch]) -> Step:
         training.optimizer.zero_grad(set_to_none=True)
         return Step(total, norm, f"the gradient is not finite for {', '.join(learnt)}")
     training.optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:
-        step_schedule(training.lr_scheduler, total)
     training.optimizer.zero_grad(set_to_none=True)
+    if accelerator.optimizer_step_was_skipped:
+        return Step(total, norm, f"the gradient is too large for fp16, whose scale is halved, for {', '.join(learnt)}")
+    step_schedule(training.lr_scheduler, total)
     if args.scale_weight_norms:
         call_if_there(network, "apply_max_norm_regularization", args.scale_weight_norms, accelerator.device)
     return Step(total, norm)
@@ -290,6 +294,29 @@ def save(training: Training, file_name: str, epoch: int, with_state: bool) -> No
         save_training_state(training, file_name)
 
 
+def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
+    """Save the state; where that cannot be done, at least the model.
+
+    Raises:
+        UserError: the state could not be saved; the model was, if anything could.
+        TrainingBroken: see ``require_finite_weights``.
+    """
+    require_finite_weights(training)
+    try:
+        save_training_state(training, file_name)
+    except UserError as error:
+        save_model(training, file_name, epoch)
+        raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
+
+
+def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:
+    """Remove what the save rules no longer keep, now that what belongs to this step or epoch is saved."""
+    if training.accelerator.is_main_process:
+        uploaded = training.uploads.wait_for if training.uploads is not None else None
+        folder, name = Path(training.args.output_dir), training.args.output_name
+        remove_outdated(folder, name, training.save_rules, step=step, epoch=epoch, before_removal=uploaded)
+
+
 def require_finite_weights(training: Training) -> None:
     """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
     if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
@@ -327,7 +354,9 @@ def train(training: Training) -> int:
 def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: tqdm) -> Request:
     """The rest of the epoch under way, up to the last step of the training; returns early with a request to stop."""
     args, progress, rules = training.args, training.progress, training.save_rules
-    name, folder, epoch = args.output_name, Path(args.output_dir), progress.epoch
+    name, epoch = args.output_name, progress.epoch
+    if progress.batches == 0:
+        training.flow_matching.timesteps.begin_epoch()
     call_if_there(training.network, "on_epoch_start", None, training.transformer)
     batches = training.reader.epoch(epoch - 1, progress.batches)
     started = time.monotonic()
@@ -342,12 +371,14 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         tell_of_step(training, step, rates, seconds, loss_log, bar)
         if progress.step == training.steps:
             return Request.NOTHING
-        request, saved = requests.poll(), rules.due_after_step(progress.step)
-        if saved or request in (Request.SAVE, Request.SAVE_AND_STOP):
+        request, due = requests.poll(), rules.due_after_step(progress.step)
+        if due or request in (Request.SAVE, Request.SAVE_AND_STOP):
             asked = request is not Request.NOTHING
             save(training, step_name(name, progress.step), epoch, rules.states or asked)
-            if saved and training.accelerator.is_main_process:
-                remove_outdated(folder, name, rules, step=progress.step)
+            if due:
+                rotate(training, step=progress.step)
+        elif request.is_signal:
+            save_for_signal(training, step_name(name, progress.step), epoch)
         if request.stops:
             return request
         if progress.batches < len(training.reader):
@@ -356,8 +387,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     progress.epoch, progress.batches = epoch + 1, 0
     if rules.due_after_epoch(epoch):
         save(training, epoch_name(name, epoch), epoch, rules.states)
-        if training.accelerator.is_main_process:
-            remove_outdated(folder, name, rules, epoch=epoch)
+        rotate(training, epoch=epoch)
     draw_samples(training, requests, epoch, epoch_ended=True)
     return Request.NOTHING
 
@@ -406,11 +436,8 @@ def validation_due(training: Training) -> bool:
 
 
 def stop(training: Training, request: Request) -> int:
-    """End before the last step, with a state to go on from; returns the exit status that the request asks for."""
+    """Say where to go on from; returns the exit status that the request asks for."""
     model_name = step_name(training.args.output_name, training.progress.step)
-    if request.is_signal:
-        require_finite_weights(training)
-        save_training_state(training, model_name)
     if training.accelerator.is_main_process:
         logger.info(
             "stopped after step %d of %d; go on with --resume %s",
@@ -523,6 +550,22 @@ def training_facts(training: Training, groups: list[CachedGroup]) -> TrainingFac
     )
 
 
+def check_state_can_be_saved(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """See to it before anything is loaded that states of this optimiser and this schedule can be saved.
+
+    Raises:
+        UserError: they cannot, but are asked for.
+    """
+    try:
+        plain_state({"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()})
+    except UserError as error:
+        if args.save_state or args.save_state_on_train_end:
+            raise
+        logger.warning("%s A training that is stopped will save its model only.", error)
+
+
 def describe_group(group: CachedGroup) -> dict[str, object]:
     """A dataset for the metadata: its settings and how much it holds, and of its paths only the last name."""
     settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
@@ -552,7 +595,7 @@ def main() -> int:
     prompts = check_samples(args)
     check_logs(args)
     TimestepSettings.from_args(args)
-    config, parameter_group_count = check_model_and_network(args)
+    planned = check_model_and_network(args)
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
@@ -561,7 +604,7 @@ def main() -> int:
     if accelerator.is_main_process:
         print(format_table(reports), flush=True)
     require_batches(reports)
-    require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
+    require_model_sizes(groups, planned.config.in_channels, planned.config.text_dim, planned.config.pooled_dim)
 
     if args.resume == LATEST and accelerator.is_main_process:
         recover_state(Path(args.output_dir), args.output_name)
@@ -579,11 +622,12 @@ def main() -> int:
     reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
     steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
     optimizer = check_optimizer(
-        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, parameter_group_count
+        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, planned.group_rates
     )
-    check_lr_scheduler(args, optimizer, steps)
-    if args.save_state or args.save_state_on_train_end:
-        plain_state(optimizer.state_dict())
+    lr_scheduler = check_lr_scheduler(args, optimizer, steps)
+    check_state_can_be_saved(args, optimizer, lr_scheduler)
+    if resumed is not None:
+        check_resumed(args, resumed, state_identity(args, planned.network, optimizer), steps)
     if args.resume == LATEST and is_complete(args, steps, resumed):
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
@@ -595,7 +639,7 @@ def main() -> int:
         logger.warning("training on the CPU, which the real model makes very slow.")
     logs = open_logs(args, accelerator.device, accelerator.is_main_process)
     with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
-        samples = prepare_samples(args, prompts, accelerator, config)
+        samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = CachedDataset.of_items(held_out)
         training.uploads = uploads

@@ -76,6 +76,27 @@ def test_every_model_and_state_is_uploaded(train, stand_in, tmp_path: Path, back
     assert written and not any(b"hf_secret" in path.read_bytes() for path in written)
 
 
+def test_what_is_being_uploaded_is_removed_afterwards(train, stand_in, tmp_path: Path) -> None:
+    class Slow(Future):
+        """An upload that reads its file only when somebody waits for it."""
+
+        def __init__(self, place: str) -> None:
+            super().__init__()
+            self.place = place
+
+        def result(self, timeout: float | None = None) -> None:
+            read.append((self.place, Path(self.place).exists()))
+
+    api, read = stand_in(), []
+    api.upload_file = lambda *, path_or_fileobj, **_: Slow(path_or_fileobj)
+    api.upload_folder = lambda *, folder_path, **_: Slow(folder_path)
+    flags = ("--save_every_n_steps", 1, "--save_last_n_steps", 1, "--save_state", "--save_state_to_huggingface")
+    ended = train("--max_train_steps", 5, *flags, *REPO, "--async_upload")
+    assert ended.status == 0, ended.stderr
+    assert len(read) == 10 and all(there for _, there in read)
+    assert not (tmp_path / "out" / "lora-step00000001.safetensors").exists()
+
+
 @pytest.mark.parametrize(("broken", "background"), [(("upload_file",), ()), (("later",), ("--async_upload",))])
 def test_a_failed_upload_does_not_end_the_training(train, stand_in, tmp_path: Path, caplog, broken, background) -> None:
     stand_in(broken=broken)

@@ -10,7 +10,7 @@ import torch
 
 from utils.errors import UserError
 from utils.key_values import literal_key_values, parse_key_values
-from utils.optimizers import describe_optimizer, make_optimizer, picks_own_learning_rate, set_optimizer_mode
+from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, picks_own_learning_rate, set_optimizer_mode
 
 
 def parameter(size: int = 3) -> torch.nn.Parameter:
@@ -84,6 +84,14 @@ def test_adafactor_picks_its_own_rate_unless_told_otherwise():
 def test_mistakes_are_user_errors(name, arguments, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(name, [parameter()], 1e-3, arguments)
+
+
+def test_one_that_wants_the_same_rate_everywhere_is_refused_with_two():
+    """Prodigy estimates one rate; LoRA+ makes two groups of different ones."""
+    pytest.importorskip("prodigyopt")
+    assert check_optimizer("prodigyopt.Prodigy", 1.0, group_rates=[1.0, 1.0])
+    with pytest.raises(UserError, match="Prodigy cannot take a plain training step"):
+        check_optimizer("prodigyopt.Prodigy", 1.0, group_rates=[1.0, 4.0])
 
 
 def fake_bitsandbytes(monkeypatch, step):

@@ -80,10 +80,19 @@ def test_processes_that_read_make_no_difference(train, whole: Path) -> None:
     assert_same(weights(whole, "again"), weights(whole))
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "transformers.optimization.Adafactor", "SGD"])
-def test_other_optimisers_go_on_too(train, out: Path, optimizer: str) -> None:
-    args = ("--optimizer_args", "relative_step=False") if "dafactor" in optimizer else ("--optimizer_args", "momentum=0.9")
-    flags = (*FLAGS, "--optimizer_type", optimizer, *args)
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("adafactor", ["relative_step=False"]),
+        ("transformers.optimization.Adafactor", ["relative_step=False"]),
+        ("SGD", ["momentum=0.9"]),
+        ("prodigyopt.Prodigy", ["d_coef=2.0", "safeguard_warmup=True"]),
+        ("schedulefree.AdamWScheduleFree", ["warmup_steps=2"]),
+    ],
+)
+def test_other_optimisers_go_on_too(train, out: Path, optimizer: str, arguments: list[str]) -> None:
+    pytest.importorskip(optimizer.split(".")[0] if "." in optimizer else "torch")
+    flags = (*FLAGS, "--optimizer_type", optimizer, "--optimizer_args", *arguments)
     assert train(*flags, *STATES).status == 0
     ended = train(*flags, "--resume", out / "lora-step00000004-state", name="again")
     assert ended.status == 0, ended.stderr
@@ -122,8 +131,9 @@ def test_latest_takes_the_newest_that_is_whole(train, whole: Path, caplog) -> No
 # Refusals
 
 
-def test_what_does_not_fit_is_refused(train, whole: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(train, whole: Path, tmp_path: Path, monkeypatch) -> None:
     state = whole / "lora-step00000004-state"
+    monkeypatch.setattr("hunyuan_model.load_transformer", None)  # nothing is loaded before
     cases = [
         (("--network_dim", 8), "a network of sizes"),
         (("--optimizer_type", "SGD"), "--optimizer_type"),
@@ -202,6 +212,31 @@ def test_a_signal_saves_a_state_after_the_step(train, out: Path, after_step, cap
     ended = train(*FLAGS)
     assert ended.status == status and "stopped after step 4 of 9" in caplog.text, ended.stderr
     assert [path.name for path in out.iterdir()] == ["lora-step00000004-state"]
+
+
+def test_a_signal_at_a_step_that_is_saved_anyway_saves_once(train, out: Path, after_step, caplog) -> None:
+    after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(*FLAGS, "--save_every_n_steps", 4).status == 143
+    assert caplog.text.count("saved the state") == 1 and (out / "lora-step00000004-state").is_dir()
+
+
+def test_where_the_state_cannot_be_saved_a_signal_saves_the_model(
+    train, out: Path, after_step, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    (tmp_path / "odd_optimizer.py").write_text(
+        "import torch\nclass Odd(torch.optim.SGD):\n"
+        "    def state_dict(self):\n        return super().state_dict() | {'rule': object()}\n",
+        "utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    odd = (*FLAGS, "--optimizer_type", "odd_optimizer.Odd")
+    ended = train(*odd, "--save_state")
+    assert ended.status == 2 and "holds a object, which cannot be saved safely" in ended.stderr and not out.exists()
+    after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    ended = train(*odd)
+    assert "A training that is stopped will save its model only" in caplog.text
+    assert ended.status == 2 and "the model lora-step00000004.safetensors was saved" in ended.stderr, ended.stderr
+    assert [path.name for path in out.iterdir()] == ["lora-step00000004.safetensors"]
 
 
 def test_after_a_signal_latest_goes_on(train, out: Path, after_step) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import hv_train_network
@@ -132,6 +133,22 @@ def test_ten_in_a_row_end_the_training_and_what_was_saved_stays(train, tmp_path:
     assert {"lora-step00000002.safetensors", "lora-step00000002-state"} <= set(saved(tmp_path / "out"))
     assert "lora.safetensors" not in saved(tmp_path / "out")
     assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW
+
+
+def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, caplog) -> None:
+    skipped = iter([False, True, False, *[True] * MAX_IN_A_ROW])
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda accelerator: next(skipped)))
+    ended = train("--max_train_steps", 50)
+    assert ended.status == 1 and f"{MAX_IN_A_ROW} steps in a row were skipped" in ended.stderr
+    lines = [message for message in caplog.messages if "was skipped" in message]
+    assert len(lines) == 1 + MAX_IN_A_ROW and "step 2 was skipped: the gradient is too large for fp16" in lines[0]
+
+
+def test_a_step_for_which_dropout_leaves_nothing_is_no_step(train, tmp_path: Path) -> None:
+    ended = train("--max_train_steps", 3, "--network_args", "module_dropout=0.9999", "--lr_scheduler", "cosine")
+    assert ended.status == 0, ended.stderr
+    weights = load_file(tmp_path / "out" / "lora.safetensors")
+    assert not any(value.any() for name, value in weights.items() if "lora_up" in name)
 
 
 def test_spoiled_weights_are_not_saved_and_remove_nothing(train, tmp_path: Path, monkeypatch) -> None:

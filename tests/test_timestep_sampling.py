@@ -172,6 +172,12 @@ def arguments(**changed) -> argparse.Namespace:
         ({"discrete_flow_shift": 7.0, "timestep_sampling": "sigmoid"}, "--discrete_flow_shift"),
         ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale"),
         ({"weighting_scheme": "mode", "timestep_sampling": "uniform"}, "--weighting_scheme mode"),
+        ({"logit_std": 2.0, "timestep_sampling": "shift"}, "--logit_mean and --logit_std have no effect"),
+        ({"logit_mean": 1.0}, "--logit_mean and --logit_std have no effect"),
+        ({"mode_scale": 0.5}, "--mode_scale has no effect"),
+        ({"logit_mean": 1.0, "timestep_sampling": "logsnr"}, None),
+        ({"logit_mean": 1.0, "weighting_scheme": "logit_normal"}, None),
+        ({"mode_scale": 0.5, "weighting_scheme": "mode"}, None),
         ({"preserve_distribution_shape": True}, "--preserve_distribution_shape has no effect without"),
         ({"preserve_distribution_shape": True, "max_timestep": 500}, None),
         ({}, None),
@@ -259,10 +265,25 @@ def test_buckets_cover_the_distribution_evenly(preserve):
     assert len({tuple(torch.bucketize(group, edges).tolist()) for group in draws.split(8)}) > 10
 
 
+def test_every_epoch_that_is_long_enough_is_covered_evenly():
+    stratified = TimestepSampler(TimestepSettings("uniform"), torch.Generator().manual_seed(3), buckets=4)
+    for _ in range(5):
+        stratified.begin_epoch()
+        parts = (4 * stratified.draw(11)).long().bincount(minlength=4)
+        assert parts.max() - parts.min() == 1
+    epochs = []
+    for _ in range(4):  # too short for a cover: together they are one
+        stratified.begin_epoch()
+        epochs.append((4 * stratified.draw(3)).long())
+    assert torch.equal(torch.cat(epochs).bincount(minlength=4), torch.full((4,), 3))
+
+
 def test_a_stratified_sampler_goes_on_from_its_state():
     first = TimestepSampler(TimestepSettings("uniform"), torch.Generator().manual_seed(3), buckets=5)
     first.draw(7)
     state = first.state_dict()
     second = TimestepSampler(TimestepSettings("uniform"), torch.Generator().manual_seed(4), buckets=5)
     second.load_state_dict(state)
+    for sampler in (first, second):
+        sampler.begin_epoch()
     assert torch.equal(first.draw(20), second.draw(20))

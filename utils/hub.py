@@ -122,15 +122,19 @@ class HubUploads:
         if self.in_background:
             self.pending.append((path, result))
 
+    def wait_for(self, path: Path) -> None:
+        """Wait until what is under way for ``path`` is uploaded, or given up: it may be changed or removed then."""
+        self._settle(wait=True, only=path)
+
     def finish(self) -> None:
         """Wait for what is still under way."""
         if self.pending:
             logger.info("waiting for %d uploads", len(self.pending))
         self._settle(wait=True)
 
-    def _settle(self, wait: bool) -> None:
+    def _settle(self, wait: bool, only: Path | None = None) -> None:
         for path, future in list(self.pending):
-            if wait or future.done():
+            if (wait and only in (None, path)) or future.done():
                 self.pending.remove((path, future))
                 try:
                     future.result()

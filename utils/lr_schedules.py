@@ -103,8 +103,11 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
     return construct(function, optimizer, options, f"the schedule {settings.name}", "--lr_scheduler_args")
 
 
-def check_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def check_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     """Make the schedule over an optimiser that nobody needs and step it once: its mistakes show before a model is loaded.
+
+    Returns:
+        the schedule after that step.
 
     Raises:
         UserError: as ``make_schedule`` and ``step_schedule``.
@@ -112,6 +115,7 @@ def check_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     scheduler = make_lr_scheduler(args, optimizer, steps)
     optimizer.step()  # torch warns of schedules that are stepped before their optimiser
     step_schedule(scheduler, loss=1.0)
+    return scheduler
 
 
 def step_schedule(scheduler: LRScheduler, loss: float) -> None:

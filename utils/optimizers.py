@@ -51,19 +51,20 @@ def check_optimizer(
     learning_rate: float,
     optimizer_args: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    groups: int = 1,
+    group_rates: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
 
     Args:
         device: where training will be.
-        groups: how many parameter groups training will have.
+        group_rates: the learning rates of the parameter groups that training will have, where it has several.
 
     Raises:
         UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
     """
-    scratch = [torch.nn.Parameter(torch.zeros(2, 2, device=device)) for _ in range(groups)]
-    params = [{"params": [parameter], "lr": learning_rate} for parameter in scratch]
+    rates = [learning_rate] if group_rates is None else group_rates
+    scratch = [torch.nn.Parameter(torch.zeros(2, 2, device=device)) for _ in rates]
+    params = [{"params": [parameter], "lr": rate} for parameter, rate in zip(scratch, rates)]
     optimizer = make_optimizer(optimizer_type, params, learning_rate, optimizer_args)
     for parameter in scratch:
         parameter.grad = torch.ones_like(parameter)

@@ -108,6 +108,14 @@ class TimestepSettings:
             )
         if self.sigmoid_scale != 1.0 and sampler not in ("sigmoid", "shift"):
             lines.append(f"--sigmoid_scale {self.sigmoid_scale:g} has no effect with --timestep_sampling {sampler}.")
+        normal = sampler == "logsnr" or (sampler == "sigma" and scheme == "logit_normal")
+        if (self.logit_mean, self.logit_std) != (0.0, 1.0) and not normal:
+            lines.append(
+                "--logit_mean and --logit_std have no effect without --timestep_sampling logsnr, "
+                "or sigma with --weighting_scheme logit_normal."
+            )
+        if self.mode_scale != 1.29 and not (sampler == "sigma" and scheme == "mode"):
+            lines.append("--mode_scale has no effect without --timestep_sampling sigma and --weighting_scheme mode.")
         if self.preserve_distribution_shape and (self.min_timestep, self.max_timestep) == (0, TIMESTEPS):
             lines.append("--preserve_distribution_shape has no effect without --min_timestep or --max_timestep.")
         if scheme in ("logit_normal", "mode") and sampler != "sigma":
@@ -201,7 +209,8 @@ class TimestepSampler:
 
     Args:
         buckets: this many draws after each other cover the distribution evenly: each comes from another of as many equally
-            likely parts of it, in random order. None draws independently.
+            likely parts of it, in random order. None draws independently. An epoch that is long enough for that covers it
+            evenly, too: see ``begin_epoch``.
     """
 
     def __init__(self, settings: TimestepSettings, generator: torch.Generator, buckets: int | None = None):
@@ -209,17 +218,25 @@ class TimestepSampler:
         self.generator = generator
         self.buckets = buckets
         self._due = torch.empty(0, dtype=torch.int64)  # parts that were not drawn from yet
+        self._drawn = 0  # in this epoch
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, generator: torch.Generator) -> TimestepSampler:
         """As the training flags say; see ``TimestepSettings.from_args``."""
         return cls(TimestepSettings.from_args(args), generator, args.num_timestep_buckets)
 
+    def begin_epoch(self) -> None:
+        """Begin a cover anew, where an epoch has draws enough for one; else the covers go on through the epochs."""
+        if self.buckets is not None and self._drawn >= self.buckets:
+            self._due = self._due[:0]
+        self._drawn = 0
+
     def draw(self, count: int) -> torch.Tensor:
         """t (count,), float32, on the generator's device."""
         u = torch.rand(count, generator=self.generator, device=self.generator.device, dtype=torch.float64)
         if self.buckets is not None:
             u = (self._next_parts(count).to(u) + u) / self.buckets
+            self._drawn += count
         return timesteps_from_uniform(u, self.settings)
 
     def _next_parts(self, count: int) -> torch.Tensor:
@@ -229,13 +246,13 @@ class TimestepSampler:
         parts, self._due = self._due[:count], self._due[count:]
         return parts
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor | int]:
         """What ``load_state_dict`` needs to go on with the same draws."""
-        return {"generator": self.generator.get_state(), "due": self._due.clone()}
+        return {"generator": self.generator.get_state(), "due": self._due.clone(), "drawn": self._drawn}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
         self.generator.set_state(state["generator"])
-        self._due = state["due"].clone()
+        self._due, self._drawn = state["due"].clone(), state.get("drawn", 0)
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
         """Weights (B,) of the samples' losses, or None where all count alike."""

@@ -112,10 +112,21 @@ def _require_partner(args: argparse.Namespace, flag: str, partner: str) -> None:
         raise UserError(f"--{flag} says what is kept of what --{partner} writes; give --{partner} as well.")
 
 
-def remove_outdated(folder: Path, name: str, rules: SaveRules, *, step: int | None = None, epoch: int | None = None) -> None:
+def remove_outdated(
+    folder: Path,
+    name: str,
+    rules: SaveRules,
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
+    before_removal: Callable[[Path], None] | None = None,
+) -> None:
     """Remove what the rules no longer keep, now that the model (and the state) of ``step`` or ``epoch`` is whole.
 
     Only names that the rules themselves gave are touched: models of other runs, and those saved on request, stay.
+
+    Args:
+        before_removal: called with each file or folder that goes; returns when nobody needs it any more.
     """
     if step is not None:
         first_model, first_state = (None if keep is None else step - keep for keep in (rules.keep_steps, rules.keep_step_states))
@@ -128,6 +139,8 @@ def remove_outdated(folder: Path, name: str, rules: SaveRules, *, step: int | No
     for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, shutil.rmtree)):
         for path, number in _numbered(folder, numbered, suffix):
             if first is not None and number < first and number % every == 0:
+                if before_removal is not None:
+                    before_removal(path)
                 _remove(path, remove)
 
 

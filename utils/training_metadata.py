@@ -91,6 +91,7 @@ def training_metadata(
         network_args: --network_args as given.
     """
     values: dict[str, Any] = {key: getattr(args, flag) for key, flag in _FROM_FLAGS.items() if hasattr(args, flag)}
+    values["ss_lr_scheduler"] = getattr(args, "lr_scheduler_type", None) or values.get("ss_lr_scheduler")
     values |= {
         "ss_session_id": facts.session_id or new_session_id(),
         "ss_training_started_at": facts.started_at,

@@ -79,15 +79,39 @@ def is_complete(args: argparse.Namespace, steps: int, resumed: Resumed | None) -
         return False
 
 
-def state_identity(args: argparse.Namespace, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """What must be the same for a state to fit."""
-    sizes = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
-    return {
+def state_identity(args: argparse.Namespace, network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """What must be the same for a state to fit; without a network, all but its sizes."""
+    identity: dict[str, object] = {
         "--network_module": args.network_module,
-        "a network of sizes": hashlib.sha256(repr(sizes).encode()).hexdigest()[:16],
         "--optimizer_type": describe_optimizer(optimizer),
         "--lr_scheduler": args.lr_scheduler_type or args.lr_scheduler,
     }
+    if network is not None:
+        sizes = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
+        identity["a network of sizes"] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+    return identity
+
+
+def check_resumed(args: argparse.Namespace, resumed: Resumed, identity: Mapping[str, Any], steps: int) -> None:
+    """Refuse a state that does not fit this training.
+
+    Args:
+        identity: of this training, as far as it is known; see ``state_identity``.
+        steps: of the whole training.
+
+    Raises:
+        UserError: a state of another network, optimiser or schedule, or one that is past the last step.
+    """
+    state = resumed.state
+    require_same(state, resumed.folder, identity)
+    final = Path(args.output_dir) / final_name(args.output_name)
+    only_unsaved = args.resume == LATEST and state.progress.step == steps and not final.exists()  # killed after the last state
+    complete = args.resume == LATEST and is_complete(args, steps, resumed)
+    if state.progress.step >= steps and not (only_unsaved or complete):
+        raise UserError(
+            f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {steps}; "
+            "raise --max_train_steps to go on."
+        )
 
 
 def restore(args: argparse.Namespace, resumed: Resumed, parts: Restorable, order: Mapping[str, Any], steps: int) -> Progress:
@@ -100,17 +124,10 @@ def restore(args: argparse.Namespace, resumed: Resumed, parts: Restorable, order
         steps: of the whole training.
 
     Raises:
-        UserError: a state of another network, optimiser or schedule, or one that is past the last step.
+        UserError: see ``check_resumed``.
     """
     state = resumed.state
-    require_same(state, resumed.folder, state_identity(args, parts.network, parts.optimizer))
-    final = Path(args.output_dir) / final_name(args.output_name)
-    only_unsaved = args.resume == LATEST and state.progress.step == steps and not final.exists()  # killed after the last state
-    if state.progress.step >= steps and not only_unsaved:
-        raise UserError(
-            f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {steps}; "
-            "raise --max_train_steps to go on."
-        )
+    check_resumed(args, resumed, state_identity(args, parts.network, parts.optimizer), steps)
     load_state(resumed.folder, parts)
     progress = state.progress
     if changed := [name for name, value in order.items() if state.order.get(name) != value]:

@@ -177,7 +177,7 @@ def plain_state(value: Any) -> Any:
         return items if isinstance(value, list) else type(value)(items) if type(value) in (tuple, set) else tuple(items)
     raise UserError(
         f"the state of the optimiser or the schedule holds a {type(value).__name__}, which cannot be saved safely. "
-        "Leave --save_state out, or use another --optimizer_type or --lr_scheduler_type."
+        "Use another --optimizer_type or --lr_scheduler_type, or train without --save_state."
     )
 
 

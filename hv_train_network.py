@@ -527,6 +527,7 @@ def prepare(
     if resumed is not None:
         order = batch_order(args, reader, accelerator)
         training.progress = restore(args, resumed, training.restorable, order, steps)
+    training.progress.log_runs = logs.runs
     training.metadata = training_metadata(args, training_facts(training, groups), network_args)
     return training
 
@@ -637,7 +638,7 @@ def main() -> int:
 
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
-    logs = open_logs(args, accelerator.device, accelerator.is_main_process)
+    logs = open_logs(args, accelerator.device, accelerator.is_main_process, resumed)
     with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)

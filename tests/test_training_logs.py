@@ -15,11 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
-from utils import training_logs
+from utils import log_trackers
 from utils.errors import UserError
+from utils.lr_schedules import ScheduleSettings, make_schedule
 from utils.media_writing import save_picture, save_video
+from utils.optimizers import make_optimizer
 from utils.sample_prompts import SamplePrompt
 from utils.training_arguments import build_training_parser
 from utils.training_logs import TrainingLogs, check_logs, chosen_trackers, hide_secret, learning_rates, open_logs, stored_flags
@@ -94,6 +97,8 @@ def tensorboard(monkeypatch) -> list[FakeWriter]:
 
 
 class FakeRun:
+    id = "run1"
+
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict]] = []
         self.finished = False
@@ -177,7 +182,7 @@ def test_tensorboard_gets_numbers_pictures_and_clips(tensorboard, samples, tmp_p
 
 def test_large_clips_become_small_animations(tmp_path):
     save_video(tmp_path / "c.mp4", np.zeros((9, 64, 704, 3), dtype=np.uint8), 24)
-    data, width, height = training_logs.animation(tmp_path / "c.mp4")
+    data, width, height = log_trackers.animation(tmp_path / "c.mp4")
     assert (width, height) == (320, 29) and data[:3] == b"GIF"
 
 
@@ -256,6 +261,26 @@ def test_rates_are_named_by_group():
     optimizer.param_groups[1]["lr"] = None  # as Adafactor with relative_step
     optimizer.param_groups[2]["lr"] = torch.tensor(5.0)
     assert learning_rates(optimizer, ["a", "b", "c", "d"]) == {"a": 1.0, "d*lr a": 0.25, "c": 5.0, "d": 4.0}
+
+
+def test_adafactor_with_its_own_schedule_is_logged_with_the_rate_it_uses(monkeypatch):
+    torch.manual_seed(0)
+    groups = [{"params": [torch.nn.Parameter(scale * torch.randn(4, 3)) for _ in range(2)]} for scale in (1e-6, 1.0)]
+    optimizer = make_optimizer("adafactor", groups, 1e-3)
+    schedule = make_schedule(ScheduleSettings("adafactor"), optimizer, 3)
+    used: list[float] = []
+    get = type(optimizer)._get_lr
+    monkeypatch.setattr(type(optimizer), "_get_lr", staticmethod(lambda *values: used.append(float(get(*values))) or get(*values)))
+    for _ in range(3):
+        told = learning_rates(Accelerator(cpu=True).prepare(optimizer), ["a", "b"])
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.randn(4, 3)
+        used.clear()
+        optimizer.step()
+        assert told == pytest.approx({"a": used[0], "b": used[2]}, rel=1e-6)
+        assert used[2] > used[0] > 0
+        schedule.step()
 
 
 def test_peak_memory_of_a_cuda_device(tensorboard, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ class Writer:
 
 def wandb_stand_in(noted: dict[str, Any]) -> types.ModuleType:
     """In place of the package wandb; ``noted`` gets the settings, the key, and the steps that were logged."""
-    module, run = types.ModuleType("wandb"), types.SimpleNamespace()
+    module, run = types.ModuleType("wandb"), types.SimpleNamespace(id="run1")
     run.log = lambda values, step: noted["steps"].append(step)
     run.finish = lambda: None
 

@@ -72,9 +72,13 @@ class LossLog:
         learning_rate: float | None,
         validation_loss: float | None = None,
     ) -> None:
-        """One step. A field is empty where its value is None: a rate that the optimiser does not tell, a loss not measured."""
-        rate, held_out = ("" if value is None else f"{float(value):.6g}" for value in (learning_rate, validation_loss))
-        self._write_line(f"{step},{epoch},{loss:.6g},{average:.6g},{rate},{held_out}")
+        """One step. A field is empty where its value is None: a rate that the optimiser does not tell, a loss not measured.
+
+        Losses have the nine digits that tell one float32 from the next.
+        """
+        rate = "" if learning_rate is None else f"{float(learning_rate):.6g}"
+        held_out = "" if validation_loss is None else f"{validation_loss:.9g}"
+        self._write_line(f"{step},{epoch},{loss:.9g},{average:.9g},{rate},{held_out}")
 
     def _write_line(self, line: str) -> None:
         if self._file is None:

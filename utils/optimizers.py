@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,26 @@ def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None
 def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
     """Whether this is Adafactor with relative_step, which needs ``--lr_scheduler adafactor`` and no learning rate."""
     return any(group.get("relative_step", False) for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def own_learning_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | None:
+    """The rate that an Adafactor with relative_step will use in its next step; None for others, whose groups tell it.
+
+    With scale_parameter, its default, each parameter has a rate of its own; this is that of the group's first one, as
+    ``transformers.optimization.AdafactorSchedule`` has it.
+
+    Args:
+        group: of ``optimizer.param_groups``.
+    """
+    while hasattr(optimizer, "optimizer"):  # what accelerate wraps
+        optimizer = optimizer.optimizer
+    if not group.get("relative_step", False) or not hasattr(optimizer, "_get_lr"):
+        return None
+    parameter = group["params"][0]
+    made = optimizer.state.get(parameter, {}).get("step", 0)
+    root_mean_square = parameter.float().norm() / parameter.numel() ** 0.5
+    return float(optimizer._get_lr(group, {"step": made + 1, "RMS": root_mean_square}))
 
 
 def _optimizer_class(optimizer_type: str) -> type:

@@ -1,41 +1,32 @@
-"""TensorBoard and Weights & Biases: numbers of every step, samples, and the flags of a training."""
+"""What a training tells TensorBoard and Weights & Biases: numbers of every step, samples, and its flags."""
 
 from __future__ import annotations
 
 import argparse
-import io
+import inspect
 import logging
-import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import av
-import numpy as np
 import torch
-from PIL import Image
 
 from utils.arguments import public_flags
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
-from utils.key_values import nearest_name
-from utils.toml_files import read_toml
+from utils.log_trackers import TensorBoardTracker, Tracker, WandbTracker, import_summary_writer, import_wandb
+from utils.optimizers import own_learning_rate
+from utils.tracker_config import TABLES, read_tracker_config
 from utils.training_pause import kept_random_state
 
 if TYPE_CHECKING:
+    from utils.training_resume import Resumed
     from utils.training_samples import DrawnSample
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NAME = "network_train"
-TABLES = ("tensorboard", "wandb")
 LOG_FLAGS = ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key", "log_config")
-FLUSH_SECONDS = 30  # what a killed training may lose of TensorBoard's file
-GIF_SIDE = 320  # TensorBoard shows clips as animations, which are large: every second frame, at this size
-GIF_MILLISECONDS = 80
 
 
 def chosen_trackers(args: argparse.Namespace) -> tuple[str, ...]:
@@ -65,35 +56,49 @@ def check_logs(args: argparse.Namespace) -> None:
     if "tensorboard" in trackers:
         if args.logging_dir is None:
             raise UserError(f"--log_with {args.log_with} needs --logging_dir, the folder for TensorBoard's files.")
-        _import_summary_writer()
+        import_summary_writer()
+    wandb_names: list[str] = []
     if "wandb" in trackers:
         if args.wandb_api_key is not None and not args.wandb_api_key.strip():
             raise UserError("--wandb_api_key is empty; give the key, or leave the flag out after `wandb login`.")
-        _import_wandb()
+        parameters = inspect.signature(import_wandb().init).parameters.values()
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            wandb_names = [parameter.name for parameter in parameters]
     if args.logging_dir is not None:
         require_writable_folder(args.logging_dir, "--logging_dir")
-    _tracker_config(args)
+    options = read_tracker_config(args.log_tracker_config, wandb_names)["tensorboard"]
+    if "log_dir" in options:
+        require_writable_folder(options["log_dir"], "--log_tracker_config: log_dir")
+    if options.get("comment"):
+        logger.warning("--log_tracker_config: comment has no effect; --log_prefix is what the name of the folder begins with.")
 
 
-def open_logs(args: argparse.Namespace, device: torch.device, main_process: bool = True) -> TrainingLogs:
+def open_logs(
+    args: argparse.Namespace, device: torch.device, main_process: bool = True, resumed: Resumed | None = None
+) -> TrainingLogs:
     """The logs that the flags ask for, begun now; none in processes other than the main one.
 
     Args:
         device: whose peak memory is logged, if it is a CUDA device.
+        resumed: the state that training goes on from. Its runs are continued, except under another --output_name: several
+            trainings may go on from one state, and each of them needs a run of its own.
 
     Raises:
         UserError: TensorBoard or W&B refuses to begin; the first line of its reason is told.
     """
     if not main_process:
         return TrainingLogs()
-    config = _tracker_config(args)
+    config = read_tracker_config(args.log_tracker_config)
     flags = stored_flags(args) if args.log_config else {}
-    logs = TrainingLogs([], device)
+    logs, step = TrainingLogs([], device), 0
+    if resumed is not None and resumed.state.flags.get("output_name") == args.output_name:
+        logs.runs, step = dict(resumed.state.progress.log_runs), resumed.state.progress.step
     with kept_random_state(device):
         for name in chosen_trackers(args):
             opener = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name]
             try:
-                logs.trackers.append(opener(args, config.get(name, {}), flags))
+                logs.trackers.append(opener(args, config[name], flags, logs.runs.get(name), step))
+                logs.runs[name] = logs.trackers[-1].run
             except UserError:
                 logs.close()
                 raise
@@ -120,7 +125,8 @@ def hide_secret(words: list[str], secret: str | None) -> None:
 def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) -> dict[str, float]:
     """The learning rate of each parameter group that has one, by its name.
 
-    For optimisers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use.
+    For optimisers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use;
+    for Adafactor with relative_step it is the rate of the group's first parameter in the next step.
 
     Args:
         names: of the groups, as ``networks.network_module.parameter_groups`` returns them; missing and doubled ones get a number.
@@ -129,23 +135,14 @@ def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) 
     for number, group in enumerate(optimizer.param_groups, 1):
         name = names[number - 1] if number <= len(names) else f"group {number}"
         name = name if name not in rates else f"{name} {number}"
-        if group.get("lr") is not None:
-            rates[name] = float(group["lr"])
+        rate = own_learning_rate(optimizer, group)
+        if rate is None:
+            rate = group.get("lr")
+        if rate is not None:
+            rates[name] = float(rate)
             if group.get("d") is not None:
                 rates[f"d*lr {name}"] = float(group["d"]) * rates[name]
     return rates
-
-
-class Tracker(Protocol):
-    """What a logging package has to do."""
-
-    name: str
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def sample(self, sample: DrawnSample, step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TrainingLogs:
@@ -154,11 +151,15 @@ class TrainingLogs:
     Args:
         trackers: from ``open_logs``; none logs nothing.
         device: whose peak memory is logged, if it is a CUDA device.
+
+    Attributes:
+        runs: what a state keeps of them, by tracker; also of those that are not used this time.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = (), device: torch.device | None = None) -> None:
         self.trackers = list(trackers)
         self.device = device
+        self.runs: dict[str, str] = {}
 
     def __enter__(self) -> TrainingLogs:
         return self
@@ -221,130 +222,6 @@ class TrainingLogs:
             self.trackers.remove(tracker)
 
 
-class TensorBoardTracker:
-    """Event files in ``{logging_dir}/{log_prefix}{time}/{log_tracker_name}``. Clips are shown as animations."""
-
-    name = "tensorboard"
-
-    def __init__(self, args: argparse.Namespace, options: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-        run = f"{args.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-        folder = Path(args.logging_dir) / run / (args.log_tracker_name or DEFAULT_NAME)
-        require_writable_folder(folder, "--logging_dir with --log_prefix and --log_tracker_name,")
-        self.writer = _import_summary_writer()(str(folder), **{"flush_secs": FLUSH_SECONDS, **options})
-        if flags:
-            rows = [f"| {name} | {_cell(value)} |" for name, value in flags.items()]
-            self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), 0)
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def sample(self, sample: DrawnSample, step: int) -> None:
-        tag = f"sample/{sample.index:02d}"
-        if sample.path.suffix == ".png":
-            with Image.open(sample.path) as picture:
-                self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-        else:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            data, width, height = animation(sample.path)
-            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbTracker:
-    """A run in the project ``log_tracker_name``. The key is handed over in the environment, which W&B does not store."""
-
-    name = "wandb"
-
-    def __init__(self, args: argparse.Namespace, options: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-        self.wandb = _import_wandb()
-        if args.wandb_api_key is not None:
-            os.environ["WANDB_API_KEY"] = args.wandb_api_key
-        settings: dict[str, Any] = {"project": args.log_tracker_name or DEFAULT_NAME, **options}
-        if args.logging_dir is not None:
-            Path(args.logging_dir).mkdir(parents=True, exist_ok=True)
-            settings.setdefault("dir", args.logging_dir)
-        if args.wandb_run_name is not None:
-            settings["name"] = args.wandb_run_name
-        if flags:
-            settings["config"] = {**settings.get("config", {}), **flags}
-        self.run = self.wandb.init(**settings)
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def sample(self, sample: DrawnSample, step: int) -> None:
-        caption = f"{sample.prompt.prompt} (seed {sample.seed})"
-        if sample.path.suffix == ".png":
-            media = self.wandb.Image(str(sample.path), caption=caption)
-        else:
-            media = self.wandb.Video(str(sample.path), caption=caption, format="mp4")
-        self.run.log({f"sample/{sample.index:02d}": media}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def animation(path: Path) -> tuple[bytes, int, int]:
-    """A video as an animated GIF, of every second frame and at most 320 pixels a side: (data, width, height)."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index % 2 == 0]
-    for frame in frames:
-        frame.thumbnail((GIF_SIDE, GIF_SIDE))
-    buffer = io.BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=GIF_MILLISECONDS, loop=0)
-    return buffer.getvalue(), *frames[0].size
-
-
-def _cell(value: Any) -> str:
-    """A value in a row of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
 def _reason(error: BaseException, args: argparse.Namespace) -> str:
     reason = first_line(error).rstrip(".")
     return reason.replace(args.wandb_api_key, "***") if args.wandb_api_key else reason
-
-
-def _tracker_config(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The tables of --log_tracker_config."""
-    if args.log_tracker_config is None:
-        return {}
-    config = read_toml(args.log_tracker_config, "--log_tracker_config")
-    for name, table in config.items():
-        if name not in TABLES or not isinstance(table, dict):
-            raise UserError(
-                f"--log_tracker_config {args.log_tracker_config}: {name!r} is no tracker's table; there are "
-                f"{' and '.join(f'[{table}]' for table in TABLES)}.{nearest_name(name, TABLES)}"
-            )
-    return config
-
-
-def _import_summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # an installation that does not fit raises many things besides ImportError
-        raise UserError(
-            f"TensorBoard's logs need tensorboard, which cannot be imported here ({first_line(error)}). "
-            "Install it with: pip install tensorboard; or leave --logging_dir and --log_with out."
-        ) from error
-    return SummaryWriter
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except Exception as error:
-        raise UserError(
-            f"--log_with wandb needs wandb, which cannot be imported here ({first_line(error)}). "
-            "Install it with: pip install wandb; or leave it out."
-        ) from error
-    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B itself makes, imports as an empty package
-        raise UserError(
-            "--log_with wandb finds a folder called wandb but not the package. Install it with: pip install wandb; or leave it out."
-        )
-    return wandb

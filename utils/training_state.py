@@ -53,6 +53,7 @@ class Progress:
         losses: of the last steps, for their average.
         started_at: seconds since 1970 when the training first began.
         session_id: of that beginning.
+        log_runs: by which names the runs in TensorBoard and W&B are continued.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     started_at: float = 0.0
     session_id: str = ""
+    log_runs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ def read_state_file(folder: Path) -> StateFile:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise UserError(f"{path} has the format {content['format']}; this version reads {FORMAT}. {remedy}")
+        content.setdefault("log_runs", {})  # states of older versions have none
         progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
         parts = {name: content[name] for name in ("seed", "identity", "order", "flags", "saved_at")}
         files = dict(content["files"])
@@ -253,13 +256,16 @@ def _require_types(content: Mapping[str, Any]) -> None:
     for names, kind in (
         (("step", "epoch", "batches", "seed"), int),
         (("started_at", "saved_at"), (int, float)),
-        (("identity", "order", "flags", "files"), dict),
+        (("identity", "order", "flags", "files", "log_runs"), dict),
         (("losses",), list),
         (("session_id",), str),
     ):
         for name in names:
             if not isinstance(content[name], kind) or isinstance(content[name], bool):
                 raise TypeError(f"{name} is {content[name]!r}")
+    for name, run in content["log_runs"].items():
+        if not isinstance(run, str):
+            raise TypeError(f"the run in {name} is {run!r}")
     for name, least in (("step", 0), ("epoch", 1), ("batches", 0)):
         if content[name] < least:
             raise ValueError(f"{name} is {content[name]}")

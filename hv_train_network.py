@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,13 +37,12 @@ from dataset.batches import (
 from dataset.items import name_some
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
-from hunyuan_model.flow import TIMESTEPS
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
-from utils.arguments import drawn_seed, public_flags
+from utils.arguments import drawn_seed
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
@@ -54,9 +51,9 @@ from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
-from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
+from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
-from utils.skipped_steps import SkippedSteps, TrainingBroken
+from utils.skipped_steps import TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
@@ -65,31 +62,37 @@ from utils.training_files import (
     epoch_name,
     final_name,
     remove_leftovers,
-    remove_outdated,
-    save_network,
     state_name,
     step_name,
 )
 from utils.training_logs import TrainingLogs, check_logs, learning_rates, open_logs
-from utils.training_metadata import TrainingFacts, finished_metadata, new_session_id, training_metadata
-from utils.training_pause import evaluation_weights, paused_training
+from utils.training_metadata import TrainingFacts, new_session_id, training_metadata
 from utils.training_requests import Request, TrainingRequests
 from utils.training_resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
+from utils.training_run import (
+    SAVE_DTYPES,
+    Training,
+    batch_order,
+    require_finite_weights,
+    rotate,
+    save,
+    save_for_signal,
+    save_model,
+    save_training_state,
+    steps_per_epoch,
+)
 from utils.training_samples import TrainingSamples, check_samples, prepare_samples
 from utils.training_state import (
     LATEST,
     Progress,
-    Restorable,
-    StateFile,
-    plain_state,
+    check_state_can_be_saved,
     recover_state,
-    save_state,
 )
+from utils.training_step import Step, train_step
 
 logger = logging.getLogger("train")
 
 TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
-SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,65 +115,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-@dataclass(frozen=True)
-class Step:
-    """What an optimiser step came to.
-
-    Attributes:
-        loss: mean over its batches; not finite where the step was skipped for that.
-        gradient_norm: before clipping.
-        skipped: why nothing was learnt from it, or None.
-    """
-
-    loss: float
-    gradient_norm: float
-    skipped: str | None = None
-
-
-@dataclass
-class Training:
-    """What the loop works on."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    transformer: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    group_names: list[str]
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    reader: EpochReader
-    flow_matching: FlowMatching
-    steps: int
-    save_rules: SaveRules
-    progress: Progress
-    samples: TrainingSamples
-    logs: TrainingLogs
-    metadata: dict[str, str] = field(default_factory=dict)
-    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
-    uploads: HubUploads | None = None
-    held_out: CachedDataset = field(default_factory=lambda: CachedDataset(()))
-
-    @property
-    def restorable(self) -> Restorable:
-        """What a state holds of it."""
-        loss = self.flow_matching
-        return Restorable(self.network, self.optimizer, self.lr_scheduler, loss.noise, loss.timesteps, self.accelerator)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """For using the network inside without changing the training."""
-        return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
-        return steps_per_epoch(self.args, self.reader)
-
-
-def steps_per_epoch(args: argparse.Namespace, reader: EpochReader) -> int:
-    """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
-    return -(-len(reader) // args.gradient_accumulation_steps)
-
-
 def batches_of_step(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
     """Group an epoch's batches into those of one optimiser step; the last group may be smaller."""
     iterator = iter(batches)
@@ -183,147 +127,6 @@ def validation_loss(training: Training) -> float:
     items = (collate([training.held_out[index]]) for index in range(len(training.held_out)))
     with training.paused():
         return training.flow_matching.validation_loss(items)
-
-
-def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
-    """Give every process the mean gradients. The network is hooked into the transformer's layers: no wrapper can do this."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            # Dropout may leave a layer out on one process only; all of them must still take part.
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, reduction="mean")
-
-
-def train_step(training: Training, batches: list[Batch]) -> Step:
-    """One optimiser step over the batches it accumulates. A loss or a gradient that is not finite spoils nothing: it is skipped."""
-    accelerator, network, args = training.accelerator, training.network, training.args
-    call_if_there(network, "on_step_start")
-    total, spoiled, learnt = 0.0, None, []
-    for batch in batches:
-        loss, t = training.flow_matching.loss(batch)
-        total += loss.item() / len(batches)
-        timesteps = ", ".join(f"{value * TIMESTEPS:.0f}" for value in t.tolist())
-        learnt.append(f"{', '.join(batch['names'])} at timestep {timesteps}")
-        if not torch.isfinite(loss):
-            spoiled = spoiled or f"the loss is {loss.item()} for {learnt[-1]}"
-        elif spoiled is None and loss.requires_grad:  # not where dropout leaves out the whole network
-            accelerator.backward(loss / len(batches))
-    if any_process(accelerator, spoiled is not None):
-        training.optimizer.zero_grad(set_to_none=True)
-        return Step(total, math.nan, spoiled or "the loss is not finite in another process")
-    if not any_process(accelerator, any(parameter.grad is not None for parameter in network.parameters())):
-        step_schedule(training.lr_scheduler, total)  # dropout left out the whole network
-        return Step(total, 0.0)
-    average_gradients(accelerator, network)
-    norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm or math.inf)
-    norm = math.nan if norm is None else float(norm)
-    if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler finds out by itself, and tries a smaller scale
-        training.optimizer.zero_grad(set_to_none=True)
-        return Step(total, norm, f"the gradient is not finite for {', '.join(learnt)}")
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    if accelerator.optimizer_step_was_skipped:
-        return Step(total, norm, f"the gradient is too large for fp16, whose scale is halved, for {', '.join(learnt)}")
-    step_schedule(training.lr_scheduler, total)
-    if args.scale_weight_norms:
-        call_if_there(network, "apply_max_norm_regularization", args.scale_weight_norms, accelerator.device)
-    return Step(total, norm)
-
-
-def any_process(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something is so on any process; all must ask together."""
-    if accelerator.num_processes == 1:
-        return here
-    return bool(accelerator.gather(torch.tensor([int(here)], device=accelerator.device)).max())
-
-
-def save_model(training: Training, file_name: str, epoch: int) -> None:
-    """Save the network under the output folder, on the main process only."""
-    if not training.accelerator.is_main_process:
-        return
-    metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
-    dtype = save_dtype(training.args, training.accelerator)
-    with evaluation_weights(training.optimizer):
-        path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
-    if training.uploads is not None:
-        training.uploads.upload(path)
-
-
-def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """Of saved models: --save_precision, else the mixed precision's."""
-    return SAVE_DTYPES["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]
-
-
-def save_training_state(training: Training, model_name: str) -> None:
-    """Save the state that belongs to a model's name; all processes together."""
-    args = training.args
-    state = StateFile(
-        progress=training.progress,
-        seed=args.seed,
-        identity=state_identity(args, training.network, training.optimizer),
-        order=batch_order(args, training.reader, training.accelerator),
-        flags=public_flags(args),
-        saved_at=time.time(),
-    )
-    folder = Path(args.output_dir) / state_name(model_name)
-    save_state(folder, training.restorable, state)
-    if training.uploads is not None and training.uploads.states_too:
-        training.uploads.upload(folder)
-
-
-def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Accelerator) -> dict[str, object]:
-    """What the place inside an epoch depends on, besides the seed."""
-    return {
-        "data sets": reader.fingerprint(),
-        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "processes": accelerator.num_processes,
-    }
-
-
-def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
-    """Save the model, and the state beside it.
-
-    Raises:
-        TrainingBroken: the weights are spoiled; what was saved before them stays.
-    """
-    require_finite_weights(training)
-    save_model(training, file_name, epoch)
-    if with_state:
-        save_training_state(training, file_name)
-
-
-def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
-    """Save the state; where that cannot be done, at least the model.
-
-    Raises:
-        UserError: the state could not be saved; the model was, if anything could.
-        TrainingBroken: see ``require_finite_weights``.
-    """
-    require_finite_weights(training)
-    try:
-        save_training_state(training, file_name)
-    except UserError as error:
-        save_model(training, file_name, epoch)
-        raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
-
-
-def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:
-    """Remove what the save rules no longer keep, now that what belongs to this step or epoch is saved."""
-    if training.accelerator.is_main_process:
-        uploaded = training.uploads.wait_for if training.uploads is not None else None
-        folder, name = Path(training.args.output_dir), training.args.output_name
-        remove_outdated(folder, name, training.save_rules, step=step, epoch=epoch, before_removal=uploaded)
-
-
-def require_finite_weights(training: Training) -> None:
-    """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
-    if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
-        raise TrainingBroken(
-            f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "
-            "states that were saved before are whole; go on from the last one with a lower --learning_rate or another precision."
-        )
 
 
 def train(training: Training) -> int:
@@ -551,22 +354,6 @@ def training_facts(training: Training, groups: list[CachedGroup]) -> TrainingFac
     )
 
 
-def check_state_can_be_saved(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-) -> None:
-    """See to it before anything is loaded that states of this optimiser and this schedule can be saved.
-
-    Raises:
-        UserError: they cannot, but are asked for.
-    """
-    try:
-        plain_state({"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()})
-    except UserError as error:
-        if args.save_state or args.save_state_on_train_end:
-            raise
-        logger.warning("%s A training that is stopped will save its model only.", error)
-
-
 def describe_group(group: CachedGroup) -> dict[str, object]:
     """A dataset for the metadata: its settings and how much it holds, and of its paths only the last name."""
     settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
@@ -626,7 +413,7 @@ def main() -> int:
         args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, planned.group_rates
     )
     lr_scheduler = check_lr_scheduler(args, optimizer, steps)
-    check_state_can_be_saved(args, optimizer, lr_scheduler)
+    check_state_can_be_saved(optimizer, lr_scheduler, wanted=args.save_state or args.save_state_on_train_end)
     if resumed is not None:
         check_resumed(args, resumed, state_identity(args, planned.network, optimizer), steps)
     if args.resume == LATEST and is_complete(args, steps, resumed):

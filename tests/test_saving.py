@@ -144,13 +144,6 @@ def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, c
     assert len(lines) == 1 + MAX_IN_A_ROW and "step 2 was skipped: the gradient is too large for fp16" in lines[0]
 
 
-def test_a_step_for_which_dropout_leaves_nothing_is_no_step(train, tmp_path: Path) -> None:
-    ended = train("--max_train_steps", 3, "--network_args", "module_dropout=0.9999", "--lr_scheduler", "cosine")
-    assert ended.status == 0, ended.stderr
-    weights = load_file(tmp_path / "out" / "lora.safetensors")
-    assert not any(value.any() for name, value in weights.items() if "lora_up" in name)
-
-
 def test_spoiled_weights_are_not_saved_and_remove_nothing(train, tmp_path: Path, monkeypatch) -> None:
     step, made = hv_train_network.train_step, []
 

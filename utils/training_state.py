@@ -183,6 +183,20 @@ def plain_state(value: Any) -> Any:
     )
 
 
+def check_state_can_be_saved(optimizer: torch.optim.Optimizer, lr_scheduler: Any, wanted: bool) -> None:
+    """See whether states of this optimiser and this schedule can be saved, and warn if not.
+
+    Raises:
+        UserError: they cannot, but are ``wanted``.
+    """
+    try:
+        plain_state({"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()})
+    except UserError as error:
+        if wanted:
+            raise
+        logger.warning("%s A training that is stopped will save its model only.", error)
+
+
 def _save_plain(value: Any, path: Path) -> None:
     """``torch.save`` by way of memory: on a full disk it would raise no OSError."""
     buffer = io.BytesIO()

@@ -1,0 +1,161 @@
+"""A training under way: what the loop works on, and saving it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dataset.batches import CachedDataset
+from dataset.reading import EpochReader
+from utils.arguments import public_flags
+from utils.errors import UserError
+from utils.flow_matching import FlowMatching
+from utils.hub import HubUploads
+from utils.skipped_steps import SkippedSteps, TrainingBroken
+from utils.training_files import SaveRules, remove_outdated, save_network, state_name
+from utils.training_logs import TrainingLogs
+from utils.training_metadata import finished_metadata
+from utils.training_pause import evaluation_weights, paused_training
+from utils.training_resume import state_identity
+from utils.training_samples import TrainingSamples
+from utils.training_state import Progress, Restorable, StateFile, save_state
+
+SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Training:
+    """What the loop works on."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    transformer: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    group_names: list[str]
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    reader: EpochReader
+    flow_matching: FlowMatching
+    steps: int
+    save_rules: SaveRules
+    progress: Progress
+    samples: TrainingSamples
+    logs: TrainingLogs
+    metadata: dict[str, str] = field(default_factory=dict)
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
+    uploads: HubUploads | None = None
+    held_out: CachedDataset = field(default_factory=lambda: CachedDataset(()))
+
+    @property
+    def restorable(self) -> Restorable:
+        """What a state holds of it."""
+        loss = self.flow_matching
+        return Restorable(self.network, self.optimizer, self.lr_scheduler, loss.noise, loss.timesteps, self.accelerator)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """For using the network inside without changing the training."""
+        return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(self.args, self.reader)
+
+
+def steps_per_epoch(args: argparse.Namespace, reader: EpochReader) -> int:
+    """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
+    return -(-len(reader) // args.gradient_accumulation_steps)
+
+
+def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Accelerator) -> dict[str, object]:
+    """What the place inside an epoch depends on, besides the seed."""
+    return {
+        "data sets": reader.fingerprint(),
+        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+    }
+
+
+def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
+    """Save the model, and the state beside it.
+
+    Raises:
+        TrainingBroken: the weights are spoiled; what was saved before them stays.
+    """
+    require_finite_weights(training)
+    save_model(training, file_name, epoch)
+    if with_state:
+        save_training_state(training, file_name)
+
+
+def save_model(training: Training, file_name: str, epoch: int) -> None:
+    """Save the network under the output folder, on the main process only."""
+    if not training.accelerator.is_main_process:
+        return
+    metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
+    dtype = save_dtype(training.args, training.accelerator)
+    with evaluation_weights(training.optimizer):
+        path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
+    if training.uploads is not None:
+        training.uploads.upload(path)
+
+
+def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
+    """Of saved models: --save_precision, else the mixed precision's."""
+    return SAVE_DTYPES["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]
+
+
+def save_training_state(training: Training, model_name: str) -> None:
+    """Save the state that belongs to a model's name; all processes together."""
+    args = training.args
+    state = StateFile(
+        progress=training.progress,
+        seed=args.seed,
+        identity=state_identity(args, training.network, training.optimizer),
+        order=batch_order(args, training.reader, training.accelerator),
+        flags=public_flags(args),
+        saved_at=time.time(),
+    )
+    folder = Path(args.output_dir) / state_name(model_name)
+    save_state(folder, training.restorable, state)
+    if training.uploads is not None and training.uploads.states_too:
+        training.uploads.upload(folder)
+
+
+def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
+    """Save the state; where that cannot be done, at least the model.
+
+    Raises:
+        UserError: the state could not be saved; the model was, if anything could.
+        TrainingBroken: see ``require_finite_weights``.
+    """
+    require_finite_weights(training)
+    try:
+        save_training_state(training, file_name)
+    except UserError as error:
+        save_model(training, file_name, epoch)
+        raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
+
+
+def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:
+    """Remove what the save rules no longer keep, now that what belongs to this step or epoch is saved."""
+    if training.accelerator.is_main_process:
+        uploaded = training.uploads.wait_for if training.uploads is not None else None
+        folder, name = Path(training.args.output_dir), training.args.output_name
+        remove_outdated(folder, name, training.save_rules, step=step, epoch=epoch, before_removal=uploaded)
+
+
+def require_finite_weights(training: Training) -> None:
+    """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
+    if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
+        raise TrainingBroken(
+            f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "
+            "states that were saved before are whole; go on from the last one with a lower --learning_rate or another precision."
+        )

@@ -39,6 +39,7 @@ ENVIRONMENT = ROOT / ".venv"
 STAMP_NAME = "quickstart.json"
 OUTPUT = ROOT / "quickstart_output"
 TOY = ROOT / "examples" / "toy"
+MAX_TEST_PROCESSES = 4  # side by side; each has torch in its memory
 FREE_SPACE_WANTED_GB = 3.0  # a CPU build of torch with everything else; a CUDA build wants about three times as much
 STATUS_FAILED = 2
 
@@ -358,7 +359,8 @@ def main(arguments: list[str]) -> int:
     try:
         prepare_environment(test)
         if test:
-            command = [environment_python(ENVIRONMENT), "-m", "pytest", *arguments[1:]]
+            processes = min(MAX_TEST_PROCESSES, os.cpu_count() or 1)
+            command = [environment_python(ENVIRONMENT), "-m", "pytest", "-n", str(processes), "--dist", "worksteal", *arguments[1:]]
             say("The tests")
             echo(command)
             return subprocess.run(command, cwd=ROOT, check=False).returncode

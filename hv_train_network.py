@@ -48,6 +48,7 @@ from networks.network_module import call_if_there, create_network, import_networ
 from utils.arguments import drawn_seed, public_flags
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
+from utils.disk_space import check_room_to_save
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
 from utils.files import require_writable_folder
 from utils.flow_matching import FlowMatching
@@ -55,7 +56,7 @@ from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler, step_schedule
-from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
+from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.skipped_steps import SkippedSteps, TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
@@ -552,7 +553,7 @@ def main() -> int:
     prompts = check_samples(args)
     check_logs(args)
     TimestepSettings.from_args(args)
-    config, parameter_group_count = check_model_and_network(args)
+    checked = check_model_and_network(args)
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
@@ -561,7 +562,7 @@ def main() -> int:
     if accelerator.is_main_process:
         print(format_table(reports), flush=True)
     require_batches(reports)
-    require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
+    require_model_sizes(groups, checked.config.in_channels, checked.config.text_dim, checked.config.pooled_dim)
 
     if args.resume == LATEST and accelerator.is_main_process:
         recover_state(Path(args.output_dir), args.output_name)
@@ -579,7 +580,7 @@ def main() -> int:
     reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
     steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
     optimizer = check_optimizer(
-        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, parameter_group_count
+        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, checked.parameter_groups
     )
     check_lr_scheduler(args, optimizer, steps)
     if args.save_state or args.save_state_on_train_end:
@@ -587,6 +588,17 @@ def main() -> int:
     if args.resume == LATEST and is_complete(args, steps, resumed):
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
+    if checked.size is not None and accelerator.is_main_process:
+        check_room_to_save(
+            Path(args.output_dir),
+            args.output_name,
+            SaveRules.from_args(args),
+            model_bytes=checked.size.model_bytes(save_dtype(args, accelerator)),
+            state_bytes=checked.size.state_bytes(state_bytes_per_value(optimizer), accelerator.num_processes),
+            steps=steps,
+            steps_per_epoch=steps_per_epoch(args, reader),
+            start=0 if resumed is None else resumed.state.progress.step,
+        )
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)
@@ -595,7 +607,7 @@ def main() -> int:
         logger.warning("training on the CPU, which the real model makes very slow.")
     logs = open_logs(args, accelerator.device, accelerator.is_main_process)
     with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
-        samples = prepare_samples(args, prompts, accelerator, config)
+        samples = prepare_samples(args, prompts, accelerator, checked.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = CachedDataset.of_items(held_out)
         training.uploads = uploads

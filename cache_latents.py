@@ -20,6 +20,7 @@ from tqdm import tqdm
 import hunyuan_model
 from dataset import load_dataset_config
 from dataset.cache_files import CacheKey, NonFiniteError, list_caches, save_latents
+from dataset.cache_sizes import missing_latents_bytes
 from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
 from dataset.freshness import Verdict, judge_latents
 from dataset.items import Item, list_items, settle_captions
@@ -42,6 +43,7 @@ from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, int_up_to, positive_int, script_parser
 from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
+from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 
@@ -274,6 +276,14 @@ def main() -> int:
         failures = show_items(args, [item for items in listed for item in items])
     else:
         settled = [settle_captions(items, args.missing_caption) for items in listed]
+        require_room(
+            {
+                dataset.cache_directory: missing_latents_bytes(dataset, items, dtype, args.num_workers)
+                for dataset, items in zip(group.datasets, settled)
+            },
+            "the latents that are still to be cached take",
+            "give another cache_directory",
+        )
         warn_of_cpu(args.device, device)
         vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
         configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))

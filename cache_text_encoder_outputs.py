@@ -19,7 +19,8 @@ from tqdm import tqdm
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
 from dataset.cache_files import NonFiniteError, list_caches, save_text, text_cache_path
-from dataset.freshness import Verdict, judge_text
+from dataset.cache_sizes import text_bytes
+from dataset.freshness import NEW, Verdict, judge_text
 from dataset.items import Item, list_items, name_some, settle_captions
 from dataset.orphans import abandoned_files, orphaned_texts
 from dataset.preparation import Failure
@@ -34,9 +35,11 @@ from dataset.report import (
     require_items,
 )
 from hunyuan_model.fingerprint import fingerprint_tokenizer, fingerprint_weights
+from hunyuan_model.prompt_template import TEXT_LENGTH
 from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
 from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
+from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 
@@ -194,7 +197,7 @@ def main() -> int:
     args = parse_with_config(build_parser())
     device = pick_device(args.device)
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, on_cuda=torch.float16)
-    hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+    widths = hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     group = load_dataset_config(args.dataset_config)
     listed = [list_items(dataset) for dataset in group.datasets]
     reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
@@ -214,6 +217,13 @@ def main() -> int:
             list(zip(items, readers.map(lambda item: judge_text(item, record, args.skip_existing), items))) for items in listed
         ]
     items = [item for judged in verdicts for item, verdict in judged if verdict.reason is not None]
+    each = text_bytes(TEXT_LENGTH, widths, dtype)
+    new = [(report.dataset, sum(verdict.reason == NEW for _, verdict in judged)) for report, judged in zip(reports, verdicts)]
+    require_room(
+        {dataset.cache_directory: count * each for dataset, count in new},
+        "the text encoder outputs that are still to be cached take",
+        "give another cache_directory",
+    )
     warn_of_cpu(args.device, device)
     failures = cache(args, tokenizers, items, record, device, dtype) if items else []
 

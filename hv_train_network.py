@@ -45,6 +45,7 @@ from networks.network_module import call_if_there, create_network, import_networ
 from utils.arguments import drawn_seed
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
+from utils.disk_space import check_room_to_save
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
 from utils.files import require_writable_folder
 from utils.flow_matching import FlowMatching
@@ -52,7 +53,7 @@ from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
-from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode
+from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.skipped_steps import TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
@@ -76,6 +77,7 @@ from utils.training_run import (
     require_finite_weights,
     rotate,
     save,
+    save_dtype,
     save_for_signal,
     save_model,
     save_training_state,
@@ -419,6 +421,17 @@ def main() -> int:
     if args.resume == LATEST and is_complete(args, steps, resumed):
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
+    if planned.size is not None and accelerator.is_main_process:
+        check_room_to_save(
+            Path(args.output_dir),
+            args.output_name,
+            SaveRules.from_args(args),
+            model_bytes=planned.size.model_bytes(save_dtype(args, accelerator)),
+            state_bytes=planned.size.state_bytes(state_bytes_per_value(optimizer), accelerator.num_processes),
+            steps=steps,
+            steps_per_epoch=steps_per_epoch(args, reader),
+            start=0 if resumed is None else resumed.state.progress.step,
+        )
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)

@@ -41,10 +41,26 @@ class Resampling:
     @property
     def record(self) -> str:
         """How the frames were chosen, as far as the file does not say it."""
-        return f"{self.target_fps:g} from {f'{self.fps:g}' if self.given else 'timestamps'}"
+        return _record(self.target_fps, self.fps if self.given else None)
 
     def __str__(self) -> str:
         return f"{'uneven, ' if self.uneven else ''}{self.fps:.4g} -> {self.target_fps:.4g} frames per second"
+
+
+def _record(target_fps: float, given_fps: float | None) -> str:
+    return f"{target_fps:g} from {'timestamps' if given_fps is None else f'{given_fps:g}'}"
+
+
+def possible_records(target_fps: float, source_fps: float | None) -> set[str]:
+    """What the records of clips can say with these settings of a dataset, whatever rates the files have."""
+    if not target_fps or (source_fps is not None and _is_near(source_fps, target_fps)):
+        return {EVERY_FRAME}
+    resampled = _record(target_fps, source_fps)
+    return {EVERY_FRAME, resampled} if source_fps is None else {resampled}
+
+
+def _is_near(fps: float, target_fps: float) -> bool:
+    return abs(fps / target_fps - 1) <= TOLERANCE
 
 
 def resample(times: Sequence[float], stated_fps: float | None, target_fps: float, given: bool = False) -> Resampling | None:
@@ -61,13 +77,20 @@ def resample(times: Sequence[float], stated_fps: float | None, target_fps: float
     fps = own_rate(shown, stated_fps)
     even = np.linspace(0, shown[-1], len(shown))
     uneven = bool(np.abs(shown - even).max() * target_fps > UNEVEN_FRAMES)
-    if abs(fps / target_fps - 1) <= TOLERANCE and not uneven:
+    if _is_near(fps, target_fps) and not uneven:
         return None
     duration = shown[-1] + min(1 / fps, shown[-1] - shown[-2])  # no file says how long the last frame is shown
     count = max(1, int(np.ceil(duration * target_fps - ROUNDING_FRAMES)))
     # Between two frames the nearer one wins; in the middle the earlier one.
     indices = np.searchsorted((shown[1:] + shown[:-1]) / 2, np.arange(count) / target_fps - TIE_SECONDS)
     return Resampling(fps, target_fps, tuple(indices.tolist()), uneven, given)
+
+
+def frames_at(target_fps: float, frames: int, fps: float | None) -> int:
+    """About how many of an even video's ``frames`` at ``fps`` are left, or made of them, at ``target_fps`` (0: every frame)."""
+    if not target_fps or not fps or _is_near(fps, target_fps):
+        return frames
+    return int(frames * target_fps / fps)
 
 
 def own_rate(times: np.ndarray, stated_fps: float | None) -> float:

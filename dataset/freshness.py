@@ -23,16 +23,20 @@ from dataset.cache_files import (
     text_cache_path,
 )
 from dataset.config import DatasetConfig
+from dataset.frame_rate import possible_records
+from dataset.frames import Window, is_cut
 from dataset.items import Item
 from dataset.preparation import Target
 from dataset.records import (
     BUCKET,
+    FRAME_RATE,
     REASONS,
     SOURCE_BYTES,
     SOURCE_HASH,
     SOURCE_NEWER,
     SOURCE_REPLACED,
     SOURCE_TIME,
+    WINDOW,
     first_difference,
     has_record,
     is_same_source,
@@ -147,6 +151,8 @@ def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: It
     No media file is read. ``items`` is None where they cannot be reached; one whose file is missing is not compared.
     """
     sources = None if items is None else {item.stem: item for item in items}
+    cached = list(cached)
+    last_starts = _last_starts(cached)
     check = CacheCheck()
     texts = set()
     for entry in cached:
@@ -154,7 +160,7 @@ def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: It
         with suppress(UserError):  # whoever reads the file says what is wrong with it
             _, metadata = read_latent_header(entry.latents_path)
             gone = GONE if sources is not None and source is None else None
-            _note(check, entry.latents_path, metadata, gone or _latent_mismatch(dataset, entry, metadata, source))
+            _note(check, entry.latents_path, metadata, gone or _latent_mismatch(dataset, entry, metadata, source, last_starts))
         if entry.text_path not in texts:
             texts.add(entry.text_path)
             with suppress(UserError):
@@ -169,20 +175,61 @@ def _note(check: CacheCheck, path: Path, metadata: Mapping[str, str], mismatch: 
         check.mismatches.setdefault(mismatch, []).append(path.name)
 
 
-def _latent_mismatch(dataset: DatasetConfig, entry: CachedItem, metadata: Mapping[str, str], source: Item | None) -> str | None:
+def _last_starts(cached: Iterable[CachedItem]) -> dict[tuple[str, int], int]:
+    """The first frame of the last window, by stem and length: what is known of a clip's own length without reading it."""
+    found: dict[tuple[str, int], int] = {}
+    for entry in cached:
+        if entry.window is not None:
+            start, length = entry.window
+            found[entry.stem, length] = max(start, found.get((entry.stem, length), 0))
+    return found
+
+
+def _latent_mismatch(
+    dataset: DatasetConfig,
+    entry: CachedItem,
+    metadata: Mapping[str, str],
+    source: Item | None,
+    last_starts: Mapping[tuple[str, int], int],
+) -> str | None:
     if SOURCE_HASH not in metadata:
         return None
-    with suppress(OSError):  # the media may be elsewhere
-        found = None if source is None else os.stat(source.path)
-        if found is not None and metadata.get(SOURCE_BYTES) != str(found.st_size):
-            return SOURCE_REPLACED
-        if found is not None and metadata.get(SOURCE_TIME) != str(found.st_mtime_ns):
-            return SOURCE_TOUCHED
+    found = None
+    if source is not None:
+        with suppress(OSError):  # the media may be elsewhere
+            found = os.stat(source.path)
+    if found is not None and metadata.get(SOURCE_BYTES) != str(found.st_size):
+        return SOURCE_REPLACED
+    if not _has_size(dataset, entry, metadata):
+        return REASONS[BUCKET]
+    if entry.window is not None and (difference := _other_frames(dataset, entry, entry.window, metadata, last_starts)):
+        return difference
+    return SOURCE_TOUCHED if found is not None and metadata.get(SOURCE_TIME) != str(found.st_mtime_ns) else None
+
+
+def _has_size(dataset: DatasetConfig, entry: CachedItem, metadata: Mapping[str, str]) -> bool:
     width, height = (metadata.get(side, "") for side in ("width", "height"))
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        return None
+        return True
     bucket = choose_bucket((int(width), int(height)), dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
-    return None if bucket == bucket_of(entry.shape)[:2] else REASONS[BUCKET]
+    return bucket == bucket_of(entry.shape)[:2]
+
+
+def _other_frames(
+    dataset: DatasetConfig,
+    entry: CachedItem,
+    window: Window,
+    metadata: Mapping[str, str],
+    last_starts: Mapping[tuple[str, int], int],
+) -> str | None:
+    """Why the dataset would not cut these frames of a clip, as far as that can be told without reading it."""
+    mode, stride, sample = dataset.frame_extraction, dataset.frame_stride, dataset.frame_sample
+    if not is_cut(window, last_starts[entry.stem, window[1]], dataset.target_frames, mode, stride, sample, dataset.max_frames):
+        return REASONS[WINDOW]
+    made_with = metadata.get(FRAME_RATE)
+    is_same = made_with is None or made_with in possible_records(dataset.target_fps, dataset.source_fps)
+    # the first frame is the same at every rate
+    return None if is_same or window == (0, 1) else REASONS[FRAME_RATE]
 
 
 def _text_mismatch(metadata: Mapping[str, str], source: Item | None) -> str | None:

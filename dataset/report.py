@@ -145,24 +145,51 @@ def report_cached_group(group: CachedGroup) -> DatasetReport:
 
 
 def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
-    """Lines on the caches that carry no record or do not match the sources; mismatches are warned of as well.
+    """Lines on media without caches, and on caches that carry no record or do not match; the first and the last are warned of.
 
     ``items``: those of the dataset, None where the media cannot be reached.
     """
     check = check_caches(group.dataset, group.items, items)
     notes = []
+    if items is not None and (uncached := describe_uncached(group, items)):
+        logger.warning("%s: %s", group.dataset.label, uncached)
+        notes.append(uncached)
+    if lengths := uncached_lengths(group):
+        frames = " or ".join(map(str, lengths))
+        notes.append(f"no clip has a cache of {frames} frame(s) (target_frames); run cache_latents.py, unless all are shorter")
     if check.without_record:
         notes.append(f"{check.without_record} cache(s) do not say what made them: whether they match is not known")
     for reason, names in check.mismatches.items():
         notes.append(f"{len(names)} cache(s) do not match, {reason}: {name_some(names)}")
     if check.mismatches:
         logger.warning(
-            "%s: %d cache(s) do not match what they were made from, see the table. They are trained as they are; "
-            "run both caching scripts with --skip_existing to make only those again.",
+            "%s: %d cache(s) do not match what they were made from, or how, see the table. They are trained as they are; "
+            "run both caching scripts with --skip_existing to make only those again, and with --remove_orphans to delete those "
+            "that belong to nothing any more.",
             group.dataset.label,
             sum(map(len, check.mismatches.values())),
         )
     return notes
+
+
+def describe_uncached(group: CachedGroup, items: Sequence[Item]) -> str | None:
+    """A line on the media that training does not see; None if there are none. Those without a caption are counted elsewhere."""
+    cached, dataset = {item.stem for item in group.items}, group.dataset
+    names = [item.path.name for item in items if item.stem not in cached and item.caption is not None]
+    if not names:
+        return None
+    exception = ""
+    if dataset.kind == "video" and dataset.frame_extraction != "full":
+        exception = f" (clips of fewer than {min(dataset.target_frames)} frame(s) get none)"
+    what = "picture(s)" if dataset.kind == "image" else "clip(s)"
+    return f"{len(names)} of {len(items)} {what} have no cache: {name_some(names)}; run cache_latents.py{exception}"
+
+
+def uncached_lengths(group: CachedGroup) -> list[int]:
+    """Those of target_frames of which there is not one clip."""
+    if group.dataset.kind == "image" or group.dataset.frame_extraction == "full":
+        return []
+    return sorted(set(group.dataset.target_frames) - {item.window[1] for item in group.items if item.window is not None})
 
 
 def count_buckets(dataset: DatasetConfig, shapes: Iterable[LatentShape]) -> dict[tuple[int, int, int], BucketCount]:

@@ -16,6 +16,8 @@ TEMPLATE_BEFORE_PROMPT = (
 )
 TEMPLATE_AFTER_PROMPT = "<|eot_id|>"
 
+TEXT_LENGTH = 256  # rows of text the transformer is given at most: the tokens of the prompt and of what follows it
+
 # Tokens that a tokenizer must know for the template to mean what it meant in training.
 TEMPLATE_SPECIAL_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 

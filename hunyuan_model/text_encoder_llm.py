@@ -23,14 +23,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokeni
 from hunyuan_model.checkpoint import Checkpoint, load_weights, open_checkpoint
 from hunyuan_model.fp8 import FP8_DTYPE, enable_fp8_linears
 from hunyuan_model.identify import Kind, check_is
-from hunyuan_model.prompt_template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, apply_prompt_template
+from hunyuan_model.prompt_template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.stored_config import building_from_config
 from hunyuan_model.tokenizer_loading import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TEXT_LENGTH = 256  # rows of text the transformer is given at most
 SKIPPED_LAYERS = 2
 FLAG = "--text_encoder1"
 TOKENIZER = TokenizerPlace(

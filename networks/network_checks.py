@@ -1,10 +1,12 @@
-"""What a training names, looked at before anything is loaded: the transformer, the network and its files, and room to save it."""
+"""What a training names, looked at before anything is loaded: the transformer, the network and its files."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -17,10 +19,12 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
-from utils.errors import UserError
+from utils.disk_space import NetworkSize
+from utils.errors import UserError, first_line
 from utils.files import require_file
 from utils.key_values import parse_key_values
-from utils.training_state import require_free_space, state_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,15 @@ class Planned:
     """What is known of a training before anything is loaded.
 
     Attributes:
-        config: sizes of the transformer in --dit.
+        config: the sizes of the transformer in --dit.
         group_rates: the learning rates of the parameter groups that the network will have.
-        network: the network, whose values are not those it will have; None for a third party's.
+        size: of the network; None where its module does not show it without the weights of the transformer.
+        network: the network without its values; None for a third party's.
     """
 
     config: TransformerConfig
     group_rates: list[float]
+    size: NetworkSize | None
     network: nn.Module | None = None
 
 
@@ -46,7 +52,8 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
     """
     config = check_transformer_file(args.dit, "--dit")
     with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
+        transformer = HYVideoDiffusionTransformer(config)
+    shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
     for path in args.base_weights:
         check_lora_file(path, shapes)
     if args.fp8_base and args.network_module.startswith("lycoris"):
@@ -56,10 +63,10 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
     if module is not networks.lora:
         if args.network_weights:
             require_file(args.network_weights, "--network_weights")
-        return Planned(config, [args.learning_rate])
+        return Planned(config, [args.learning_rate], _size_of_other_network(args, module, transformer, network_args))
     options = NetworkOptions(network_args, args.network_dropout)
-    network = _planned_network(args, config, network_args)
-    _require_space_to_save(args, sum(parameter.numel() for parameter in network.parameters()))
+    quiet = {name: value for name, value in network_args.items() if name != "verbose"}
+    network = _planned_network(args, module, transformer, quiet)
     if args.network_weights:
         ranks = check_lora_file(args.network_weights, shapes).ranks
         rank = args.network_dim or DEFAULT_RANK
@@ -69,25 +76,28 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
                 "give it as --network_dim, or use --dim_from_weights."
             )
     factors = [1.0] if options.loraplus_lr_ratio is None else [1.0, options.loraplus_lr_ratio]
-    return Planned(config, [args.learning_rate * factor for factor in factors], network)
+    return Planned(config, [args.learning_rate * factor for factor in factors], _size(network), network)
 
 
-def _planned_network(args: argparse.Namespace, config: TransformerConfig, network_args: dict[str, str]) -> nn.Module:
-    quiet = {name: value for name, value in network_args.items() if name != "verbose"}
-    with torch.device("meta"):
-        transformer = HYVideoDiffusionTransformer(config)
+def _size_of_other_network(
+    args: argparse.Namespace, module: ModuleType, transformer: HYVideoDiffusionTransformer, network_args: Mapping[str, str]
+) -> NetworkSize | None:
+    try:
+        return _size(_planned_network(args, module, transformer, network_args))
+    except Exception as error:  # a module may look at weights, which are not there yet; it speaks of its arguments later
+        logger.info("not checked: disk space. %s shows its size only later (%s)", args.network_module, first_line(error))
+        return None
+
+
+def _planned_network(
+    args: argparse.Namespace, module: ModuleType, transformer: HYVideoDiffusionTransformer, network_args: Mapping[str, str]
+) -> nn.Module:
+    """The network for a transformer on the meta device; its names and sizes are those it will have."""
     if args.dim_from_weights:
-        return networks.lora.create_network_from_weights(1.0, args.network_weights, None, None, transformer, **quiet)[0]
+        return module.create_network_from_weights(1.0, args.network_weights, None, None, transformer, **network_args)[0]
     with torch.device("meta"):
-        return networks.lora.create_network(1.0, args.network_dim, args.network_alpha, None, None, transformer, **quiet)
+        return module.create_network(1.0, args.network_dim, args.network_alpha, None, None, transformer, **network_args)
 
 
-def _require_space_to_save(args: argparse.Namespace, parameters: int) -> None:
-    """Refuse a disk that has no room for what is saved first.
-
-    Raises:
-        UserError: with the sizes.
-    """
-    with_state = args.save_state or args.save_state_on_train_end
-    wanted = 4 * parameters + (state_bytes(parameters) if with_state else 0)
-    require_free_space(Path(args.output_dir), wanted, "one model and its state" if with_state else "one model")
+def _size(network: nn.Module) -> NetworkSize:
+    return NetworkSize.of_shapes(tuple(value.shape) for value in network.state_dict().values())

@@ -13,6 +13,7 @@ from utils.key_values import literal_key_values, nearest_name
 from utils.named_classes import construct, import_class
 
 NAMED = ("adamw", "adamw8bit", "adafactor")
+SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimisers
 
 
 def make_optimizer(
@@ -63,7 +64,7 @@ def check_optimizer(
         UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
     """
     rates = [learning_rate] if group_rates is None else group_rates
-    scratch = [torch.nn.Parameter(torch.zeros(2, 2, device=device)) for _ in rates]
+    scratch = [torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device)) for _ in rates]
     params = [{"params": [parameter], "lr": rate} for parameter, rate in zip(scratch, rates)]
     optimizer = make_optimizer(optimizer_type, params, learning_rate, optimizer_args)
     for parameter in scratch:
@@ -76,6 +77,20 @@ def check_optimizer(
             f"--optimizer_type {optimizer_type} cannot take a plain training step ({first_line(error)}). Use adamw, say."
         ) from error
     return optimizer
+
+
+def state_bytes_per_value(optimizer: torch.optim.Optimizer) -> float:
+    """How many bytes an optimiser that has made a step keeps for each value it trains: 8 for Adam's two averages in float32."""
+    values = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    return _tensor_bytes(optimizer.state_dict()) / values
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_tensor_bytes, value.values() if isinstance(value, dict) else value))
+    return 0
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequence[str] | None = None) -> str:
@@ -150,7 +165,7 @@ def _adamw8bit_class() -> type:
 
 def _require_kernel(optimizer_class: type, device: torch.device | str) -> None:
     """Take one step on a scratch tensor: whether an 8-bit kernel exists for a device shows only there."""
-    scratch = torch.nn.Parameter(torch.zeros(64, 128, device=device))  # smaller tensors are kept in 32 bits
+    scratch = torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device))
     scratch.grad = torch.ones_like(scratch)
     try:
         optimizer_class([scratch], lr=1e-3).step()

@@ -16,7 +16,6 @@ import logging
 import os
 import random
 import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -359,25 +358,3 @@ def _load_random_state(folder: Path, parts: Restorable, device: torch.device) ->
         logger.warning("%s was saved on another kind of device; the noise begins anew.", folder)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def state_bytes(parameters: int) -> int:
-    """About how many bytes a state of ``parameters`` float32 parameters takes: themselves and two averages of Adam's."""
-    return 12 * parameters
-
-
-def require_free_space(folder: Path, wanted: int, what: str) -> None:
-    """Refuse to start where what will be saved does not fit on the disk even once.
-
-    Raises:
-        UserError: with the sizes.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < wanted:
-        raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, but {what} takes about {wanted / 1e9:.2f} GB. Free some space or give another "
-            "--output_dir."
-        )

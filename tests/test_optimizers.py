@@ -10,7 +10,7 @@ import torch
 
 from utils.errors import UserError
 from utils.key_values import literal_key_values, parse_key_values
-from utils.optimizers import describe_optimizer, make_optimizer, picks_own_learning_rate, set_optimizer_mode
+from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, picks_own_learning_rate, set_optimizer_mode
 
 
 def parameter(size: int = 3) -> torch.nn.Parameter:
@@ -98,6 +98,22 @@ def fake_bitsandbytes(monkeypatch, step):
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
     return AdamW8bit
+
+
+class OneRate(torch.optim.SGD):
+    """As Prodigy, it wants the same rate for all groups, and says so in its first step."""
+
+    def step(self, closure=None):
+        if len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("one rate for all")
+
+
+def test_the_two_rates_of_lora_plus_are_tried_before_training():
+    check_optimizer(f"{__name__}.OneRate", 1e-3)
+    with pytest.raises(UserError, match="cannot take a plain training step"):
+        check_optimizer(f"{__name__}.OneRate", 1e-3, groups=2)
+    with pytest.raises(UserError, match="loraplus_lr_ratio"):
+        check_optimizer("adafactor", 1e-3, groups=2)
 
 
 def test_adamw8bit_without_bitsandbytes_names_adamw(monkeypatch):

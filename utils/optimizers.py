@@ -63,7 +63,7 @@ def check_optimizer(
         UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
     """
     scratch = [torch.nn.Parameter(torch.zeros(2, 2, device=device)) for _ in range(groups)]
-    params = [{"params": [parameter], "lr": learning_rate} for parameter in scratch]
+    params = [{"params": [parameter], "lr": learning_rate * (number + 1)} for number, parameter in enumerate(scratch)]  # as LoRA+
     optimizer = make_optimizer(optimizer_type, params, learning_rate, optimizer_args)
     for parameter in scratch:
         parameter.grad = torch.ones_like(parameter)

@@ -86,14 +86,6 @@ def test_mistakes_are_user_errors(name, arguments, message):
         make_optimizer(name, [parameter()], 1e-3, arguments)
 
 
-def test_one_that_wants_the_same_rate_everywhere_is_refused_with_two():
-    """Prodigy estimates one rate; LoRA+ makes two groups of different ones."""
-    pytest.importorskip("prodigyopt")
-    assert check_optimizer("prodigyopt.Prodigy", 1.0, group_rates=[1.0, 1.0])
-    with pytest.raises(UserError, match="Prodigy cannot take a plain training step"):
-        check_optimizer("prodigyopt.Prodigy", 1.0, group_rates=[1.0, 4.0])
-
-
 def fake_bitsandbytes(monkeypatch, step):
     class AdamW8bit(torch.optim.SGD):
         def step(self, closure=None):
@@ -106,6 +98,22 @@ def fake_bitsandbytes(monkeypatch, step):
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
     return AdamW8bit
+
+
+class OneRate(torch.optim.SGD):
+    """As Prodigy, it wants the same rate for all groups, and says so in its first step."""
+
+    def step(self, closure=None):
+        if len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("one rate for all")
+
+
+def test_the_two_rates_of_lora_plus_are_tried_before_training():
+    check_optimizer(f"{__name__}.OneRate", 1e-3)
+    with pytest.raises(UserError, match="cannot take a plain training step"):
+        check_optimizer(f"{__name__}.OneRate", 1e-3, group_rates=[1e-3, 4e-3])
+    with pytest.raises(UserError, match="loraplus_lr_ratio"):
+        check_optimizer("adafactor", 1e-3, group_rates=[1e-3, 4e-3])
 
 
 def test_adamw8bit_without_bitsandbytes_names_adamw(monkeypatch):

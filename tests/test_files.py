@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.files import atomic_path, final_of_temporary, is_temporary, require_file, require_writable_folder
+from utils.files import atomic_path, final_of_temporary, is_temporary, remove_folder, require_file, require_writable_folder
 
 
 def test_a_file_a_folder_and_nothing(tmp_path):
@@ -53,3 +53,22 @@ def test_what_is_written_by_way_of_another_temporary_file_keeps_the_final_name(t
         inner.write_bytes(b"all of it")
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
     assert (tmp_path / "lora.safetensors").read_bytes() == b"all of it"
+
+
+def test_a_folder_whose_removal_is_interrupted_is_gone_under_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "lora-state"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).touch()
+
+    def interrupted(path: Path) -> None:
+        (path / "a").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", interrupted)
+        remove_folder(folder)
+    assert [final_of_temporary(path) for path in tmp_path.iterdir()] == ["lora-state"]
+    folder.mkdir()
+    remove_folder(folder)
+    assert not folder.exists()

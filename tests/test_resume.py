@@ -72,7 +72,6 @@ def test_it_goes_on_from_any_step_as_if_nothing_had_happened(train, whole: Path,
     assert len(losses(whole / "again.csv")) == 10
 
 
-@pytest.mark.slow
 def test_processes_that_read_make_no_difference(train, whole: Path) -> None:
     state = whole / "lora-step00000004-state"
     ended = train(*FLAGS, "--resume", state, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers", name="again")

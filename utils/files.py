@@ -80,6 +80,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it. If that is interrupted, nothing half-removed stands under ``path``.
+
+    Raises:
+        OSError: it, or something in it, cannot be removed.
+    """
+    outdated = _temporary_beside(path, keep_name=True)
+    os.replace(path, outdated)
+    shutil.rmtree(outdated)
+
+
 def _temporary_beside(final: Path, keep_name: bool) -> Path:
     name = final_of_temporary(final)  # where ``final`` is itself being written for another name, that one is kept
     ending = f".{name or final.name}" if name or keep_name else final.suffix

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.files import atomic_path, final_of_temporary
+from utils.files import atomic_path, final_of_temporary, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def remove_outdated(
         every = rules.every_n_epochs
         first_model, first_state = (None if count is None else epoch - count * every for count in (models, states))
         numbered = re.compile(re.escape(name) + r"-(\d{6,})")
-    for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, shutil.rmtree)):
+    for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, remove_folder)):
         for path, number in _numbered(folder, numbered, suffix):
             if first is not None and number < first and number % every == 0:
                 if before_removal is not None:

@@ -131,7 +131,11 @@ def _save_with_all_processes(folder: Path, parts: Restorable, state: StateFile) 
             _write_parts(temporary, parts, state)
     else:
         temporary = broadcast_object_list([""])[0]
-        _write_random_state(Path(temporary), parts)
+        try:
+            _write_random_state(Path(temporary), parts)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {folder}: {reason}. Check the folder and the free disk space.") from error
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import hunyuan_model
 from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
+from hunyuan_model.block_swap import check_blocks_to_swap
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
@@ -26,6 +27,7 @@ from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
     add_device_argument,
+    add_swap_arguments,
     add_text_encoder_arguments,
     add_vae_arguments,
     drawn_seed,
@@ -34,6 +36,7 @@ from utils.arguments import (
     positive_float,
     script_parser,
     seed,
+    swap_settings,
     text_encoder_settings,
     whole_number,
 )
@@ -57,6 +60,9 @@ DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chun
 SAMPLING_FLAGS = [
     "dit_dtype",
     "fp8",
+    "blocks_to_swap",
+    "img_in_txt_in_offloading",
+    "no_pinned_swap_memory",
     "text_encoder1",
     "text_encoder2",
     "tokenizer1",
@@ -99,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--fp8", action="store_true", help="keep the transformer's Linear weights in float8: half the memory (default: off)"
     )
+    add_swap_arguments(models)
     add_vae_arguments(models, required=False, tiling_switch=False)
     add_text_encoder_arguments(models, required=False)
     add_device_argument(models)
@@ -196,7 +203,7 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
     check_attention_device(args.attn_mode, device)
     make_attention(args.attn_mode)
-    check_transformer_file(args.dit, "--dit")
+    check_blocks_to_swap(args.blocks_to_swap, check_transformer_file(args.dit, "--dit"))
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
 
 
@@ -226,7 +233,14 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     text = encode_prompt(args, device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
     transformer = hunyuan_model.load_transformer(
-        args.dit, device=device, dtype=dtype, attn_mode=args.attn_mode, split_attn=args.split_attn, fp8=args.fp8, patch=patch
+        args.dit,
+        device=device,
+        dtype=dtype,
+        attn_mode=args.attn_mode,
+        split_attn=args.split_attn,
+        fp8=args.fp8,
+        swap=swap_settings(args, recomputed=False),
+        patch=patch,
     )
     noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
     with tqdm(total=args.infer_steps, desc="sampling", unit="step") as progress:

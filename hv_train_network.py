@@ -42,7 +42,7 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
 from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
-from utils.arguments import drawn_seed
+from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.disk_space import check_room_to_save
@@ -263,6 +263,7 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         attn_mode=attention_mode(args),
         split_attn=args.split_attn,
         fp8=args.fp8_base,
+        swap=swap_settings(args, recomputed=args.gradient_checkpointing),
         patch=merge_patch(bases, args.dit) if bases else None,
     )
     if args.gradient_checkpointing:
@@ -301,6 +302,7 @@ def prepare(
         network_args=network_args,
         weights=args.network_weights,
         dim_from_weights=args.dim_from_weights,
+        device=accelerator.device,
     )
     optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)

@@ -28,6 +28,7 @@ from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
 
 logger = logging.getLogger(__name__)
 
+HOST = torch.device("cpu")
 PROGRESS_FROM_BYTES = 1 << 30  # a smaller checkpoint loads before a progress bar can be read
 
 # Names under which published folders keep their weights, the preferred ones first.
@@ -285,6 +286,7 @@ def load_weights(
     device: torch.device | str,
     dtype_of: Callable[[str], torch.dtype],
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    on_host: Callable[[str], bool] = lambda name: False,
     progress: str | None = None,
 ) -> None:
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
@@ -297,6 +299,8 @@ def load_weights(
         dtype_of: final dtype by tensor name; tensors of integers keep theirs.
         patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast (it gets the tensor on ``device`` as
             stored, float8 ones as float32, and must return a new tensor instead of writing to it).
+        on_host: the parameters that end in host memory; ``device`` sees one of them at a time, and only those that are
+            patched or cast, which gives the same bits wherever they end.
         progress: text of the progress bar, which only large checkpoints show.
 
     Raises:
@@ -311,7 +315,10 @@ def load_weights(
     ) as bar:
         for name in checkpoint.shapes:
             dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
-            _assign(module, name, _final_tensor(checkpoint.get(name), name, device, dtype, patch))
+            stored = checkpoint.get(name)
+            unchanged = patch is None and stored.dtype == dtype
+            tensor = _final_tensor(stored, name, HOST if on_host(name) and unchanged else device, dtype, patch)
+            _assign(module, name, tensor.to(HOST) if on_host(name) else tensor)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 

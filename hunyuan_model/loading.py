@@ -10,6 +10,7 @@ import torch
 
 from hunyuan_model.architecture import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.attention import make_attention
+from hunyuan_model.block_swap import SwapSettings, enable_block_swap, on_host
 from hunyuan_model.checkpoint import Checkpoint, load_weights
 from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, enable_fp8_linears, is_fp8_target
 from hunyuan_model.identify import Kind, open_checkpoint_of
@@ -27,6 +28,7 @@ def load_transformer(
     attn_mode: str = "torch",
     split_attn: bool = False,
     fp8: bool = False,
+    swap: SwapSettings | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """The transformer in ``path``, in eval mode and frozen; its size is read from the shapes in the file.
@@ -40,12 +42,15 @@ def load_transformer(
         attn_mode, split_attn: as ``hunyuan_model.attention.make_attention`` takes them.
         fp8: store the Linear weights of the blocks as float8 (see ``hunyuan_model.fp8``). A file that is float8 already
             keeps its bytes then, and is widened to ``dtype`` otherwise.
+        swap: what stays in host memory and comes to ``device`` in turn (see ``hunyuan_model.block_swap``); nothing if None.
         patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
 
     Raises:
-        UserError: the file is missing, damaged, incomplete or something else than a transformer.
+        UserError: the file is missing, damaged, incomplete or something else than a transformer; or it has fewer blocks than
+            ``swap`` needs.
     """
     checkpoint, config = _open_transformer(path, "--dit")
+    swap = swap or SwapSettings()
     attention = make_attention(attn_mode, split=split_attn)
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, attention)
@@ -55,10 +60,12 @@ def load_transformer(
         device=device,
         dtype_of=lambda name: FP8_DTYPE if fp8 and is_fp8_target(name) else dtype,
         patch=patch,
+        on_host=on_host(swap, config),
         progress="loading the transformer",
     )
     if fp8:
         logger.info("%d Linear layers of the transformer are stored as float8", enable_fp8_linears(model, dtype))
+    enable_block_swap(model, swap, torch.device(device))
     return model.eval()
 
 

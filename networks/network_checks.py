@@ -13,6 +13,7 @@ from torch import nn
 
 import networks.lora
 from hunyuan_model.architecture import TransformerConfig
+from hunyuan_model.block_swap import check_blocks_to_swap
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
@@ -51,6 +52,7 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
         UserError: a file, the network or its arguments cannot be used.
     """
     config = check_transformer_file(args.dit, "--dit")
+    check_blocks_to_swap(args.blocks_to_swap, config)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}

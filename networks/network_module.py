@@ -45,12 +45,14 @@ def create_network(
     network_args: Mapping[str, Any],
     weights: str | os.PathLike[str] | None = None,
     dim_from_weights: bool = False,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Create a network, hook it into ``transformer``, and load ``weights`` into it if given; float32 and trainable.
 
     Args:
         dim, alpha, dropout: of the network; with ``dim_from_weights`` the file decides dim and alpha.
         network_args: further arguments of the module, as text.
+        device: of the computation; that of the transformer's weights if None, some of which may live in host memory.
 
     Raises:
         UserError: what the module says of its arguments, or weights that do not fit.
@@ -64,8 +66,7 @@ def create_network(
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
     if weights:  # also after create_network_from_weights, which in some modules takes only the sizes from the file
         network.load_weights(weights)
-    device = next(transformer.parameters()).device
-    network.to(device, torch.float32)
+    network.to(device or next(transformer.parameters()).device, torch.float32)
     network.requires_grad_(True)
     call_if_there(network, "prepare_grad_etc", None, transformer)
     return network

@@ -137,6 +137,11 @@ def picture(run: Run, pattern: str) -> dict[str, np.ndarray]:
         return {"pixels": np.asarray(image.convert("RGB")).astype(int)}
 
 
+def swaps(*parts: str) -> Callable[[Run, Run], None]:
+    """These parts of the transformer, and no others, have their weights in one piece of host memory."""
+    return becomes(seen("in_one_piece"), set(parts))
+
+
 def narrower(run: Run, without: Run) -> None:
     """The VAE's convolutions see what 8 columns depend on at once, twice as many columns where they halve them."""
     assert run.done.seen.widest <= 18 < without.done.seen.widest

@@ -44,6 +44,7 @@ from flag_effects import (
     sample,
     seen,
     stays,
+    swaps,
     told_to_wandb,
     trains_timesteps_in,
     trains_whole_timesteps,
@@ -89,6 +90,9 @@ ROWS = (
     # Memory
     Row("--fp8_base", both(keeps_float8("transformer"), other_lora)),
     Row("--gradient_checkpointing", both(stays(lora, within=1e-4), half_the_memory)),
+    Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
+    Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
+    Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
     # Training loop; two batches make an epoch
     Row("--max_train_steps 3", becomes(column("step"), ["1", "2", "3"])),
     Row("--max_train_epochs 2", becomes(column("step"), ["1", "2", "3", "4"])),

@@ -36,6 +36,7 @@ from flag_effects import (
     shape,
     states,
     stays,
+    swaps,
     warns_of_the_cpu,
     writes,
 )
@@ -96,6 +97,9 @@ GENERATION = (
     Row("--dit {data}/other.safetensors", other_latent),
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), differs(latent, by_at_most=0.2))),
     Row("--fp8", both(keeps_float8("transformer"), differs(latent, by_at_most=0.2))),
+    Row("--blocks_to_swap 1", both(stays(latent), swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
+    Row("--img_in_txt_in_offloading", both(stays(latent), swaps("img_in", "txt_in"))),
+    Row("--no_pinned_swap_memory", both(stays(latent), becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
     Row("--vae {data}/other_vae", other_frame, beside=IMAGES),
     Row("--vae_dtype bfloat16", both(computes_in(torch.bfloat16, "vae"), other_frame), beside=IMAGES),
     Row("--vae_chunk_size 8", both(stays(frame, within=1), narrower), beside=IMAGES),

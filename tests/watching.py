@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from hunyuan_model import vae_layers
+from hunyuan_model import loading, vae_layers
 from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
@@ -33,6 +33,8 @@ class Seen:
     Attributes:
         timesteps, guidance: that the transformer was told.
         weights: dtypes of the weights of each part of the model when it computed.
+        in_one_piece: blocks and embedders of the transformer whose weights lie in one piece of memory, from which they are swapped.
+        pinned: whether swapped weights were to be page-locked.
         attended: rows, of all samples, in its largest attention call.
         saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
         encoded: sizes of the batches that the VAE encoded.
@@ -47,6 +49,8 @@ class Seen:
     timesteps: list[float] = field(default_factory=list)
     guidance: set[float] = field(default_factory=set)
     weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
+    in_one_piece: set[str] = field(default_factory=set)
+    pinned: set[bool] = field(default_factory=set)
     attended: int = 0
     saved_bytes: int = 0
     encoded: list[int] = field(default_factory=list)
@@ -80,6 +84,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
 
     def hear(transformer: torch.nn.Module, _x: Any, t: torch.Tensor, *texts_and_guidance: torch.Tensor) -> None:
         look_at("transformer", transformer)
+        seen.in_one_piece |= set(in_one_piece(transformer))
         seen.timesteps += t.tolist()
         seen.guidance |= set(texts_and_guidance[-1].tolist())
 
@@ -111,6 +116,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.delenv("WANDB_API_KEY")
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
+        spy(patch, loading, "enable_block_swap", lambda _transformer, settings, _device: seen.pinned.add(settings.pinned))
         spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
         spy(patch, vae_layers, "_convolve_window", convolve)
         spy(patch, AutoencoderKLCausal3D, "encode", encode)
@@ -124,6 +130,14 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.setitem(sys.modules, tensorboard.__name__, tensorboard)
         patch.setitem(sys.modules, "wandb", wandb_stand_in(seen.wandb))
         yield seen, patch
+
+
+def in_one_piece(transformer: torch.nn.Module) -> Iterator[str]:
+    lists = ("double_blocks", "single_blocks")
+    parts = {f"{name}.{index}": block for name in lists for index, block in enumerate(getattr(transformer, name))}
+    for name, part in {**parts, "img_in": transformer.img_in, "txt_in": transformer.txt_in}.items():
+        if len({weight.untyped_storage().data_ptr() for weight in part.parameters()}) == 1:
+            yield name
 
 
 def counting(seen: Seen) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -14,6 +14,8 @@ from utils.errors import UserError, shown
 if TYPE_CHECKING:
     import torch
 
+    from hunyuan_model.block_swap import SwapSettings
+
 MAX_SEED = 2**32 - 1
 VAE_TILE_SIZE = 256
 SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
@@ -52,6 +54,14 @@ def positive_int(text: str) -> int:
     number = whole_number(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return number
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    number = whole_number(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 
 
@@ -226,6 +236,44 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
     )
     group.add_argument(
         "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: half the memory (default: off)"
+    )
+
+
+def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
+    """What of the transformer lives in main memory; ``swap_settings`` reads it."""
+    group.add_argument(
+        "--blocks_to_swap",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="hold N of the transformer's blocks less on the card: they come from main memory in turn; up to all but two "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--img_in_txt_in_offloading",
+        action="store_true",
+        help="hold img_in and txt_in in main memory too, and on the card only while they compute (default: off)",
+    )
+    group.add_argument(
+        "--no_pinned_swap_memory",
+        action="store_true",
+        help="do not page-lock the main memory of both: the system may move it to disk, and copies are slower (default: off)",
+    )
+
+
+def swap_settings(args: argparse.Namespace, *, recomputed: bool) -> SwapSettings:
+    """As the flags of ``add_swap_arguments`` say.
+
+    Args:
+        recomputed: whether gradient checkpointing wraps the blocks.
+    """
+    from hunyuan_model.block_swap import SwapSettings  # here, as parsing alone does not need torch
+
+    return SwapSettings(
+        blocks=args.blocks_to_swap,
+        embedders=args.img_in_txt_in_offloading,
+        pinned=not args.no_pinned_swap_memory,
+        recomputed=recomputed,
     )
 
 

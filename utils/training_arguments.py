@@ -10,6 +10,7 @@ import torch
 
 from hunyuan_model.attention import TRAINABLE_MODES, make_attention
 from utils.arguments import (
+    add_swap_arguments,
     add_text_encoder_arguments,
     add_vae_arguments,
     finite_float,
@@ -76,6 +77,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="recompute activations in the backward pass: far less memory (default: off)",
     )
+    add_swap_arguments(group)
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:

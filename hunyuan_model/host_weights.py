@@ -1,0 +1,105 @@
+"""Frozen weights of a module in one piece of host memory, from which a device is served with one copy."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # of each weight within the piece: what CUDA gives any tensor, and kernels count on
+PAGE = 4096
+
+
+class HostWeights:
+    """The frozen parameters of ``module``: the one lasting copy of their values is ``memory``, which nothing writes to.
+
+    The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. What else
+    the module has, trainable parameters and buffers, is moved to the device and stays there.
+
+    Attributes:
+        memory: uint8, in host memory.
+        parameters: those whose values it holds.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.parameters = tuple(parameter for parameter in module.parameters() if not parameter.requires_grad)
+        self._places: list[tuple[int, int]] = []
+        end = 0
+        for parameter in self.parameters:
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + parameter.nbytes
+            self._places.append((start, end))
+        self.memory = _page_aligned(end)
+        self._home = self.views(self.memory)
+        for parameter, home in zip(self.parameters, self._home):
+            home.copy_(parameter.detach())
+            parameter.data = home  # and with that the memory where it was is free before the next one is copied
+        _move_the_rest(module, device)
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The parameters' values as they lie in ``memory``, a copy of this piece or more, uint8."""
+        return [
+            memory[start:end].view(parameter.dtype).view(parameter.shape)
+            for (start, end), parameter in zip(self._places, self.parameters)
+        ]
+
+    def point_at(self, views: Sequence[Tensor]) -> None:
+        """Have the parameters show the values of ``views``, in their order."""
+        for parameter, view in zip(self.parameters, views):
+            if parameter.requires_grad:
+                raise RuntimeError("weights that live in host memory cannot be trained; make them trainable before, then they stay")
+            parameter.data = view
+
+    def go_home(self) -> None:
+        """Have the parameters show the host memory.
+
+        What autograd has kept of them for a backward pass is no longer right: it refuses to use it.
+        """
+        self.point_at(self._home)
+        for parameter in self.parameters:
+            torch.autograd.graph.increment_version(parameter)
+
+    def pin(self, device: torch.device) -> bool:
+        """Page-lock the memory, so that a CUDA device reads it at full speed by itself. False where the system refuses."""
+        # torch's own pinned memory comes in powers of two, which would take up to twice as much.
+        runtime, address = torch.cuda.cudart(), self.memory.data_ptr()
+        if int(runtime.cudaHostRegister(address, self.memory.nbytes, 0)) != 0:
+            _forget_cuda_error(device)
+            return False
+        weakref.finalize(self, _unpin, address, device).atexit = False
+        return True
+
+
+def _page_aligned(size: int) -> Tensor:
+    """(size,) uint8 on pages of its own: page-locking knows whole pages only."""
+    memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+    offset = -memory.data_ptr() % PAGE
+    return memory[offset : offset + size]
+
+
+def _move_the_rest(module: nn.Module, device: torch.device) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device != device:
+                owner._buffers[name] = buffer.to(device)
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy that was started ahead may still read it
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _forget_cuda_error(device: torch.device) -> None:
+    """CUDA reports an error once more at the next kernel, whoever starts it; so start one that may fail."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except RuntimeError as error:
+        logger.debug("forgotten: %s", error)

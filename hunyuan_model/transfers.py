@@ -1,0 +1,101 @@
+"""Copying weights from host memory to a device beside the computation, and never over what it still reads.
+
+``mark`` names a point of the computation, ``copy`` starts a copy once such a point has been passed, and ``wait`` keeps what
+is computed next from starting before a copy has arrived. On the CPU there is nothing to wait for; on CUDA these are events
+between two streams, for which the host never stops.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transfers(Protocol):
+    """What moves weights. Marks and arrivals mean nothing to anyone else."""
+
+    def allocate(self, size: int) -> Tensor:
+        """Room for ``size`` bytes on the device, uint8 (size,)."""
+
+    def mark(self) -> Any:
+        """The end of everything that has been given to the device to compute so far."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Start to copy ``source`` (host) over ``target`` (device) when the mark ``after`` is passed; returns its arrival."""
+
+    def wait(self, arrival: Any) -> None:
+        """Have what is computed from now on wait for a copy."""
+
+
+class DirectTransfers:
+    """Copies at once: on a device that computes in the order in which it is told, such as the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def mark(self) -> None:
+        return None
+
+    def copy(self, target: Tensor, source: Tensor, after: None) -> None:
+        target.copy_(source)
+
+    def wait(self, arrival: None) -> None:
+        return None
+
+
+class StreamTransfers:
+    """Copies from pinned host memory on a CUDA stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def allocate(self, size: int) -> Tensor:
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory.record_stream(self.stream)  # once it is dropped nobody else gets it before the last copy into it is over
+        return memory
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(self.stream)
+        return arrival
+
+    def wait(self, arrival: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(arrival)
+
+
+class ThreadTransfers:
+    """As ``StreamTransfers``, from pageable host memory: the driver holds up whoever asks for such a copy, here a thread."""
+
+    def __init__(self, transfers: Transfers) -> None:
+        self._transfers = transfers
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="block swap")
+        self.allocate = transfers.allocate
+        self.mark = transfers.mark
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Future:
+        return self._thread.submit(self._transfers.copy, target, source, after)
+
+    def wait(self, arrival: Future) -> None:
+        self._transfers.wait(arrival.result())
+
+
+def make_transfers(device: torch.device, pinned: bool) -> Transfers:
+    """The transfers to ``device``; ``pinned`` says whether all of the host memory that they read is."""
+    if device.type != "cuda":
+        return DirectTransfers(device)
+    return StreamTransfers(device) if pinned else ThreadTransfers(StreamTransfers(device))

@@ -22,13 +22,13 @@ from torch import nn
 from tqdm import tqdm
 
 from hunyuan_model.fp8 import FP8_DTYPES, cast
+from hunyuan_model.host_weights import host_copy
 from utils.errors import UserError
 from utils.files import require_file, require_there
 from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
 
 logger = logging.getLogger(__name__)
 
-HOST = torch.device("cpu")
 PROGRESS_FROM_BYTES = 1 << 30  # a smaller checkpoint loads before a progress bar can be read
 
 # Names under which published folders keep their weights, the preferred ones first.
@@ -317,8 +317,8 @@ def load_weights(
             dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
             stored = checkpoint.get(name)
             unchanged = patch is None and stored.dtype == dtype
-            tensor = _final_tensor(stored, name, HOST if on_host(name) and unchanged else device, dtype, patch)
-            _assign(module, name, tensor.to(HOST) if on_host(name) else tensor)
+            tensor = stored if on_host(name) and unchanged else _final_tensor(stored, name, device, dtype, patch)
+            _assign(module, name, host_copy(tensor) if on_host(name) else tensor)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import weakref
 from collections.abc import Sequence
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # of each weight within the piece: what CUDA gives any tensor, and kernels count on
-PAGE = 4096
 
 
 class HostWeights:
@@ -34,7 +34,7 @@ class HostWeights:
             start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + parameter.nbytes
             self._places.append((start, end))
-        self.memory = _page_aligned(end)
+        self.memory = host_memory(end)
         self._home = self.views(self.memory)
         for parameter, home in zip(self.parameters, self._home):
             home.copy_(parameter.detach())
@@ -75,11 +75,19 @@ class HostWeights:
         return True
 
 
-def _page_aligned(size: int) -> Tensor:
-    """(size,) uint8 on pages of its own: page-locking knows whole pages only."""
-    memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
-    offset = -memory.data_ptr() % PAGE
-    return memory[offset : offset + size]
+def host_memory(size: int) -> Tensor:
+    """(size,) uint8 on pages of its own.
+
+    Page-locking knows whole pages only; and they go back to the system as soon as nobody holds them, which the memory of
+    ordinary tensors under 32 MB does not.
+    """
+    options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, max(1, size), **options), dtype=torch.uint8)[:size]
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` in ``host_memory``."""
+    return host_memory(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _move_the_rest(module: nn.Module, device: torch.device) -> None:

@@ -26,8 +26,10 @@ from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
     add_device_argument,
+    add_fp8_arguments,
     add_text_encoder_arguments,
     add_vae_arguments,
+    check_fp8_arguments,
     drawn_seed,
     finite_float,
     int_up_to,
@@ -57,6 +59,8 @@ DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chun
 SAMPLING_FLAGS = [
     "dit_dtype",
     "fp8",
+    "fp8_scaled",
+    "fp8_fast",
     "text_encoder1",
     "text_encoder2",
     "tokenizer1",
@@ -99,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--fp8", action="store_true", help="keep the transformer's Linear weights in float8: half the memory (default: off)"
     )
+    add_fp8_arguments(models, "--fp8")
     add_vae_arguments(models, required=False, tiling_switch=False)
     add_text_encoder_arguments(models, required=False)
     add_device_argument(models)
@@ -196,6 +201,7 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
     check_attention_device(args.attn_mode, device)
     make_attention(args.attn_mode)
+    check_fp8_arguments(args, "fp8", device)
     check_transformer_file(args.dit, "--dit")
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
 
@@ -226,7 +232,15 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     text = encode_prompt(args, device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
     transformer = hunyuan_model.load_transformer(
-        args.dit, device=device, dtype=dtype, attn_mode=args.attn_mode, split_attn=args.split_attn, fp8=args.fp8, patch=patch
+        args.dit,
+        device=device,
+        dtype=dtype,
+        attn_mode=args.attn_mode,
+        split_attn=args.split_attn,
+        fp8=args.fp8,
+        fp8_scaled=args.fp8_scaled,
+        fp8_fast=args.fp8_fast,
+        patch=patch,
     )
     noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
     with tqdm(total=args.infer_steps, desc="sampling", unit="step") as progress:

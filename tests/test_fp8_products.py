@@ -126,13 +126,13 @@ def test_numbers_that_float8_holds_are_multiplied_exactly():
 
 @pytest.mark.usefixtures("kernel")
 def test_a_scale_per_row_keeps_small_rows():
-    fast, wide = twins(linear(), Products(per_row=True))
+    fast, wide = twins(linear("plain"), Products(per_row=True))
     x = torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 8)[:, None]
     x[3] = 0
     fast.bias.zero_()
     wide.bias.zero_()
     for row, (out, expected) in enumerate(zip(fast(x), wide(x))):
-        assert not out.any() if row == 3 else 0 < relative(out, expected) < ROUNDING
+        assert not out.any() if row == 3 else 0 < relative(out, expected) < 1.4 * ROUNDING
 
 
 @pytest.mark.parametrize("products", WAYS)

@@ -27,9 +27,11 @@ from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
     add_device_argument,
+    add_fp8_arguments,
     add_swap_arguments,
     add_text_encoder_arguments,
     add_vae_arguments,
+    check_fp8_arguments,
     drawn_seed,
     finite_float,
     int_up_to,
@@ -63,6 +65,8 @@ SAMPLING_FLAGS = [
     "blocks_to_swap",
     "img_in_txt_in_offloading",
     "no_pinned_swap_memory",
+    "fp8_scaled",
+    "fp8_fast",
     "text_encoder1",
     "text_encoder2",
     "tokenizer1",
@@ -105,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--fp8", action="store_true", help="keep the transformer's Linear weights in float8: half the memory (default: off)"
     )
+    add_fp8_arguments(models, "--fp8")
     add_swap_arguments(models)
     add_vae_arguments(models, required=False, tiling_switch=False)
     add_text_encoder_arguments(models, required=False)
@@ -203,6 +208,7 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
     check_attention_device(args.attn_mode, device)
     make_attention(args.attn_mode)
+    check_fp8_arguments(args, "fp8", device)
     check_blocks_to_swap(args.blocks_to_swap, check_transformer_file(args.dit, "--dit"))
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
 
@@ -239,6 +245,8 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
         attn_mode=args.attn_mode,
         split_attn=args.split_attn,
         fp8=args.fp8,
+        fp8_scaled=args.fp8_scaled,
+        fp8_fast=args.fp8_fast,
         swap=swap_settings(args, recomputed=False),
         patch=patch,
     )

@@ -263,6 +263,8 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         attn_mode=attention_mode(args),
         split_attn=args.split_attn,
         fp8=args.fp8_base,
+        fp8_scaled=args.fp8_scaled,
+        fp8_fast=args.fp8_fast,
         swap=swap_settings(args, recomputed=args.gradient_checkpointing),
         patch=merge_patch(bases, args.dit) if bases else None,
     )

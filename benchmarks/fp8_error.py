@@ -1,8 +1,10 @@
-"""What storing weights as float8 changes in a transformer's output: a Markdown table.
+"""What storing block weights in one byte each changes in a transformer's output: Markdown tables.
 
-Each row compares one network with float8 block weights, computing in float32, with the same network in float32, on
-random latents; "weights" is the relative error of the stored weights themselves, "output" that of what comes out (root mean
-square of the difference over that of the float32 value). bfloat16 weights stand beside it for scale.
+The first table has the relative error of single weights, which is that of what they make of random inputs. Then every way of
+storing them is compared, in float32 arithmetic, with the same network in float32 on random latents: "weights" is
+the relative error of the stored weights themselves, "output" that of what comes out (root mean square of the difference over
+that of the float32 value). The ways of ``--fp8`` and ``--fp8_scaled`` stand beside others that were tried, and beside bfloat16.
+"--fp8_fast" computes with the CPU's kernel for products in float8, in bfloat16 and with a scale per row.
 
     python benchmarks/fp8_error.py
 """
@@ -11,30 +13,88 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hunyuan_model.architecture import TransformerConfig, rope_dims_for  # noqa: E402
-from hunyuan_model.fp8 import FP8_DTYPE, is_fp8_target  # noqa: E402
+from hunyuan_model.fp8 import (  # noqa: E402
+    Quantised,
+    dequantise,
+    enable_fp8_linears,
+    is_fp8_target,
+    quantise_blocks,
+    quantise_channels,
+    quantise_plainly,
+)
+from hunyuan_model.fp8_products import Products  # noqa: E402
 from hunyuan_model.loading import load_transformer  # noqa: E402
 from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
 
 TOY = ROOT / "examples" / "toy" / "dit.safetensors"
 
 
-def full_width(double_depth: int, single_depth: int) -> HYVideoDiffusionTransformer:
-    """Random blocks of the published width, 3072."""
+def float8_blocks(weight: torch.Tensor) -> Quantised:
+    """float8 with a scale for each 64 inputs."""
+    codes, scale = quantise_channels(weight.reshape(-1, 64))
+    return codes.reshape(weight.shape), scale.reshape(len(weight), -1)
+
+
+def searched_blocks(weight: torch.Tensor) -> Quantised:
+    """float8 with a scale for each 32 inputs: of eight within a factor of two the one with the least error."""
+    parts = weight.reshape(-1, 32)
+    largest = parts.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
+    codes, scale, least = None, None, None
+    for step in range(8):
+        candidate = largest * 2 ** (step / 8)
+        rounded, _ = quantise_plainly(parts / candidate)
+        error = (rounded.float() * candidate - parts).square().sum(1, keepdim=True)
+        if least is None:
+            codes, scale, least = rounded, candidate, error
+            continue
+        better = error < least
+        codes = torch.where(better, rounded.float(), codes.float()).to(rounded.dtype)
+        scale, least = torch.where(better, candidate, scale), torch.minimum(error, least)
+    return codes.reshape(weight.shape), scale.reshape(len(weight), -1)
+
+
+def as_bfloat16(weight: torch.Tensor) -> Quantised:
+    return weight.to(torch.bfloat16), None
+
+
+WAYS: dict[str, Callable[[torch.Tensor], Quantised]] = {
+    "float8, plain (`--fp8`)": quantise_plainly,
+    "float8, scale per channel (`--fp8_scaled` with `--fp8_fast`)": quantise_channels,
+    "float8, scale per 64 inputs": float8_blocks,
+    "float8, best scale per 32 inputs": searched_blocks,
+    "int8, scale per channel": lambda weight: quantise_blocks(weight, weight.shape[1]),
+    "int8, scale per 128 inputs": lambda weight: quantise_blocks(weight, 128),
+    "int8, scale per 64 inputs (`--fp8_scaled`)": quantise_blocks,
+    "bfloat16": as_bfloat16,
+}
+FAST = {
+    "float8, plain": quantise_plainly,
+    "float8, scale per channel": quantise_channels,
+}
+
+
+def full_width(double_depth: int, single_depth: int, std: float | None) -> HYVideoDiffusionTransformer:
+    """Random blocks of the published width, 3072; their Linear weights normal with ``std``, or torch's."""
     config = TransformerConfig(
         double_depth=double_depth, single_depth=single_depth, rope_dims=rope_dims_for(128), text_dim=64, pooled_dim=64
     )
     torch.manual_seed(0)
-    return HYVideoDiffusionTransformer(config)
+    transformer = HYVideoDiffusionTransformer(config).requires_grad_(False)
+    for name, weight in transformer.named_parameters():
+        if std is not None and is_fp8_target(name):
+            weight.normal_(0, std)
+    return transformer
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -54,40 +114,79 @@ def inputs_for(config: TransformerConfig, generator: torch.Generator) -> tuple[t
     )
 
 
-def measure(name: str, transformer: HYVideoDiffusionTransformer, folder: Path, generator: torch.Generator) -> str:
-    """A row of the table."""
-    path = folder / "transformer.safetensors"
-    save_file(transformer.state_dict(), path)
+def some_weights() -> dict[str, torch.Tensor]:
+    """One layer of the toy model, and random weights 1024 x 3072 of several distributions."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1024, 3072)
+    normal, others = torch.randn(shape, generator=generator), torch.randn((4, *shape), generator=generator)
+    return {
+        "torch's initial weights": torch.empty(shape).uniform_(-(3072**-0.5), 3072**-0.5, generator=generator),
+        "normal, 0.02": 0.02 * normal,
+        "Student's t, 4 degrees, 0.02": 0.02 * normal / others.square().mean(0).sqrt(),  # heavy tails
+        "the toy model's single_blocks.3.linear2": load_file(TOY)["single_blocks.3.linear2.weight"].float(),
+    }
+
+
+def measure_layers() -> None:
+    """Print the table of single weights."""
+    weights = some_weights()
+    print("| stored as | " + " | ".join(weights) + " |\n|---|" + "---|" * len(weights))
+    for way, quantise in WAYS.items():
+        errors = [f"{100 * relative(widened(quantise, weight), weight):.2f} %" for weight in weights.values()]
+        print(f"| {way} | " + " | ".join(errors) + " |", flush=True)
+    print()
+
+
+def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: torch.Generator) -> None:
+    """Print the table of one network."""
     inputs = inputs_for(transformer.config, generator)
-    targets = [weight for name, weight in transformer.state_dict().items() if is_fp8_target(name)]
-    weights = torch.cat([weight.flatten() for weight in targets[:4]])
-    with torch.no_grad():
-        reference = transformer(*inputs)
-        in_fp8 = load_transformer(path, device="cpu", dtype=torch.float32, fp8=True)(*inputs)
-        for parameter in transformer.parameters():  # bfloat16 weights, float32 arithmetic: the rounding alone
-            parameter.copy_(parameter.to(torch.bfloat16))
-        in_bf16 = transformer(*inputs)
-    cells = [
-        relative(weights.to(FP8_DTYPE), weights),
-        relative(in_fp8, reference),
-        relative(weights.to(torch.bfloat16), weights),
-        relative(in_bf16, reference),
-    ]
-    return f"| {name} | " + " | ".join(f"{100 * cell:.2f} %" for cell in cells) + " |"
+    exact = {name: weight for name, weight in transformer.named_parameters() if is_fp8_target(name)}
+    reference = transformer(*inputs)
+    print(f"| {title} | weights | output |\n|---|---|---|")
+    for way, quantise in WAYS.items():
+        if quantise is searched_blocks:  # slow, and told by the first table
+            continue
+        wide = transformer.state_dict() | {name: widened(quantise, weight) for name, weight in exact.items()}
+        squares = [((wide[name] - weight).square().sum(), weight.square().sum()) for name, weight in exact.items()]
+        error = (sum(square for square, _ in squares) / sum(whole for _, whole in squares)).sqrt().item()
+        output = torch.func.functional_call(transformer, wide, inputs)
+        print(f"| {way} | {100 * error:.2f} % | {100 * relative(output, reference):.2f} % |", flush=True)
+        del wide
+    for way, quantise in FAST.items():
+        for name, weight in exact.items():
+            store(transformer.get_submodule(name.removesuffix(".weight")), quantise(weight))
+        enable_fp8_linears(transformer, torch.float32, Products(per_row=True))
+        print(f"| `--fp8_fast`: {way} | | {100 * relative(transformer(*inputs), reference):.2f} % |", flush=True)
+        for name, weight in exact.items():
+            linear = transformer.get_submodule(name.removesuffix(".weight"))
+            linear.weight = weight
+            del linear.forward
+    print()
 
 
+def widened(quantise: Callable[[torch.Tensor], Quantised], weight: torch.Tensor) -> torch.Tensor:
+    codes, scale = quantise(weight)
+    return dequantise(codes, torch.float32, scale)
+
+
+def store(linear: nn.Linear, quantised: Quantised) -> None:
+    codes, scale = quantised
+    linear.weight = nn.Parameter(codes, requires_grad=False)
+    linear.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+
+
+@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what float8 weights change in a transformer's output.")
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("D", "S"), help="full-width blocks (default: 1 2)")
+    parser = argparse.ArgumentParser(description="Measure what narrow weights change in a transformer's output.")
+    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("D", "S"), help="full-width blocks (default: 1 1)")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     double, single = args.blocks
-    print("| network | float8 weights | float8 output | bfloat16 weights | bfloat16 output |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        toy = load_transformer(TOY, device="cpu", dtype=torch.float32)
-        print(measure("the toy model", toy, Path(folder), generator), flush=True)
-        wide = full_width(double, single)
-        print(measure(f"{double} + {single} random blocks of width 3072", wide, Path(folder), generator))
+    measure_layers()
+    measure("the toy model", load_transformer(TOY, device="cpu", dtype=torch.float32), generator)
+    for std, how in ((None, "torch's initial weights, 0.018 at most"), (0.02, "normal weights, standard deviation 0.02")):
+        measure(f"{double} + {single} blocks of width 3072, {how}", full_width(double, single, std), generator)
+    print(f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

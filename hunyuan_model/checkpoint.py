@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from hunyuan_model.fp8 import FP8_DTYPES, cast
+from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantiser, cast, dequantise, quantise_plainly
 from hunyuan_model.host_weights import host_copy
 from utils.errors import UserError
 from utils.files import require_file, require_there
@@ -212,12 +212,21 @@ class Checkpoint:
         what: how messages call it, e.g. ``"transformer"``.
         shapes, dtypes: by tensor name, in file order.
         metadata: of safetensors files, else empty.
+        scales: by tensor name, float32 (rows or 1, 1); what the file stores means these times what is there.
     """
 
-    def __init__(self, path: Path, what: str, entries: dict[str, _Entry], metadata: dict[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        what: str,
+        entries: dict[str, _Entry],
+        metadata: dict[str, str],
+        scales: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.path = path
         self.what = what
         self.metadata = metadata
+        self.scales = dict(scales or {})
         self._entries = entries
         self.shapes = {name: entry.file.shapes[entry.name] for name, entry in entries.items()}
         self.dtypes = {name: entry.file.dtypes[entry.name] for name, entry in entries.items()}
@@ -227,6 +236,10 @@ class Checkpoint:
         entry = self._entries[name]
         return entry.file.get(entry.name)
 
+    def with_scales(self, scales: Mapping[str, torch.Tensor]) -> Checkpoint:
+        """A view in which these tensors are multiplied with scales, see ``scales``."""
+        return Checkpoint(self.path, self.what, self._entries, self.metadata, scales)
+
     def rename(self, new_name: Callable[[str], str | None]) -> Checkpoint:
         """A view under other names; a name for which ``new_name`` returns None is left out.
 
@@ -234,6 +247,7 @@ class Checkpoint:
             UserError: two tensors would have one name.
         """
         entries: dict[str, _Entry] = {}
+        scales = {}
         for old, entry in self._entries.items():
             new = new_name(old)
             if new is None:
@@ -241,7 +255,9 @@ class Checkpoint:
             if new in entries:
                 raise UserError(f"{self.what} {self.path} holds {new} twice (also as {old}). Use a file with one model in it.")
             entries[new] = entry
-        return Checkpoint(self.path, self.what, entries, self.metadata)
+            if old in self.scales:
+                scales[new] = self.scales[old]
+        return Checkpoint(self.path, self.what, entries, self.metadata, scales)
 
     def under_prefix(self, prefix: str) -> Checkpoint:
         """A view of the tensors whose names begin with ``prefix``, without it. The empty prefix returns the same view."""
@@ -285,6 +301,7 @@ def load_weights(
     *,
     device: torch.device | str,
     dtype_of: Callable[[str], torch.dtype],
+    quantise: Quantiser = quantise_plainly,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     on_host: Callable[[str], bool] = lambda name: False,
     progress: str | None = None,
@@ -292,13 +309,17 @@ def load_weights(
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
 
     At the peak the final weights and one tensor are in memory. The parameters never share memory with the mapped file.
+    The scale of a narrow weight, if it has one, is put beside it under the weight's name and ``_scale``.
 
     Args:
         module: built on the meta device; every parameter and persistent buffer must be in the checkpoint, and nothing
             else may be. Buffers outside the state dict must hold real values and are moved to ``device``.
         dtype_of: final dtype by tensor name; tensors of integers keep theirs.
-        patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast (it gets the tensor on ``device`` as
-            stored, float8 ones as float32, and must return a new tensor instead of writing to it).
+        quantise: how weights are made narrow whose final dtype is float8_e4m3fn. Those that are stored so, and are not
+            changed on the way, keep their bytes and their scale.
+        patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast. It gets the tensor on ``device`` as
+            stored, float8 ones as float32 with their scales multiplied in, and must return a new tensor instead of writing
+            to it, or the same one where it changes nothing.
         on_host: the parameters that end in host memory; ``device`` sees one of them at a time, and only those that are
             patched or cast, which gives the same bits wherever they end.
         progress: text of the progress bar, which only large checkpoints show.
@@ -315,28 +336,49 @@ def load_weights(
     ) as bar:
         for name in checkpoint.shapes:
             dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
-            stored = checkpoint.get(name)
-            unchanged = patch is None and stored.dtype == dtype
-            tensor = stored if on_host(name) and unchanged else _final_tensor(stored, name, device, dtype, patch)
-            _assign(module, name, host_copy(tensor) if on_host(name) else tensor)
+            swapped = on_host(name)
+            as_stored = patch is None and checkpoint.dtypes[name] == dtype
+            place = torch.device("cpu") if swapped and as_stored else device
+            for part, tensor in _final_tensors(checkpoint, name, place, dtype, quantise, patch):
+                _assign(module, part, host_copy(tensor) if swapped else tensor)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 
 
-def _final_tensor(
-    stored: torch.Tensor,
+def _final_tensors(
+    checkpoint: Checkpoint,
     name: str,
     device: torch.device,
     dtype: torch.dtype,
+    quantise: Quantiser,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
-) -> torch.Tensor:
+) -> list[tuple[str, torch.Tensor]]:
+    """A tensor as ``module`` is to hold it, and its scale if it has one."""
+    stored = checkpoint.get(name)
+    scale = checkpoint.scales.get(name)
     tensor = stored.to(device)
-    if patch is not None:
-        tensor = patch(name, tensor.float() if tensor.dtype in FP8_DTYPES else tensor).to(device)
-    tensor = cast(tensor, dtype)
+    if patch is not None or (scale is not None and (dtype != FP8_DTYPE or tensor.dtype != dtype)):
+        value = true_value(tensor, scale)
+        patched = value if patch is None else patch(name, value).to(device)
+        if patched is not value or dtype != FP8_DTYPE or tensor.dtype != dtype:
+            tensor, scale = patched, None
+    if dtype == FP8_DTYPE and tensor.dtype != dtype:
+        tensor, scale = quantise(tensor)
+    else:
+        tensor = cast(tensor, dtype)
     if tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.contiguous()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    parts = [(name, tensor.contiguous())]
+    if scale is not None:
+        parts.append((name + SCALE_SUFFIX, scale.to(device, copy=True)))
+    return parts
+
+
+def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What a stored tensor stands for: float8 and scaled ones as new float32 tensors, others as they are."""
+    if scale is not None:
+        return dequantise(stored.float(), torch.float32, scale.to(stored.device))
+    return stored.float() if stored.dtype in FP8_DTYPES else stored
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> int:
@@ -379,10 +421,10 @@ def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    else:
+    if leaf in owner._buffers:
         setattr(owner, leaf, tensor)
+    else:  # also scales, which the module has no place for yet
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _move_other_buffers(module: nn.Module, device: torch.device) -> None:

@@ -12,8 +12,18 @@ from hunyuan_model.architecture import TransformerConfig, transformer_config_fro
 from hunyuan_model.attention import make_attention
 from hunyuan_model.block_swap import SwapSettings, enable_block_swap, on_host
 from hunyuan_model.checkpoint import Checkpoint, load_weights
-from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, enable_fp8_linears, is_fp8_target
+from hunyuan_model.fp8 import (
+    FP8_DTYPE,
+    Quantiser,
+    enable_fp8_linears,
+    is_fp8_target,
+    quantise_blocks,
+    quantise_channels,
+    quantise_plainly,
+)
+from hunyuan_model.fp8_products import check_fp8_products, find_products
 from hunyuan_model.identify import Kind, open_checkpoint_of
+from hunyuan_model.scale_map import read_scales_beside
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from utils.errors import UserError
 
@@ -28,6 +38,8 @@ def load_transformer(
     attn_mode: str = "torch",
     split_attn: bool = False,
     fp8: bool = False,
+    fp8_scaled: bool = False,
+    fp8_fast: bool = False,
     swap: SwapSettings | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
@@ -41,16 +53,25 @@ def load_transformer(
         dtype: of the weights, and of the computation outside autocast.
         attn_mode, split_attn: as ``hunyuan_model.attention.make_attention`` takes them.
         fp8: store the Linear weights of the blocks as float8 (see ``hunyuan_model.fp8``). A file that is float8 already
-            keeps its bytes then, and is widened to ``dtype`` otherwise.
+            keeps its bytes then, with their scales if it has such, and is widened to ``dtype`` otherwise.
+        fp8_scaled: with ``fp8``, give the weights scales: far closer to the weights of the file, in one byte as well.
+        fp8_fast: with ``fp8``, multiply float8 by float8 on cards that can; the scales of ``fp8_scaled`` are then those that
+            the cards take.
         swap: what stays in host memory and comes to ``device`` in turn (see ``hunyuan_model.block_swap``); nothing if None.
         patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
 
     Raises:
-        UserError: the file is missing, damaged, incomplete or something else than a transformer; or it has fewer blocks than
-            ``swap`` needs.
+        UserError: the file is missing, damaged, incomplete or something else than a transformer; it has fewer blocks than
+            ``swap`` needs; ``fp8_fast`` on a device that cannot.
     """
-    checkpoint, config = _open_transformer(path, "--dit")
-    swap = swap or SwapSettings()
+    device, swap = torch.device(device), swap or SwapSettings()
+    if (fp8_scaled or fp8_fast) and not fp8:
+        raise ValueError("fp8_scaled and fp8_fast say how fp8 is done; give fp8 as well")
+    if fp8_fast:
+        check_fp8_products(device, "fp8_fast")
+    checkpoint, config = open_transformer(path, "--dit")
+    if fp8_scaled and any(dtype == FP8_DTYPE for name, dtype in checkpoint.dtypes.items() if is_fp8_target(name)):
+        logger.warning("%s holds float8 weights already: they stay as they are, and fp8_scaled changes nothing of them.", path)
     attention = make_attention(attn_mode, split=split_attn)
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, attention)
@@ -59,13 +80,15 @@ def load_transformer(
         checkpoint,
         device=device,
         dtype_of=lambda name: FP8_DTYPE if fp8 and is_fp8_target(name) else dtype,
+        quantise=_quantiser(checkpoint, fp8_scaled, fp8_fast),
         patch=patch,
         on_host=on_host(swap, config),
         progress="loading the transformer",
     )
     if fp8:
-        logger.info("%d Linear layers of the transformer are stored as float8", enable_fp8_linears(model, dtype))
-    enable_block_swap(model, swap, torch.device(device))
+        count = enable_fp8_linears(model, dtype, find_products(device) if fp8_fast else None)
+        logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
+    enable_block_swap(model, swap, device)
     return model.eval()
 
 
@@ -75,26 +98,25 @@ def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") ->
     Raises:
         UserError: as ``load_transformer``, with ``flag`` named, but in a moment.
     """
-    return _open_transformer(path, flag)[1]
+    return open_transformer(path, flag)[1]
 
 
-def _open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:
-    """The transformer's tensors under the official names, whatever prefix the file puts before them, and its size."""
+def open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:
+    """The transformer's tensors under the official names, whatever prefix the file puts before them, and its size.
+
+    Raises:
+        UserError: as ``check_transformer_file``.
+    """
     checkpoint = open_checkpoint_of(Kind.TRANSFORMER, path, flag)
     checkpoint = checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")
-    _refuse_scales_beside(checkpoint, flag)
+    checkpoint = checkpoint.with_scales(read_scales_beside(checkpoint, flag))
     try:
         return checkpoint, transformer_config_from_shapes(checkpoint.shapes)
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
 
 
-def _refuse_scales_beside(checkpoint: Checkpoint, flag: str) -> None:
-    """The published float8 file keeps its scales in a second file; without them its weights mean something else."""
-    path = checkpoint.path
-    scales = path.with_name(f"{path.stem}_map{path.suffix}")
-    if os.path.isfile(scales) and any(dtype in FP8_DTYPES for dtype in checkpoint.dtypes.values()):
-        raise UserError(
-            f"{flag} {path} holds float8 weights whose scales are in {scales.name}; such a pair cannot be read. "
-            "Give the bfloat16 file instead; with fp8 switched on its blocks are stored as float8 while loading."
-        )
+def _quantiser(checkpoint: Checkpoint, scaled: bool, fast: bool) -> Quantiser:
+    if scaled and not fast:
+        return quantise_blocks
+    return quantise_channels if scaled or checkpoint.scales else quantise_plainly

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_model.fp8 import cast
+from hunyuan_model.fp8 import replace_weight, true_weight
 from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, tensor_hashes, to_default
 from networks.lora_merging import LoraToMerge, MergePatch
 from networks.lora_options import NetworkOptions
@@ -220,17 +220,16 @@ class LoRANetwork(nn.Module):
 
         Args:
             weights_sd: LoRA tensors of either layout; None means the ones of this network.
-            dtype: of the merged weights; None keeps each weight's own (float8 included).
+            dtype: of the merged weights; None keeps the way in which each is stored (float8 and its scales included).
             device: where to compute; None means where each weight is. The weight stays where it is.
         """
-        weights = dict(unet.named_parameters())
+        shapes = {name: tuple(weight.shape) for name, weight in unet.named_parameters()}
         tensors = self.state_dict() if weights_sd is None else weights_sd
         lora = LoraToMerge(tensors, next(self.loras()).multiplier, "the LoRA")
-        patch = MergePatch([lora], {name: tuple(weight.shape) for name, weight in weights.items()})
+        patch = MergePatch([lora], shapes)
         for name in patch.names:
-            weight = weights[name]
-            merged = patch(name, weight.detach().to(device or weight.device))
-            weight.data = cast(merged, dtype or weight.dtype).to(weight.device)
+            linear = unet.get_submodule(name.removesuffix(".weight"))
+            replace_weight(linear, patch(name, true_weight(linear, device)), dtype)
 
     @torch.no_grad()
     def apply_max_norm_regularization(

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hunyuan_model.checkpoint import Checkpoint, open_checkpoint
+from hunyuan_model.checkpoint import Checkpoint, true_value
 from hunyuan_model.fp8 import cast
-from hunyuan_model.loading import check_transformer_file
+from hunyuan_model.loading import open_transformer
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
@@ -84,7 +84,7 @@ def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> Me
     Raises:
         UserError: ``dit`` is no transformer, or a LoRA's modules do not match it.
     """
-    return MergePatch(loras, _transformer_checkpoint(dit).shapes)
+    return MergePatch(loras, open_transformer(dit, "--dit")[0].shapes)
 
 
 def merge_lora_into_file(
@@ -92,6 +92,7 @@ def merge_lora_into_file(
 ) -> None:
     """Write the transformer with ``loras`` merged as a safetensors file: official names, each weight in its stored dtype.
 
+    Weights with scales, which the file written has no place for, become bfloat16.
     Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
 
     Raises:
@@ -104,19 +105,15 @@ def merge_lora_into_file(
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
     require_possible_file(output, "the merged model,")
     require_writable_folder(Path(output).parent, "the folder of the merged model,")
-    checkpoint = _transformer_checkpoint(dit, flag)
+    checkpoint, _ = open_transformer(dit, flag)
     patch = MergePatch(loras, checkpoint.shapes)
-    layout = {name: (checkpoint.dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
-    save_tensor_stream(output, layout, _merged_tensors(checkpoint, patch), checkpoint.metadata or None)
+    dtypes = checkpoint.dtypes | dict.fromkeys(checkpoint.scales, torch.bfloat16)
+    layout = {name: (dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
+    save_tensor_stream(output, layout, _merged_tensors(checkpoint, dtypes, patch), checkpoint.metadata or None)
 
 
-def _merged_tensors(checkpoint: Checkpoint, patch: MergePatch) -> Iterator[tuple[str, torch.Tensor]]:
+def _merged_tensors(
+    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], patch: MergePatch
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name in tqdm(checkpoint.shapes, desc="merging", unit="tensor"):
-        yield name, cast(patch(name, checkpoint.get(name)), checkpoint.dtypes[name])
-
-
-def _transformer_checkpoint(dit: str | os.PathLike[str], flag: str = "--dit") -> Checkpoint:
-    """The transformer's tensors under their official names."""
-    check_transformer_file(dit, flag)
-    checkpoint = open_checkpoint(dit, flag)
-    return checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")
+        yield name, cast(patch(name, true_value(checkpoint.get(name), checkpoint.scales.get(name))), dtypes[name])

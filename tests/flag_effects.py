@@ -127,6 +127,11 @@ def keeps_float8(part: str) -> Callable[[Run, Run], None]:
     return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part], True)
 
 
+def keeps_scales(part: str) -> Callable[[Run, Run], None]:
+    """Some weights of a part of the model are whole numbers, as scales beside them allow."""
+    return becomes(lambda run: torch.int8 in run.done.seen.weights[part], True)
+
+
 def metadata(key: str, pattern: str) -> Callable[[Run], str | None]:
     """A key of the metadata of a safetensors file."""
     return lambda run: read_header(run.file(pattern)).metadata.get(key)

@@ -94,16 +94,21 @@ def add_lora(transformer: nn.Module, **network_args: str) -> nn.Module:
     return network.requires_grad_(True).train()
 
 
-def make_inputs(seed: int = 0, lengths: tuple[int, ...] = (5, 2), size: tuple[int, int, int] = (1, 4, 6)) -> tuple:
+def make_inputs(
+    seed: int = 0,
+    lengths: tuple[int, ...] = (5, 2),
+    size: tuple[int, int, int] = (1, 4, 6),
+    config: TransformerConfig = CONFIG,
+) -> tuple:
     generator = torch.Generator().manual_seed(seed)
     batch = len(lengths)
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     return (
         torch.randn(batch, 16, *size, generator=generator),
         torch.rand(batch, generator=generator) * 1000,
-        torch.randn(batch, 6, CONFIG.text_dim, generator=generator),
+        torch.randn(batch, 6, config.text_dim, generator=generator),
         mask,
-        torch.randn(batch, CONFIG.pooled_dim, generator=generator),
+        torch.randn(batch, config.pooled_dim, generator=generator),
         torch.full((batch,), 6000.0),
     )
 
@@ -528,17 +533,20 @@ def test_gradients_inside_an_embedder():
 # Loading
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "float8"])
+@pytest.mark.parametrize("fp8", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}], ids=["float32", "float8", "scaled"])
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
 def test_loading_into_host_memory(fp8, merged):
     path = GOLDENS / "dit.safetensors"
     patch = merge_patch(read_lora_files([GOLDENS / "lora.safetensors"]), path) if merged else None
-    options = {"device": "cpu", "dtype": torch.float32, "fp8": fp8, "patch": patch}
+    options = {"device": "cpu", "dtype": torch.float32, "patch": patch, **fp8}
     expected, swapped = load_transformer(path, **options), load_transformer(path, **options, swap=SwapSettings(3, embedders=True))
     assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
     assert [parameter.dtype for parameter in swapped.parameters()] == [parameter.dtype for parameter in expected.parameters()]
     assert not any(parameter.requires_grad for parameter in swapped.parameters()) and not swapped.training
     pieces = [{weight.untyped_storage().data_ptr() for weight in block.parameters()} for block in blocks_of(swapped)]
+    inputs = make_inputs(config=swapped.config)
+    with torch.no_grad():
+        assert torch.equal(swapped(*inputs), expected(*inputs))
     assert [len(piece) for piece in pieces] == [1] * len(pieces)  # five blocks, of which three are swapped: all take turns
     assert all(address % mmap.PAGESIZE == 0 for piece in pieces for address in piece)
 

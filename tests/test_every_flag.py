@@ -27,6 +27,7 @@ from flag_effects import (
     half_the_memory,
     is_nowhere,
     keeps_float8,
+    keeps_scales,
     largest_update,
     length_of_first_step,
     logged_steps,
@@ -89,6 +90,8 @@ ROWS = (
     Row("--split_attn", both(stays(lora, within=1e-4), becomes(seen("attended"), 8 + 3))),  # of the clip, and not of two pictures
     # Memory
     Row("--fp8_base", both(keeps_float8("transformer"), other_lora)),
+    Row("--fp8_scaled", both(keeps_scales("transformer"), other_lora), beside="--fp8_base"),
+    Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8_base"),
     Row("--gradient_checkpointing", both(stays(lora, within=1e-4), half_the_memory)),
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),

@@ -24,6 +24,7 @@ from flag_effects import (
     frames_per_second,
     holds_prompt,
     keeps_float8,
+    keeps_scales,
     latent,
     latents,
     narrower,
@@ -97,6 +98,8 @@ GENERATION = (
     Row("--dit {data}/other.safetensors", other_latent),
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), differs(latent, by_at_most=0.2))),
     Row("--fp8", both(keeps_float8("transformer"), differs(latent, by_at_most=0.2))),
+    Row("--fp8_scaled", both(keeps_scales("transformer"), differs(latent, by_at_most=0.2)), beside="--fp8"),
+    Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8"),
     Row("--blocks_to_swap 1", both(stays(latent), swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(stays(latent), swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(stays(latent), becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),

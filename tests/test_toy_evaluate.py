@@ -96,6 +96,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_else(call_script, t
         (("--photographs", "none"), "--photographs none is not a folder"),
         (("--photographs", "."), "holds no pictures"),
         (("--concept_samples", -1), "negative"),
+        (("--fp8_scaled",), "give --fp8 as well"),
         (("--inject_lora",), "name one with --lora_weight"),
     ],
 )

@@ -277,6 +277,31 @@ def swap_settings(args: argparse.Namespace, *, recomputed: bool) -> SwapSettings
     )
 
 
+def add_fp8_arguments(group: argparse._ArgumentGroup, base: str) -> None:
+    """--fp8_scaled and --fp8_fast, which say how the flag ``base`` is done."""
+    group.add_argument(
+        "--fp8_scaled", action="store_true", help=f"with {base}, give the weights scales: far less rounding (default: off)"
+    )
+    group.add_argument(
+        "--fp8_fast", action="store_true", help=f"with {base}, multiply in float8 on cards that can: faster, coarser (default: off)"
+    )
+
+
+def check_fp8_arguments(args: argparse.Namespace, base: str, device: torch.device) -> None:
+    """Refuse what ``add_fp8_arguments`` adds without the flag ``base``, or on a device that cannot do it.
+
+    Raises:
+        UserError: with what to give or to leave out.
+    """
+    from hunyuan_model.fp8_products import check_fp8_products  # with torch, which the help does without
+
+    for flag in ("fp8_scaled", "fp8_fast"):
+        if getattr(args, flag) and not getattr(args, base):
+            raise UserError(f"--{flag} says how --{base} is done; give --{base} as well, or leave --{flag} out.")
+    if args.fp8_fast:
+        check_fp8_products(device, "--fp8_fast")
+
+
 def add_device_argument(group: argparse._ArgumentGroup) -> None:
     """--device."""
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")

@@ -10,9 +10,11 @@ import torch
 
 from hunyuan_model.attention import TRAINABLE_MODES, make_attention
 from utils.arguments import (
+    add_fp8_arguments,
     add_swap_arguments,
     add_text_encoder_arguments,
     add_vae_arguments,
+    check_fp8_arguments,
     finite_float,
     non_negative_float,
     positive_float,
@@ -22,6 +24,7 @@ from utils.arguments import (
     whole_number,
 )
 from utils.config_files import add_config_file_argument
+from utils.devices import pick_device
 from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.hub import add_hub_arguments, check_hub_arguments
@@ -72,6 +75,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fp8_base", action="store_true", help="keep the base model's Linear weights in float8 (default: off)")
+    add_fp8_arguments(group, "--fp8_base")
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
@@ -386,6 +390,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
     make_attention(attention_mode(args))
+    check_fp8_arguments(args, "fp8_base", pick_device(None))
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
     if args.network_dropout is not None and args.network_dropout >= 1:

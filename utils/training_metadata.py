@@ -35,6 +35,8 @@ _FROM_FLAGS = {
     "ss_training_comment": "training_comment",
     "ss_max_grad_norm": "max_grad_norm",
     "ss_fp8_base": "fp8_base",
+    "ss_fp8_scaled": "fp8_scaled",
+    "ss_fp8_fast": "fp8_fast",
     "ss_fp8_llm": "fp8_llm",
     "ss_weighting_scheme": "weighting_scheme",
     "ss_logit_mean": "logit_mean",

@@ -54,6 +54,7 @@ class ToyModel:
         multipliers: Sequence[float] = (),
         inject: bool = False,
         fp8: bool = False,
+        fp8_scaled: bool = False,
         attn_mode: str = "torch",
         split_attn: bool = False,
         device: torch.device | str = "cpu",
@@ -73,6 +74,7 @@ class ToyModel:
             attn_mode=attn_mode,
             split_attn=split_attn,
             fp8=fp8,
+            fp8_scaled=fp8_scaled,
             patch=merge_patch(loras, files.dit) if loras and not inject else None,
         )
         for one in loras if inject else ():

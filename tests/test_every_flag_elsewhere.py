@@ -51,7 +51,7 @@ LATENTS = (
     Row("--config_file {data}/batch_size.toml", becomes(seen("encoded"), [1, 1])),
     Row("--dataset_config {out}/other.toml", writes("other/a_0288x0064_hv.safetensors")),
     Row("--batch_size 1", becomes(seen("encoded"), [1, 1])),
-    Row("--num_workers 3", both(becomes(seen("threads"), [3]), stays(latents))),
+    Row("--num_workers 3", both(becomes(seen("threads"), [3, 3]), stays(latents))),
     Row("--skip_existing", becomes(seen("encoded"), [])),
     Row("--missing_caption empty", writes("cache/c_0288x0064_hv.safetensors"), beside=UNCAPTIONED),
     Row("--remove_orphans", removes("cache/gone_0032x0032_hv.safetensors")),

@@ -36,8 +36,8 @@ CONFIG = TransformerConfig(
     rope_dims=rope_dims_for(HEAD_DIM),
 )
 RECIPE = Recipe(
-    steps=6450,
-    earlier_ends=(3600,),
+    steps=9000,
+    earlier_ends=(3600, 6450),
     learning_rate=1e-3,
     muon_rate=0.01,
     muon_parts=r"blocks\.",
@@ -48,8 +48,11 @@ RECIPE = Recipe(
 SEED = 3
 BATCH_SIZE = 128
 CANDIDATES = 5  # times the batch size are captioned, and those of one text length are taken: a batch without padding
-CLIPS_OF = {1: 16000, 5: 700, 9: 6000, 13: 500, 17: 600}
-"""Frames -> how many clips of them are encoded once, before training; each gets a new caption whenever it is used."""
+CLIPS_OF = {1: 16000, 5: 700, 9: 12000, 13: 500, 17: 600}
+"""Frames -> how many clips of them are encoded once, before training; each gets a new caption whenever it is used.
+
+The shipped weights had the first 6000 clips of nine frames until step 6590.
+"""
 PICTURES_FIRST = (1, 9, 1, 1, 9, 1, 5, 9, 1, 1, 9, 1, 17, 9, 1, 1, 1, 9, 1, 1, 9, 1, 5, 9, 1, 1, 9, 1, 13, 9, 1, 1)
 """Frames of one step after the other, again and again: mostly pictures, which cost half of a clip, then mostly clips."""
 CLIPS_THEN = (9, 1, 9, 9, 1, 9, 5, 9, 1, 9, 9, 17, 9, 1, 9, 13)

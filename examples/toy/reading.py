@@ -1,7 +1,7 @@
 """Reads off a clip what it shows, by plain image analysis: the judge of the toy model, which knows nothing of models.
 
-The background is the colour of the border, the foreground what differs from it. The foreground's outline is compared with
-each outline of the world, at the place and size at which it has the same area; its colour and its path are looked up.
+The background is the colour of the border, the foreground what differs from it. How far each pixel is covered by the foreground
+is compared with each outline of the world, at the place and size at which it covers as much; its colour and its path are looked up.
 What fits nothing well is read as None, and so counts as wrong: half a shape, two shapes, a colour in between, a jump.
 """
 
@@ -27,9 +27,11 @@ SPECKLE = 0.06  # of the largest part's area: smaller parts are not looked at
 SMALLEST_AREA = 40  # pixels
 LARGEST_COLOUR_DISTANCE = 60.0
 PURITY = 0.6  # of a shape or a border must be nearest to the colour it is said to have
-OVERLAP = 0.82  # intersection over union with the outline of the shape
-STAR_OVERLAP = 0.75  # less: its points are thin
-AGREEMENT = 0.7  # of the frames must be closest to the shape that the clip is said to show
+OVERLAPS = {"circle": 0.82, "square": 0.78, "triangle": 0.73, "cross": 0.68, "ring": 0.68, STAR: 0.68}
+"""Intersection over union with the outline of a shape, at least: of corners, and of what is thin, blur takes more."""
+SCALES = (0.94, 1.0, 1.07)  # of an outline: a soft edge makes what it covers uncertain
+EDGE = 3  # pixels around a mask in which its soft edge may lie
+LARGEST_DOUBT = 0.03  # by which other outlines may be closer, each frame to its own, on average: else the shape changes on the way
 STRIPE_DISTANCE = 55.0  # of a zorp's pixels from the line in RGB that joins its two colours: stripes may blur
 STRIPE_SHARE, STRIPES_SHARE = 0.15, 0.5  # of the star: more pink than teal and the other way round each, and together
 STILL_SPEED, MOVING_SPEED = 0.5, 0.75  # pixels per frame; world.SPEEDS begin at twice the latter
@@ -63,8 +65,8 @@ def read(clip: np.ndarray) -> Reading:
     background = _common_colour(border)
     foregrounds = _foregrounds(pixels, np.median(border, axis=0))
     figures = [
-        _Figure(masks)
-        for masks in foregrounds
+        _Figure(masks, coverage)
+        for masks, coverage in foregrounds
         if masks.sum((1, 2)).min() >= SMALLEST_AREA and masks[:, _BORDER].mean() <= LARGEST_BORDER_SHARE
     ]
     if not figures:
@@ -104,11 +106,11 @@ def _striped_as_zorps(colours: np.ndarray) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The foreground, as masks (T, 64, 64)
+# The foreground, as masks and coverages (T, 64, 64)
 
 
-def _foregrounds(pixels: np.ndarray, backdrop: np.ndarray) -> list[np.ndarray]:
-    """Where the picture differs from the background, without speckles, in two views.
+def _foregrounds(pixels: np.ndarray, backdrop: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Where the picture differs from the background, without speckles, in two views: masks, and how much of each pixel is covered.
 
     The line between the two is drawn halfway, so that a blurred edge leaves an outline where it was: halfway to what
     stands out most of the foreground, which is right where it has one colour, and halfway to what stands out least, which
@@ -117,7 +119,15 @@ def _foregrounds(pixels: np.ndarray, backdrop: np.ndarray) -> list[np.ndarray]:
     distance = np.linalg.norm(pixels - backdrop, axis=-1)
     inner = distance[_inner(distance > SEEN)]
     contrasts = np.quantile(inner, (0.75, 0.25)) if len(inner) else ()
-    return [_without_speckles(distance > max(SEEN, 0.5 * contrast)) for contrast in contrasts]
+    views = []
+    for contrast in contrasts:
+        masks = near = _without_speckles(distance > max(SEEN, 0.5 * contrast))
+        for _ in range(EDGE):
+            near = _neighbours(near).any(0)
+        inside = distance[_inner(masks)]
+        full = np.median(inside) if len(inside) else contrast
+        views.append((masks, np.where(near, np.clip(distance / full, 0.0, 1.0), 0.0)))
+    return views
 
 
 def _neighbours(masks: np.ndarray) -> np.ndarray:
@@ -161,32 +171,38 @@ def _area_and_offset(shape: str) -> tuple[float, tuple[float, float]]:
 
 
 class _Figure:
-    """One foreground: ``masks`` (T, 64, 64), none of them empty, and the outline that they are closest to.
+    """One foreground: ``masks`` (T, 64, 64), none of them empty, their soft ``coverage``, and the outline that is closest to it.
 
     Attributes:
         areas: (T,), pixels.
         centroids: (T, 2), x and y in pixels, as ``world.Scene.centres`` counts them.
-        overlap: with that outline, intersection over union, on average over the frames.
+        overlap: with that outline, intersection over union of what is covered, on average over the frames.
         shape: its name, None where the overlap is poor.
     """
 
-    def __init__(self, masks: np.ndarray):
-        self.masks, self.areas = masks, masks.sum((1, 2))
+    def __init__(self, masks: np.ndarray, coverage: np.ndarray):
+        self.masks, self.areas, self.coverage = masks, masks.sum((1, 2)), coverage
         grid = np.arange(world.SIZE) + 0.5
         self.centroids = np.stack([masks.sum(1) @ grid, masks.sum(2) @ grid], axis=1) / self.areas[:, None]
         overlaps = np.stack([self._overlaps(shape) for shape in _OUTLINES])  # (shapes, T)
         best = int(overlaps.mean(1).argmax())
         name = list(_OUTLINES)[best]
         self.overlap = float(overlaps[best].mean())
-        clear = self.overlap >= (STAR_OVERLAP if name == STAR else OVERLAP)
-        self.shape = name if clear and (overlaps.argmax(0) == best).mean() >= AGREEMENT else None
+        clear = self.overlap >= OVERLAPS[name]
+        doubt = (overlaps.max(0) - overlaps[best]).mean()
+        self.shape = name if clear and doubt <= LARGEST_DOUBT else None
 
     def _overlaps(self, shape: str) -> np.ndarray:
-        """(T,), with an outline of the same areas and centroids: what a ragged edge or a lost tip changes least."""
+        """(T,), with an outline of about the same areas and the same centroids: what a ragged edge or a lost tip changes least."""
         area, offset = _area_and_offset(shape)
-        radii = np.sqrt(self.areas / area)
-        ideal = world.coverage(_OUTLINES[shape], self.centroids - radii[:, None] * np.array(offset), radii) > 0.5
-        return (self.masks & ideal).sum((1, 2)) / (self.masks | ideal).sum((1, 2))
+        covered, grid = self.coverage.sum((1, 2)), np.arange(world.SIZE) + 0.5
+        centroids = np.stack([self.coverage.sum(1) @ grid, self.coverage.sum(2) @ grid], axis=1) / covered[:, None]
+        overlaps = []
+        for scale in SCALES:
+            radii = scale * np.sqrt(covered / area)
+            ideal = world.coverage(_OUTLINES[shape], centroids - radii[:, None] * np.array(offset), radii)
+            overlaps.append(np.minimum(self.coverage, ideal).sum((1, 2)) / np.maximum(self.coverage, ideal).sum((1, 2)))
+        return np.max(overlaps, axis=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

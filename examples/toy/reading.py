@@ -71,7 +71,8 @@ def read(clip: np.ndarray) -> Reading:
     ]
     if not figures:
         return Reading(None, None, background, None)
-    figure = max(figures, key=lambda figure: figure.overlap)
+    plain, striped = figures[::2], [figure for figure in figures[1::2] if figure.shape == STAR]
+    figure = max(plain + striped, key=lambda figure: figure.overlap)
     colours = pixels[_inner(figure.masks)]
     is_zorp = figure.shape == STAR and _striped_as_zorps(colours)
     colour = None if is_zorp else _common_colour(colours)
@@ -114,7 +115,9 @@ def _foregrounds(pixels: np.ndarray, backdrop: np.ndarray) -> list[tuple[np.ndar
 
     The line between the two is drawn halfway, so that a blurred edge leaves an outline where it was: halfway to what
     stands out most of the foreground, which is right where it has one colour, and halfway to what stands out least, which
-    leaves no stripe out where it has two. The view with the clearer outline is the one to take.
+    leaves no stripe out where it has two. The view with the clearer outline is the one to take. Each has two coverages: full
+    where the foreground is as usual, and full where it stands out as much as the view asks for, which is right for stripes
+    but fills the hole of a blurred ring.
     """
     distance = np.linalg.norm(pixels - backdrop, axis=-1)
     inner = distance[_inner(distance > SEEN)]
@@ -126,7 +129,7 @@ def _foregrounds(pixels: np.ndarray, backdrop: np.ndarray) -> list[tuple[np.ndar
             near = _neighbours(near).any(0)
         inside = distance[_inner(masks)]
         full = np.median(inside) if len(inside) else contrast
-        views.append((masks, np.where(near, np.clip(distance / full, 0.0, 1.0), 0.0)))
+        views += [(masks, np.where(near, np.clip(distance / level, 0.0, 1.0), 0.0)) for level in (full, contrast)]
     return views
 
 

@@ -157,7 +157,7 @@ def test_ten_kills_change_no_bit_of_a_training(concept: Path, tmp_path: Path, wo
 def test_fifty_kills_of_a_training_that_always_saves(tiny_model, cached: Path, tmp_path: Path) -> None:
     flushes = SAVED_IN_A_STEP + 6  # one step at most
     kills = some_kills(50, flushes, "saving")
-    killed_training(tmp_path, tiny_model.dit, cached, kills, steps=54, workers=0, inside=20)
+    killed_training(tmp_path, tiny_model.dit, cached, kills, steps=54, workers=0, inside=10)
 
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text_encoder_outputs"])

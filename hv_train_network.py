@@ -41,7 +41,7 @@ from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
-from networks.network_module import call_if_there, create_network, import_network_module, parameter_groups
+from networks.network_module import create_network, import_network_module, parameter_groups
 from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
@@ -54,6 +54,7 @@ from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
+from utils.optional_methods import call_if_there
 from utils.skipped_steps import TrainingBroken
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.optional_methods import call_if_there
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -70,12 +71,6 @@ def create_network(
     network.requires_grad_(True)
     call_if_there(network, "prepare_grad_etc", None, transformer)
     return network
-
-
-def call_if_there(network: nn.Module, method: str, *arguments: object) -> object:
-    """Call a method of the contract that not every third-party network has; None where it is missing."""
-    function = getattr(network, method, None)
-    return None if function is None else function(*arguments)
 
 
 def parameter_groups(network: nn.Module, learning_rate: float) -> tuple[list[Any], list[str]]:

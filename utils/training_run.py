@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dataset.batches import CachedDataset
-from dataset.reading import EpochReader
 from utils.arguments import public_flags
 from utils.errors import UserError
 from utils.flow_matching import FlowMatching
@@ -30,6 +30,19 @@ from utils.training_state import Progress, Restorable, StateFile, save_state
 SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class BatchReader(Protocol):
+    """Where the batches come from (``dataset.reading.EpochReader``)."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, of this process."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
+        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on."""
+
+    def fingerprint(self) -> str:
+        """Changes with the items and with their order."""
+
+
 @dataclass
 class Training:
     """What the loop works on."""
@@ -41,7 +54,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     group_names: list[str]
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    reader: EpochReader
+    reader: BatchReader
     flow_matching: FlowMatching
     steps: int
     save_rules: SaveRules
@@ -51,7 +64,7 @@ class Training:
     metadata: dict[str, str] = field(default_factory=dict)
     skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     uploads: HubUploads | None = None
-    held_out: CachedDataset = field(default_factory=lambda: CachedDataset(()))
+    held_out: Sequence[Any] = ()  # of samples
 
     @property
     def restorable(self) -> Restorable:
@@ -69,12 +82,12 @@ class Training:
         return steps_per_epoch(self.args, self.reader)
 
 
-def steps_per_epoch(args: argparse.Namespace, reader: EpochReader) -> int:
+def steps_per_epoch(args: argparse.Namespace, reader: BatchReader) -> int:
     """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
     return -(-len(reader) // args.gradient_accumulation_steps)
 
 
-def batch_order(args: argparse.Namespace, reader: EpochReader, accelerator: Accelerator) -> dict[str, object]:
+def batch_order(args: argparse.Namespace, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
     """What the place inside an epoch depends on, besides the seed."""
     return {
         "data sets": reader.fingerprint(),

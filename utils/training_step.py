@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dataset.batches import Batch
 from hunyuan_model.flow import TIMESTEPS
-from networks.network_module import call_if_there
 from utils.lr_schedules import step_schedule
+from utils.optional_methods import call_if_there
 from utils.training_run import Training
 
 
@@ -31,7 +32,7 @@ class Step:
     skipped: str | None = None
 
 
-def train_step(training: Training, batches: list[Batch]) -> Step:
+def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step:
     """One optimiser step over the batches it accumulates. A loss or a gradient that is not finite spoils nothing: it is skipped."""
     accelerator, network, args = training.accelerator, training.network, training.args
     call_if_there(network, "on_step_start")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
-from networks.network_module import create_network, import_network_module, parameter_groups
+from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
 from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
@@ -307,6 +308,8 @@ def prepare(
         dim_from_weights=args.dim_from_weights,
         device=accelerator.device,
     )
+    if any(group.dataset.prior_preservation for group in groups):
+        require_switch(network, args.network_module)
     optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
     rank_seed = args.seed + accelerator.process_index
@@ -327,6 +330,7 @@ def prepare(
             noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
             dtype=dtype,
             guidance_scale=args.guidance_scale,
+            network_off=partial(network_off, network),
         ),
         steps=steps,
         save_rules=SaveRules.from_args(args),

@@ -42,7 +42,7 @@ class Batch(TypedDict):
 
     latents (B, C, F, H, W) as stored, not multiplied by the scaling factor; text_states (B, L, D), L the longest caption in
     the batch (at least 1), rows beyond a caption are zero; text_mask (B, L) int64, the ones come first; text_states_2 (B, D2);
-    names: the items, for messages.
+    names: the items, for messages. prior_preservation: what is to be learnt is the model's own prediction, not the latents.
     """
 
     latents: torch.Tensor
@@ -50,6 +50,7 @@ class Batch(TypedDict):
     text_mask: torch.Tensor
     text_states_2: torch.Tensor
     names: list[str]
+    prior_preservation: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class CachedItem:
     latents_path: Path
     text_path: Path
     shape: LatentShape
+    prior_preservation: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,13 @@ def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:
 
     Raises:
         UserError: a dataset has no latents, or latents without text encoder outputs (the script to run is named), or a
-            cache file is unreadable or of another model.
+            cache file is unreadable or of another model; or all datasets are for prior preservation.
     """
+    if all(dataset.prior_preservation for dataset in group.datasets):
+        raise UserError(
+            f"{group.path}: every data set has prior_preservation = true, so there is nothing to learn; take it out of those that "
+            "show what is to be learnt."
+        )
     return [_pair_caches(dataset, group.path) for dataset in group.datasets]
 
 
@@ -123,7 +130,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
             "or delete the latents of items that are gone."
         )
     items = (
-        CachedItem(stem, window, path, listing.texts[stem], read_latent_shape(path))
+        CachedItem(stem, window, path, listing.texts[stem], read_latent_shape(path), dataset.prior_preservation)
         for (stem, window), path in newest_latents(listing).items()
     )
     return CachedGroup(dataset, tuple(items))
@@ -132,7 +139,8 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
 def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[list[CachedGroup], list[CachedItem]]:
     """Divide the items into those for training and those for measuring what it has learnt.
 
-    All windows of a clip stay on one side. Of each data set with at least two pictures or clips about ``share`` of them are
+    All windows of a clip stay on one side. Nothing is held out of data sets for prior preservation, of which nothing is learnt.
+    Of each other data set with at least two pictures or clips about ``share`` of them are
     held out, one at least; which ones depends on the seed alone.
 
     Raises:
@@ -140,14 +148,15 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
     """
     kept, held_out = [], []
     for number, group in enumerate(groups):
-        stems = sorted({item.stem for item in group.items})
-        count = min(len(stems) - 1, max(1, round(share * len(stems))))
+        stems = sorted({item.stem for item in group.items if not item.prior_preservation})
+        count = min(max(0, len(stems) - 1), max(1, round(share * len(stems))))
         chosen = set(random.Random(f"{seed}:validation:{number}").sample(stems, count))
         kept.append(CachedGroup(group.dataset, tuple(item for item in group.items if item.stem not in chosen)))
         held_out += [item for item in group.items if item.stem in chosen]
     if not held_out:
         raise UserError(
-            "--validation_split holds items out of training, but every data set has only one; leave it out, or add some."
+            "--validation_split holds items out of training, but every data set that is learnt from has only one; leave it out, "
+            "or add some."
         )
     return kept, held_out
 
@@ -184,6 +193,7 @@ class Sample:
     text: torch.Tensor
     pooled: torch.Tensor
     name: str
+    prior_preservation: bool = False
 
 
 class CachedDataset(Dataset):
@@ -214,7 +224,7 @@ class CachedDataset(Dataset):
                 f"{item.latents_path} changed from {item.shape} to {tuple(latents.shape)} since the start; start again."
             )
         text = read_text(item.text_path)
-        return Sample(latents, text.llm[text.llm_mask.bool()], text.clip, item.latents_path.name)
+        return Sample(latents, text.llm[text.llm_mask.bool()], text.clip, item.latents_path.name, item.prior_preservation)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -230,6 +240,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         text_mask=(torch.arange(longest) < lengths[:, None]).to(torch.int64),
         text_states_2=torch.stack([sample.pooled for sample in samples]),
         names=[sample.name for sample in samples],
+        prior_preservation=all(sample.prior_preservation for sample in samples),
     )
 
 

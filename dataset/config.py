@@ -52,6 +52,7 @@ class DatasetConfig:
     max_frames: int = MAX_FRAMES
     target_fps: float = MODEL_FPS  # 0 keeps every frame
     source_fps: float | None = None  # None: what the file says
+    prior_preservation: bool = False  # the network is to leave what the model makes of these captions as it is
 
     @property
     def label(self) -> str:
@@ -188,7 +189,8 @@ VIDEO_KEYS: Validators = {
     "target_fps": _fps,
     "source_fps": _source_fps,
 }
-DATASET_KEYS: Validators = {**COMMON_KEYS, **dict.fromkeys(SOURCE_KEYS, _path), "cache_directory": _path, **VIDEO_KEYS}
+OTHER_DATASET_KEYS: Validators = {"cache_directory": _path, "prior_preservation": _switch}
+DATASET_KEYS: Validators = {**COMMON_KEYS, **dict.fromkeys(SOURCE_KEYS, _path), **OTHER_DATASET_KEYS, **VIDEO_KEYS}
 
 
 def load_dataset_config(path: str | os.PathLike[str], *, require_media: bool = True) -> DatasetGroup:

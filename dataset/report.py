@@ -141,6 +141,8 @@ def report_cached_group(group: CachedGroup) -> DatasetReport:
     report.texts = len({item.stem for item in group.items})
     report.buckets = count_buckets(group.dataset, (item.shape for item in group.items))
     report.notes = describe_caches(group, items)
+    if group.dataset.prior_preservation:
+        report.notes.insert(0, "prior preservation: kept as the model draws them without the network, not learnt from")
     return report
 
 

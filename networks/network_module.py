@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -71,6 +72,25 @@ def create_network(
     network.requires_grad_(True)
     call_if_there(network, "prepare_grad_etc", None, transformer)
     return network
+
+
+def require_switch(network: nn.Module, name: str) -> None:
+    """Refuse a network that ``network_off`` cannot switch off; ``name``: of its module."""
+    if not hasattr(network, "set_multiplier"):
+        raise UserError(
+            f"the networks of --network_module {name} have no set_multiplier, without which the model cannot be asked what it "
+            "draws without them; take prior_preservation out of the data sets, or use networks.lora."
+        )
+
+
+@contextmanager
+def network_off(network: nn.Module) -> Iterator[None]:
+    """The model computes inside as if ``network`` were not hooked into it. The network has multiplier 1 before and after."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
 
 
 def parameter_groups(network: nn.Module, learning_rate: float) -> tuple[list[Any], list[str]]:

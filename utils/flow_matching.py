@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class FlowMatching:
         noise: what noise is drawn with; on the accelerator's device.
         dtype: what the transformer computes in.
         guidance_scale: the distilled guidance that it is told.
+        network_off: inside it the transformer predicts as if no network were hooked into it.
     """
 
     transformer: nn.Module
@@ -33,6 +35,7 @@ class FlowMatching:
     noise: torch.Generator
     dtype: torch.dtype
     guidance_scale: float
+    network_off: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,) in [0, 1]."""
@@ -42,13 +45,29 @@ class FlowMatching:
         return self.loss_at(batch, noise, t), t
 
     def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1]."""
+        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1].
+
+        With ``prior_preservation`` what the transformer predicts without the network takes the place of the true velocity.
+        """
         device = self.accelerator.device
         latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
         noisy = noisy_latents(latents, noise, t)
-        guidance = torch.full((len(latents),), self.guidance_scale * GUIDANCE_UNIT, device=device)
+        if batch.get("prior_preservation"):
+            with torch.no_grad(), self.network_off():
+                target = self._predict(batch, noisy, t).float()
+        else:
+            target = noise - latents
+        velocity = self._predict(batch, noisy, t).float()
+        loss = nn.functional.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)
+        weight = self.timesteps.loss_weight(t)
+        return (loss if weight is None else loss * weight).mean()
+
+    def _predict(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
+        """The velocity that the transformer predicts at noisy latents, for the captions of a batch."""
+        device = self.accelerator.device
+        guidance = torch.full((len(noisy),), self.guidance_scale * GUIDANCE_UNIT, device=device)
         with self.accelerator.autocast():
-            velocity = self.transformer(
+            return self.transformer(
                 noisy.to(self.dtype),
                 t * TIMESTEPS,
                 batch["text_states"].to(device, self.dtype),
@@ -56,9 +75,6 @@ class FlowMatching:
                 batch["text_states_2"].to(device, self.dtype),
                 guidance if self.transformer.config.guidance else None,
             )
-        loss = nn.functional.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
-        weight = self.timesteps.loss_weight(t)
-        return (loss if weight is None else loss * weight).mean()
 
     @torch.no_grad()
     def validation_loss(self, items: Iterable[Mapping[str, Any]]) -> float:

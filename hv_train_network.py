@@ -44,7 +44,7 @@ from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
-from utils.skipped_steps import TrainingBroken
+from utils.skipped_steps import TrainingBroken, count_skipped
 from utils.timestep_preview import show_timesteps
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
@@ -125,7 +125,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
-        training.skipped_steps.note(progress.step, step.skipped)
+        progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
         tell_of_step(training, step, rates, seconds, loss_log, bar)

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
 from utils.optimizers import describe_optimizer
-from utils.skipped_steps import SkippedSteps, TrainingBroken
+from utils.skipped_steps import TrainingBroken
 from utils.training_files import SaveRules, remove_outdated, save_network, state_name
 from utils.training_logs import TrainingLogs
 from utils.training_metadata import DataFacts, TrainingFacts, finished_metadata
@@ -62,7 +62,6 @@ class Training:
     samples: TrainingSamples
     logs: TrainingLogs
     metadata: dict[str, str] = field(default_factory=dict)
-    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     uploads: HubUploads | None = None
     held_out: Collection[Mapping[str, Any]] = ()  # batches of one item
 

@@ -11,87 +11,63 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.batches import (
-    Batch,
-    CachedDataset,
-    CachedGroup,
-    CachedItem,
-    ShapeBatchSampler,
-    collate,
-    find_cached_items,
-    hold_out,
-    require_model_sizes,
-)
+from dataset.batches import Batch, CachedGroup, CachedItem, ShapeBatchSampler, find_cached_items, hold_out, require_model_sizes
+from dataset.data_facts import data_facts
 from dataset.items import name_some
-from dataset.reading import EpochReader
+from dataset.reading import EpochReader, HeldOut
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
 from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
+from utils.accelerator import base_dtype, make_accelerator, save_dtype
 from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
-from utils.devices import choose_dtype, out_of_memory_says
+from utils.devices import out_of_memory_says
 from utils.disk_space import check_room_to_save
-from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
-from utils.files import require_writable_folder
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
-from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
+from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
-from utils.skipped_steps import TrainingBroken
-from utils.timestep_preview import save_timestep_image, timestep_chart
+from utils.skipped_steps import TrainingBroken, count_skipped
+from utils.timestep_preview import show_timesteps
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
-from utils.training_files import (
-    SaveRules,
-    epoch_name,
-    final_name,
-    remove_leftovers,
-    state_name,
-    step_name,
-)
+from utils.training_files import SaveRules, epoch_name, final_name, remove_leftovers, state_name, step_name
 from utils.training_logs import TrainingLogs, check_logs, learning_rates, open_logs
-from utils.training_metadata import TrainingFacts, new_session_id, training_metadata
+from utils.training_metadata import new_session_id, training_metadata
 from utils.training_requests import Request, TrainingRequests
 from utils.training_resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
 from utils.training_run import (
-    SAVE_DTYPES,
     Training,
     batch_order,
     require_finite_weights,
     rotate,
     save,
-    save_dtype,
     save_for_signal,
     save_model,
     save_training_state,
     steps_per_epoch,
+    training_facts,
 )
 from utils.training_samples import TrainingSamples, check_samples, prepare_samples
-from utils.training_state import (
-    LATEST,
-    Progress,
-    check_state_can_be_saved,
-    recover_state,
-)
+from utils.training_state import LATEST, Progress, check_state_can_be_saved, recover_state
 from utils.training_step import Step, train_step
 
 logger = logging.getLogger("train")
@@ -104,33 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     return build_training_parser()
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's."""
-    try:
-        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate refuses this setup: {first_line(error).rstrip('.')}.") from error
-    if accelerator.mixed_precision not in SAVE_DTYPES:
-        raise UserError(
-            f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "
-            "Use bf16; --fp8_base keeps the frozen weights in float8."
-        )
-    return accelerator
-
-
 def batches_of_step(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
     """Group an epoch's batches into those of one optimiser step; the last group may be smaller."""
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, count)):
         yield group
-
-
-def validation_loss(training: Training) -> float:
-    """The loss on what was held out; the training stays as it is."""
-    items = (collate([training.held_out[index]]) for index in range(len(training.held_out)))
-    with training.paused():
-        return training.flow_matching.validation_loss(items)
 
 
 def train(training: Training) -> int:
@@ -172,7 +126,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
-        training.skipped_steps.note(progress.step, step.skipped)
+        progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
         tell_of_step(training, step, rates, seconds, loss_log, bar)
@@ -205,7 +159,7 @@ def tell_of_step(training: Training, step: Step, rates: Mapping[str, float], sec
     average = sum(progress.losses) / max(1, len(progress.losses))
     bar.update()
     bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
-    held_out = validation_loss(training) if training.held_out and validation_due(training) else None
+    held_out = training.validation_loss() if training.validation_due else None
     if held_out is not None:
         logger.info("step %d: validation loss %.6g", progress.step, held_out)
     loss_log.write(progress.step, progress.epoch, step.loss, average, next(iter(rates.values()), None), held_out)
@@ -233,13 +187,6 @@ def draw_samples(training: Training, requests: TrainingRequests, epoch: int, epo
         stop=lambda: requests.signalled,
     )
     training.logs.samples(drawn, training.progress.step)
-
-
-def validation_due(training: Training) -> bool:
-    """Whether the step that was just made is one after which the held-out items are looked at."""
-    if every := training.args.validate_every_n_steps:
-        return training.progress.step % every == 0 or training.progress.step == training.steps
-    return training.progress.batches == len(training.reader) or training.progress.step == training.steps
 
 
 def stop(training: Training, request: Request) -> int:
@@ -273,13 +220,6 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(transformer)
     return transformer
-
-
-def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """What the transformer computes in: --dit_dtype, else the mixed precision's, else the device's default."""
-    if args.dit_dtype is None and accelerator.mixed_precision in ("fp16", "bf16"):
-        return SAVE_DTYPES[accelerator.mixed_precision]
-    return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
 
 
 def prepare(
@@ -342,47 +282,8 @@ def prepare(
         order = batch_order(args, reader, accelerator)
         training.progress = restore(args, resumed, training.restorable, order, steps)
     training.progress.log_runs = logs.runs
-    training.metadata = training_metadata(args, training_facts(training, groups), network_args)
+    training.metadata = training_metadata(args, training_facts(training, data_facts(groups), DEFAULT_RANK), network_args)
     return training
-
-
-def training_facts(training: Training, groups: list[CachedGroup]) -> TrainingFacts:
-    """What the run knows beyond its flags, for the metadata."""
-    args = training.args
-    return TrainingFacts(
-        train_items=sum(len(group.items) * group.dataset.num_repeats for group in groups),
-        batches_per_epoch=len(training.reader),
-        epochs=-(-training.steps // training.steps_per_epoch),
-        steps=training.steps,
-        optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
-        resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),
-        started_at=training.progress.started_at,
-        session_id=training.progress.session_id,
-        network_dim="Dynamic" if args.dim_from_weights else args.network_dim or DEFAULT_RANK,
-        network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
-        mixed_precision=training.accelerator.mixed_precision,
-        datasets=[describe_group(group) for group in groups],
-    )
-
-
-def describe_group(group: CachedGroup) -> dict[str, object]:
-    """A dataset for the metadata: its settings and how much it holds, and of its paths only the last name."""
-    settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
-    if group.dataset.kind == "image":
-        settings = {key: value for key, value in settings.items() if not key.startswith(("target_", "frame_"))}
-    paths = {key: value.name for key, value in settings.items() if isinstance(value, Path)}
-    return settings | paths | {"items": len(group.items)}
-
-
-def show_timesteps(args: argparse.Namespace) -> None:
-    """Draw the distribution of timesteps in the terminal, or as a picture in --output_dir."""
-    settings = TimestepSettings.from_args(args)
-    if args.show_timesteps == "console":
-        print(timestep_chart(settings))
-    else:
-        path = require_writable_folder(args.output_dir or ".", "--output_dir") / "timesteps.png"
-        save_timestep_image(settings, path)
-        print(path)
 
 
 def main() -> int:
@@ -451,7 +352,7 @@ def main() -> int:
     with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
-        training.held_out = CachedDataset.of_items(held_out)
+        training.held_out = HeldOut(held_out)
         training.uploads = uploads
         logger.info(
             "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.batches import Batch, CachedDataset, CachedGroup, Sample, ShapeBatchSampler, collate
+from dataset.batches import Batch, CachedDataset, CachedGroup, CachedItem, Sample, ShapeBatchSampler, collate
 from dataset.items import name_some
 from utils.errors import UserError
 
@@ -36,6 +36,19 @@ def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserErro
 def _ignore_interrupts(_worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; only the training itself answers it, and stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class HeldOut:
+    """Items that training does not see, as batches of one, in the same order every time they are gone through."""
+
+    def __init__(self, items: Sequence[CachedItem]) -> None:
+        self._data = CachedDataset.of_items(items)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (collate([self._data[index]]) for index in range(len(self)))
 
 
 class EpochReader:

@@ -85,7 +85,7 @@ def test_nothing_is_hidden_by_a_training_that_fails_before_its_first_step(logged
 )
 def test_a_new_folder_where_there_is_no_run_to_continue(logged, monkeypatch, name, kept):
     folder, runs = logged
-    monkeypatch.setattr("utils.log_trackers.time.strftime", lambda _format: "20010203040506")
+    monkeypatch.setattr("utils.tensorboard_tracker.time.strftime", lambda _format: "20010203040506")
     resumed = state_after(3, runs if kept is None else kept)
     with open_logs(parsed("--logging_dir", folder, name=name), CPU, resumed=resumed) as logs:
         log_steps(logs, 4, 4, 0.25)

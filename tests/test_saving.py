@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import hv_train_network
+from utils.errors import UserError
 from utils.flow_matching import FlowMatching
 from utils.skipped_steps import MAX_IN_A_ROW
+from utils.training_state import read_state_file
 
 
 def saved(folder: Path) -> list[str]:
@@ -131,6 +134,35 @@ def test_ten_in_a_row_end_the_training_and_what_was_saved_stays(train, tmp_path:
     assert {"lora-step00000002.safetensors", "lora-step00000002-state"} <= set(saved(tmp_path / "out"))
     assert "lora.safetensors" not in saved(tmp_path / "out")
     assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW
+
+
+def test_a_row_of_skipped_steps_goes_on_in_a_resumed_training(train, tmp_path: Path, spoil, caplog) -> None:
+    spoil(lambda number: number > 3, "loss")
+    flags = ("--max_train_steps", 50, "--save_every_n_steps", 1, "--save_state")
+    whole = train(*flags)
+    assert whole.status == 1 and "step 13 was skipped" in caplog.text
+    state = tmp_path / "out" / "lora-step00000007-state"
+    assert read_state_file(state).progress.skipped == 4
+
+    caplog.clear()
+    again = train(*flags, "--resume", state, name="again")  # every batch is spoiled from now on
+    assert again.status == 1 and again.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
+    assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW - 4 and "step 13 was skipped" in caplog.text
+
+
+def test_a_state_that_counts_no_skipped_steps_begins_with_none(train, tmp_path: Path) -> None:
+    flags = ("--max_train_steps", 2, "--save_every_n_steps", 1, "--save_state")
+    assert train(*flags).status == 0
+    state = tmp_path / "out" / "lora-step00000001-state"
+    content = json.loads((state / "state.json").read_text("utf-8"))
+    assert content.pop("skipped") == 0
+    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_state_file(state).progress.skipped == 0
+    assert train(*flags, "--resume", state, name="again").status == 0
+    for nonsense in (-1, "2", True, None):
+        (state / "state.json").write_text(json.dumps({**content, "skipped": nonsense}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"is not a state of this trainer .*skipped"):
+            read_state_file(state)
 
 
 def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, caplog) -> None:

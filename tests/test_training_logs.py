@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from utils import log_trackers
 from utils.errors import UserError
 from utils.lr_schedules import ScheduleSettings, make_schedule
 from utils.media_writing import save_picture, save_video
 from utils.optimizers import make_optimizer
 from utils.sample_prompts import SamplePrompt
+from utils.tensorboard_tracker import animation
 from utils.training_arguments import build_training_parser
 from utils.training_logs import TrainingLogs, check_logs, chosen_trackers, hide_secret, learning_rates, open_logs, stored_flags
 from utils.training_samples import DrawnSample
@@ -182,7 +182,7 @@ def test_tensorboard_gets_numbers_pictures_and_clips(tensorboard, samples, tmp_p
 
 def test_large_clips_become_small_animations(tmp_path):
     save_video(tmp_path / "c.mp4", np.zeros((9, 64, 704, 3), dtype=np.uint8), 24)
-    data, width, height = log_trackers.animation(tmp_path / "c.mp4")
+    data, width, height = animation(tmp_path / "c.mp4")
     assert (width, height) == (320, 29) and data[:3] == b"GIF"
 
 

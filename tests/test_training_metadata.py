@@ -12,7 +12,7 @@ import torch
 from networks.lora import create_network
 from networks.lora_files import tensor_hashes
 from utils.safetensors_io import read_header
-from utils.training_metadata import TrainingFacts, finished_metadata, training_metadata
+from utils.training_metadata import DataFacts, TrainingFacts, finished_metadata, training_metadata
 
 SS_KEYS = """
  ss_session_id ss_training_started_at ss_output_name ss_learning_rate ss_num_train_items ss_num_batches_per_epoch
@@ -65,16 +65,14 @@ def arguments(**changed) -> argparse.Namespace:
 @pytest.fixture
 def facts() -> TrainingFacts:
     return TrainingFacts(
-        train_items=12,
+        data=DataFacts(12, (960, 544), ({"num_repeats": 1, "resolution": (960, 544), "caption": "é"},)),
         batches_per_epoch=6,
         epochs=16,
         steps=48,
         optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
-        resolution=(960, 544),
         started_at=1700000000.5,
         network_dim=4,
         mixed_precision="bf16",
-        datasets=({"num_repeats": 1, "resolution": (960, 544), "caption": "é"},),
     )
 
 

@@ -182,6 +182,6 @@ def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeyp
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
     fitting = types.SimpleNamespace(mixed_precision="fp8")  # as where a package for it is installed
-    monkeypatch.setattr(hv_train_network, "Accelerator", lambda **_: fitting)
+    monkeypatch.setattr("utils.accelerator.Accelerator", lambda **_: fitting)
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "Use bf16" in ended.stderr

@@ -1,31 +1,35 @@
-"""TensorBoard and Weights & Biases: beginning a run or continuing one, and putting numbers and samples into it."""
+"""What a package for logs has to do, and what it is told when a training begins."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import os
-import re
-import time
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-
-import av
-import numpy as np
-from PIL import Image
-
-from utils.errors import UserError, first_line
-from utils.files import require_writable_folder
 
 if TYPE_CHECKING:
     from utils.training_samples import DrawnSample
 
-DEFAULT_NAME = "network_train"
-FLUSH_SECONDS = 30  # what a killed training may lose of TensorBoard's file
-RUN_TIME, IS_RUN_TIME = "%Y%m%d%H%M%S", re.compile(r"[0-9]{14}")  # what a run in TensorBoard is called by
-GIF_SIDE = 320  # TensorBoard shows clips as animations, which are large: every second frame, at this size
-GIF_MILLISECONDS = 80
+DEFAULT_NAME = "network_train"  # of --log_tracker_name
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a tracker is made from.
+
+    Attributes:
+        args: the flags of the training.
+        options: of the package, from --log_tracker_config.
+        flags: to be stored; none where empty.
+        earlier: the ``run`` of a tracker that is continued, if any.
+        step: after which it is continued.
+    """
+
+    args: argparse.Namespace
+    options: Mapping[str, Any]
+    flags: Mapping[str, Any]
+    earlier: str | None = None
+    step: int = 0
 
 
 class Tracker(Protocol):
@@ -43,159 +47,3 @@ class Tracker(Protocol):
     def sample(self, sample: DrawnSample, step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-class TensorBoardTracker:
-    """Event files in ``{logging_dir}/{log_prefix}{time}/{log_tracker_name}``. Clips are shown as animations.
-
-    Args:
-        options: of SummaryWriter; a ``log_dir`` is the folder.
-        flags: to be stored; none where empty.
-        earlier: the ``run`` to continue after ``step``: the time of its beginning.
-    """
-
-    name = "tensorboard"
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        options: Mapping[str, Any],
-        flags: Mapping[str, Any],
-        earlier: str | None = None,
-        step: int = 0,
-    ) -> None:
-        goes_on = earlier is not None and IS_RUN_TIME.fullmatch(earlier) is not None
-        self.run = earlier if goes_on else time.strftime(RUN_TIME)
-        folder = Path(args.logging_dir) / f"{args.log_prefix or ''}{self.run}" / (args.log_tracker_name or DEFAULT_NAME)
-        require_writable_folder(folder, "--logging_dir with --log_prefix and --log_tracker_name,")
-        settings = {"log_dir": str(folder), "flush_secs": FLUSH_SECONDS, **options}
-        self.writer = import_summary_writer()(settings.pop("log_dir"), **settings)
-        self._made_again_after = step if goes_on and "purge_step" not in options else None
-        if flags:
-            rows = [f"| {name} | {_cell(value)} |" for name, value in flags.items()]
-            self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), step)
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        if self._made_again_after is not None:
-            self._hide_after(self._made_again_after)
-            self._made_again_after = None
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def _hide_after(self, step: int) -> None:
-        """Hide what was logged of later steps, by a training that was killed, now that they are made again.
-
-        SummaryWriter's purge_step would do it at once, also where this training then fails to begin.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        self.writer.file_writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def sample(self, sample: DrawnSample, step: int) -> None:
-        tag = f"sample/{sample.index:02d}"
-        if sample.path.suffix == ".png":
-            with Image.open(sample.path) as picture:
-                self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-        else:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            data, width, height = animation(sample.path)
-            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbTracker:
-    """A run in the project ``log_tracker_name``. The key is handed over in the environment, which W&B does not store.
-
-    Args:
-        options: of ``wandb.init``.
-        flags: to be stored; none where empty.
-        earlier: the ``run`` to continue after ``step``: its id. W&B itself leaves out steps that it has.
-    """
-
-    name = "wandb"
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        options: Mapping[str, Any],
-        flags: Mapping[str, Any],
-        earlier: str | None = None,
-        step: int = 0,
-    ) -> None:
-        self.wandb = import_wandb()
-        if args.wandb_api_key is not None:
-            os.environ["WANDB_API_KEY"] = args.wandb_api_key
-        settings: dict[str, Any] = {"project": args.log_tracker_name or DEFAULT_NAME, **options}
-        if args.logging_dir is not None:
-            Path(args.logging_dir).mkdir(parents=True, exist_ok=True)
-            settings.setdefault("dir", args.logging_dir)
-        if args.wandb_run_name is not None:
-            settings["name"] = args.wandb_run_name
-        if flags:
-            settings["config"] = {**settings.get("config", {}), **flags}
-        if earlier is not None and not settings.keys() & {"resume", "resume_from", "fork_from"}:
-            settings = {"id": earlier, **settings, "resume": "allow"}
-        self._session = self.wandb.init(**settings)
-        self.run = str(self._session.id)
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._session.log(dict(values), step=step)
-
-    def sample(self, sample: DrawnSample, step: int) -> None:
-        caption = f"{sample.prompt.prompt} (seed {sample.seed})"
-        if sample.path.suffix == ".png":
-            media = self.wandb.Image(str(sample.path), caption=caption)
-        else:
-            media = self.wandb.Video(str(sample.path), caption=caption, format="mp4")
-        self._session.log({f"sample/{sample.index:02d}": media}, step=step)
-
-    def close(self) -> None:
-        self._session.finish()
-
-
-def animation(path: Path) -> tuple[bytes, int, int]:
-    """A video as an animated GIF, of every second frame and at most 320 pixels a side: (data, width, height)."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index % 2 == 0]
-    for frame in frames:
-        frame.thumbnail((GIF_SIDE, GIF_SIDE))
-    buffer = io.BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=GIF_MILLISECONDS, loop=0)
-    return buffer.getvalue(), *frames[0].size
-
-
-def import_summary_writer() -> type:
-    """TensorBoard's writer. A UserError says what to install where it cannot be imported."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # an installation that does not fit raises many things besides ImportError
-        raise UserError(
-            f"TensorBoard's logs need tensorboard, which cannot be imported here ({first_line(error)}). "
-            "Install it with: pip install tensorboard; or leave --logging_dir and --log_with out."
-        ) from error
-    return SummaryWriter
-
-
-def import_wandb() -> Any:
-    """The package wandb. A UserError says what to install where it cannot be imported."""
-    try:
-        import wandb
-    except Exception as error:
-        raise UserError(
-            f"--log_with wandb needs wandb, which cannot be imported here ({first_line(error)}). "
-            "Install it with: pip install wandb; or leave it out."
-        ) from error
-    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B itself makes, imports as an empty package
-        raise UserError(
-            "--log_with wandb finds a folder called wandb but not the package. Install it with: pip install wandb; or leave it out."
-        )
-    return wandb
-
-
-def _cell(value: Any) -> str:
-    """A value in a row of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -13,25 +13,22 @@ class TrainingBroken(Exception):
     """Training cannot go on; the message says why, and what to do."""
 
 
-class SkippedSteps:
-    """Says each skipped step in one line, and ends a training that skips them all."""
+def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
+    """Say in one line why ``step`` was skipped; returns how many in a row are.
 
-    def __init__(self) -> None:
-        self._in_a_row = 0
+    Args:
+        in_a_row: those that were skipped just before it.
+        reason: None where something was learnt.
 
-    def note(self, step: int, reason: str | None) -> None:
-        """Tell how ``step`` went; ``reason`` is None where something was learnt.
-
-        Raises:
-            TrainingBroken: this was the last one of too many in a row.
-        """
-        if reason is None:
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
-        logger.warning("step %d was skipped: %s", step, reason)
-        if self._in_a_row == MAX_IN_A_ROW:
-            raise TrainingBroken(
-                f"{MAX_IN_A_ROW} steps in a row were skipped, the last because {reason}. The models and states that were saved "
-                "before are whole; go on from the last one with a lower --learning_rate or another precision."
-            )
+    Raises:
+        TrainingBroken: this was the last one of too many.
+    """
+    if reason is None:
+        return 0
+    logger.warning("step %d was skipped: %s", step, reason)
+    if in_a_row + 1 >= MAX_IN_A_ROW:
+        raise TrainingBroken(
+            f"{MAX_IN_A_ROW} steps in a row were skipped, the last because {reason}. The models and states that were saved "
+            "before are whole; go on from the last one with a lower --learning_rate or another precision."
+        )
+    return in_a_row + 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
 from PIL import Image, ImageDraw
 
 from hunyuan_model.flow import TIMESTEPS
-from utils.files import atomic_path
+from utils.files import atomic_path, require_writable_folder
 from utils.timestep_sampling import TimestepSettings, loss_weights, timesteps_from_uniform
 
 SAMPLES = 100_000
@@ -61,3 +62,14 @@ def save_timestep_image(settings: TimestepSettings, path: str | os.PathLike[str]
         draw.line((margin, top + height, margin + width, top + height), fill="black")
     with atomic_path(path) as temporary:
         image.save(temporary)
+
+
+def show_timesteps(args: argparse.Namespace) -> None:
+    """Draw the distribution of timesteps in the terminal, or as a picture in --output_dir."""
+    settings = TimestepSettings.from_args(args)
+    if args.show_timesteps == "console":
+        print(timestep_chart(settings))
+    else:
+        path = require_writable_folder(args.output_dir or ".", "--output_dir") / "timesteps.png"
+        save_timestep_image(settings, path)
+        print(path)

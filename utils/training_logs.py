@@ -15,10 +15,12 @@ import torch
 from utils.arguments import public_flags
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
-from utils.log_trackers import TensorBoardTracker, Tracker, WandbTracker, import_summary_writer, import_wandb
+from utils.log_trackers import RunStart, Tracker
 from utils.optimizers import own_learning_rate
+from utils.tensorboard_tracker import TensorBoardTracker, import_summary_writer
 from utils.tracker_config import TABLES, read_tracker_config
 from utils.training_pause import kept_random_state
+from utils.wandb_tracker import WandbTracker, import_wandb
 
 if TYPE_CHECKING:
     from utils.training_resume import Resumed
@@ -97,7 +99,7 @@ def open_logs(
         for name in chosen_trackers(args):
             opener = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name]
             try:
-                logs.trackers.append(opener(args, config[name], flags, logs.runs.get(name), step))
+                logs.trackers.append(opener(RunStart(args, config[name], flags, logs.runs.get(name), step)))
                 logs.runs[name] = logs.trackers[-1].run
             except UserError:
                 logs.close()

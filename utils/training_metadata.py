@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,29 +51,39 @@ _KEPT_WITHOUT_METADATA = ("ss_base_model_version", "ss_network_")
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What a run knows of its data, see ``dataset.data_facts``.
+
+    Attributes:
+        items: in all data sets, repeats included.
+        resolution: (width, height) of the largest data set, for ModelSpec.
+        datasets: one JSON-ready description for each.
+    """
+
+    items: int
+    resolution: tuple[int, int]
+    datasets: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What a run knows beyond its flags.
 
     Attributes:
-        train_items: items in all data sets, repeats included.
         optimizer: class and arguments, see ``utils.optimizers.describe_optimizer``.
-        datasets: one JSON-ready description for each data set.
-        resolution: (width, height) of the largest data set, for ModelSpec.
         started_at: seconds since 1970.
         network_dim, network_alpha: "Dynamic" where they differ from layer to layer; None leaves what the flags say.
     """
 
-    train_items: int
+    data: DataFacts
     batches_per_epoch: int
     epochs: int
     steps: int
     optimizer: str
-    resolution: tuple[int, int]
     started_at: float
     network_dim: int | str | None = None
     network_alpha: float | str | None = None
     mixed_precision: str | None = None
-    datasets: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     session_id: str = ""
 
 
@@ -97,13 +107,13 @@ def training_metadata(
     values |= {
         "ss_session_id": facts.session_id or new_session_id(),
         "ss_training_started_at": facts.started_at,
-        "ss_num_train_items": facts.train_items,
+        "ss_num_train_items": facts.data.items,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.steps,
         "ss_base_model_version": BASE_MODEL_VERSION,
         "ss_optimizer": facts.optimizer,
-        "ss_datasets": json.dumps(list(facts.datasets), ensure_ascii=False, default=str),
+        "ss_datasets": json.dumps(list(facts.data.datasets), ensure_ascii=False, default=str),
         "ss_network_args": json.dumps(dict(network_args or {}), ensure_ascii=False, default=str),
     }
     overrides = {"dim": facts.network_dim, "alpha": facts.network_alpha}
@@ -127,7 +137,7 @@ def modelspec_metadata(args: argparse.Namespace, facts: TrainingFacts) -> dict[s
         "architecture": ARCHITECTURE,
         "implementation": IMPLEMENTATION,
         "title": getattr(args, "metadata_title", None) or args.output_name,
-        "resolution": f"{facts.resolution[0]}x{facts.resolution[1]}",
+        "resolution": "{}x{}".format(*facts.data.resolution),
     }
     for name in ("author", "description", "license", "tags"):
         if value := getattr(args, f"metadata_{name}", None):

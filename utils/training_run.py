@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +14,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from utils.accelerator import save_dtype
 from utils.arguments import public_flags
 from utils.errors import UserError
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
-from utils.skipped_steps import SkippedSteps, TrainingBroken
+from utils.optimizers import describe_optimizer
+from utils.skipped_steps import TrainingBroken
 from utils.training_files import SaveRules, remove_outdated, save_network, state_name
 from utils.training_logs import TrainingLogs
-from utils.training_metadata import finished_metadata
+from utils.training_metadata import DataFacts, TrainingFacts, finished_metadata
 from utils.training_pause import evaluation_weights, paused_training
 from utils.training_resume import state_identity
 from utils.training_samples import TrainingSamples
 from utils.training_state import Progress, Restorable, StateFile, save_state
-
-SAVE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class BatchReader(Protocol):
@@ -62,9 +62,8 @@ class Training:
     samples: TrainingSamples
     logs: TrainingLogs
     metadata: dict[str, str] = field(default_factory=dict)
-    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     uploads: HubUploads | None = None
-    held_out: Sequence[Any] = ()  # of samples
+    held_out: Collection[Mapping[str, Any]] = ()  # batches of one item
 
     @property
     def restorable(self) -> Restorable:
@@ -77,6 +76,20 @@ class Training:
         return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
 
     @property
+    def validation_due(self) -> bool:
+        """Whether the step that was just made is one after which the held-out items are looked at."""
+        if not self.held_out:
+            return False
+        if every := self.args.validate_every_n_steps:
+            return self.progress.step % every == 0 or self.progress.step == self.steps
+        return self.progress.batches == len(self.reader) or self.progress.step == self.steps
+
+    def validation_loss(self) -> float:
+        """The loss on what was held out; the training stays as it is."""
+        with self.paused():
+            return self.flow_matching.validation_loss(self.held_out)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
         return steps_per_epoch(self.args, self.reader)
@@ -85,6 +98,23 @@ class Training:
 def steps_per_epoch(args: argparse.Namespace, reader: BatchReader) -> int:
     """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
     return -(-len(reader) // args.gradient_accumulation_steps)
+
+
+def training_facts(training: Training, data: DataFacts, default_rank: int) -> TrainingFacts:
+    """What the run knows beyond its flags, for the metadata; ``default_rank`` is the network's without --network_dim."""
+    args = training.args
+    return TrainingFacts(
+        data=data,
+        batches_per_epoch=len(training.reader),
+        epochs=-(-training.steps // training.steps_per_epoch),
+        steps=training.steps,
+        optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
+        started_at=training.progress.started_at,
+        session_id=training.progress.session_id,
+        network_dim="Dynamic" if args.dim_from_weights else args.network_dim or default_rank,
+        network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
+        mixed_precision=training.accelerator.mixed_precision,
+    )
 
 
 def batch_order(args: argparse.Namespace, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
@@ -118,11 +148,6 @@ def save_model(training: Training, file_name: str, epoch: int) -> None:
         path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
     if training.uploads is not None:
         training.uploads.upload(path)
-
-
-def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """Of saved models: --save_precision, else the mixed precision's."""
-    return SAVE_DTYPES["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]
 
 
 def save_training_state(training: Training, model_name: str) -> None:

@@ -50,6 +50,7 @@ class Progress:
         epoch: the one under way, counted from 1.
         batches: of this epoch that each process has used.
         losses: of the last steps, for their average.
+        skipped: how many of the last steps in a row were, because nothing could be learnt from them.
         started_at: seconds since 1970 when the training first began.
         session_id: of that beginning.
         log_runs: by which names the runs in TensorBoard and W&B are continued.
@@ -59,6 +60,7 @@ class Progress:
     epoch: int = 1
     batches: int = 0
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0
     started_at: float = 0.0
     session_id: str = ""
     log_runs: dict[str, str] = field(default_factory=dict)
@@ -254,7 +256,7 @@ def read_state_file(folder: Path) -> StateFile:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise UserError(f"{path} has the format {content['format']}; this version reads {FORMAT}. {remedy}")
-        content.setdefault("log_runs", {})  # states of older versions have none
+        content = {"log_runs": {}, "skipped": 0} | content  # states of older versions have none
         progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
         parts = {name: content[name] for name in ("seed", "identity", "order", "flags", "saved_at")}
         files = dict(content["files"])
@@ -271,7 +273,7 @@ def read_state_file(folder: Path) -> StateFile:
 
 def _require_types(content: Mapping[str, Any]) -> None:
     for names, kind in (
-        (("step", "epoch", "batches", "seed"), int),
+        (("step", "epoch", "batches", "skipped", "seed"), int),
         (("started_at", "saved_at"), (int, float)),
         (("identity", "order", "flags", "files", "log_runs"), dict),
         (("losses",), list),
@@ -283,7 +285,7 @@ def _require_types(content: Mapping[str, Any]) -> None:
     for name, run in content["log_runs"].items():
         if not isinstance(run, str):
             raise TypeError(f"the run in {name} is {run!r}")
-    for name, least in (("step", 0), ("epoch", 1), ("batches", 0)):
+    for name, least in (("step", 0), ("epoch", 1), ("batches", 0), ("skipped", 0)):
         if content[name] < least:
             raise ValueError(f"{name} is {content[name]}")
 

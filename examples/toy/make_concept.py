@@ -1,7 +1,7 @@
 """Draw the data set that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
 
-Ten pictures and two clips show zorps. Beside them lie drawings of what the model knows already: a LoRA that sees only
-zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or somewhere else:
+Ten pictures and two clips show zorps. Beside them lie drawings of what the model knows already, for prior preservation: a
+LoRA that sees only zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or somewhere else:
 
     python -m examples.toy.make_concept --output examples/toy/concept
 """
@@ -47,7 +47,7 @@ batch_size = 4
 [[datasets]]
 image_directory = {pictures}
 cache_directory = {picture_cache}
-num_repeats = 8
+num_repeats = 12
 
 [[datasets]]
 video_directory = {clips}
@@ -55,16 +55,18 @@ cache_directory = {clip_cache}
 target_frames = [9]
 frame_extraction = "slide"  # three windows from each clip of 17 frames
 frame_stride = 4
-num_repeats = 8
+num_repeats = 12
 
-# What the model draws already, so that it does not make zorps of everything: the next two.
+# What the model draws already, and is to draw as before: the next two.
 [[datasets]]
 image_directory = {known_pictures}
 cache_directory = {known_picture_cache}
+prior_preservation = true
 
 [[datasets]]
 video_directory = {known_clips}
 cache_directory = {known_clip_cache}
+prior_preservation = true
 target_frames = [9]
 frame_extraction = "head"
 """

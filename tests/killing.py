@@ -7,7 +7,8 @@ of the runs that follow, which write to the folder ``watched``, one for each of 
 
 A kill says how often a run may call functions of os before it is killed instead of the next call: {"fsync": 3, "unlink": 1};
 what comes first counts. ``fsync`` has to be there: it bounds what a killed run can achieve. With {"after": 0.4} it is killed
-after that share of the time in which the whole run came to its flush of that number, if it was not killed before.
+after that share of the time in which the whole run came to its flush of that number, if it was not killed before. Of the calls
+of any of these functions {"inside": 3} counts only those during which something that the run saves is half-written or half-removed.
 
 Prints as JSON, for each run: the exit status, the seconds and those of the processor, the flushes, which temporary files and
 folders it left, and what is broken in the folder after it.
@@ -31,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the scripts; this file's own folder is there already
 
-from wholeness import broken, unfinished
+from wholeness import broken, is_saved, unfinished
 
 CALLS = ("fsync", "replace", "unlink")
 USED_LATE = {  # imported by the scripts, or by what they use, only when needed: here, once for all runs, as it takes seconds
@@ -72,7 +73,7 @@ class Runner:
         self.flushes.count = 0
         process = os.fork()
         if process == 0:
-            self.be_the_script(arguments, kill, started)
+            self.be_the_script(arguments, kill, started, before)
         killer = threading.Timer(seconds or 0.0, os.kill, (process, signal.SIGKILL))
         if seconds is not None:
             killer.start()
@@ -87,16 +88,16 @@ class Runner:
             broken(self.watched),
         )
 
-    def be_the_script(self, arguments: list[str], kill: dict[str, int], started: float) -> None:
+    def be_the_script(self, arguments: list[str], kill: dict[str, int], started: float, before: set[Path]) -> None:
         """The forked process; does not return."""
         from utils.errors import run_script
 
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        process = os.getpid()
+        process, inside = os.getpid(), self.calls_inside(kill.get("inside"), before)
         for name in CALLS:
-            setattr(os, name, self.counted(name, kill.get(name), process, started))
+            setattr(os, name, self.counted(name, kill.get(name), process, started, inside))
         sys.argv = [f"{self.script}.py", *arguments]
         try:
             run_script(self.main)
@@ -107,15 +108,31 @@ class Runner:
             traceback.print_exc()
         os._exit(99)
 
-    def counted(self, name: str, last: int | None, process: int, started: float) -> Callable:
-        """The function ``name`` of os; its ``last``-th call kills ``process`` instead, unless another process makes it."""
+    def calls_inside(self, last: int | None, before: set[Path]) -> Callable[[], bool]:
+        """Says at each call that is counted whether it is the ``last`` one inside a save; ``before``: what earlier runs left."""
+        count = 0
+
+        def is_last() -> bool:
+            nonlocal count
+            if last is None or not any(is_saved(path) for path in unfinished(self.watched) - before):
+                return False
+            count += 1
+            return count >= last
+
+        return is_last
+
+    def counted(self, name: str, last: int | None, process: int, started: float, inside: Callable[[], bool]) -> Callable:
+        """The function ``name`` of os; its ``last``-th call, or the last one ``inside``, kills ``process`` instead.
+
+        Calls of other processes, the workers of a training, are not counted.
+        """
         plain, count = getattr(os, name), 0
 
         def call(*arguments: object, **named: object) -> object:
             nonlocal count
             if os.getpid() == process:
                 count += 1
-                if count == last:
+                if inside() or count == last:
                     os.kill(process, signal.SIGKILL)
                 if name == "fsync":
                     self.flushes.times[self.flushes.count] = time.monotonic() - started

@@ -361,10 +361,12 @@ def test_warm_up_is_held_against_the_steps_of_the_epochs(train):
     assert ended.status == 0, ended.stderr
 
 
-def test_lora_plus_has_a_learning_rate_for_each_group(train):
+def test_lora_plus_has_a_learning_rate_for_each_group(train, tmp_path):
     schedule = ("--lr_scheduler_type", "torch.optim.lr_scheduler.OneCycleLR", "--lr_scheduler_args", "total_steps=10")
     ended = train("--max_train_steps", 2, "--network_args", "loraplus_lr_ratio=4", *schedule, "max_lr=[1e-3,4e-3]")
     assert ended.status == 0, ended.stderr
+    metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
+    assert metadata["ss_lr_scheduler"] == "torch.optim.lr_scheduler.OneCycleLR"
 
 
 def test_dropping_the_whole_network_is_no_error(train):

@@ -121,6 +121,19 @@ def test_flags_that_training_does_not_have_are_left_out(facts):
     assert "ss_fp8_llm" not in metadata and "ss_vae_name" not in metadata
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "cosine"),
+        ({"lr_scheduler_type": ""}, "cosine"),
+        ({"lr_scheduler_type": None}, "cosine"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR"}, "torch.optim.lr_scheduler.StepLR"),
+    ],
+)
+def test_the_schedule_is_the_class_where_one_is_given(facts, changed, expected):
+    assert training_metadata(arguments(**changed), facts)["ss_lr_scheduler"] == expected
+
+
 def test_session_id_leaves_the_seeded_generators_alone(facts):
     random.seed(1)
     state = random.getstate()

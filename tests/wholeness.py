@@ -10,12 +10,19 @@ from pathlib import Path
 from utils.files import is_temporary
 
 STATE_PARTS = {"network.safetensors", "optimizer.pt", "random-0.pt"}
+PROBE = ".tmp"  # ends the name of an empty file that shows whether a folder can be written to
+LOG = "loss.csv"  # what the trainings here call it
 LENGTH_BYTES = 8  # at the start of a safetensors file: how long its header is
 
 
 def unfinished(folder: Path) -> set[Path]:
     """Temporary files and folders under ``folder``; of those inside one another the outermost."""
     return {path for path in _all_below(folder) if is_temporary(path)}
+
+
+def is_saved(name: str | Path) -> bool:
+    """Whether the temporary file or folder of that name was to become a model, a state or a cache file."""
+    return not str(name).endswith((PROBE, LOG))
 
 
 def broken(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from datetime import timedelta
 
 import torch
@@ -12,11 +13,18 @@ from accelerate.utils import InitProcessGroupKwargs
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
+WRAPPER_FLAGS = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's."""
+    """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's.
+
+    Raises:
+        UserError: accelerate refuses, or was launched with a precision in which nothing can be trained here.
+    """
     try:
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
         accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
@@ -27,6 +35,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "
             "Use bf16; --fp8_base keeps the frozen weights in float8."
         )
+    if accelerator.is_main_process and (unused := [f"--{name}" for name in WRAPPER_FLAGS if getattr(args, name)]):
+        logger.warning("%s: no effect, as gradients are averaged without torch's wrapper.", ", ".join(unused))
     return accelerator
 
 

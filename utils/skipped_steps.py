@@ -29,6 +29,6 @@ def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
     if in_a_row + 1 >= MAX_IN_A_ROW:
         raise TrainingBroken(
             f"{MAX_IN_A_ROW} steps in a row were skipped, the last because {reason}. The models and states that were saved "
-            "before are whole; go on from the last one with a lower --learning_rate or another precision."
+            "before are whole; start from the last model with --network_weights, and a lower --learning_rate or another precision."
         )
     return in_a_row + 1

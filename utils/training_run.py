@@ -195,5 +195,6 @@ def require_finite_weights(training: Training) -> None:
     if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
         raise TrainingBroken(
             f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "
-            "states that were saved before are whole; go on from the last one with a lower --learning_rate or another precision."
+            "states that were saved before are whole; start from the last model with --network_weights, and a lower "
+            "--learning_rate or another precision."
         )

@@ -1,7 +1,8 @@
 """Draw the data set that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
 
 Ten pictures and two clips show zorps. Beside them lie drawings of what the model knows already, for prior preservation: a
-LoRA that sees only zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or somewhere else:
+LoRA that sees only zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or
+somewhere else:
 
     python -m examples.toy.make_concept --output examples/toy/concept
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from hunyuan_model.block_swap import check_blocks_to_swap
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.step_cache import StepCache, check_step_cache
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
@@ -35,6 +36,7 @@ from utils.arguments import (
     drawn_seed,
     finite_float,
     int_up_to,
+    non_negative_float,
     positive_float,
     script_parser,
     seed,
@@ -53,6 +55,9 @@ if TYPE_CHECKING:
     from hunyuan_model.prompt_encoding import TextConditions
 
 logger = logging.getLogger("generate")
+
+Draw = Callable[[Callable[..., Tensor], str], Tensor]
+"""A transformer, or what takes its place, and a title for the progress bar -> latents (1, 16, F, H, W)."""
 
 MAX_FPS = 1000  # video files hold no higher rate
 MAX_STEPS = 10_000  # the schedule has 1000 timesteps
@@ -82,6 +87,8 @@ SAMPLING_FLAGS = [
     "seed",
     "embedded_cfg_scale",
     "flow_shift",
+    "step_cache",
+    "step_cache_check",
 ]
 # What a run that writes no pictures does not read either.
 OUTPUT_FLAGS = [
@@ -150,6 +157,19 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_argument(
         "--flow_shift", type=positive_float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
     )
+    video.add_argument(
+        "--step_cache",
+        type=non_negative_float,
+        default=0.0,
+        metavar="THRESHOLD",
+        help="skip steps while the input of the transformer's blocks changes by less than this share, 0.1 say: faster, coarser; "
+        "0 skips none (default: 0)",
+    )
+    video.add_argument(
+        "--step_cache_check",
+        action="store_true",
+        help="with --step_cache, draw with all steps as well and tell how far the latents are apart: saves no time (default: off)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--save_path", metavar="FOLDER", help="folder for what is generated")
@@ -204,6 +224,9 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
     if args.output_type != "latent":
         _require(args, f"--output_type {args.output_type}", "vae")
     latent_size(*args.video_size, args.video_length)
+    check_step_cache(args.step_cache, args.infer_steps)
+    if args.step_cache_check and not args.step_cache:
+        raise UserError("--step_cache_check shows the error of --step_cache; give that as well, or leave it out.")
     for name in ("dit_dtype", "text_encoder_dtype"):
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
     check_attention_device(args.attn_mode, device)
@@ -250,24 +273,41 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
         swap=swap_settings(args, recomputed=False),
         patch=patch,
     )
+    del loras, patch  # merged: nobody needs their files any more
     noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
-    with tqdm(total=args.infer_steps, desc="sampling", unit="step") as progress:
-        latents = sample_latents(
-            transformer,
-            noise,
-            *text,
-            sigmas=flow_sigmas(args.infer_steps, args.flow_shift),
-            guidance_scale=args.embedded_cfg_scale,
-            device=device,
-            dtype=dtype,
-            on_step=lambda step: progress.update(),
-        )
+
+    def draw(network: Callable[..., Tensor], title: str) -> Tensor:
+        with tqdm(total=args.infer_steps, desc=title, unit="step") as progress:
+            return sample_latents(
+                network,
+                noise,
+                *text,
+                sigmas=flow_sigmas(args.infer_steps, args.flow_shift),
+                guidance_scale=args.embedded_cfg_scale,
+                device=device,
+                dtype=dtype,
+                on_step=lambda step: progress.update(),
+            )
+
+    latents = draw_with_step_cache(args, transformer, draw) if args.step_cache else draw(transformer, "sampling")
     if not torch.isfinite(latents).all():
         raise UserError(
             "the transformer produced NaN or infinity; nothing was written. "
             "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
         )
     return latents.cpu()
+
+
+def draw_with_step_cache(args: argparse.Namespace, transformer: torch.nn.Module, draw: Draw) -> Tensor:
+    """Latents (1, 16, F, H, W) of a transformer that skips steps. How many were computed is logged, and the error if asked for."""
+    cache = StepCache(transformer, args.infer_steps, args.step_cache)
+    latents = draw(cache, "sampling")
+    logger.info("step cache: %d of %d steps computed", len(cache.computed), args.infer_steps)
+    if args.step_cache_check:
+        whole = draw(transformer, "sampling with all steps")
+        error = 100 * ((latents - whole).norm() / whole.norm()).item()
+        logger.info("step cache: latents %.3g %% (rms) off those of all steps, which took the time that the cache saves", error)
+    return latents
 
 
 def load_vae(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -289,6 +329,7 @@ def settings(args: argparse.Namespace) -> dict[str, str]:
         "infer_steps": str(args.infer_steps),
         "embedded_cfg_scale": f"{args.embedded_cfg_scale:g}",
         "flow_shift": f"{args.flow_shift:g}",
+        "step_cache": f"{args.step_cache:g}",
         "lora": ", ".join(Path(path).name for path in args.lora_weight),
     }
 

@@ -58,7 +58,7 @@ def initial_noise(size: tuple[int, int, int], generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def sample_latents(
-    transformer: torch.nn.Module,
+    transformer: Callable[..., Tensor],
     noise: Tensor,
     text_states: Tensor,
     text_mask: Tensor,
@@ -73,6 +73,7 @@ def sample_latents(
     """Integrate the flow from noise to latents.
 
     Args:
+        transformer: the network, or what takes its place and has its ``config``, as ``step_cache.StepCache`` does.
         noise: (B, 16, F, H, W), float32.
         text_states, text_mask, text_states_2: (B, L, D), (B, L), (B, P) from the text encoders.
         sigmas: (steps + 1,), falling from 1 to 0.

@@ -76,12 +76,7 @@ class HYVideoDiffusionTransformer(nn.Module):
         size = self._grid(x)
         text, text_lengths = _valid_text(text_states, text_mask)
 
-        vec = self.time_in(t) + self.vector_in(text_states_2.to(self.dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError("this transformer has a guidance embedding: guidance must be given")
-            vec = vec + self.guidance_in(guidance)
-
+        vec = self.conditioning(t, text_states_2, guidance)
         img = self.img_in(x.to(self.dtype))
         txt = self.txt_in(text.to(self.dtype), t, text_lengths)
         image_tokens, text_tokens = img.shape[1], txt.shape[1]
@@ -96,6 +91,15 @@ class HYVideoDiffusionTransformer(nn.Module):
             tokens = block(tokens, vec, rope, lengths)
         patches = self.final_layer(tokens[:, :image_tokens], vec)
         return self._unpatchify(patches, size).to(x.dtype)
+
+    def conditioning(self, t: Tensor, text_states_2: Tensor, guidance: Tensor | None) -> Tensor:
+        """What modulates every block: (B, hidden). Arguments as ``forward`` takes them."""
+        vec = self.time_in(t) + self.vector_in(text_states_2.to(self.dtype))
+        if self.guidance_in is None:
+            return vec
+        if guidance is None:
+            raise ValueError("this transformer has a guidance embedding: guidance must be given")
+        return vec + self.guidance_in(guidance)
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:
         """Number of patches along (frames, rows, columns)."""

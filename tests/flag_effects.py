@@ -335,6 +335,11 @@ def shape(run: Run) -> tuple[int, ...]:
     return tuple(latent(run)["latent"].shape)
 
 
+def computed_steps(run: Run) -> int:
+    """How often the transformer computed."""
+    return len(run.done.seen.timesteps)
+
+
 def setting(key: str) -> Callable[[Run], str | None]:
     return metadata(key, "*_latent.safetensors")
 

@@ -38,7 +38,8 @@ from examples.toy.scoring import (
 from examples.toy.toy_model import BATCH_SIZE, FLOW_SHIFT, FOLDER, FRAMES, GUIDANCE, STEPS, ToyModel
 from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
 from hunyuan_model.sampling import latent_size
-from utils.arguments import add_device_argument, finite_float, positive_float, positive_int, script_parser, seed
+from hunyuan_model.step_cache import check_step_cache
+from utils.arguments import add_device_argument, finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
 from utils.devices import choose_dtype, out_of_memory_says, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder
@@ -85,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--infer_steps", type=positive_int, default=STEPS, metavar="N", help=f"sampling steps (default: {STEPS})")
     tasks.add_argument(
         "--flow_shift", type=positive_float, default=FLOW_SHIFT, metavar="S", help=f"shift of the schedule (default: {FLOW_SHIFT})"
+    )
+    tasks.add_argument(
+        "--step_cache",
+        type=non_negative_float,
+        default=0.0,
+        metavar="THRESHOLD",
+        help="skip steps, as hv_generate_video.py does (default: 0, every step is computed)",
     )
     tasks.add_argument(
         "--embedded_cfg_scale", type=finite_float, default=GUIDANCE, metavar="G", help=f"distilled guidance (default: {GUIDANCE})"
@@ -151,6 +159,7 @@ def draw_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Promp
             steps=args.infer_steps,
             guidance=args.embedded_cfg_scale,
             flow_shift=args.flow_shift,
+            step_cache=args.step_cache,
             batch_size=args.batch_size,
         )
     seconds = time.perf_counter() - started
@@ -213,6 +222,7 @@ def main() -> None:
     device = pick_device(args.device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.float32)
     latent_size(world.SIZE, world.SIZE, args.frames)
+    check_step_cache(args.step_cache, args.infer_steps)
     require_writable_folder(args.output, "--output")
     check_attention_device(args.attn_mode, device)
     make_attention(args.attn_mode)

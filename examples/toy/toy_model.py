@@ -19,6 +19,7 @@ from examples.toy.model_files import FOLDER, require_model
 from examples.toy.world import to_pixels
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.sampling import decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.step_cache import StepCache, check_step_cache
 from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
@@ -101,27 +102,31 @@ class ToyModel:
         steps: int = STEPS,
         guidance: float = GUIDANCE,
         flow_shift: float = FLOW_SHIFT,
+        step_cache: float = 0.0,
         batch_size: int = BATCH_SIZE,
         size: int = SIZE,
     ) -> np.ndarray:
         """A clip for each prompt: (N, frames, size, size, 3) uint8.
 
         Each clip's noise comes from its own seed, as in ``hv_generate_video.py``: no clip depends on those beside it.
-        Prompts of one length in tokens share a batch, since those of several would be attended to one by one.
+        Prompts of one length in tokens share a batch, since those of several would be attended to one by one. With a threshold
+        ``step_cache``, the clips of a batch are all computed at the steps at which one of them needs it.
 
         Raises:
-            UserError: a size or a number of frames that the model has not, or a picture that is not finite.
+            UserError: a size or a number of frames that the model has not, or a picture that is not finite; too few steps for
+                ``step_cache``.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
         latent = latent_size(size, size, frames)
+        check_step_cache(step_cache, steps)
         clips = np.empty((len(prompts), frames, size, size, 3), np.uint8)
         texts = self._encode(prompts, batch_size)
         batches = _batches_of_one_length([int(mask.sum()) for _, mask, _ in texts], batch_size)
         with tqdm(total=len(batches) * steps, desc=f"sampling {len(prompts)} clips", unit="step") as progress:
             for rows in batches:
                 latents = sample_latents(
-                    self.transformer,
+                    StepCache(self.transformer, steps, step_cache) if step_cache else self.transformer,
                     torch.cat([initial_noise(latent, torch.Generator().manual_seed(seeds[row])) for row in rows]),
                     *(torch.cat(part) for part in zip(*(texts[row] for row in rows))),
                     sigmas=flow_sigmas(steps, flow_shift),

@@ -27,6 +27,7 @@ from dataset.data_facts import data_facts
 from dataset.items import name_some
 from dataset.reading import EpochReader, HeldOut
 from dataset.report import format_table, report_cached_group, require_batches
+from hunyuan_model.activation_offload import make_offloader
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
@@ -218,7 +219,10 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         patch=merge_patch(bases, args.dit) if bases else None,
     )
     if args.gradient_checkpointing:
-        enable_gradient_checkpointing(transformer)
+        offloaded = args.gradient_checkpointing_cpu_offload
+        depth = transformer.config.double_depth + transformer.config.single_depth
+        offloader = make_offloader(depth, device, pinned=not args.no_pinned_swap_memory) if offloaded else None
+        enable_gradient_checkpointing(transformer, offloader)
     return transformer
 
 

@@ -15,20 +15,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.attention import Attention
+from hunyuan_model.norms import RMSNorm, modulated_norm
 from hunyuan_model.rope import apply_rope
-
-NORM_EPS = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm over the head dimension (arXiv 1910.07467), in float32 whatever comes in."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS)
 
 
 class ModulateDiT(nn.Module):
@@ -53,11 +41,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then * (1 + scale) + shift. x (B, L, hidden); shift, scale (B, 1, hidden)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 class MMDoubleStreamBlock(nn.Module):

@@ -66,13 +66,7 @@ class HostWeights:
 
     def pin(self, device: torch.device) -> bool:
         """Page-lock the memory, so that a CUDA device reads it at full speed by itself. False where the system refuses."""
-        # torch's own pinned memory comes in powers of two, which would take up to twice as much.
-        runtime, address = torch.cuda.cudart(), self.memory.data_ptr()
-        if int(runtime.cudaHostRegister(address, self.memory.nbytes, 0)) != 0:
-            _forget_cuda_error(device)
-            return False
-        weakref.finalize(self, _unpin, address, device).atexit = False
-        return True
+        return page_lock(self.memory, device, owner=self)
 
 
 def host_memory(size: int) -> Tensor:
@@ -88,6 +82,17 @@ def host_memory(size: int) -> Tensor:
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy of ``tensor`` in ``host_memory``."""
     return host_memory(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def page_lock(memory: Tensor, device: torch.device, owner: object) -> bool:
+    """Page-lock ``memory``, of ``host_memory``, for as long as ``owner`` lives. False where the system refuses."""
+    # torch's own pinned memory comes in powers of two, which would take up to twice as much.
+    address = memory.data_ptr()
+    if int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)) != 0:
+        _forget_cuda_error(device)
+        return False
+    weakref.finalize(owner, _unpin, address, device).atexit = False
+    return True
 
 
 def _move_the_rest(module: nn.Module, device: torch.device) -> None:

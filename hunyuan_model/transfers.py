@@ -1,4 +1,4 @@
-"""Copying weights from host memory to a device beside the computation, and never over what it still reads.
+"""Copying between host memory and a device beside the computation, and never over what it still reads.
 
 ``mark`` names a point of the computation, ``copy`` starts a copy once such a point has been passed, and ``wait`` keeps what
 is computed next from starting before a copy has arrived. On the CPU there is nothing to wait for; on CUDA these are events
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class Transfers(Protocol):
-    """What moves weights. Marks and arrivals mean nothing to anyone else."""
+    """What moves weights and activations. Marks and arrivals mean nothing to anyone else.
+
+    Copies are made in the order in which they were asked for.
+    """
 
     def allocate(self, size: int) -> Tensor:
         """Room for ``size`` bytes on the device, uint8 (size,)."""
@@ -24,7 +27,7 @@ class Transfers(Protocol):
         """The end of everything that has been given to the device to compute so far."""
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Start to copy ``source`` (host) over ``target`` (device) when the mark ``after`` is passed; returns its arrival."""
+        """Start to copy ``source`` over ``target`` when the mark ``after`` is passed; returns its arrival. One is on the host."""
 
     def wait(self, arrival: Any) -> None:
         """Have what is computed from now on wait for a copy."""
@@ -50,7 +53,7 @@ class DirectTransfers:
 
 
 class StreamTransfers:
-    """Copies from pinned host memory on a CUDA stream of their own."""
+    """Copies from and to pinned host memory on a CUDA stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,11 +82,11 @@ class StreamTransfers:
 
 
 class ThreadTransfers:
-    """As ``StreamTransfers``, from pageable host memory: the driver holds up whoever asks for such a copy, here a thread."""
+    """As ``StreamTransfers``, with pageable host memory: the driver holds up whoever asks for such a copy, here a thread."""
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="block swap")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transfers")
         self.allocate = transfers.allocate
         self.mark = transfers.mark
 
@@ -95,7 +98,7 @@ class ThreadTransfers:
 
 
 def make_transfers(device: torch.device, pinned: bool) -> Transfers:
-    """The transfers to ``device``; ``pinned`` says whether all of the host memory that they read is."""
+    """Transfers between the host and ``device``; ``pinned`` says whether all of the host memory that they touch is."""
     if device.type != "cuda":
         return DirectTransfers(device)
     return StreamTransfers(device) if pinned else ThreadTransfers(StreamTransfers(device))

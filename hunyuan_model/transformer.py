@@ -87,6 +87,7 @@ class HYVideoDiffusionTransformer(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, image_rope, lengths)
         tokens = torch.cat((img, txt), dim=1)
+        del img, txt  # or they stay in memory while the single blocks compute
         for block in self.single_blocks:
             tokens = block(tokens, vec, rope, lengths)
         patches = self.final_layer(tokens[:, :image_tokens], vec)

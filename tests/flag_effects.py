@@ -289,6 +289,12 @@ def half_the_memory(run: Run, without: Run) -> None:
     assert 0 < run.done.seen.saved_bytes < without.done.seen.saved_bytes / 2
 
 
+def offloads(run: Run, without: Run) -> None:
+    """Activations go to host memory, and autograd keeps as much less."""
+    assert without.done.seen.offloaded == 0 < run.done.seen.offloaded
+    assert run.done.seen.saved_bytes <= without.done.seen.saved_bytes - run.done.seen.offloaded
+
+
 # Of the caching scripts
 
 

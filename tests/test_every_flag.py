@@ -35,6 +35,7 @@ from flag_effects import (
     lora_dtypes,
     narrower,
     numbers,
+    offloads,
     prints,
     process_timeout,
     quantile,
@@ -93,6 +94,11 @@ ROWS = (
     Row("--fp8_scaled", both(keeps_scales("transformer"), other_lora), beside="--fp8_base"),
     Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8_base"),
     Row("--gradient_checkpointing", both(stays(lora, within=1e-4), half_the_memory)),
+    Row(
+        "--gradient_checkpointing_cpu_offload",
+        both(same_lora, offloads),
+        beside="--gradient_checkpointing",
+    ),
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from hunyuan_model import loading, vae_layers
+from hunyuan_model.activation_offload import HostPool
 from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
@@ -37,6 +38,7 @@ class Seen:
         pinned: whether swapped weights were to be page-locked.
         attended: rows, of all samples, in its largest attention call.
         saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
+        offloaded: bytes of activations that went to host memory.
         encoded: sizes of the batches that the VAE encoded.
         captions: sizes of the batches that text encoder 1 read.
         widest: columns that a convolution of the VAE saw at once.
@@ -53,6 +55,7 @@ class Seen:
     pinned: set[bool] = field(default_factory=set)
     attended: int = 0
     saved_bytes: int = 0
+    offloaded: int = 0
     encoded: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
     widest: int = 0
@@ -105,6 +108,9 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
     def start(_: BaseProcess) -> None:
         seen.processes += 1
 
+    def offload(_: HostPool, size: int) -> None:
+        seen.offloaded += size
+
     def open_writer(folder: str, **options: Any) -> Writer:
         Path(folder).mkdir(parents=True)
         seen.writers.append(Writer(Path(folder), options))
@@ -117,6 +123,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
         spy(patch, loading, "enable_block_swap", lambda _transformer, settings, _device: seen.pinned.add(settings.pinned))
+        spy(patch, HostPool, "take", offload)
         spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
         spy(patch, vae_layers, "_convolve_window", convolve)
         spy(patch, AutoencoderKLCausal3D, "encode", encode)

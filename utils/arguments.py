@@ -257,7 +257,8 @@ def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no_pinned_swap_memory",
         action="store_true",
-        help="do not page-lock the main memory of both: the system may move it to disk, and copies are slower (default: off)",
+        help="do not page-lock the main memory that the card copies from and to: the system may move it to disk, and copies "
+        "are slower (default: off)",
     )
 
 

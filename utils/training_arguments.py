@@ -81,6 +81,12 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="recompute activations in the backward pass: far less memory (default: off)",
     )
+    group.add_argument(
+        "--gradient_checkpointing_cpu_offload",
+        action="store_true",
+        help="with --gradient_checkpointing, keep the activations that are left in main memory until the backward pass "
+        "(default: off)",
+    )
     add_swap_arguments(group)
 
 
@@ -391,6 +397,11 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
     make_attention(attention_mode(args))
     check_fp8_arguments(args, "fp8_base", pick_device(None))
+    if args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing:
+        raise UserError(
+            "--gradient_checkpointing_cpu_offload says where --gradient_checkpointing keeps the inputs of blocks; "
+            "give --gradient_checkpointing as well, or leave --gradient_checkpointing_cpu_offload out."
+        )
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
     if args.network_dropout is not None and args.network_dropout >= 1:

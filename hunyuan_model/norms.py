@@ -1,0 +1,76 @@
+"""Norms in float32 of what is computed in a narrower dtype; autograd keeps the narrow tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the head dimension (arXiv 1910.07467), in float32 whatever comes in."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return keeping_inputs(_rms_norm, x, self.weight)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then * (1 + scale) + shift. x (B, L, hidden); shift, scale (B, 1, hidden).
+
+    Under autocast in float32, and rounded once to the dtype in which a linear layer takes it; else in the dtype of x.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _modulated_norm(x, shift, scale)
+    return keeping_inputs(functools.partial(_modulated_norm_in_float32, torch.get_autocast_dtype(device)), x, shift, scale)
+
+
+def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, of which autograd keeps the tensors alone: the backward pass computes it once more.
+
+    For elementwise work and norms, which cost next to nothing, but would keep float32 copies of what is kept narrow anyway.
+    A compiler chooses by itself what to keep.
+    """
+    nothing_to_gain = not torch.is_grad_enabled() or all(tensor.dtype == torch.float32 for tensor in tensors)
+    if nothing_to_gain or torch.compiler.is_compiling():
+        return function(*tensors)
+    return _KeepingInputs.apply(function, *tensors)
+
+
+class _KeepingInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed)]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        gradients = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
+        return None, *(next(gradients) if need else None for need in needed)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float(), NORM_EPS)
+
+
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def _modulated_norm_in_float32(dtype: torch.dtype, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _modulated_norm(x.float(), shift.float(), scale.float()).to(dtype)

@@ -59,17 +59,22 @@ class Result:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
+    """Bytes of this process that no file backs, in memory or swapped out."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    return sum(int(status.partition(f"{line}:")[2].split()[0]) for line in ("RssAnon", "VmSwap")) * 1024
 
 
 class MemoryWatch:
-    """Context that samples anonymous memory in a thread; ``peak`` holds the most it saw, in bytes above the start."""
+    """Context that samples anonymous memory in a thread.
+
+    Attributes:
+        highest: the most it saw, in bytes.
+        peak: the same above the start.
+    """
 
     def __enter__(self) -> MemoryWatch:
         self._start = anonymous_memory()
-        self._highest = self._start
+        self.highest = self._start
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -77,16 +82,16 @@ class MemoryWatch:
 
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self._highest = max(self._highest, anonymous_memory())
+            self.highest = max(self.highest, anonymous_memory())
 
     def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
-        self._highest = max(self._highest, anonymous_memory())
+        self.highest = max(self.highest, anonymous_memory())
 
     @property
     def peak(self) -> int:
-        return self._highest - self._start
+        return self.highest - self._start
 
 
 def config_of_size(parameters: float) -> TransformerConfig:

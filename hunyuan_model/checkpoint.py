@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantiser, cast, dequantise, quantise_plainly
 from hunyuan_model.host_weights import host_copy
+from hunyuan_model.read_ahead import read_ahead
 from utils.errors import UserError
 from utils.files import require_file, require_there
 from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
@@ -331,31 +332,33 @@ def load_weights(
     require_same_tensors(module, checkpoint)
     total = sum(_bytes(checkpoint, name) for name in checkpoint.shapes)
     description = progress or f"loading {checkpoint.what}"
-    with tqdm(
-        total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=total < PROGRESS_FROM_BYTES
-    ) as bar:
-        for name in checkpoint.shapes:
+    with (
+        tqdm(
+            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=total < PROGRESS_FROM_BYTES
+        ) as bar,
+        read_ahead(checkpoint.shapes, checkpoint.get) as tensors,
+    ):
+        for name, stored in tensors:
             dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
             swapped = on_host(name)
             as_stored = patch is None and checkpoint.dtypes[name] == dtype
             place = torch.device("cpu") if swapped and as_stored else device
-            for part, tensor in _final_tensors(checkpoint, name, place, dtype, quantise, patch):
+            for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantise, patch):
                 _assign(module, part, host_copy(tensor) if swapped else tensor)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 
 
 def _final_tensors(
-    checkpoint: Checkpoint,
     name: str,
+    stored: torch.Tensor,
+    scale: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
     quantise: Quantiser,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> list[tuple[str, torch.Tensor]]:
     """A tensor as ``module`` is to hold it, and its scale if it has one."""
-    stored = checkpoint.get(name)
-    scale = checkpoint.scales.get(name)
     tensor = stored.to(device)
     if patch is not None or (scale is not None and (dtype != FP8_DTYPE or tensor.dtype != dtype)):
         value = true_value(tensor, scale)

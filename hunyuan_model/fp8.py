@@ -28,7 +28,7 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 INT8_MAX = 127
 BLOCK = 64  # inputs that share a scale where codes are whole numbers
 SCALE_SUFFIX = "_scale"
-SLICE_ELEMENTS = 1 << 22  # what is quantised at once: the float32 copy of a slice is small beside a weight
+SLICE_ELEMENTS = 1 << 18  # what is quantised at once: its float32 copy stays in the cache
 
 Quantised = tuple[torch.Tensor, torch.Tensor | None]
 """Codes of the weight's shape (out, in), and scales (out or 1, blocks of inputs), with which the codes are multiplied."""
@@ -81,10 +81,10 @@ def quantise_blocks(weight: torch.Tensor, block: int = BLOCK) -> Quantised:
     scale = torch.empty(len(weight), blocks, dtype=torch.bfloat16, device=weight.device)
     for rows in _row_slices(weight):
         part = weight[rows].float().unflatten(1, (blocks, -1))
-        scale[rows] = (torch.linalg.vector_norm(part, torch.inf, dim=2) / INT8_MAX).to(scale.dtype)
+        scale[rows] = (part.abs().amax(2) / INT8_MAX).to(scale.dtype)
         steps = scale[rows].float()[:, :, None]
-        rounded = torch.where(steps == 0, 0.0, part / steps).round_().clamp_(-INT8_MAX, INT8_MAX)
-        codes[rows] = rounded.flatten(1).to(torch.int8)
+        steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
+        codes[rows] = (part / steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
     return codes, scale
 
 

@@ -64,7 +64,7 @@ def load_transformer(
         UserError: the file is missing, damaged, incomplete or something else than a transformer; it has fewer blocks than
             ``swap`` needs; ``fp8_fast`` on a device that cannot.
     """
-    device, swap = torch.device(device), swap or SwapSettings()
+    device = torch.device(device)
     if (fp8_scaled or fp8_fast) and not fp8:
         raise ValueError("fp8_scaled and fp8_fast say how fp8 is done; give fp8 as well")
     if fp8_fast:
@@ -72,6 +72,37 @@ def load_transformer(
     checkpoint, config = open_transformer(path, "--dit")
     if fp8_scaled and any(dtype == FP8_DTYPE for name, dtype in checkpoint.dtypes.items() if is_fp8_target(name)):
         logger.warning("%s holds float8 weights already: they stay as they are, and fp8_scaled changes nothing of them.", path)
+    return transformer_from(
+        checkpoint,
+        config,
+        device=device,
+        dtype=dtype,
+        attn_mode=attn_mode,
+        split_attn=split_attn,
+        fp8=fp8,
+        fp8_scaled=fp8_scaled,
+        fp8_fast=fp8_fast,
+        swap=swap,
+        patch=patch,
+    )
+
+
+def transformer_from(
+    checkpoint: Checkpoint,
+    config: TransformerConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn_mode: str = "torch",
+    split_attn: bool = False,
+    fp8: bool = False,
+    fp8_scaled: bool = False,
+    fp8_fast: bool = False,
+    swap: SwapSettings | None = None,
+    patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> HYVideoDiffusionTransformer:
+    """``load_transformer`` of a checkpoint that is open already, as ``open_transformer`` returns it."""
+    swap = swap or SwapSettings()
     attention = make_attention(attn_mode, split=split_attn)
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, attention)

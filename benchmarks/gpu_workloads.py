@@ -1,0 +1,225 @@
+"""What a row of ``gpu.py`` computes: training steps and forward passes of random weights made on the card, ours and diffusers'."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hunyuan_model.architecture import TransformerConfig
+from hunyuan_model.block_swap import SwapSettings
+from hunyuan_model.fp8_products import check_fp8_products
+from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.loading import transformer_from
+from hunyuan_model.sampling import latent_size
+from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from networks.lora import create_network
+
+RANK = 32
+TEXT_ROWS, VALID_TEXT = 256, 60
+SIZES = {"image540": (960, 544, 1), "image720": (1280, 720, 1), "clip33": (960, 544, 33), "clip65": (960, 544, 65)}
+TINY_SIZES = {"image540": (64, 32, 1), "image720": (64, 48, 1), "clip33": (64, 32, 5), "clip65": (64, 32, 9)}
+TINY = TransformerConfig(hidden_size=256, heads=2, mlp_size=1024, double_depth=2, single_depth=2, text_dim=64, pooled_dim=32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one line of the table measures.
+
+    Attributes:
+        work: "product" (the rate of the card), "step" (a LoRA training step) or "forward" (one of sampling).
+        size: of SIZES.
+        weights: bf16, fp8, fp8_scaled or fp8_fast; diffusers knows the first two.
+        swap: blocks. For diffusers any number means group offloading, of every block.
+    """
+
+    work: str
+    size: str = "clip33"
+    who: str = "ours"
+    weights: str = "bf16"
+    swap: int = 0
+    compile: bool = False
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.work == "product":
+            return "bf16 product"
+        parts = [self.size, self.work, self.who, self.weights]
+        if self.swap:
+            parts.append(f"swap {self.swap}" if self.who == "ours" else "group offloading")
+        parts += [option for option in ("compile", "offload") if getattr(self, option)]
+        return ", ".join(parts)
+
+
+def block_flops(config: TransformerConfig, size: tuple[int, int, int]) -> tuple[float, float]:
+    """(matrix products, attention) of one forward pass through the blocks, in floating-point operations."""
+    frames, height, width = latent_size(size[1], size[0], size[2])
+    tokens = frames * (height // 2) * (width // 2) + VALID_TEXT
+    hidden, depth = config.hidden_size, config.double_depth + config.single_depth
+    # Both kinds of block have 4 hidden x hidden and 2 hidden x mlp products for each token.
+    return 2.0 * depth * tokens * hidden * (4 * hidden + 2 * config.mlp_size), 4.0 * depth * tokens**2 * hidden
+
+
+def row_flops(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -> tuple[float, float]:
+    """Operations of the model, and with what checkpointing computes again."""
+    products, attention = block_flops(config, size)
+    if row.work == "forward":
+        return products + attention, products + attention
+    return 2 * products + 3 * attention, 3 * products + 4 * attention  # the weights have no gradients
+
+
+def make_inputs(config: TransformerConfig, size: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
+    """Named as ``HYVideoDiffusionTransformer.forward`` names them."""
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    return {
+        "x": torch.randn(1, config.in_channels, *latent_size(size[1], size[0], size[2]), **options),
+        "t": torch.tensor([500.0], device=device),
+        "text_states": torch.randn(1, TEXT_ROWS, config.text_dim, **options),
+        "text_mask": (torch.arange(TEXT_ROWS) < VALID_TEXT).long()[None],
+        "text_states_2": torch.randn(1, config.pooled_dim, **options),
+        "guidance": torch.tensor([6000.0], device=device),
+    }
+
+
+class RandomWeights:
+    """In place of a ``Checkpoint``: random bfloat16 weights, each made on the device when it is asked for."""
+
+    what, path = "random weights", "of no file"
+
+    def __init__(self, config: TransformerConfig, device: torch.device) -> None:
+        with torch.device("meta"):
+            model = HYVideoDiffusionTransformer(config)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.dtypes = dict.fromkeys(self.shapes, torch.bfloat16)
+        self.scales: dict[str, Tensor] = {}
+        self._device = device
+
+    def get(self, name: str) -> Tensor:
+        return random_weight(torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self._device))
+
+
+def random_weight(tensor: Tensor) -> Tensor:
+    return tensor.normal_(0, 0.02) if tensor.ndim > 1 else tensor.normal_(1, 0.02)
+
+
+def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -> HYVideoDiffusionTransformer:
+    """Loaded as the scripts load it, but for where the weights come from."""
+    if row.weights == "fp8_fast":
+        check_fp8_products(device, "fp8_fast")
+    limit = config.double_depth + config.single_depth - 2
+    transformer = transformer_from(
+        RandomWeights(config, device),
+        config,
+        device=device,
+        dtype=torch.bfloat16,
+        fp8=row.weights != "bf16",
+        fp8_scaled=row.weights == "fp8_scaled",
+        fp8_fast=row.weights == "fp8_fast",
+        swap=SwapSettings(blocks=min(row.swap, limit), recomputed=row.work == "step"),
+    )
+    if row.compile:
+        from hunyuan_model.compilation import CompileSettings, enable_compile
+
+        # On the CPU only the plumbing is tried: tracing is enough for that.
+        enable_compile(transformer, CompileSettings() if device.type == "cuda" else CompileSettings(backend="eager"))
+    if row.work == "step" and row.offload:
+        from hunyuan_model.activation_offload import make_offloader
+
+        offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=True)
+        enable_gradient_checkpointing(transformer, offloader)
+    elif row.work == "step":
+        enable_gradient_checkpointing(transformer)
+    return transformer
+
+
+def their_transformer(row: Row, config: TransformerConfig, device: torch.device) -> nn.Module:
+    """diffusers' own, made on the device, with its way to the same savings."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        model = HunyuanVideoTransformer3DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.double_depth,
+            num_single_layers=config.single_depth,
+            num_refiner_layers=config.refiner_depth,
+            text_embed_dim=config.text_dim,
+            pooled_projection_dim=config.pooled_dim,
+            rope_axes_dim=config.rope_dims,
+        ).to(torch.bfloat16)
+    offloaded = row.swap > 0 and device.type != "cpu"
+    model.to_empty(device="cpu" if offloaded else device).requires_grad_(False)
+    for parameter in model.parameters():  # one at a time on the device, whose random numbers come fast
+        parameter.copy_(random_weight(torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)))
+    model.eval()
+    if row.work == "step":
+        add_adapters(model)
+        model.enable_gradient_checkpointing()
+        model.train()
+    if row.weights != "bf16":
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    if offloaded:
+        model.enable_group_offload(
+            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True, record_stream=True
+        )
+    return model
+
+
+def add_adapters(model: nn.Module) -> None:
+    """peft's LoRA on the layers that ours has one on."""
+    from peft import LoraConfig
+
+    linears = sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+    )
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # as its training examples do
+
+
+def prepared(row: Row, config: TransformerConfig, size: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    """What is to be timed."""
+    inputs = make_inputs(config, size, device)
+    if row.who == "ours":
+        transformer = our_transformer(row, config, device)
+        velocity: Callable[[], Tensor] = functools.partial(transformer, **inputs)
+    else:
+        from benchmarks.diffusers_twins import run_diffusers
+
+        transformer = their_transformer(row, config, device)
+        # It computes padding as well: the best that one can do for it is to leave none.
+        for name in ("text_states", "text_mask"):
+            inputs[name] = inputs[name][:, :VALID_TEXT].to(device)
+        velocity = functools.partial(run_diffusers, transformer, inputs)
+    if row.work == "forward":
+        return torch.no_grad()(velocity)
+    if row.who == "ours":
+        network = create_network(1.0, RANK, RANK, None, None, transformer)
+        network.apply_to(None, transformer)
+        network.to(device)
+        transformer.train()
+        parameters = list(network.parameters())
+    else:
+        parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    target = torch.randn_like(inputs["x"], dtype=torch.float32)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = velocity()
+        F.mse_loss(out.float(), target).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

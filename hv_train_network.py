@@ -309,6 +309,7 @@ def prepare(
     )
     optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
+    lr_scheduler = make_lr_scheduler(args, optimizer, steps)  # first: it watches the method that accelerate calls
     rank_seed = args.seed + accelerator.process_index
     progress = Progress(started_at=time.time(), session_id=new_session_id())
     training = Training(
@@ -318,7 +319,7 @@ def prepare(
         network=network,
         optimizer=accelerator.prepare(optimizer),
         group_names=group_names,
-        lr_scheduler=make_lr_scheduler(args, optimizer, steps),
+        lr_scheduler=lr_scheduler,
         reader=reader,
         flow_matching=FlowMatching(
             transformer,

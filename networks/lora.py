@@ -247,7 +247,8 @@ class LoRANetwork(nn.Module):
             lora.lora_down.weight.mul_(root)
             lora.lora_up.weight.mul_(root)
         scaled = norms * ratios
-        return int((ratios < 1).sum()), scaled.mean().item(), scaled.max().item()
+        changed, mean, largest = torch.stack(((ratios < 1).sum().to(scaled), scaled.mean(), scaled.max())).tolist()
+        return int(changed), mean, largest
 
     @staticmethod
     def _update_norm(lora: LoRAModule) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
 from hunyuan_model.vae import SCALING_FACTOR
+from utils.devices import to_device
 from utils.timestep_sampling import TimestepSampler, noisy_latents, timesteps_from_uniform
 
 VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
@@ -42,18 +43,21 @@ class FlowMatching:
         return self.loss_at(batch, noise, t), t
 
     def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1]."""
+        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1].
+
+        The device is not waited for.
+        """
         device = self.accelerator.device
-        latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
+        latents, t = to_device(batch["latents"], device, torch.float32) * SCALING_FACTOR, to_device(t, device)
         noisy = noisy_latents(latents, noise, t)
         guidance = torch.full((len(latents),), self.guidance_scale * GUIDANCE_UNIT, device=device)
         with self.accelerator.autocast():
             velocity = self.transformer(
                 noisy.to(self.dtype),
                 t * TIMESTEPS,
-                batch["text_states"].to(device, self.dtype),
+                to_device(batch["text_states"], device, self.dtype),
                 batch["text_mask"],  # stays on the CPU: the transformer only needs lengths
-                batch["text_states_2"].to(device, self.dtype),
+                to_device(batch["text_states_2"], device, self.dtype),
                 guidance if self.transformer.config.guidance else None,
             )
         loss = nn.functional.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
@@ -69,6 +73,6 @@ class FlowMatching:
         for index, item in enumerate(items):
             generator = torch.Generator().manual_seed(index)
             for t in timesteps.split(1):
-                noise = torch.randn(item["latents"].shape, generator=generator).to(self.accelerator.device)
-                losses.append(self.loss_at(item, noise, t).item())
-        return sum(losses) / len(losses)
+                noise = torch.randn(item["latents"].shape, generator=generator)
+                losses.append(self.loss_at(item, to_device(noise, self.accelerator.device), t))
+        return sum(torch.stack(losses).tolist()) / len(losses)  # read at the end: the device is not waited for in between

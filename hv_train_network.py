@@ -37,6 +37,7 @@ from dataset.batches import (
 from dataset.items import name_some
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
+from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
@@ -56,6 +57,7 @@ from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
 from utils.skipped_steps import TrainingBroken
+from utils.speed_arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
 from utils.timestep_preview import save_timestep_image, timestep_chart
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
@@ -168,9 +170,11 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     started = time.monotonic()
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
+        compiling = CompileWatch()
         step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        compiling.tell(f"step {progress.step}")
         training.skipped_steps.note(progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
@@ -269,6 +273,8 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         swap=swap_settings(args, recomputed=args.gradient_checkpointing),
         patch=merge_patch(bases, args.dit) if bases else None,
     )
+    if (settings := compile_settings(args)) is not None:
+        enable_compile(transformer, settings)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(transformer)
     return transformer
@@ -395,6 +401,8 @@ def main() -> int:
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
+    apply_kernel_arguments(args, accelerator.device)
+    check_compile_arguments(args, accelerator.device)
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:

@@ -104,6 +104,29 @@ def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches
     assert len(waits) > 2 and waits == [["tolist"]] * len(waits)
 
 
+@pytest.mark.gpu
+def test_a_graphics_card_is_waited_for_once_in_a_step(train, each_step) -> None:
+    """As torch itself tells, which sees copies and reads that Python does not."""
+    waits: list[int] = []
+
+    def counting(step, training, batches):
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                made = step(training, batches)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(one.message) for one in told))
+        return made
+
+    each_step(counting)
+    flags = ("--optimizer_type", "SGD", "--gradient_accumulation_steps", 2, "--gradient_checkpointing")
+    assert train("--max_train_epochs", 3, *flags).status == 0
+    assert len(waits) > 3 and set(waits[2:]) == {1}  # after the first of each size
+
+
 def test_the_counter_sees_what_would_wait() -> None:
     value = torch.ones(())
     with counted_reads() as found:

@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.hub import add_hub_arguments, check_hub_arguments
 from utils.loss_log import check_loss_log
+from utils.speed_arguments import add_compile_arguments, add_kernel_arguments, compile_settings
 from utils.training_files import SaveRules, final_name, state_name, step_name
 
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
@@ -41,6 +42,7 @@ def build_training_parser() -> argparse.ArgumentParser:
     _add_input(parser.add_argument_group("input"))
     _add_attention(parser.add_argument_group("attention (choose one; --sdpa if none is given)"))
     _add_memory(parser.add_argument_group("memory"))
+    _add_speed(parser.add_argument_group("speed"))
     _add_loop(parser.add_argument_group("training loop"))
     _add_optimizer(parser.add_argument_group("optimiser and learning rate"))
     _add_flow_matching(parser.add_argument_group("flow matching"))
@@ -82,6 +84,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         help="recompute activations in the backward pass: far less memory (default: off)",
     )
     add_swap_arguments(group)
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    add_compile_arguments(group)
+    add_kernel_arguments(group)
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -391,6 +398,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
     make_attention(attention_mode(args))
     check_fp8_arguments(args, "fp8_base", pick_device(None))
+    compile_settings(args)
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
     if args.network_dropout is not None and args.network_dropout >= 1:

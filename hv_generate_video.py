@@ -20,6 +20,7 @@ from tqdm import tqdm
 import hunyuan_model
 from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
 from hunyuan_model.block_swap import check_blocks_to_swap
+from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
@@ -50,6 +51,13 @@ from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video, unused_stem
 from utils.safetensors_io import read_tensors, save_tensors
+from utils.speed_arguments import (
+    add_compile_arguments,
+    add_kernel_arguments,
+    apply_kernel_arguments,
+    check_compile_arguments,
+    compile_settings,
+)
 
 if TYPE_CHECKING:
     from hunyuan_model.prompt_encoding import TextConditions
@@ -72,6 +80,8 @@ SAMPLING_FLAGS = [
     "no_pinned_swap_memory",
     "fp8_scaled",
     "fp8_fast",
+    "compile",
+    "compile_mode",
     "text_encoder1",
     "text_encoder2",
     "tokenizer1",
@@ -125,6 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--attn_mode", choices=ATTENTION_MODES, default="torch", help="attention kernel; sdpa is the same as torch (default: torch)"
     )
     models.add_argument("--split_attn", action="store_true", help="attend sample by sample: less memory for batches (default: off)")
+    speed = parser.add_argument_group("speed")
+    add_compile_arguments(speed)
+    add_kernel_arguments(speed)
 
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files, merged while the transformer loads")
@@ -234,6 +247,7 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
     check_fp8_arguments(args, "fp8", device)
     check_blocks_to_swap(args.blocks_to_swap, check_transformer_file(args.dit, "--dit"))
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+    check_compile_arguments(args, device)
 
 
 def _warn_of_unused(args: argparse.Namespace, mode: str, names: Sequence[str]) -> None:
@@ -273,10 +287,18 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
         swap=swap_settings(args, recomputed=False),
         patch=patch,
     )
+    if (compiled := compile_settings(args)) is not None:
+        enable_compile(transformer, compiled)
     del loras, patch  # merged: nobody needs their files any more
     noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
 
     def draw(network: Callable[..., Tensor], title: str) -> Tensor:
+        compiling = CompileWatch()
+
+        def advance(step: int) -> None:
+            compiling.tell(f"step {step}")
+            progress.update()
+
         with tqdm(total=args.infer_steps, desc=title, unit="step") as progress:
             return sample_latents(
                 network,
@@ -286,7 +308,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
                 guidance_scale=args.embedded_cfg_scale,
                 device=device,
                 dtype=dtype,
-                on_step=lambda step: progress.update(),
+                on_step=advance,
             )
 
     latents = draw_with_step_cache(args, transformer, draw) if args.step_cache else draw(transformer, "sampling")
@@ -385,6 +407,7 @@ def main() -> None:
     device = pick_device(args.device)
     vae_dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
     check_arguments(args, device)
+    apply_kernel_arguments(args, device)
     if args.save_merged_model:
         merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, args.lora_multiplier), args.save_merged_model)
         print(args.save_merged_model)

@@ -28,6 +28,7 @@ from dataset.items import name_some
 from dataset.reading import EpochReader, HeldOut
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.activation_offload import make_offloader
+from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
@@ -47,6 +48,7 @@ from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
 from utils.skipped_steps import TrainingBroken, count_skipped
+from utils.speed_arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
 from utils.timestep_preview import show_timesteps
 from utils.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
@@ -124,9 +126,11 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     started = time.monotonic()
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
+        compiling = CompileWatch()
         step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        compiling.tell(f"step {progress.step}")
         progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
@@ -218,6 +222,8 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         swap=swap_settings(args, recomputed=args.gradient_checkpointing),
         patch=merge_patch(bases, args.dit) if bases else None,
     )
+    if (settings := compile_settings(args)) is not None:
+        enable_compile(transformer, settings)
     if args.gradient_checkpointing:
         offloaded = args.gradient_checkpointing_cpu_offload
         depth = transformer.config.double_depth + transformer.config.single_depth
@@ -256,6 +262,7 @@ def prepare(
         require_switch(network, args.network_module)
     optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
     optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
+    lr_scheduler = make_lr_scheduler(args, optimizer, steps)  # first: it watches the method that accelerate calls
     rank_seed = args.seed + accelerator.process_index
     progress = Progress(started_at=time.time(), session_id=new_session_id())
     training = Training(
@@ -265,7 +272,7 @@ def prepare(
         network=network,
         optimizer=accelerator.prepare(optimizer),
         group_names=group_names,
-        lr_scheduler=make_lr_scheduler(args, optimizer, steps),
+        lr_scheduler=lr_scheduler,
         reader=reader,
         flow_matching=FlowMatching(
             transformer,
@@ -303,6 +310,8 @@ def main() -> int:
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
+    apply_kernel_arguments(args, accelerator.device)
+    check_compile_arguments(args, accelerator.device)
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:

@@ -12,9 +12,9 @@ call: what looks for layers by class, wraps ``forward`` on top, or points weight
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -124,16 +124,24 @@ class _Fp8Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias
 
 
-def _forward(linear: nn.Linear, compute_dtype: torch.dtype, products: Products | None, x: torch.Tensor) -> torch.Tensor:
-    """Forward of a narrow Linear: like any Linear it answers in the autocast dtype under autocast, else in x's dtype."""
-    weight, scale, bias = linear.weight, weight_scale(linear), linear.bias
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
-    if products is not None and fits_products(x, weight, scale):
-        out = fp8_linear(x.to(dtype), weight, scale, bias, products)
-    else:
-        out = _Fp8Linear.apply(x.to(dtype), weight, scale, bias)
-    return out if autocast else out.to(x.dtype)
+@dataclass(frozen=True, eq=False)
+class _NarrowForward:
+    """The forward of a narrow Linear. A method, as the compiler tells functions apart that are bound in another way."""
+
+    linear: nn.Linear
+    compute_dtype: torch.dtype
+    products: Products | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Like any Linear it answers in the autocast dtype under autocast, else in x's dtype."""
+        weight, scale, bias = self.linear.weight, weight_scale(self.linear), self.linear.bias
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype
+        if self.products is not None and fits_products(x, weight, scale):
+            out = fp8_linear(x.to(dtype), weight, scale, bias, self.products)
+        else:
+            out = _Fp8Linear.apply(x.to(dtype), weight, scale, bias)
+        return out if autocast else out.to(x.dtype)
 
 
 def weight_scale(linear: nn.Module) -> torch.Tensor | None:
@@ -160,7 +168,7 @@ def enable_fp8_linears(module: nn.Module, compute_dtype: torch.dtype, products: 
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and is_narrow(layer)]
     for linear in linears:
         linear.weight.requires_grad_(False)
-        linear.forward = functools.partial(_forward, linear, compute_dtype, products)
+        linear.forward = _NarrowForward(linear, compute_dtype, products).forward
     return len(linears)
 
 

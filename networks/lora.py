@@ -88,14 +88,23 @@ class LoRAModule(nn.Module):
         if self.training:
             hidden = F.dropout(hidden, self.neuron_dropout)
             hidden = self._drop_ranks(hidden)
+            hidden = self._maybe_without(hidden)
         # Scaling the narrow tensor is the same update for a fraction of the memory traffic.
         hidden = hidden * (self.multiplier * self.scale)
         update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype)).to(base.dtype)
         return update.add_(base)  # in place: the update is nobody else's, and a third wide tensor costs time and memory
 
     def _left_out(self) -> bool:
+        if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():
+            return False
         # A draw on the CPU: no wait for the device, and activation checkpointing replays it.
-        return self.training and self.module_dropout > 0 and torch.rand(()).item() < self.module_dropout
+        return torch.rand(()).item() < self.module_dropout
+
+    def _maybe_without(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In place of ``_left_out`` where a compiled graph cannot branch: the same dropout, with zeros for what is left out."""
+        if self.module_dropout == 0 or not torch.compiler.is_compiling():
+            return hidden
+        return hidden * (torch.rand((), device=hidden.device) >= self.module_dropout)
 
     def _drop_ranks(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.rank_dropout == 0:
@@ -247,7 +256,8 @@ class LoRANetwork(nn.Module):
             lora.lora_down.weight.mul_(root)
             lora.lora_up.weight.mul_(root)
         scaled = norms * ratios
-        return int((ratios < 1).sum()), scaled.mean().item(), scaled.max().item()
+        changed, mean, largest = torch.stack(((ratios < 1).sum().to(scaled), scaled.mean(), scaled.max())).tolist()
+        return int(changed), mean, largest
 
     @staticmethod
     def _update_norm(lora: LoRAModule) -> torch.Tensor:

@@ -68,6 +68,11 @@ def prints(text: str) -> Callable[[Run, Run], None]:
     return becomes(lambda run: text in run.done.output, True)
 
 
+def logs(text: str) -> Callable[[Run, Run], None]:
+    """With the flag only."""
+    return becomes(lambda run: text in run.done.log, True)
+
+
 def both(*effects: Callable[[Run, Run], None]) -> Callable[[Run, Run], None]:
     def effect(run: Run, without: Run) -> None:
         for one in effects:

@@ -31,6 +31,7 @@ from flag_effects import (
     largest_update,
     length_of_first_step,
     logged_steps,
+    logs,
     lora,
     lora_dtypes,
     narrower,
@@ -102,6 +103,15 @@ ROWS = (
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
+    # Speed
+    Row("--compile", both(becomes(seen("compiled"), {"default"}), stays(lora, within=1e-4)), beside="--optimizer_type SGD"),
+    Row(
+        "--compile_mode max-autotune-no-cudagraphs",
+        becomes(seen("compiled"), {"max-autotune-no-cudagraphs"}),
+        beside="--compile --max_train_steps 1",
+    ),
+    Row("--tf32", both(logs("--tf32: no effect on cpu"), same_lora)),
+    Row("--cudnn_benchmark", both(logs("--cudnn_benchmark: no effect on cpu"), same_lora)),
     # Training loop; two batches make an epoch
     Row("--max_train_steps 3", becomes(column("step"), ["1", "2", "3"])),
     Row("--max_train_epochs 2", becomes(column("step"), ["1", "2", "3", "4"])),

@@ -28,6 +28,7 @@ from flag_effects import (
     keeps_scales,
     latent,
     latents,
+    logs,
     narrower,
     pooled,
     prints,
@@ -121,6 +122,15 @@ GENERATION = (
     Row("--attn_mode xformers", refused("attention mode xformers needs a CUDA device")),
     Row("--attn_mode sageattn", refused("attention mode sageattn needs a CUDA device")),
     Row("--split_attn", stays(latent)),  # of one sample there is nothing to split
+    # Speed
+    Row("--compile", both(becomes(seen("compiled"), {"default"}), stays(latent, within=1e-4))),
+    Row(
+        "--compile_mode max-autotune-no-cudagraphs",
+        becomes(seen("compiled"), {"max-autotune-no-cudagraphs"}),
+        beside="--compile",
+    ),
+    Row("--tf32", both(logs("--tf32: no effect on cpu"), stays(latent))),
+    Row("--cudnn_benchmark", both(logs("--cudnn_benchmark: no effect on cpu"), stays(latent))),
     # LoRA
     Row(LORA, both(becomes(setting("lora"), "rank3.safetensors"), other_latent)),
     Row("--lora_multiplier 0", both(other_latent, as_plain), beside=LORA),

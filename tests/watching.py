@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from hunyuan_model import loading, vae_layers
+from hunyuan_model import compilation, loading, vae_layers
 from hunyuan_model.activation_offload import HostPool
 from hunyuan_model.text_encoder_clip import CLIPTextEncoder
 from hunyuan_model.text_encoder_llm import LlamaTextEncoder
@@ -36,6 +36,7 @@ class Seen:
         weights: dtypes of the weights of each part of the model when it computed.
         in_one_piece: blocks and embedders of the transformer whose weights lie in one piece of memory, from which they are swapped.
         pinned: whether swapped weights were to be page-locked.
+        compiled: modes in which something was compiled.
         attended: rows, of all samples, in its largest attention call.
         saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
         offloaded: bytes of activations that went to host memory.
@@ -53,6 +54,7 @@ class Seen:
     weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
     in_one_piece: set[str] = field(default_factory=set)
     pinned: set[bool] = field(default_factory=set)
+    compiled: set[str] = field(default_factory=set)
     attended: int = 0
     saved_bytes: int = 0
     offloaded: int = 0
@@ -124,6 +126,8 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
         spy(patch, loading, "enable_block_swap", lambda _transformer, settings, _device: seen.pinned.add(settings.pinned))
         spy(patch, HostPool, "take", offload)
+        patch.setattr(compilation, "BACKEND", "eager")  # which needs no compiler
+        spy(patch, compilation.CompileSettings, "compiled", lambda settings, _function: seen.compiled.add(settings.mode))
         spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
         spy(patch, vae_layers, "_convolve_window", convolve)
         spy(patch, AutoencoderKLCausal3D, "encode", encode)

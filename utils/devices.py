@@ -70,6 +70,16 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``tensor`` on ``device``, and there as ``dtype``, without waiting for what the device has yet to compute.
+
+    A card reads page-locked memory only; a copy from other memory would hold the host up until everything before it is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    return tensor.to(device=device, dtype=dtype)
+
+
 def free_memory(device: torch.device) -> None:
     """Give memory of dropped models back before the next one is loaded."""
     gc.collect()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS
 from hunyuan_model.vae import SCALING_FACTOR
+from utils.devices import to_device
 from utils.timestep_sampling import TimestepSampler, noisy_latents, timesteps_from_uniform
 
 VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
@@ -47,10 +48,11 @@ class FlowMatching:
     def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
         """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1].
 
-        With ``prior_preservation`` what the transformer predicts without the network takes the place of the true velocity.
+        With ``prior_preservation`` what the transformer predicts without the network takes the place of the true velocity. The
+        device is not waited for.
         """
         device = self.accelerator.device
-        latents, t = batch["latents"].to(device, torch.float32) * SCALING_FACTOR, t.to(device)
+        latents, t = to_device(batch["latents"], device, torch.float32) * SCALING_FACTOR, to_device(t, device)
         noisy = noisy_latents(latents, noise, t)
         if batch.get("prior_preservation"):
             with torch.no_grad(), self.network_off():
@@ -70,9 +72,9 @@ class FlowMatching:
             return self.transformer(
                 noisy.to(self.dtype),
                 t * TIMESTEPS,
-                batch["text_states"].to(device, self.dtype),
+                to_device(batch["text_states"], device, self.dtype),
                 batch["text_mask"],  # stays on the CPU: the transformer only needs lengths
-                batch["text_states_2"].to(device, self.dtype),
+                to_device(batch["text_states_2"], device, self.dtype),
                 guidance if self.transformer.config.guidance else None,
             )
 
@@ -85,6 +87,6 @@ class FlowMatching:
         for index, item in enumerate(items):
             generator = torch.Generator().manual_seed(index)
             for t in timesteps.split(1):
-                noise = torch.randn(item["latents"].shape, generator=generator).to(self.accelerator.device)
-                losses.append(self.loss_at(item, noise, t).item())
-        return sum(losses) / len(losses)
+                noise = torch.randn(item["latents"].shape, generator=generator)
+                losses.append(self.loss_at(item, to_device(noise, self.accelerator.device), t))
+        return sum(torch.stack(losses).tolist()) / len(losses)  # read at the end: the device is not waited for in between

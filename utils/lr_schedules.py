@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +120,12 @@ def check_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     return scheduler
 
 
-def step_schedule(scheduler: LRScheduler, loss: float) -> None:
+def step_schedule(scheduler: LRScheduler, loss: float, optimizer_stood_still: bool = False) -> None:
     """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step.
+
+    Args:
+        optimizer_stood_still: the step is one of the training's although the optimiser made none, as there was nothing to learn
+            from. torch takes that for a mistake in the order of the two where it is the first one.
 
     Raises:
         UserError: the schedule cannot go on, because its own number of steps is over for example.
@@ -127,7 +133,10 @@ def step_schedule(scheduler: LRScheduler, loss: float) -> None:
     inner = getattr(scheduler, "scheduler", scheduler)  # what accelerate wraps
     watching = "metrics" in inspect.signature(inner.step).parameters
     try:
-        scheduler.step(*([loss] if watching else []))
+        with warnings.catch_warnings() if optimizer_stood_still else nullcontext():
+            if optimizer_stood_still:
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
+            scheduler.step(*([loss] if watching else []))
     except (ValueError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"the learning rate schedule cannot go on ({first_line(error)}); look at --lr_scheduler_args.") from error
 

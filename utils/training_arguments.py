@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.hub import add_hub_arguments, check_hub_arguments
 from utils.loss_log import check_loss_log
+from utils.speed_arguments import add_compile_arguments, add_kernel_arguments, compile_settings
 from utils.training_files import SaveRules, final_name, state_name, step_name
 
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
@@ -41,6 +42,7 @@ def build_training_parser() -> argparse.ArgumentParser:
     _add_input(parser.add_argument_group("input"))
     _add_attention(parser.add_argument_group("attention (choose one; --sdpa if none is given)"))
     _add_memory(parser.add_argument_group("memory"))
+    _add_speed(parser.add_argument_group("speed"))
     _add_loop(parser.add_argument_group("training loop"))
     _add_optimizer(parser.add_argument_group("optimiser and learning rate"))
     _add_flow_matching(parser.add_argument_group("flow matching"))
@@ -88,6 +90,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         "(default: off)",
     )
     add_swap_arguments(group)
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    add_compile_arguments(group)
+    add_kernel_arguments(group)
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -402,6 +409,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             "--gradient_checkpointing_cpu_offload says where --gradient_checkpointing keeps the inputs of blocks; "
             "give --gradient_checkpointing as well, or leave --gradient_checkpointing_cpu_offload out."
         )
+    compile_settings(args)
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
     if args.network_dropout is not None and args.network_dropout >= 1:

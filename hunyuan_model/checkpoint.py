@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hunyuan_model.fp8 import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantiser, cast, dequantise, quantise_plainly
 from hunyuan_model.host_weights import host_copy
+from hunyuan_model.mapped_file import MappedFile, safetensors_offsets, torch_maps_read_only
 from hunyuan_model.read_ahead import read_ahead
 from utils.errors import UserError
 from utils.files import require_file, require_there
@@ -80,13 +81,14 @@ class _File(Protocol):
 class _SafetensorsFile:
     def __init__(self, path: Path, what: str) -> None:
         try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
+            file = safe_open(str(path), framework="numpy")  # looks whether all is well; for torch it would map to write
+            self._mapped, self._offsets = MappedFile(path), safetensors_offsets(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{what} {path} is cut short or damaged ({error}). Copy or download it again.") from error
-        names = self._file.offset_keys() if hasattr(self._file, "offset_keys") else self._file.keys()
-        slices = {name: self._file.get_slice(name) for name in names}
+        names = sorted(self._offsets, key=self._offsets.__getitem__)
+        slices = {name: file.get_slice(name) for name in names}
         self.shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}
-        self.metadata = dict(self._file.metadata() or {})
+        self.metadata = dict(file.metadata() or {})
         self.dtypes = {}
         for name, entry in slices.items():
             if entry.get_dtype() not in SAFETENSORS_DTYPES:
@@ -97,7 +99,7 @@ class _SafetensorsFile:
             self.dtypes[name] = SAFETENSORS_DTYPES[entry.get_dtype()]
 
     def get(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+        return self._mapped.tensor(self.dtypes[name], self.shapes[name], self._offsets[name])
 
 
 class _TorchFile:
@@ -115,7 +117,8 @@ def _torch_load(path: Path, what: str) -> object:
     """Unpickle with ``weights_only``, memory-mapped where the file allows."""
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with torch_maps_read_only():
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, SafetensorError):  # torch's format before 1.6, a suffix that misleads torch, or a damaged file
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)

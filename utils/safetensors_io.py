@@ -35,10 +35,14 @@ class SafetensorsFile:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
-    """The opened file; what the library says of its header or of a tensor becomes a UserError."""
+def _open(path: Path, framework: str = "pt") -> Iterator[safe_open]:
+    """The opened file; what the library says of its header or of a tensor becomes a UserError.
+
+    For numpy the library maps it to be read only, for torch to be written to, which a system may refuse for what is larger than
+    its memory.
+    """
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with safe_open(str(path), framework=framework, device="cpu") as file:
             yield file
     except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last for dtypes that torch lacks
         raise UserError(f"{path} is not a readable safetensors file{_what_is_wrong(path, error)}") from error
@@ -64,7 +68,7 @@ def read_header(path: str | os.PathLike[str], what: str = "safetensors file") ->
     Raises:
         UserError: missing, a folder, or not a whole safetensors file, also what it is instead.
     """
-    with _open(require_file(path, what)) as file:
+    with _open(require_file(path, what), "numpy") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         return SafetensorsHeader(dict(file.metadata() or {}), shapes)
 

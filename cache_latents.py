@@ -40,7 +40,18 @@ from dataset.report import (
 from hunyuan_model.fingerprint import fingerprint_weights
 from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import add_dataset_arguments, add_device_argument, add_vae_arguments, int_up_to, positive_int, script_parser
+from hunyuan_model.vae_memory import WHOLE, Clip, VAEFit
+from utils.arguments import (
+    add_dataset_arguments,
+    add_device_argument,
+    add_vae_arguments,
+    int_up_to,
+    next_vae_settings,
+    positive_int,
+    script_parser,
+    vae_settings_given,
+    vae_tile_size,
+)
 from utils.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.disk_space import require_room
@@ -49,7 +60,6 @@ from utils.files import require_writable_folder
 
 logger = logging.getLogger("cache_latents")
 
-TILE_SIZE = 256
 CONSOLE_WIDTH = 80
 MAX_CONSOLE_WIDTH = 1000  # wider than any terminal; every character of a drawing costs 40 bytes
 WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory
@@ -104,12 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         return
     if args.vae is None:
         raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-    check_vae_options(args.vae, tile_size=tile_size(args))
-
-
-def tile_size(args: argparse.Namespace) -> int | None:
-    """Side of the VAE's spatial tiles in pixels; None without tiling."""
-    return args.vae_spatial_tile_sample_min_size or (TILE_SIZE if args.vae_tiling else None)
+    check_vae_options(args.vae, tile_size=vae_tile_size(args))
 
 
 def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]:
@@ -132,17 +137,35 @@ def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]
     return failures
 
 
-def encode(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """One sample of the posterior for each, (16, F, H, W). It depends on the item and its cache name, not on the batch or run."""
-    x = torch.stack([pixels_to_input(prepared, device, dtype) for prepared in batch])
+def encode(
+    vae: AutoencoderKLCausal3D,
+    batch: Sequence[Prepared],
+    device: torch.device,
+    dtype: torch.dtype,
+    fit: VAEFit | None = None,
+    lighter: str = "",
+) -> list[torch.Tensor]:
+    """One sample of the posterior for each, (16, F, H, W). It depends on the item and its cache name, not on the batch or run.
+
+    Args:
+        fit: what chooses chunks and tiles by free memory; a batch that would need them goes item by item before. None: as it is.
+        lighter: flags that take less memory.
+    """
+    if fit is not None:
+        frames, height, width = batch[0].pixels.shape[:3]
+        if len(batch) > 1 and fit.settings(Clip(len(batch), frames, height, width)) != WHOLE:
+            return [sample for prepared in batch for sample in encode(vae, [prepared], device, dtype, fit, lighter)]
+        fit.fit(Clip(len(batch), frames, height, width))
     try:
+        x = torch.stack([pixels_to_input(prepared, device, dtype) for prepared in batch])
         with torch.inference_mode():
             posterior = vae.encode(x)
     except torch.OutOfMemoryError as error:
-        frames, height, width = x.shape[2:]
+        frames, height, width = batch[0].pixels.shape[:3]
+        advice = " and ".join(filter(None, (lighter, "--batch_size 1" if len(batch) > 1 else "")))
         raise UserError(
             f"out of memory while encoding {len(batch)} x {frames} frame(s) of {width}x{height}; "
-            "use --vae_tiling, a smaller --vae_spatial_tile_sample_min_size, --vae_chunk_size 32, or --batch_size 1."
+            f"use {advice or 'a smaller resolution or fewer target_frames'}."
         ) from error
     samples = []
     for prepared, mean, logvar in zip(batch, posterior.mean, posterior.logvar):
@@ -153,9 +176,12 @@ def encode(vae: AutoencoderKLCausal3D, batch: Sequence[Prepared], device: torch.
 
 
 def pixels_to_input(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast."""
+    """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast, frame by frame."""
     pixels = torch.from_numpy(prepared.pixels).to(device).permute(3, 0, 1, 2)
-    return (pixels.float() / 127.5 - 1).to(dtype)
+    out = torch.empty(pixels.shape, dtype=dtype, device=device)
+    for frame, place in zip(pixels.unbind(1), out.unbind(1)):
+        place.copy_(frame.float().div_(127.5).sub_(1))
+    return out
 
 
 def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list[Prepared] | Finished | Failure]:
@@ -182,10 +208,16 @@ def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list
 
 
 def cache_batch(
-    vae: AutoencoderKLCausal3D, fingerprint: str, batch: Sequence[Prepared], device: torch.device, dtype: torch.dtype
+    vae: AutoencoderKLCausal3D,
+    fingerprint: str,
+    batch: Sequence[Prepared],
+    device: torch.device,
+    dtype: torch.dtype,
+    fit: VAEFit | None,
+    lighter: str,
 ) -> Iterator[Target | Failure]:
-    """Encode and save; yields each target that is cached, and a failure for latents that are not numbers."""
-    for prepared, latents in zip(batch, encode(vae, batch, device, dtype)):
+    """Encode and save; yields each target that is cached, and a failure for latents that are not numbers. See ``encode``."""
+    for prepared, latents in zip(batch, encode(vae, batch, device, dtype, fit, lighter)):
         target = prepared.target
         record = prepared.source.record() | latent_record(target.bucket, target.window, target.frame_rate, fingerprint)
         try:
@@ -286,9 +318,10 @@ def main() -> int:
         )
         warn_of_cpu(args.device, device)
         vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
-        configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=tile_size(args))
+        configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=vae_tile_size(args))
         fingerprint = fingerprint_weights(args.vae, "--vae")
-        save = partial(cache_batch, vae, fingerprint, device=device, dtype=dtype)
+        fit = None if vae_settings_given(args) else VAEFit(vae, encode=True)
+        save = partial(cache_batch, vae, fingerprint, device=device, dtype=dtype, fit=fit, lighter=next_vae_settings(args))
         for items, report in zip(settled, reports):
             failures += cache_dataset(args, save, fingerprint, items, report)
         print(format_table(reports), flush=True)

@@ -26,6 +26,7 @@ from hunyuan_model.loading import check_transformer_file
 from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.step_cache import StepCache, check_step_cache
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
+from hunyuan_model.vae_memory import Clip, VAEFit
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
     add_device_argument,
@@ -37,12 +38,15 @@ from utils.arguments import (
     drawn_seed,
     finite_float,
     int_up_to,
+    next_vae_settings,
     non_negative_float,
     positive_float,
     script_parser,
     seed,
     swap_settings,
     text_encoder_settings,
+    vae_settings_given,
+    vae_tile_size,
     whole_number,
 )
 from utils.config_files import add_config_file_argument, parse_with_config
@@ -70,7 +74,6 @@ Draw = Callable[[Callable[..., Tensor], str], Tensor]
 MAX_FPS = 1000  # video files hold no higher rate
 MAX_STEPS = 10_000  # the schedule has 1000 timesteps
 LATENT_ENDING = "_latent.safetensors"
-DECODING_MEMORY_ADVICE = "use --vae_spatial_tile_sample_min_size 128, --vae_chunk_size 32 or a shorter --video_length"
 # What a run without sampling does not read.
 SAMPLING_FLAGS = [
     "dit_dtype",
@@ -332,11 +335,24 @@ def draw_with_step_cache(args: argparse.Namespace, transformer: torch.nn.Module,
     return latents
 
 
-def load_vae(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The VAE with chunks and tiles as the flags say."""
+def load_decoder(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What turns latents (1, 16, F, H, W) into frames (T, H, W, 3), with chunks and tiles as the flags or free memory say."""
     vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
-    configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=args.vae_spatial_tile_sample_min_size)
-    return vae
+    configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=vae_tile_size(args))
+    fit = None if vae_settings_given(args) else VAEFit(vae, encode=False)
+
+    def decode(latents: Tensor) -> Tensor:
+        if fit is not None:
+            fit.fit(Clip.of_latents(latents))
+        return decode_latents(vae, latents, device=device, dtype=dtype)[0]
+
+    return decode
+
+
+def decoding_memory_advice(args: argparse.Namespace) -> str:
+    """What to change where memory does not suffice to decode."""
+    lighter = next_vae_settings(args)
+    return f"use {lighter}, or a shorter --video_length" if lighter else "use a smaller --video_size or a shorter --video_length"
 
 
 def settings(args: argparse.Namespace) -> dict[str, str]:
@@ -395,10 +411,10 @@ def decode_stored(args: argparse.Namespace, device: torch.device, dtype: torch.d
     """Decode every --latent_path; all are read first, so that a bad one is told before anything is written."""
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latent(path)) for path in args.latent_path]
     warn_of_cpu(args.device, device)
-    with out_of_memory_says("decoding", DECODING_MEMORY_ADVICE):
-        vae = load_vae(args, device, dtype)
+    with out_of_memory_says("decoding", decoding_memory_advice(args)):
+        decode = load_decoder(args, device, dtype)
         for stem, latents, metadata in stored:
-            frames = decode_latents(vae, latents, device=device, dtype=dtype)[0]
+            frames = decode(latents)
             write_frames(args, unused_stem(Path(args.save_path), stem), frames, metadata)
 
 
@@ -426,9 +442,8 @@ def main() -> None:
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":
-        with out_of_memory_says("decoding", DECODING_MEMORY_ADVICE):
-            vae = load_vae(args, device, vae_dtype)
-            frames = decode_latents(vae, latents, device=device, dtype=vae_dtype)[0]
+        with out_of_memory_says("decoding", decoding_memory_advice(args)):
+            frames = load_decoder(args, device, vae_dtype)(latents)
         write_frames(args, stem, frames, settings(args))
 
 

@@ -102,5 +102,9 @@ def sample_latents(
 def decode_latents(vae: torch.nn.Module, latents: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Latents in the network's scale (B, 16, F, H, W) -> pictures uint8 (B, T, H, W, 3) on the CPU."""
     pixels = vae.decode((latents.float() / vae.scaling_factor).to(device, dtype))
-    pixels = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).cpu()
+    batch, channels, *size = pixels.shape
+    out = torch.empty(batch, *size, channels, dtype=torch.uint8)
+    for index, frame in enumerate(pixels.unbind(2)):  # one by one: no float32 copy of the whole video
+        frame = frame.float().add_(1).mul_(127.5).round_().clamp_(0, 255)
+        out[:, index] = frame.to(torch.uint8).permute(0, 2, 3, 1)
+    return out

@@ -205,6 +205,10 @@ class AutoencoderKLCausal3D(nn.Module):
         self.enable_spatial_tiling(sample_min_size, flag)
         self.enable_temporal_tiling()
 
+    def disable_tiling(self) -> None:
+        """Work on whole clips, as at first."""
+        self.spatial_tile = self.temporal_tile = None
+
     def set_chunk_size(self, chunk_size: int | None, flag: str = "--vae_chunk_size") -> None:
         """Let every convolution work on at most ``chunk_size`` columns at a time (None: all): less memory, same values.
 
@@ -235,7 +239,7 @@ class AutoencoderKLCausal3D(nn.Module):
         return self._run(z, self._decode_whole, in_pixels=False)
 
     def _encode_whole(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(x)).contiguous()
 
     def _decode_whole(self, z: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(z))

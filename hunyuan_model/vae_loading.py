@@ -170,5 +170,6 @@ def configure_vae(vae: AutoencoderKLCausal3D, *, chunk_size: int | None = None, 
     Only space is tiled, as the caches and videos of existing tools were made; a clip's frames stay together.
     """
     vae.set_chunk_size(chunk_size)
+    vae.disable_tiling()
     if tile_size is not None:
         vae.enable_spatial_tiling(tile_size)

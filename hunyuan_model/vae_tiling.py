@@ -64,6 +64,7 @@ def run_in_squares(run: Run, x: torch.Tensor, tile: TileSize) -> torch.Tensor:
             kept = square[:, :, :, : tile.output_step, : tile.output_step]
             row, col = tile.scaled(top), tile.scaled(left)
             out[:, :, :, row : row + kept.shape[3], col : col + kept.shape[4]] = kept
+            del square, kept  # before the next one is made
         above = edges_below
     return out
 
@@ -90,6 +91,7 @@ def run_in_stretches(run: Run, x: torch.Tensor, tile: TileSize) -> torch.Tensor:
         kept = stretch[:, :, : tile.output_step]
         position = tile.scaled(start) + 1
         out[:, :, position : position + kept.shape[2]] = kept
+        del stretch, kept  # before the next one is made
     return out
 
 

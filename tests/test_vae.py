@@ -71,7 +71,7 @@ def test_tiled_matches_the_reference(vae, expected, case, run, pixels, frames, g
 
 @pytest.mark.parametrize("chunk_size", [3, 8, 32])
 def test_chunks_and_small_pieces_change_nothing(vae, expected, chunk_size, monkeypatch):
-    monkeypatch.setattr(vae_layers, "PIECE_ELEMENTS", 3000)  # one to three frames a piece
+    monkeypatch.setitem(vae_layers.PIECE_ELEMENTS, "cpu", 3000)  # one to three frames a piece
     vae.set_chunk_size(chunk_size)
     with torch.no_grad():
         close_moments(vae.encode(expected["video.x"]), expected, "video")
@@ -249,18 +249,18 @@ def test_other_bad_settings_are_refused(vae):
 @pytest.mark.parametrize("tile", [None, 32])
 def test_no_part_of_a_long_clip_is_held_twice(vae, tile, monkeypatch):
     """The largest window that is normalised or padded stays within the piece size, whatever the clip."""
-    monkeypatch.setattr(vae_layers, "PIECE_ELEMENTS", 20_000)
+    monkeypatch.setitem(vae_layers.PIECE_ELEMENTS, "cpu", 20_000)
     windows = []
-    original = vae_layers._replicate_edges
+    original = vae_layers._convolve_window
 
-    def spy(x, padding):
-        windows.append(x.numel())
-        return original(x, padding)
+    def spy(window, *arguments):
+        windows.append(window.numel())
+        return original(window, *arguments)
 
-    monkeypatch.setattr(vae_layers, "_replicate_edges", spy)
+    monkeypatch.setattr(vae_layers, "_convolve_window", spy)
     if tile:
         vae.enable_spatial_tiling(tile)
     with torch.no_grad():
         vae.encode(torch.zeros(1, 3, 17, 32, 64))
-    widest_frame = 8 * 32 * (tile or 64)
+    widest_frame = 8 * (32 + 2) * ((tile or 64) + 2)  # padded
     assert max(windows) <= max(20_000, widest_frame) + 2 * widest_frame  # a piece and the two frames before it

@@ -21,7 +21,8 @@ from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.flow import flow_sigmas
 from hunyuan_model.sampling import decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from utils.arguments import drawn_seed, text_encoder_settings, vae_tile_size
+from hunyuan_model.vae_memory import Clip, VAEFit
+from utils.arguments import drawn_seed, next_vae_settings, text_encoder_settings, vae_settings_given, vae_tile_size
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, parse_dtype
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "sample"  # in --output_dir
 FPS = 24  # what the model knows
 SCHEDULE_FLAGS = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
-MEMORY_ADVICE = "Make it smaller or shorter, or give --vae_spatial_tile_sample_min_size 128."
 
 Result = TypeVar("Result")
 
@@ -289,10 +289,11 @@ def _write_all(drawing: Drawing, sampled: Sequence[tuple[int, EncodedPrompt, int
     vae = _or_warn("no sample was written, as --vae failed", drawing, _load_vae, drawing)
     if vae is None:
         return
+    fit = None if vae_settings_given(drawing.args) else VAEFit(vae, encode=False)
     for index, entry, seed, latents in sampled:
         drawing.give_up_if_asked()
         failed = f"sample {_called(index, entry.prompt)} was not written"
-        path = _or_warn(failed, drawing, _decode_and_write, drawing, vae, index, entry.prompt, seed, latents)
+        path = _or_warn(failed, drawing, _decode_and_write, drawing, vae, fit, index, entry.prompt, seed, latents)
         if path is not None:
             logger.info("saved %s", path)
             drawn.append(DrawnSample(path, index, entry.prompt, seed))
@@ -306,7 +307,11 @@ def _load_vae(drawing: Drawing) -> nn.Module:
     return vae
 
 
-def _decode_and_write(drawing: Drawing, vae: nn.Module, index: int, prompt: SamplePrompt, seed: int, latents: Tensor) -> Path:
+def _decode_and_write(
+    drawing: Drawing, vae: nn.Module, fit: VAEFit | None, index: int, prompt: SamplePrompt, seed: int, latents: Tensor
+) -> Path:
+    if fit is not None:
+        fit.fit(Clip.of_latents(latents))
     dtype = next(vae.parameters()).dtype
     frames = decode_latents(vae, latents, device=drawing.device, dtype=dtype)[0].numpy()  # (T, H, W, 3)
     args, folder = drawing.args, Path(drawing.args.output_dir) / FOLDER
@@ -351,7 +356,9 @@ def _or_warn(failed: str, drawing: Drawing, function: Callable[..., Result], *ar
     except _StopAskedFor:
         raise
     except torch.OutOfMemoryError:
-        logger.warning("%s: out of memory; training goes on. %s", failed, MEMORY_ADVICE)
+        lighter = next_vae_settings(drawing.args)
+        advice = f"Make it smaller or shorter{', or give ' if lighter else ''}{lighter}."
+        logger.warning("%s: out of memory; training goes on. %s", failed, advice)
     except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
         logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
     free_memory(drawing.device)  # the error is gone by now, and with it what its frames held

@@ -35,6 +35,7 @@ from dataset.batches import (
     require_model_sizes,
 )
 from dataset.items import name_some
+from dataset.largest_batch import largest_batch
 from dataset.reading import EpochReader
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
@@ -46,6 +47,7 @@ from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import choose_dtype, out_of_memory_says
 from utils.disk_space import check_room_to_save
+from utils.dry_step import dry_step, wants_dry_step
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, UserError, first_line, run_script
 from utils.files import require_writable_folder
 from utils.flow_matching import FlowMatching
@@ -53,6 +55,7 @@ from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
+from utils.memory_report import advice, names_the_batch, plan_training
 from utils.optimizers import check_optimizer, describe_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
 from utils.skipped_steps import TrainingBroken
@@ -94,8 +97,6 @@ from utils.training_state import (
 from utils.training_step import Step, train_step
 
 logger = logging.getLogger("train")
-
-TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,6 +144,9 @@ def train(training: Training) -> int:
     requests = TrainingRequests(Path(args.output_dir), training.accelerator)
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
+        if training.dry_batch is not None:
+            dry_step(training, training.dry_batch)
+            training.dry_batch = None
         if progress.step == 0:
             draw_samples(training, requests, progress.epoch)
         while progress.step < training.steps:
@@ -168,7 +172,8 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     started = time.monotonic()
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
-        step = train_step(training, group)
+        with names_the_batch(training.memory, group, "training on"):
+            step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
         training.skipped_steps.note(progress.step, step.skipped)
@@ -437,6 +442,19 @@ def main() -> int:
             steps_per_epoch=steps_per_epoch(args, reader),
             start=0 if resumed is None else resumed.state.progress.step,
         )
+    largest = largest_batch(groups, planned.config)
+    memory = plan_training(
+        args,
+        planned.config,
+        largest.size,
+        device=accelerator.device,
+        dtype=base_dtype(args, accelerator),
+        autocast=None if accelerator.mixed_precision == "no" else SAVE_DTYPES[accelerator.mixed_precision],
+        network=planned.size,
+        optimizer_bytes=state_bytes_per_value(optimizer),
+        prompts=prompts,
+        shown=accelerator.is_main_process,
+    )
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)
@@ -444,11 +462,13 @@ def main() -> int:
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
     logs = open_logs(args, accelerator.device, accelerator.is_main_process, resumed)
-    with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
+    with logs, out_of_memory_says("training", lambda: advice(memory), accelerator.device):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = CachedDataset.of_items(held_out)
         training.uploads = uploads
+        training.memory = memory
+        training.dry_batch = largest.load() if wants_dry_step(args.dry_step, accelerator.device) else None
         logger.info(
             "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
             len(reader),

@@ -17,6 +17,7 @@ from flag_effects import (
     alphas,
     asked_of_the_hub,
     becomes,
+    begins_with_a_dry_step,
     begins_with_the_file,
     blocks,
     both,
@@ -96,6 +97,7 @@ ROWS = (
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
+    Row("--dry_step always", both(same_lora, begins_with_a_dry_step)),
     # Training loop; two batches make an epoch
     Row("--max_train_steps 3", becomes(column("step"), ["1", "2", "3"])),
     Row("--max_train_epochs 2", becomes(column("step"), ["1", "2", "3", "4"])),
@@ -154,6 +156,7 @@ ROWS = (
     Row("--network_module network_of_rank_3", both(becomes(about("ss_network_module"), "network_of_rank_3"), becomes(ranks, {3}))),
     Row(
         "--network_weights {data}/rank3.safetensors",
+        begins_with_a_dry_step,
         begins_with_the_file,
         beside="--network_dim 3 --learning_rate 1e-9",
     ),

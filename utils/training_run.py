@@ -18,6 +18,7 @@ from utils.arguments import public_flags
 from utils.errors import UserError
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
+from utils.memory_plan import MemoryPlan
 from utils.skipped_steps import SkippedSteps, TrainingBroken
 from utils.training_files import SaveRules, remove_outdated, save_network, state_name
 from utils.training_logs import TrainingLogs
@@ -65,6 +66,8 @@ class Training:
     skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     uploads: HubUploads | None = None
     held_out: Sequence[Any] = ()  # of samples
+    memory: MemoryPlan | None = None
+    dry_batch: Mapping[str, Any] | None = None  # what is tried before the first step
 
     @property
     def restorable(self) -> Restorable:

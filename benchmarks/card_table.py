@@ -62,7 +62,7 @@ def _cells(plan: MemoryPlan, card: int) -> str:
     free = card * 2**30 - HELD
     fitting = plan.until_it_fits(free)
     if not fitting.enough:
-        return "too small | | "
+        return "too small | |"
     need = fitting.plan.need()
     flags = f"`{' '.join(fitting.flags)}`" if fitting.flags else "none needed"
     return f"{flags} | {need.on_device / 1e9:.1f} GB | {need.on_host / 1e9:.1f} GB"

@@ -156,7 +156,6 @@ ROWS = (
     Row("--network_module network_of_rank_3", both(becomes(about("ss_network_module"), "network_of_rank_3"), becomes(ranks, {3}))),
     Row(
         "--network_weights {data}/rank3.safetensors",
-        begins_with_a_dry_step,
         begins_with_the_file,
         beside="--network_dim 3 --learning_rate 1e-9",
     ),

@@ -29,6 +29,7 @@ from hunyuan_model.vae_loading import check_vae_options, configure_vae
 from hunyuan_model.vae_memory import Clip, VAEFit
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.arguments import (
+    AUTO,
     add_device_argument,
     add_fp8_arguments,
     add_swap_arguments,
@@ -54,6 +55,7 @@ from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_de
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video, unused_stem
+from utils.memory_report import advice, batch_name, plan_sampling
 from utils.safetensors_io import read_tensors, save_tensors
 from utils.speed_arguments import (
     add_compile_arguments,
@@ -248,7 +250,9 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
     check_attention_device(args.attn_mode, device)
     make_attention(args.attn_mode)
     check_fp8_arguments(args, "fp8", device)
-    check_blocks_to_swap(args.blocks_to_swap, check_transformer_file(args.dit, "--dit"))
+    config = check_transformer_file(args.dit, "--dit")
+    if args.blocks_to_swap != AUTO:
+        check_blocks_to_swap(args.blocks_to_swap, config)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     check_compile_arguments(args, device)
 
@@ -278,6 +282,23 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     patch = merge_patch(loras, args.dit) if loras else None
     text = encode_prompt(args, device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
+    plan = plan_sampling(args, check_transformer_file(args.dit, "--dit"), int(text.mask.sum()), device=device, dtype=dtype)
+    with out_of_memory_says(f"sampling {batch_name(plan.batch)}", lambda: advice(plan), device):
+        transformer = load_base_model(args, patch, device, dtype)
+        del loras, patch  # merged: nobody needs their files any more
+        latents = integrate(args, transformer, text, device, dtype)
+    if not torch.isfinite(latents).all():
+        raise UserError(
+            "the transformer produced NaN or infinity; nothing was written. "
+            "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
+        )
+    return latents.cpu()
+
+
+def load_base_model(
+    args: argparse.Namespace, patch: Callable[[str, Tensor], Tensor] | None, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The transformer, changed by ``patch`` while it loads."""
     transformer = hunyuan_model.load_transformer(
         args.dit,
         device=device,
@@ -292,7 +313,13 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     )
     if (compiled := compile_settings(args)) is not None:
         enable_compile(transformer, compiled)
-    del loras, patch  # merged: nobody needs their files any more
+    return transformer
+
+
+def integrate(
+    args: argparse.Namespace, transformer: torch.nn.Module, text: TextConditions, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Follow the flow from noise: latents (1, 16, F, H, W) on ``device``."""
     noise = initial_noise(latent_size(*args.video_size, args.video_length), torch.Generator().manual_seed(args.seed))
 
     def draw(network: Callable[..., Tensor], title: str) -> Tensor:
@@ -314,13 +341,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
                 on_step=advance,
             )
 
-    latents = draw_with_step_cache(args, transformer, draw) if args.step_cache else draw(transformer, "sampling")
-    if not torch.isfinite(latents).all():
-        raise UserError(
-            "the transformer produced NaN or infinity; nothing was written. "
-            "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
-        )
-    return latents.cpu()
+    return draw_with_step_cache(args, transformer, draw) if args.step_cache else draw(transformer, "sampling")
 
 
 def draw_with_step_cache(args: argparse.Namespace, transformer: torch.nn.Module, draw: Draw) -> Tensor:
@@ -411,7 +432,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device, dtype: torch.d
     """Decode every --latent_path; all are read first, so that a bad one is told before anything is written."""
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latent(path)) for path in args.latent_path]
     warn_of_cpu(args.device, device)
-    with out_of_memory_says("decoding", decoding_memory_advice(args)):
+    with out_of_memory_says("decoding", decoding_memory_advice(args), device):
         decode = load_decoder(args, device, dtype)
         for stem, latents, metadata in stored:
             frames = decode(latents)
@@ -435,14 +456,14 @@ def main() -> None:
         args.seed = drawn_seed()
         logger.info("seed %d", args.seed)
     warn_of_cpu(args.device, device)
-    with out_of_memory_says("sampling", "use --fp8, --fp8_llm, a smaller --video_size or a shorter --video_length"):
+    with out_of_memory_says("encoding the prompt", "use --fp8_llm", device):
         latents = sample(args, device)
     free_memory(device)
     stem = unused_stem(Path(args.save_path), f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}", endings=("", ".mp4", LATENT_ENDING))
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":
-        with out_of_memory_says("decoding", decoding_memory_advice(args)):
+        with out_of_memory_says("decoding", decoding_memory_advice(args), device):
             frames = load_decoder(args, device, vae_dtype)(latents)
         write_frames(args, stem, frames, settings(args))
 

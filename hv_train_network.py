@@ -25,6 +25,7 @@ from dataset import load_dataset_config
 from dataset.batches import Batch, CachedGroup, CachedItem, ShapeBatchSampler, find_cached_items, hold_out, require_model_sizes
 from dataset.data_facts import data_facts
 from dataset.items import name_some
+from dataset.largest_batch import largest_batch
 from dataset.reading import EpochReader, HeldOut
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.activation_offload import make_offloader
@@ -34,17 +35,19 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
 from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
-from utils.accelerator import base_dtype, make_accelerator, save_dtype
+from utils.accelerator import PRECISIONS, base_dtype, make_accelerator, save_dtype
 from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import out_of_memory_says
 from utils.disk_space import check_room_to_save
+from utils.dry_step import dry_step, wants_dry_step
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 from utils.loss_log import LossLog
 from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
+from utils.memory_report import advice, names_the_batch, plan_training
 from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
 from utils.skipped_steps import TrainingBroken, count_skipped
@@ -75,8 +78,6 @@ from utils.training_step import Step, train_step
 
 logger = logging.getLogger("train")
 
-TRAINING_MEMORY_ADVICE = "use --fp8_base, --gradient_checkpointing, a smaller batch_size, fewer frames or a smaller resolution"
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of training."""
@@ -101,6 +102,9 @@ def train(training: Training) -> int:
     requests = TrainingRequests(Path(args.output_dir), training.accelerator)
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
+        if training.dry_batch is not None:
+            dry_step(training, training.dry_batch)
+            training.dry_batch = None
         if progress.step == 0:
             draw_samples(training, requests, progress.epoch)
         while progress.step < training.steps:
@@ -127,7 +131,8 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         compiling = CompileWatch()
-        step = train_step(training, group)
+        with names_the_batch(training.memory, group, "training on"):
+            step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
         compiling.tell(f"step {progress.step}")
@@ -355,6 +360,19 @@ def main() -> int:
             steps_per_epoch=steps_per_epoch(args, reader),
             start=0 if resumed is None else resumed.state.progress.step,
         )
+    largest = largest_batch(groups, planned.config)
+    memory = plan_training(
+        args,
+        planned.config,
+        largest.size,
+        device=accelerator.device,
+        dtype=base_dtype(args, accelerator),
+        autocast=None if accelerator.mixed_precision == "no" else PRECISIONS[accelerator.mixed_precision],
+        network=planned.size,
+        optimizer_bytes=state_bytes_per_value(optimizer),
+        prompts=prompts,
+        shown=accelerator.is_main_process,
+    )
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)
@@ -362,11 +380,13 @@ def main() -> int:
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
     logs = open_logs(args, accelerator.device, accelerator.is_main_process, resumed)
-    with logs, out_of_memory_says("training", TRAINING_MEMORY_ADVICE):
+    with logs, out_of_memory_says("training", lambda: advice(memory), accelerator.device):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = HeldOut(held_out)
         training.uploads = uploads
+        training.memory = memory
+        training.dry_batch = largest.load() if wants_dry_step(args.dry_step, accelerator.device) else None
         logger.info(
             "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
             len(reader),

@@ -23,7 +23,7 @@ from dataset.items import Item
 from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.files import is_temporary
-from utils.safetensors_io import read_header, read_tensors, save_tensors
+from utils.safetensors_io import read_header, read_tensor, read_tensors, save_tensors
 
 ARCHITECTURE = "hunyuan_video"
 FORMAT_VERSION = "1.0.0"
@@ -259,6 +259,21 @@ def read_text_widths(path: Path) -> tuple[int, int]:
     header = read_header(path, "text encoder output cache")
     _check_architecture(path, header.metadata)
     return _check_text_shapes(path, header.shapes)
+
+
+def read_text_length(path: Path) -> int:
+    """How many rows of the token states in a cache file count; reads its mask alone.
+
+    Raises:
+        UserError: unreadable, or without a mask.
+    """
+    mask = read_tensor(path, "llm_mask", "text encoder output cache")
+    if mask is None:
+        raise UserError(
+            f"{path} has no llm_mask, which tells the rows of the caption from padding. Delete it and run "
+            "cache_text_encoder_outputs.py again."
+        )
+    return int(mask.bool().sum())
 
 
 def read_text_metadata(path: Path) -> dict[str, str]:

@@ -20,7 +20,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return keeping_inputs(_rms_norm, x, self.weight)
+        if _nothing_to_gain(x, self.weight):
+            return _rms_norm(x, self.weight)
+        return _RMSNormKeepingInputs.apply(x, self.weight)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -40,10 +42,12 @@ def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     For elementwise work and norms, which cost next to nothing, but would keep float32 copies of what is kept narrow anyway.
     A compiler chooses by itself what to keep.
     """
-    nothing_to_gain = not torch.is_grad_enabled() or all(tensor.dtype == torch.float32 for tensor in tensors)
-    if nothing_to_gain or torch.compiler.is_compiling():
-        return function(*tensors)
-    return _KeepingInputs.apply(function, *tensors)
+    return function(*tensors) if _nothing_to_gain(*tensors) else _KeepingInputs.apply(function, *tensors)
+
+
+def _nothing_to_gain(*tensors: Tensor) -> bool:
+    wide = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return wide or not torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class _KeepingInputs(torch.autograd.Function):
@@ -61,6 +65,30 @@ class _KeepingInputs(torch.autograd.Function):
             output = ctx.function(*inputs)
         gradients = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
         return None, *(next(gradients) if need else None for need in needed)
+
+
+class _RMSNormKeepingInputs(torch.autograd.Function):
+    """Its backward pass by the formula, in place where it can be: autograd's own holds twice as many float32 copies at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _rms_norm(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide, dim = x.to(torch.float32, copy=True), x.shape[-1]
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(dim).add_(NORM_EPS).rsqrt_()
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight
+        scaled = gradient * weight.float()
+        along = torch.einsum("...d,...d->...", scaled, wide)[..., None]
+        of_x = scaled.mul_(inverse).sub_(wide.mul_(along * inverse.pow(3) / dim))
+        return of_x.to(x.dtype), of_weight
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:

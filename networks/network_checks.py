@@ -20,6 +20,7 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
+from utils.arguments import AUTO
 from utils.disk_space import NetworkSize
 from utils.errors import UserError, first_line
 from utils.files import require_file
@@ -52,7 +53,8 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
         UserError: a file, the network or its arguments cannot be used.
     """
     config = check_transformer_file(args.dit, "--dit")
-    check_blocks_to_swap(args.blocks_to_swap, config)
+    if args.blocks_to_swap != AUTO:
+        check_blocks_to_swap(args.blocks_to_swap, config)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}

@@ -290,6 +290,13 @@ def process_timeout(run: Run) -> timedelta | None:
     return handler and handler.timeout
 
 
+def begins_with_a_dry_step(run: Run, without: Run) -> None:
+    """The timesteps of the run begin with those of a batch more, all in the middle; the others are the same."""
+    told, plain = run.done.seen.timesteps, without.done.seen.timesteps
+    more = len(told) - len(plain)
+    assert more > 0 and told == [500.0] * more + plain
+
+
 def half_the_memory(run: Run, without: Run) -> None:
     assert 0 < run.done.seen.saved_bytes < without.done.seen.saved_bytes / 2
 

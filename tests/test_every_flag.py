@@ -17,6 +17,7 @@ from flag_effects import (
     alphas,
     asked_of_the_hub,
     becomes,
+    begins_with_a_dry_step,
     begins_with_the_file,
     blocks,
     both,
@@ -103,6 +104,7 @@ ROWS = (
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
+    Row("--dry_step always", both(same_lora, begins_with_a_dry_step)),
     # Speed
     Row("--compile", both(becomes(seen("compiled"), {"default"}), stays(lora, within=1e-4)), beside="--optimizer_type SGD"),
     Row(

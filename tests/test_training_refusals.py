@@ -47,7 +47,9 @@ def test_out_of_memory_names_the_flags(train, monkeypatch):
 
     monkeypatch.setattr(hv_train_network, "train_step", full)
     ended = train()
-    assert ended.status == 2 and "out of memory while training; use --fp8_base" in ended.stderr
+    assert ended.status == 2
+    assert "out of memory while training on 2 x 32x32 (" in ended.stderr or "training on 1 x " in ended.stderr
+    assert "; give --fp8_base --fp8_scaled next, which saves about" in ended.stderr
 
 
 def test_weights_of_another_rank_are_refused_before_loading(train, monkeypatch, tmp_path):

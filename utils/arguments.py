@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from hunyuan_model.block_swap import SwapSettings
 
+AUTO = "auto"
 MAX_SEED = 2**32 - 1
 VAE_TILE_SIZE = 256
 SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
@@ -63,6 +64,11 @@ def non_negative_int(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
+
+
+def count_or_auto(text: str) -> int | str:
+    """argparse type: a whole number of at least 0, or auto."""
+    return AUTO if text == AUTO else non_negative_int(text)
 
 
 def int_up_to(limit: int) -> Callable[[str], int]:
@@ -260,11 +266,11 @@ def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
     """What of the transformer lives in main memory; ``swap_settings`` reads it."""
     group.add_argument(
         "--blocks_to_swap",
-        type=non_negative_int,
+        type=count_or_auto,
         default=0,
         metavar="N",
-        help="hold N of the transformer's blocks less on the card: they come from main memory in turn; up to all but two "
-        "(default: 0)",
+        help="hold N of the transformer's blocks less on the card: they come from main memory in turn; up to all but two; "
+        "auto: as few as the free memory of the card allows (default: 0)",
     )
     group.add_argument(
         "--img_in_txt_in_offloading",
@@ -280,7 +286,7 @@ def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def swap_settings(args: argparse.Namespace, *, recomputed: bool) -> SwapSettings:
-    """As the flags of ``add_swap_arguments`` say.
+    """As the flags of ``add_swap_arguments`` say, once a number of blocks stands for auto.
 
     Args:
         recomputed: whether gradient checkpointing wraps the blocks.

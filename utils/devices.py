@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -93,10 +93,38 @@ def warn_of_cpu(asked: str | None, device: torch.device) -> None:
         logger.warning("torch finds no CUDA device here; computing on the CPU, which the real model makes very slow.")
 
 
+# What torch, the allocator of the CPU and CUDA's libraries say where they raise no error type of their own.
+OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
 @contextmanager
-def out_of_memory_says(doing: str, advice: str) -> Iterator[None]:
-    """Turn running out of device memory into a UserError that says what was being done and what to change."""
+def out_of_memory_says(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
+    """Turn running out of memory into a UserError that says what was being done, what is free, and what to change.
+
+    Args:
+        advice: or what makes it, when it is wanted.
+        device: whose memory is spoken of; the current card if None.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory while {doing}; {advice}.") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = advice if isinstance(advice, str) else advice()
+        raise UserError(f"out of memory while {doing}{_memory_of_card(device)}; {what}.") from error
+
+
+def _memory_of_card(device: torch.device | None) -> str:
+    """What is free on a card and what this process used of it, for a sentence; nothing on the CPU."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the card, and this process used up to {peak / 1e9:.1f} GB)"

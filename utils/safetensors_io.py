@@ -79,6 +79,12 @@ def read_tensors(path: str | os.PathLike[str], what: str = "safetensors file") -
         return SafetensorsFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))
 
 
+def read_tensor(path: str | os.PathLike[str], name: str, what: str = "safetensors file") -> torch.Tensor | None:
+    """The tensor called ``name``, on the CPU, or None where there is none; reads no other. Errors as in ``read_header``."""
+    with _open(require_file(path, what)) as file:
+        return file.get_tensor(name) if name in file.keys() else None
+
+
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Save tensors under ``path``, which appears only when whole. Metadata values must be strings.
 

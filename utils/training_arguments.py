@@ -32,6 +32,7 @@ from utils.loss_log import check_loss_log
 from utils.speed_arguments import add_compile_arguments, add_kernel_arguments, compile_settings
 from utils.training_files import SaveRules, final_name, state_name, step_name
 
+DRY_STEP_CHOICES = ("auto", "always", "never")
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
 ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
 
@@ -90,6 +91,13 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         "(default: off)",
     )
     add_swap_arguments(group)
+    group.add_argument(
+        "--dry_step",
+        choices=DRY_STEP_CHOICES,
+        default="auto",
+        help="before training, compute the largest batch once, and forget it: out of memory shows in the first minute; auto: on a "
+        "card only (default: auto)",
+    )
 
 
 def _add_speed(group: argparse._ArgumentGroup) -> None:

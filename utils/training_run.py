@@ -19,6 +19,7 @@ from utils.arguments import public_flags
 from utils.errors import UserError
 from utils.flow_matching import FlowMatching
 from utils.hub import HubUploads
+from utils.memory_plan import MemoryPlan
 from utils.optimizers import describe_optimizer
 from utils.skipped_steps import TrainingBroken
 from utils.training_files import SaveRules, remove_outdated, save_network, state_name
@@ -64,6 +65,8 @@ class Training:
     metadata: dict[str, str] = field(default_factory=dict)
     uploads: HubUploads | None = None
     held_out: Collection[Mapping[str, Any]] = ()  # batches of one item
+    memory: MemoryPlan | None = None
+    dry_batch: Mapping[str, Any] | None = None  # what is tried before the first step
 
     @property
     def restorable(self) -> Restorable:

@@ -1,0 +1,83 @@
+"""Which flags a card of a given size needs for training, by arithmetic: Markdown tables. Nothing is loaded or run.
+
+For the published model and a LoRA of rank 32 with AdamW, in bfloat16, one picture or clip of 960x544 per batch with the longest
+caption. A card of N GB is taken as N * 2^30 bytes, of which the driver and other programs hold 0.8 * 10^9. Of the flags that
+would do, the tables name those that training itself would name, in its order.
+
+    python benchmarks/card_table.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hunyuan_model.architecture import TransformerConfig  # noqa: E402
+from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
+from networks.lora import create_network  # noqa: E402
+from utils.disk_space import NetworkSize  # noqa: E402
+from utils.memory_plan import MemoryPlan, MemorySettings  # noqa: E402
+from utils.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
+from utils.training_arguments import build_training_parser  # noqa: E402
+
+CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as they are sold
+HELD = 800_000_000
+ADAM_BYTES = 8.0
+SIZES = {"pictures of 960x544": (544, 960, 1), "clips of 960x544 and 33 frames": (544, 960, 33)}
+
+
+def training_plan(size: tuple[int, int, int], rank: int = 32, mixed_precision: bool = True) -> MemoryPlan:
+    """Training without any flag that saves memory, on a card, for batches of one; ``size`` is (height, width, frames)."""
+    config = TransformerConfig()
+    with torch.device("meta"):
+        network = create_network(1.0, rank, 1.0, None, None, HYVideoDiffusionTransformer(config))
+    card, dtype = torch.device("cuda"), torch.bfloat16
+    settings = MemorySettings.of_training(
+        build_training_parser().parse_args([]), card, dtype, dtype if mixed_precision else None, blocks=0
+    )
+    values = NetworkSize.of_shapes(tuple(parameter.shape) for parameter in network.parameters())
+    return MemoryPlan(config, card, settings, sample_size(*size), values, ADAM_BYTES)
+
+
+def card_table(plan: MemoryPlan, cards: tuple[int, ...] = CARDS) -> str:
+    """A Markdown table: a row for each size of a card."""
+    exact = replace(plan, settings=replace(plan.settings, offers=plan.settings.offers - {"fp8_base"}))
+    lines = [
+        "| card | flags | takes | main memory | without float8 | takes | main memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {card} GB | {_cells(plan, card)} | {_cells(exact, card)} |" for card in cards]
+    return "\n".join(lines)
+
+
+def _cells(plan: MemoryPlan, card: int) -> str:
+    free = card * 2**30 - HELD
+    fitting = plan.until_it_fits(free)
+    if not fitting.enough:
+        return "too small | |"
+    need = fitting.plan.need()
+    flags = f"`{' '.join(fitting.flags)}`" if fitting.flags else "none needed"
+    return f"{flags} | {need.on_device / 1e9:.1f} GB | {need.on_host / 1e9:.1f} GB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=32, help="of the LoRA (32)")
+    args = parser.parse_args()
+    logging.disable()
+    for name, size in SIZES.items():
+        plan = training_plan(size, args.rank)
+        print(f"\n{name[0].upper()}{name[1:]}, {plan.batch.tokens(plan.config)} tokens:\n\n{card_table(plan)}")
+    print(f"\nrank {args.rank}, captions of {MAX_TEXT_TOKENS} tokens, --mixed_precision bf16, AdamW in float32")
+
+
+if __name__ == "__main__":
+    main()

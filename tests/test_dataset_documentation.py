@@ -16,7 +16,7 @@ TEXT = (Path(__file__).parent.parent / "dataset" / "dataset_config.md").read_tex
 EXAMPLES = re.findall(r"^```toml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("example", "datasets"), list(zip(EXAMPLES, [1, 4], strict=True)))
+@pytest.mark.parametrize(("example", "datasets"), list(zip(EXAMPLES, [1, 1, 4], strict=True)))
 def test_the_files_shown_are_accepted(tmp_path, caplog, example, datasets):
     (tmp_path / "data.toml").write_text(example, encoding="utf-8")
     assert len(load_dataset_config(tmp_path / "data.toml", require_media=False).datasets) == datasets

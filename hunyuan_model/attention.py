@@ -21,6 +21,9 @@ from utils.errors import UserError
 # Modes whose backward pass exists.
 TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})
 
+CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}
+"""The least compute capability of an NVIDIA card for which a package has kernels, where older cards are in use."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -94,9 +97,19 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
 
 
 def check_attention_device(mode: str, device: torch.device) -> None:
-    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA."""
-    if mode not in ("torch", "sdpa") and device.type != "cuda":
+    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer card."""
+    if mode in ("torch", "sdpa"):
+        return
+    if device.type != "cuda":
         raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch.")
+    if mode not in CAPABILITIES or torch.version.hip is not None:
+        return
+    found, needed = torch.cuda.get_device_capability(device), CAPABILITIES[mode]
+    if found < needed:
+        raise UserError(
+            f"attention mode {mode} needs an NVIDIA card of compute capability {needed[0]}.{needed[1]} or later (Ampere), but "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; use torch."
+        )
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

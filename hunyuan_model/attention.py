@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.devices import to_device
 from utils.errors import UserError
 
 # Modes whose backward pass exists.
@@ -137,10 +138,10 @@ def _require_half(q: Tensor, mode: str) -> None:
 
 @lru_cache(maxsize=16)
 def _row_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each packed sample starts, and the end: (B + 1,) int32. Cached, as making it waits for the device."""
+    """Where each packed sample starts, and the end: (B + 1,) int32. Cached: every block of a forward pass asks for it."""
     with torch.inference_mode(False):
         offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return offsets.to(device)
+        return to_device(offsets, device)
 
 
 def _torch_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hunyuan_model import attention
 from hunyuan_model.attention import ATTENTION_MODES, TRAINABLE_MODES, check_attention_device, make_attention
 from utils.errors import UserError
 
@@ -113,6 +114,14 @@ def test_number_of_kernel_calls(packages, mode, lengths, split, number):
     assert len(packages) == number
     if mode != "xformers":
         assert set(packages) == {"packed" if lengths == [7, 8, 7] else "dense"}
+
+
+def test_where_samples_begin_goes_to_the_device_once_and_nobody_waits(monkeypatch, packages):
+    sent = []
+    monkeypatch.setattr(attention, "to_device", lambda tensor, device: sent.append(device) or tensor)
+    for _ in range(3):
+        make_attention("flash")(*qkv(dtype=torch.bfloat16), [6, 8, 7])
+    assert sent == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(("lengths", "number"), [(None, 1), ([7, 7, 7], 1), ([7, 8, 7], 3)])

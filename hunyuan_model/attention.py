@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.devices import to_device
 from utils.errors import UserError
 
 # Modes whose backward pass exists.
 TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})
+
+CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}
+"""The least compute capability of an NVIDIA card for which a package has kernels, where older cards are in use."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,19 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
 
 
 def check_attention_device(mode: str, device: torch.device) -> None:
-    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA."""
-    if mode not in ("torch", "sdpa") and device.type != "cuda":
+    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer card."""
+    if mode in ("torch", "sdpa"):
+        return
+    if device.type != "cuda":
         raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch.")
+    if mode not in CAPABILITIES or torch.version.hip is not None:
+        return
+    found, needed = torch.cuda.get_device_capability(device), CAPABILITIES[mode]
+    if found < needed:
+        raise UserError(
+            f"attention mode {mode} needs an NVIDIA card of compute capability {needed[0]}.{needed[1]} or later (Ampere), but "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; use torch."
+        )
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -124,10 +138,10 @@ def _require_half(q: Tensor, mode: str) -> None:
 
 @lru_cache(maxsize=16)
 def _row_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each packed sample starts, and the end: (B + 1,) int32. Cached, as making it waits for the device."""
+    """Where each packed sample starts, and the end: (B + 1,) int32. Cached: every block of a forward pass asks for it."""
     with torch.inference_mode(False):
         offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return offsets.to(device)
+        return to_device(offsets, device)
 
 
 def _torch_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

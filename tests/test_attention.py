@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hunyuan_model.attention import ATTENTION_MODES, TRAINABLE_MODES, make_attention
+from hunyuan_model import attention
+from hunyuan_model.attention import ATTENTION_MODES, TRAINABLE_MODES, check_attention_device, make_attention
 from utils.errors import UserError
 
 PACKAGES = {"flash": "flash_attn", "xformers": "xformers", "sageattn": "sageattention"}
@@ -115,6 +116,14 @@ def test_number_of_kernel_calls(packages, mode, lengths, split, number):
         assert set(packages) == {"packed" if lengths == [7, 8, 7] else "dense"}
 
 
+def test_where_samples_begin_goes_to_the_device_once_and_nobody_waits(monkeypatch, packages):
+    sent = []
+    monkeypatch.setattr(attention, "to_device", lambda tensor, device: sent.append(device) or tensor)
+    for _ in range(3):
+        make_attention("flash")(*qkv(dtype=torch.bfloat16), [6, 8, 7])
+    assert sent == [torch.device("cpu")]
+
+
 @pytest.mark.parametrize(("lengths", "number"), [(None, 1), ([7, 7, 7], 1), ([7, 8, 7], 3)])
 def test_torch_is_never_given_a_mask(monkeypatch, lengths, number):
     calls = []
@@ -187,3 +196,24 @@ def test_packages_are_imported_only_when_chosen(monkeypatch):
     assert not imported
     make_attention("sageattn")
     assert imported == ["sageattention"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "capability", "refused"),
+    [
+        ("flash", (7, 5), True),
+        ("sageattn", (7, 0), True),
+        ("flash", (8, 0), False),
+        ("xformers", (7, 5), False),
+        ("torch", (6, 1), False),
+    ],
+)
+def test_a_card_that_is_too_old_for_a_package_is_refused(monkeypatch, mode, capability, refused):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "an old card")
+    if not refused:
+        check_attention_device(mode, torch.device("cuda"))
+        return
+    with pytest.raises(UserError, match=f"{mode} needs .* 8.0 or later .* an old card has {capability[0]}.{capability[1]}"):
+        check_attention_device(mode, torch.device("cuda"))

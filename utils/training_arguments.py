@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.attention import TRAINABLE_MODES, make_attention
+from hunyuan_model.attention import TRAINABLE_MODES, check_attention_device, make_attention
 from utils.arguments import (
     add_fp8_arguments,
     add_swap_arguments,
@@ -410,8 +410,10 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("dataset_config", "dit", "output_dir", "output_name") if getattr(args, name) is None]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
+    device = pick_device(None)
     make_attention(attention_mode(args))
-    check_fp8_arguments(args, "fp8_base", pick_device(None))
+    check_attention_device(attention_mode(args), device)
+    check_fp8_arguments(args, "fp8_base", device)
     if args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing:
         raise UserError(
             "--gradient_checkpointing_cpu_offload says where --gradient_checkpointing keeps the inputs of blocks; "

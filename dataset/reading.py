@@ -33,6 +33,11 @@ def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserErro
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
+def _how_learnt(item: CachedItem) -> tuple[str, ...]:
+    """Nothing for most items, whose fingerprint stays that of older states."""
+    return ("prior_preservation",) if item.prior_preservation else ()
+
+
 def _ignore_interrupts(_worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; only the training itself answers it, and stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,8 +87,9 @@ class EpochReader:
         return len(self.sampler)
 
     def fingerprint(self) -> str:
-        """Of everything that the order of the batches depends on, besides the seed: the items, their repeats and batch sizes."""
-        content = repr((self.sampler.pools, [(item.latents_path.name, item.shape) for item in self._data.items]))
+        """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what is learnt of them."""
+        items = [(item.latents_path.name, item.shape, *_how_learnt(item)) for item in self._data.items]
+        content = repr((self.sampler.pools, items))
         return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:

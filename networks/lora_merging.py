@@ -96,11 +96,13 @@ def merge_lora_into_file(
     Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
 
     Raises:
-        UserError: ``output`` is the transformer itself or no .safetensors path, or as in ``merge_patch``.
+        UserError: ``output`` is a file that is read, also one in the folder ``dit``, or no .safetensors path, or as in
+            ``merge_patch``.
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"a merged model is saved as a .safetensors file, but {output} was asked for.")
-    for source in (dit, *(lora.source for lora in loras)):
+    stored = Path(dit).iterdir() if os.path.isdir(dit) else [dit]
+    for source in (*stored, *(lora.source for lora in loras)):
         if os.path.realpath(output) == os.path.realpath(source):
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
     require_possible_file(output, "the merged model,")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,15 @@ def test_merge_into_file_refuses_to_overwrite_its_input(tmp_path):
     with pytest.raises(UserError, match=r"\.safetensors"):
         merge_lora_into_file(DIT, loras, tmp_path / "merged.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_merge_into_file_refuses_to_overwrite_a_file_of_the_folder_it_reads(tmp_path):
+    stored = tmp_path / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(DIT, stored)
+    before = stored.read_bytes()
+    with pytest.raises(UserError, match=r"overwrite .*diffusion_pytorch_model"):
+        merge_lora_into_file(tmp_path, read_lora_files([LORA]), stored)
+    assert stored.read_bytes() == before
 
 
 def test_multipliers_fill_up_with_one(tmp_path):

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 import hunyuan_model
 import hv_train_network
 from dataset import load_dataset_config
-from dataset.batches import CachedDataset, collate, find_cached_items, hold_out
+from dataset.batches import CachedDataset, ShapeBatchSampler, collate, find_cached_items, hold_out
+from dataset.reading import EpochReader
 from networks import lora
 from networks.network_module import create_network, network_off, require_switch
 from utils.errors import UserError
@@ -153,3 +154,12 @@ def test_it_is_a_switch_of_single_data_sets(cached):
 def test_a_network_without_a_switch_is_refused():
     with pytest.raises(UserError, match="set_multiplier"):
         require_switch(torch.nn.Linear(2, 2), "foreign_network")
+
+
+def test_a_state_tells_what_was_preserved(cached):
+    """Or a training would go on from it without a word, learning what it preserved before."""
+    fingerprints = []
+    for numbers in ((), (0,), (1,)):
+        groups = groups_of(preserving(cached, *numbers))
+        fingerprints.append(EpochReader(groups, ShapeBatchSampler(groups, 1), 0, False).fingerprint())
+    assert len(set(fingerprints)) == 3

@@ -287,6 +287,8 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
         transformer = load_base_model(args, patch, device, dtype)
         del loras, patch  # merged: nobody needs their files any more
         latents = integrate(args, transformer, text, device, dtype)
+        if args.compile:
+            torch._dynamo.reset()  # it holds on to what it compiled, whose memory decoding needs
     if not torch.isfinite(latents).all():
         raise UserError(
             "the transformer produced NaN or infinity; nothing was written. "

@@ -103,7 +103,9 @@ def train(training: Training) -> int:
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
         if training.dry_batch is not None:
+            compiling = CompileWatch()
             dry_step(training, training.dry_batch)
+            compiling.tell("the dry step")
             training.dry_batch = None
         if progress.step == 0:
             draw_samples(training, requests, progress.epoch)

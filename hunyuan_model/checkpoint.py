@@ -82,9 +82,15 @@ class _SafetensorsFile:
     def __init__(self, path: Path, what: str) -> None:
         try:
             file = safe_open(str(path), framework="numpy")  # looks whether all is well; for torch it would map to write
-            self._mapped, self._offsets = MappedFile(path), safetensors_offsets(path)
+            self._offsets = safetensors_offsets(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{what} {path} is cut short or damaged ({error}). Copy or download it again.") from error
+        try:
+            self._mapped = MappedFile(path)
+        except OSError as error:
+            raise UserError(
+                f"{what} {path} cannot be mapped into memory ({error.strerror or error}). Copy it to a disk of this machine."
+            ) from error
         names = sorted(self._offsets, key=self._offsets.__getitem__)
         slices = {name: file.get_slice(name) for name in names}
         self.shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}

@@ -20,6 +20,7 @@ from torch import nn
 
 import hunyuan_model
 from hunyuan_model import compilation
+from hunyuan_model.activation_offload import make_offloader
 from hunyuan_model.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.compilation import (
     CompiledForward,
@@ -32,6 +33,7 @@ from hunyuan_model.compilation import (
 from hunyuan_model.fp8 import FP8_DTYPE, cast, enable_fp8_linears, is_fp8_target
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from networks.network_module import network_off
 from utils.errors import UserError
 
 # A LoRA for a part of the layers, as tracing it takes most of the time: two in each kind of block.
@@ -142,6 +144,35 @@ def test_outputs_and_gradients_are_those_of_eager_blocks(swapped: int, checkpoin
         assert compiled_graphs() == graphs + made, "it is not seen by the compiler"
 
 
+def test_offloaded_activations_and_a_network_that_is_off_go_together_with_it() -> None:
+    def live(settings: CompileSettings | None, swap: int, offload: bool) -> list[torch.Tensor]:
+        transformer = make(1, 2)
+        enable_block_swap(transformer, SwapSettings(swap, recomputed=True), CPU)
+        if settings is not None:
+            enable_compile(transformer, settings)
+        enable_gradient_checkpointing(transformer, make_offloader(3, CPU, pinned=False) if offload else None)
+        network = add_lora(transformer, exclude_patterns="['.*']", include_patterns="['.*(img_attn_qkv|linear1)']")
+        found = []
+        for seed, size in ((0, (1, 4, 6)), (1, (2, 2, 4))):
+            inputs = make_inputs(seed, (5 - seed,), size)
+            with torch.no_grad(), network_off(network):  # as prior preservation asks for its target
+                found.append(transformer(*inputs))
+            found.append(transformer(*inputs))
+            (found[-1] - found[-2]).square().mean().backward()
+            found += [parameter.grad for parameter in network.parameters()]
+            network.zero_grad(set_to_none=True)
+        assert not torch.equal(found[0], found[1])
+        return found
+
+    expected = live(None, 0, offload=False)
+    graphs = compiled_graphs()
+    found = live(TRACED, 1, offload=True)
+    assert_close(found, expected)
+    made = compiled_graphs() - graphs
+    assert same(live(TRACED, 0, offload=False), found)
+    assert compiled_graphs() == graphs + made == 4, "two for training, and two for what the network is switched off for"
+
+
 def test_module_dropout_needs_no_branch_in_a_graph() -> None:
     """About half of the layers lack their update, others each time, and checkpointing computes the same again."""
     transformer = make()
@@ -245,6 +276,13 @@ def test_the_time_of_steps_that_compile_is_told(train, monkeypatch, caplog) -> N
     lines = [message for message in caplog.messages if "compiles: " in message]
     assert lines and lines[0].startswith("step 1 compiles: ") and float(lines[0].split()[3]) > 0
     assert len(lines) < 4  # batches of the same kind find their graphs
+
+
+def test_the_time_that_the_dry_step_compiles_is_told(train, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(CompileWatch, "tell", lambda watch, what: told.append(what))
+    assert train("--max_train_steps", 1, "--dry_step", "always").status == 0
+    assert told == ["the dry step", "step 1"]
 
 
 def noting(tell: Callable[..., None], names: list[str]) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from test_block_swap import CPU, GOLDENS, MOST, a_life, add_lora, blocks_of, mak
 from hunyuan_model import loading, shared_memory
 from hunyuan_model.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.host_weights import page_lock
 from hunyuan_model.loading import load_transformer
 from hunyuan_model.shared_memory import Address, SharedMemory
 from utils import shared_weights
@@ -159,6 +160,18 @@ def test_loading_settles_each_block_as_soon_as_it_is_there(monkeypatch: pytest.M
     assert len(pieces) == len(blocks_of(swapped))  # all take turns
 
 
+@linux
+@pytest.mark.gpu
+def test_a_card_reads_memory_that_is_page_locked_by_all_who_share_it():
+    device = torch.device("cuda")
+    first = SharedMemory.create()
+    owners = [first, SharedMemory.open(first.address)]
+    pieces = [owner.take(1 << 20) for owner in owners]
+    pieces[0].random_()
+    assert all(page_lock(piece, device, owner) for piece, owner in zip(pieces, owners, strict=True))
+    assert all(piece.is_pinned() and torch.equal(piece.to(device, non_blocking=True).cpu(), pieces[0]) for piece in pieces)
+
+
 class Processes:
     """Stands in for accelerate in one of two processes: what the others say is put beside what this one says."""
 
@@ -234,3 +247,13 @@ def test_one_process_alone_shares_nothing(monkeypatch):
     processes.num_processes = 1
     with shared_weights.shared_host_memory(processes, "layout") as found:
         assert found is None
+
+
+def test_auto_goes_by_the_fullest_card_of_all_processes(train, monkeypatch, caplog):
+    monkeypatch.setattr("hv_train_network.gather_object", lambda said: [*said, 2])  # what another process chose
+    with caplog.at_level(logging.INFO):
+        ended = train("--blocks_to_swap", "auto", "--max_train_steps", 1)
+    assert ended.status == 0
+    messages = [record.message for record in caplog.records]
+    assert "--blocks_to_swap auto: 2, for the card with the least free memory" in messages
+    assert any(message.startswith("4 of 6 blocks come to the device in turn") for message in messages)

@@ -11,12 +11,13 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.activation_offload import make_offloader
 from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.shared_memory import SharedMemory
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
@@ -50,6 +52,7 @@ from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
 from utils.memory_report import advice, names_the_batch, plan_training
 from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
 from utils.optional_methods import call_if_there
+from utils.shared_weights import shared_host_memory
 from utils.skipped_steps import TrainingBroken, count_skipped
 from utils.speed_arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
 from utils.timestep_preview import show_timesteps
@@ -214,8 +217,14 @@ def stop(training: Training, request: Request) -> int:
     return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(request, 0)
 
 
-def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The frozen transformer, with --base_weights merged while it loads."""
+def load_base_model(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, shared: SharedMemory | None = None
+) -> nn.Module:
+    """The frozen transformer, with --base_weights merged while it loads.
+
+    Args:
+        shared: for weights that are swapped.
+    """
     bases = read_lora_files(args.base_weights, args.base_weights_multiplier)
     transformer = hunyuan_model.load_transformer(
         args.dit,
@@ -226,7 +235,7 @@ def load_base_model(args: argparse.Namespace, device: torch.device, dtype: torch
         fp8=args.fp8_base,
         fp8_scaled=args.fp8_scaled,
         fp8_fast=args.fp8_fast,
-        swap=swap_settings(args, recomputed=args.gradient_checkpointing),
+        swap=swap_settings(args, recomputed=args.gradient_checkpointing, shared=shared),
         patch=merge_patch(bases, args.dit) if bases else None,
     )
     if (settings := compile_settings(args)) is not None:
@@ -253,7 +262,10 @@ def prepare(
     module = import_network_module(args.network_module)
     network_args = parse_key_values(args.network_args, "--network_args")
     dtype = base_dtype(args, accelerator)
-    transformer = load_base_model(args, accelerator.device, dtype)
+    swaps = args.blocks_to_swap or args.img_in_txt_in_offloading
+    layout = f"{dtype} {args.blocks_to_swap}"
+    with shared_host_memory(accelerator, layout) if swaps else nullcontext() as shared:
+        transformer = load_base_model(args, accelerator.device, dtype, shared)
     network = create_network(
         module,
         transformer,
@@ -375,6 +387,9 @@ def main() -> int:
         prompts=prompts,
         shown=accelerator.is_main_process,
     )
+    if (most := max(gather_object([args.blocks_to_swap]))) > args.blocks_to_swap:  # auto goes by the card of each process
+        logger.info("--blocks_to_swap auto: %d, for the card with the least free memory", most)
+        args.blocks_to_swap, memory = most, memory.with_blocks(most)
     uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)

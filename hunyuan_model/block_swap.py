@@ -15,9 +15,10 @@ import functools
 import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.host_weights import HostWeights
+from hunyuan_model.shared_memory import SharedMemory
 from hunyuan_model.transfers import Transfers, make_transfers
 from utils.errors import UserError
 
@@ -48,12 +50,14 @@ class SwapSettings:
         pinned: whether the host memory is to be page-locked where the system allows; matters for CUDA only.
         recomputed: gradient checkpointing wraps every block on top of this, so that none is kept for a backward pass. Leave
             it False without checkpointing: the backward pass then fetches the weights that autograd asks for.
+        shared: where they are, for all processes of this machine; None for memory of this process alone.
     """
 
     blocks: int = 0
     embedders: bool = False
     pinned: bool = True
     recomputed: bool = False
+    shared: SharedMemory | None = field(default=None, repr=False)
 
 
 def max_blocks_to_swap(config: TransformerConfig) -> int:
@@ -146,7 +150,47 @@ def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str]
     return answer
 
 
-def enable_block_swap(transformer: nn.Module, settings: SwapSettings, device: torch.device) -> None:
+class PartsOnHost:
+    """The blocks and embedders of a transformer that live in host memory, each settled there as soon as it is loaded.
+
+    Until then its weights are where they were loaded to. So of a part under way alone there are two copies, and where
+    processes share the memory, each needs but little beside it.
+
+    Attributes:
+        weights: of the parts that are settled, by the names of the modules.
+    """
+
+    def __init__(self, transformer: nn.Module, settings: SwapSettings, device: torch.device) -> None:
+        self.weights: dict[str, HostWeights] = {}
+        self.wants = on_host(settings, transformer.config)
+        self._missing = Counter(_part_of(name) for name in transformer.state_dict() if self.wants(name))
+        self._transformer = transformer
+        self._allocate = settings.shared.take if settings.shared else None
+        self._device = device
+
+    def loaded(self, name: str) -> None:
+        """Take down that the weight ``name`` is there, and settle its part if that was the last one."""
+        if self.wants(name):
+            part = _part_of(name)
+            self._missing[part] -= 1
+            if not self._missing[part]:
+                self.settle(part)
+
+    def settle(self, part: str) -> HostWeights:
+        """The weights of the module ``part``, in host memory from now on."""
+        if part not in self.weights:
+            self.weights[part] = HostWeights(self._transformer.get_submodule(part), self._device, self._allocate)
+        return self.weights[part]
+
+
+def _part_of(name: str) -> str:
+    match = _BLOCK_NAME.match(name)
+    return match[0].rstrip(".") if match else name.partition(".")[0]
+
+
+def enable_block_swap(
+    transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: PartsOnHost | None = None
+) -> None:
     """Have blocks and embedders of ``transformer`` live in host memory and compute on ``device``, from outside.
 
     Classes, names and parameter objects stay; the values of the parameters are elsewhere. Parameters that are trainable now,
@@ -157,6 +201,7 @@ def enable_block_swap(transformer: nn.Module, settings: SwapSettings, device: to
 
     Args:
         transformer: its weights may be on any device: blocks that are in host memory never fill the device.
+        parts: those of ``transformer`` that are settled already, with these settings.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
@@ -164,9 +209,12 @@ def enable_block_swap(transformer: nn.Module, settings: SwapSettings, device: to
     check_blocks_to_swap(settings.blocks, transformer.config)
     blocks = [*transformer.double_blocks, *transformer.single_blocks]
     streamed = streamed_blocks(block_sizes(transformer.config), settings.blocks)
-    weights = {index: HostWeights(blocks[index], device) for index in streamed}
+    parts = parts or PartsOnHost(transformer, settings, device)
+    names = [f"double_blocks.{index}" for index in range(transformer.config.double_depth)]
+    names += [f"single_blocks.{index}" for index in range(transformer.config.single_depth)]
+    weights = {index: parts.settle(names[index]) for index in streamed}
     embedders = [getattr(transformer, name) for name in EMBEDDERS] if settings.embedders else []
-    visitors = [HostWeights(embedder, device) for embedder in embedders]
+    visitors = [parts.settle(name) for name in EMBEDDERS if settings.embedders]
 
     every = [*weights.values(), *visitors]
     pinned = device.type == "cuda" and settings.pinned and all(one.pin(device) for one in every)

@@ -314,6 +314,7 @@ def load_weights(
     quantise: Quantiser = quantise_plainly,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     on_host: Callable[[str], bool] = lambda name: False,
+    loaded: Callable[[str], None] = lambda name: None,
     progress: str | None = None,
 ) -> None:
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
@@ -332,6 +333,7 @@ def load_weights(
             to it, or the same one where it changes nothing.
         on_host: the parameters that end in host memory; ``device`` sees one of them at a time, and only those that are
             patched or cast, which gives the same bits wherever they end.
+        loaded: is told each name once its parameter is there.
         progress: text of the progress bar, which only large checkpoints show.
 
     Raises:
@@ -354,6 +356,7 @@ def load_weights(
             place = torch.device("cpu") if swapped and as_stored else device
             for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantise, patch):
                 _assign(module, part, host_copy(tensor) if swapped else tensor)
+            loaded(name)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 

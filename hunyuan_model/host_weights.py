@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ class HostWeights:
     The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. What else
     the module has, trainable parameters and buffers, is moved to the device and stays there.
 
+    Args:
+        allocate: gives a size the memory; by default that of this process alone.
+
     Attributes:
         memory: uint8, in host memory.
         parameters: those whose values it holds.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, allocate: Callable[[int], Tensor] | None = None) -> None:
         self.parameters = tuple(parameter for parameter in module.parameters() if not parameter.requires_grad)
         self._places: list[tuple[int, int]] = []
         end = 0
@@ -34,7 +37,7 @@ class HostWeights:
             start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + parameter.nbytes
             self._places.append((start, end))
-        self.memory = host_memory(end)
+        self.memory = (allocate or host_memory)(end)
         self._home = self.views(self.memory)
         for parameter, home in zip(self.parameters, self._home):
             home.copy_(parameter.detach())

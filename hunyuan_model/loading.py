@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_model.architecture import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.attention import make_attention
-from hunyuan_model.block_swap import SwapSettings, enable_block_swap, on_host
+from hunyuan_model.block_swap import PartsOnHost, SwapSettings, enable_block_swap
 from hunyuan_model.checkpoint import Checkpoint, load_weights
 from hunyuan_model.fp8 import (
     FP8_DTYPE,
@@ -106,6 +106,7 @@ def transformer_from(
     attention = make_attention(attn_mode, split=split_attn)
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, attention)
+    parts = PartsOnHost(model, swap, device)
     load_weights(
         model,
         checkpoint,
@@ -113,13 +114,14 @@ def transformer_from(
         dtype_of=lambda name: FP8_DTYPE if fp8 and is_fp8_target(name) else dtype,
         quantise=_quantiser(checkpoint, fp8_scaled, fp8_fast),
         patch=patch,
-        on_host=on_host(swap, config),
+        on_host=parts.wants,
+        loaded=parts.loaded,
         progress="loading the transformer",
     )
     if fp8:
         count = enable_fp8_linears(model, dtype, find_products(device) if fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
-    enable_block_swap(model, swap, device)
+    enable_block_swap(model, swap, device, parts)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Training in two processes on the CPU: it goes on exactly where it stopped, and a failure of one process ends both."""
+"""Training in two processes on the CPU: it goes on exactly where it stopped, shares swapped weights, and fails in both at once."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def save_tensors(*_, **__):
 
 
 training_state.save_tensors = save_tensors
+run_script(hv_train_network.main)
+"""
+
+NOT_LOADED = """
+import os, sys
+
+sys.path.insert(0, {root!r})
+
+import hv_train_network
+from hunyuan_model import checkpoint
+from utils.errors import run_script
+
+
+def host_copy(tensor):
+    open({marker!r}, "w").close()
+    raise OSError(5, "Input/output error")
+
+
+if os.environ["RANK"] == {rank!r}:
+    checkpoint.host_copy = host_copy
 run_script(hv_train_network.main)
 """
 
@@ -90,3 +110,25 @@ def test_a_full_disk_in_one_process_ends_both_soon(launch, tmp_path: Path) -> No
     print(f"both processes ended {seconds:.1f} seconds after the failure of one")
     assert "error: cannot write" in ended.stderr and "No space left on device" in ended.stderr
     assert not list((tmp_path / "out").glob("*-state")) and not unfinished(tmp_path / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
+def test_two_processes_share_swapped_weights_and_train_the_very_same_lora(launch, tmp_path: Path) -> None:
+    runs = {"plain": (), "swapped": ("--blocks_to_swap", 3, "--img_in_txt_in_offloading")}
+    ended = {name: launch("--output_name", name, *flags) for name, flags in runs.items()}
+    for run in ended.values():
+        assert run.returncode == 0, run.stderr
+    assert "shared by" not in ended["plain"].stderr
+    assert ended["swapped"].stderr.count("shared by 2 processes") == 1 and "of their own" not in ended["swapped"].stderr
+    first, second = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in runs)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_fails_while_it_loads_ends_both_soon(launch, tmp_path: Path, rank: str) -> None:
+    script, marker = tmp_path / "not_loaded.py", tmp_path / "marker"
+    script.write_text(NOT_LOADED.format(root=str(ROOT), marker=str(marker), rank=rank), encoding="utf-8")
+    ended = launch("--output_name", "lora", "--blocks_to_swap", 3, script=script)
+    seconds = time.time() - marker.stat().st_mtime
+    assert ended.returncode == 1 and seconds < 60, f"ended {seconds:.0f} seconds after the failure: {ended.stderr}"
+    assert "Input/output error" in ended.stderr and "shared by" not in ended.stderr

@@ -124,7 +124,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.delenv("WANDB_API_KEY")
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
-        spy(patch, loading, "enable_block_swap", lambda _transformer, settings, _device: seen.pinned.add(settings.pinned))
+        spy(patch, loading, "enable_block_swap", lambda _transformer, settings, *_: seen.pinned.add(settings.pinned))
         spy(patch, HostPool, "take", offload)
         patch.setattr(compilation, "BACKEND", "eager")  # which needs no compiler
         spy(patch, compilation.CompileSettings, "compiled", lambda settings, _function: seen.compiled.add(settings.mode))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from hunyuan_model.block_swap import SwapSettings
+    from hunyuan_model.shared_memory import SharedMemory
 
 AUTO = "auto"
 MAX_SEED = 2**32 - 1
@@ -285,11 +286,12 @@ def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def swap_settings(args: argparse.Namespace, *, recomputed: bool) -> SwapSettings:
+def swap_settings(args: argparse.Namespace, *, recomputed: bool, shared: SharedMemory | None = None) -> SwapSettings:
     """As the flags of ``add_swap_arguments`` say, once a number of blocks stands for auto.
 
     Args:
         recomputed: whether gradient checkpointing wraps the blocks.
+        shared: see ``SwapSettings``.
     """
     from hunyuan_model.block_swap import SwapSettings  # here, as parsing alone does not need torch
 
@@ -298,6 +300,7 @@ def swap_settings(args: argparse.Namespace, *, recomputed: bool) -> SwapSettings
         embedders=args.img_in_txt_in_offloading,
         pinned=not args.no_pinned_swap_memory,
         recomputed=recomputed,
+        shared=shared,
     )
 
 

@@ -38,12 +38,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_workloads import SIZES, TINY, TINY_SIZES, Row, prepared, row_flops  # noqa: E402
+from benchmarks.gpu_workloads import (  # noqa: E402
+    CEILINGS,
+    SIZES,
+    TINY,
+    TINY_SIZES,
+    Row,
+    copied_bytes,
+    predicted_bytes,
+    prepared,
+    row_flops,
+)
 from hunyuan_model.architecture import TransformerConfig  # noqa: E402
 
 GIB = 1 << 30
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "triton")
 PRODUCT_SIDE, PRODUCT_ROUNDS = 8192, 20
+COPY_BYTES, COPY_ROUNDS = 1 << 30, 10
 WARM_UP = 2
 ROW_SECONDS = 420  # no row takes longer unless something hangs
 
@@ -52,6 +63,7 @@ def all_rows() -> list[Row]:
     """Ordered so that a run which is cut off has answered what matters most."""
     rows = [
         Row("product"),
+        Row("copy"),
         Row("step"),
         Row("step", who="diffusers"),
         Row("step", weights="fp8_fast"),
@@ -113,9 +125,20 @@ def measure_product(device: torch.device, side: int) -> dict[str, float]:
     return {"seconds": seconds, "rate": 2.0 * side**3 / seconds}
 
 
+def measure_copy(device: torch.device, size: int) -> dict[str, float]:
+    """Bytes per second from page-locked host memory to the card."""
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    target.copy_(source)
+    seconds = statistics.median(timed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(COPY_ROUNDS))
+    return {"seconds": seconds, "bytes_rate": size / seconds}
+
+
 def measure(row: Row, device: torch.device, steps: int, tiny: bool) -> dict[str, float]:
     if row.work == "product":
         return measure_product(device, 64 if tiny else PRODUCT_SIDE)
+    if row.work == "copy":
+        return measure_copy(device, 1 << 16 if tiny else COPY_BYTES)
     config = TINY if tiny else TransformerConfig()
     size = (TINY_SIZES if tiny else SIZES)[row.size]
     run = prepared(row, config, size, device)
@@ -128,6 +151,8 @@ def measure(row: Row, device: torch.device, steps: int, tiny: bool) -> dict[str,
     seconds = statistics.median(timed(run, device) for _ in range(steps))
     model, done = row_flops(row, config, size)
     result = {"seconds": seconds, "first": first, "model_rate": model / seconds, "done_rate": done / seconds}
+    if row.who == "ours":
+        result["predicted"] = predicted_bytes(row, config, size)
     if device.type == "cuda":
         result["peak"] = torch.cuda.max_memory_allocated(device)
         result["reserved"] = torch.cuda.max_memory_reserved(device)
@@ -162,21 +187,27 @@ def in_new_process(row: Row, args: argparse.Namespace, seconds: float) -> dict[s
 # The table
 
 
-HEADER = "| | seconds | first | peak GiB | reserved GiB | model | done |\n|---|---|---|---|---|---|---|"
+HEADER = "| | seconds | first | peak GiB | predicted GiB | reserved GiB | model | done |\n|---|---|---|---|---|---|---|---|"
 
 
 def line_of(name: str, result: dict[str, Any], rate: float | None) -> str:
     if "error" in result:
-        return f"| {name} | {result['error'].replace('|', '/')} | | | | | |"
+        return f"| {name} | {result['error'].replace('|', '/')} | | | | | | |"
     if "rate" in result:
-        return f"| {name} | {result['seconds']:.4f} | | | | {result['rate'] / 1e12:.3g} TFLOP/s | |"
-    memory = [f"{result[key] / GIB:.2f}" if key in result else "" for key in ("peak", "reserved")]
+        return f"| {name} | {result['seconds']:.4f} | | | | | {result['rate'] / 1e12:.3g} TFLOP/s | |"
+    if "bytes_rate" in result:
+        return f"| {name} | {result['seconds']:.4f} | | | | | {result['bytes_rate'] / 1e9:.3g} GB/s | |"
+    memory = [f"{result[key] / GIB:.2f}" if key in result else "" for key in ("peak", "predicted", "reserved")]
     shares = [f"{result[key] / rate:.0%}" if rate else "" for key in ("model_rate", "done_rate")]
     return f"| {name} | {result['seconds']:.3f} | {result['first']:.1f} | {' | '.join((*memory, *shares))} |"
 
 
 def ratios(results: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """How many times faster ours is than diffusers at equal settings, and fp8_fast and compile than without."""
+    """How many times faster ours is than diffusers at equal settings, and fp8_fast and compile than without.
+
+    Of block swap, how long a step takes against the larger of computing without it and of nothing but copying.
+    """
+    rate = results.get(Row("copy").name, {}).get("bytes_rate")
     seconds = {name: result["seconds"] for name, result in results.items() if "seconds" in result}
 
     def compare(what: str, faster: str, slower: str) -> Iterable[str]:
@@ -184,7 +215,7 @@ def ratios(results: dict[str, dict[str, Any]]) -> Iterable[str]:
             yield f"- {what}: {seconds[slower] / seconds[faster]:.2f} times faster"
 
     for row in all_rows():
-        if row.work == "product" or row.who != "ours":
+        if row.work in CEILINGS or row.who != "ours":
             continue
         changed = functools.partial(lambda row, **changes: Row(**(asdict(row) | changes)).name, row)
         if not row.compile and not row.offload:
@@ -192,6 +223,11 @@ def ratios(results: dict[str, dict[str, Any]]) -> Iterable[str]:
             yield from compare(f"{row.name}, than diffusers", row.name, changed(who="diffusers", weights=theirs))
         if row.weights == "fp8_fast":
             yield from compare(f"{row.name}, than bf16", row.name, changed(weights="bf16"))
+        if row.swap and rate and {row.name, changed(swap=0)} <= seconds.keys():
+            alone, copying = seconds[changed(swap=0)], copied_bytes(row, TransformerConfig()) / rate
+            larger = max(alone, copying)
+            told = f"{alone:.2f} s of computing, {copying:.2f} s of copying"
+            yield f"- {row.name}: {seconds[row.name] / larger:.2f} times the larger of {told}"
         if row.compile:
             yield from compare(f"{row.name}, than without", row.name, changed(compile=False))
 
@@ -265,7 +301,7 @@ def main() -> None:
     if args.list:
         print("\n".join(row.name for row in all_rows()))
         return
-    rows = [row for row in all_rows() if row.work == "product" or all(text in row.name for text in args.only or ())]
+    rows = [row for row in all_rows() if row.work in CEILINGS or all(text in row.name for text in args.only or ())]
     if args.report:
         results = read_results(args.output)
         rate = results.get(Row("product").name, {}).get("rate")

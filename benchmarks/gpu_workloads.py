@@ -12,14 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.architecture import TransformerConfig
-from hunyuan_model.block_swap import SwapSettings
+from hunyuan_model.block_swap import SLOTS, SwapSettings, block_sizes, streamed_blocks
 from hunyuan_model.fp8_products import check_fp8_products
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.loading import transformer_from
+from hunyuan_model.memory import BatchSize, Storage, weight_bytes
 from hunyuan_model.sampling import latent_size
 from hunyuan_model.transformer import HYVideoDiffusionTransformer
 from networks.lora import create_network
+from utils.disk_space import NetworkSize
+from utils.memory_plan import GUESSED, MemoryPlan, MemorySettings
 
+CEILINGS = {"product": "bf16 product", "copy": "copy from page-locked memory"}
 RANK = 32
 TEXT_ROWS, VALID_TEXT = 256, 60
 SIZES = {"image540": (960, 544, 1), "image720": (1280, 720, 1), "clip33": (960, 544, 33), "clip65": (960, 544, 65)}
@@ -32,7 +36,7 @@ class Row:
     """What one line of the table measures.
 
     Attributes:
-        work: "product" (the rate of the card), "step" (a LoRA training step) or "forward" (one of sampling).
+        work: "product" and "copy" (what the card does at best), "step" (a LoRA training step) or "forward" (one of sampling).
         size: of SIZES.
         weights: bf16, fp8, fp8_scaled or fp8_fast; diffusers knows the first two.
         swap: blocks. For diffusers any number means group offloading, of every block.
@@ -48,8 +52,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        if self.work == "product":
-            return "bf16 product"
+        if self.work in CEILINGS:
+            return CEILINGS[self.work]
         parts = [self.size, self.work, self.who, self.weights]
         if self.swap:
             parts.append(f"swap {self.swap}" if self.who == "ours" else "group offloading")
@@ -72,6 +76,41 @@ def row_flops(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -
     if row.work == "forward":
         return products + attention, products + attention
     return 2 * products + 3 * attention, 3 * products + 4 * attention  # the weights have no gradients
+
+
+def storage_of(row: Row) -> Storage:
+    return Storage(torch.bfloat16, row.weights != "bf16", row.weights == "fp8_scaled", row.weights == "fp8_fast")
+
+
+def swap_of(row: Row, config: TransformerConfig) -> SwapSettings:
+    limit = config.double_depth + config.single_depth - SLOTS
+    return SwapSettings(blocks=min(row.swap, limit), recomputed=row.work == "step")
+
+
+def predicted_bytes(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -> int:
+    """What the plan of a training or of sampling says of the peak on the card, of tensors alone."""
+    with torch.device("meta"):
+        network = create_network(1.0, RANK, RANK, None, None, HYVideoDiffusionTransformer(config))
+    trains = row.work == "step"
+    plan = MemoryPlan(
+        config,
+        torch.device("cuda"),
+        MemorySettings(storage_of(row), torch.bfloat16, trains, row.offload, swap_of(row, config)),
+        BatchSize(1, latent_size(size[1], size[0], size[2]), VALID_TEXT),
+        NetworkSize.of_shapes(tuple(parameter.shape) for parameter in network.parameters()) if trains else None,
+        2.0 * torch.float32.itemsize,
+        trains=trains,
+    )
+    need = plan.need()
+    return need.of_step if trains else sum(value for name, value in need.device.items() if name != GUESSED)
+
+
+def copied_bytes(row: Row, config: TransformerConfig) -> float:
+    """That block swap brings to the card for a step or a forward pass; a backward pass finds the last blocks there."""
+    swap = swap_of(row, config)
+    streamed = len(streamed_blocks(block_sizes(config), swap.blocks))
+    passes = 2 - SLOTS / streamed if row.work == "step" else 1
+    return weight_bytes(config, storage_of(row), swap).host * passes
 
 
 def make_inputs(config: TransformerConfig, size: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
@@ -113,7 +152,6 @@ def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -
     """Loaded as the scripts load it, but for where the weights come from."""
     if row.weights == "fp8_fast":
         check_fp8_products(device, "fp8_fast")
-    limit = config.double_depth + config.single_depth - 2
     transformer = transformer_from(
         RandomWeights(config, device),
         config,
@@ -122,7 +160,7 @@ def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -
         fp8=row.weights != "bf16",
         fp8_scaled=row.weights == "fp8_scaled",
         fp8_fast=row.weights == "fp8_fast",
-        swap=SwapSettings(blocks=min(row.swap, limit), recomputed=row.work == "step"),
+        swap=swap_of(row, config),
     )
     if row.compile:
         from hunyuan_model.compilation import CompileSettings, enable_compile

@@ -56,7 +56,7 @@ def test_held_out_prompts_are_drawn(clips, prompts):
     scores = right(clips, prompts)
     # What 200 prompts score (see the model's README), with room for chance on so few.
     assert scores["background"] >= 0.95 * NUMBER and scores["colour"] >= 0.85 * NUMBER and scores["motion"] >= 0.8 * NUMBER, scores
-    assert scores["shape"] >= 0.4 * NUMBER, scores
+    assert scores["shape"] >= 0.7 * NUMBER, scores
 
 
 def test_it_is_the_prompt_that_decides(clips, prompts):

@@ -105,9 +105,9 @@ def lora_step() -> dict[str, Run]:
     bare = bare_products(ours, inputs, lora=True)
     target = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(2))
 
+    enable_gradient_checkpointing(ours)
     network = create_network(1.0, RANK, RANK, None, None, ours)
     network.apply_to(None, ours)
-    enable_gradient_checkpointing(ours)
     linears = sorted(
         name
         for name, module in theirs.named_modules()

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.host_weights import host_memory, page_lock
+from hunyuan_model.recomputation import LastLayer, checkpoint_block
 from hunyuan_model.transfers import Transfers, make_transfers
 
 logger = logging.getLogger(__name__)
@@ -198,13 +198,22 @@ class OffloadedForward:
         index: the block's place in the order of a forward pass.
         count: how many of the first arguments are the block's own; the others are those of all blocks.
         forward: what computes the block, which something else may wrap or replace.
+        last_layers: of the block, as ``checkpoint_block`` takes them.
     """
 
-    def __init__(self, offloader: ActivationOffloader, index: int, count: int, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        offloader: ActivationOffloader,
+        index: int,
+        count: int,
+        forward: Callable[..., Any],
+        last_layers: Sequence[LastLayer] = (),
+    ) -> None:
         self.offloader = offloader
         self.index = index
         self.count = count
         self.forward = forward
+        self.last_layers = last_layers
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -217,7 +226,7 @@ class OffloadedForward:
             given.clear()  # or this function, which lives until the backward pass, would hold them on the device
             return self.forward(*tensors, *shared)
 
-        return checkpoint(compute, *inputs[self.count :], use_reentrant=False)
+        return checkpoint_block(self.last_layers, compute, *inputs[self.count :])
 
 
 def make_offloader(depth: int, device: torch.device, *, pinned: bool) -> ActivationOffloader:

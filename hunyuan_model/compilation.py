@@ -110,6 +110,12 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
         owner.forward = CompiledForward(block, compiled[type(block)])
 
 
+def is_compiled(block: nn.Module) -> bool:
+    """Whether ``enable_compile`` came by this block."""
+    owner = block.forward if isinstance(block.forward, SwappedForward) else block
+    return isinstance(owner.forward, CompiledForward)
+
+
 class CompiledForward:
     """In place of a block's ``forward``, or of what ``SwappedForward`` calls: prepares the inputs for the compiled function.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.activation_offload import ActivationOffloader, OffloadedForward
+from hunyuan_model.compilation import is_compiled
+from hunyuan_model.recomputation import checkpoint_block, hook_last_layers
 
 DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every other argument is the same for all blocks.
 
@@ -15,7 +16,8 @@ DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every
 def enable_gradient_checkpointing(transformer: nn.Module, offloader: ActivationOffloader | None = None) -> None:
     """Wrap the forward of every double and single block from outside; the blocks keep their class and parameters.
 
-    Only each block's inputs stay in memory until the backward pass. Results and gradients do not change.
+    Only each block's inputs stay in memory until the backward pass. Results and gradients do not change. Call it before a
+    network is hooked in, or the recomputation leaves nothing out (see ``hunyuan_model.recomputation``).
 
     Args:
         offloader: has the inputs wait in host memory instead of on the device.
@@ -23,7 +25,8 @@ def enable_gradient_checkpointing(transformer: nn.Module, offloader: ActivationO
     blocks = [(block, DOUBLE_INPUTS) for block in transformer.double_blocks]
     blocks += [(block, SINGLE_INPUTS) for block in transformer.single_blocks]
     for index, (block, inputs) in enumerate(blocks):
+        last_layers = [] if is_compiled(block) else hook_last_layers(block)  # nothing in a graph can be left out
         if offloader is None:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(checkpoint_block, last_layers, block.forward)
         else:
-            block.forward = OffloadedForward(offloader, index, inputs, block.forward)
+            block.forward = OffloadedForward(offloader, index, inputs, block.forward, last_layers)

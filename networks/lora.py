@@ -39,7 +39,12 @@ class LoRAModule(nn.Module):
     - ``neuron_dropout`` drops single values after the down projection;
     - ``rank_dropout`` drops whole ranks, drawn per sample, and scales the others up;
     - ``module_dropout`` leaves the update of this layer out altogether.
+
+    Attributes:
+        only_adds: to the base layer's result, which no gradient of this module depends on.
     """
+
+    only_adds = True
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hunyuan_model
-from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
+from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, check_attention_dtype, make_attention
 from hunyuan_model.block_swap import check_blocks_to_swap
 from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.flow import flow_sigmas
@@ -248,6 +248,7 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
     for name in ("dit_dtype", "text_encoder_dtype"):
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
     check_attention_device(args.attn_mode, device)
+    check_attention_dtype(args.attn_mode, choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16))
     make_attention(args.attn_mode)
     check_fp8_arguments(args, "fp8", device)
     config = check_transformer_file(args.dit, "--dit")

@@ -30,6 +30,7 @@ from dataset.largest_batch import largest_batch
 from dataset.reading import EpochReader, HeldOut
 from dataset.report import format_table, report_cached_group, require_batches
 from hunyuan_model.activation_offload import make_offloader
+from hunyuan_model.attention import check_attention_dtype
 from hunyuan_model.compilation import CompileWatch, enable_compile
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.shared_memory import SharedMemory
@@ -37,7 +38,7 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_checks import check_model_and_network
 from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
-from utils.accelerator import PRECISIONS, base_dtype, make_accelerator, save_dtype
+from utils.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
 from utils.arguments import drawn_seed, swap_settings
 from utils.config_files import parse_with_config
 from utils.devices import out_of_memory_says
@@ -331,6 +332,7 @@ def main() -> int:
         logging.disable(logging.WARNING)  # one process says what all of them do
     apply_kernel_arguments(args, accelerator.device)
     check_compile_arguments(args, accelerator.device)
+    check_attention_dtype(attention_mode(args), compute_dtype(args, accelerator))
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:

@@ -22,6 +22,9 @@ from utils.errors import UserError
 # Modes whose backward pass exists.
 TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})
 
+HALF_MODES = frozenset({"flash", "sageattn"})
+"""Modes whose packages compute in float16 and bfloat16 only."""
+
 CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}
 """The least compute capability of an NVIDIA card for which a package has kernels, where older cards are in use."""
 
@@ -113,6 +116,15 @@ def check_attention_device(mode: str, device: torch.device) -> None:
         )
 
 
+def check_attention_dtype(mode: str, dtype: torch.dtype) -> None:
+    """Raise a UserError where ``mode`` has no kernels for tensors of ``dtype``."""
+    if mode in HALF_MODES and dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"attention mode {mode} computes in float16 or bfloat16 only, but the transformer runs in {dtype}. "
+            "Load it in bfloat16 or train with bf16 mixed precision, or choose attention mode torch."
+        )
+
+
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
     """(..., L, C) -> (..., rows, C) with zeros below."""
     return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
@@ -126,14 +138,6 @@ def _import(module: str, package: str, mode: str) -> ModuleType:
             f"attention mode {mode} needs the package {package}, which cannot be imported ({error}). "
             f"Install it with: pip install {package}  - or choose attention mode torch."
         ) from error
-
-
-def _require_half(q: Tensor, mode: str) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
-            f"attention mode {mode} computes in float16 or bfloat16 only, but the transformer runs in {q.dtype}. "
-            "Load it in bfloat16 or train with bf16 mixed precision, or choose attention mode torch."
-        )
 
 
 @lru_cache(maxsize=16)
@@ -157,11 +161,11 @@ def _make_flash():
     flash = _import("flash_attn", "flash-attn", "flash")
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _require_half(q, "flash")
+        check_attention_dtype("flash", q.dtype)
         return flash.flash_attn_func(q, k, v)
 
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        _require_half(q, "flash")
+        check_attention_dtype("flash", q.dtype)
         offsets, longest = _row_offsets(lengths, q.device), max(lengths)
         return flash.flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
 
@@ -187,11 +191,11 @@ def _make_sageattn():
     sage = _import("sageattention", "sageattention", "sageattn")
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _require_half(q, "sageattn")
+        check_attention_dtype("sageattn", q.dtype)
         return sage.sageattn(q, k, v, tensor_layout="NHD")
 
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        _require_half(q, "sageattn")
+        check_attention_dtype("sageattn", q.dtype)
         offsets, longest = _row_offsets(lengths, q.device), max(lengths)
         return sage.sageattn_varlen(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.fp8_products import Products, fits_products, fp8_linear
+from hunyuan_model.opaque import opaque
 from hunyuan_model.recomputation import result_unneeded, stand_in
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -106,6 +107,16 @@ def dequantise(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | N
     return weight.unflatten(1, (scale.shape[1], -1)).mul(scale).flatten(1).to(dtype)
 
 
+@opaque(lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+def _widened_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, dequantise(weight, x.dtype, scale), None if bias is None else bias.to(x.dtype))
+
+
+@opaque(lambda gradient, weight, scale: gradient.new_empty(*gradient.shape[:-1], weight.shape[1]))
+def _widened_gradient(gradient: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return gradient.matmul(dequantise(weight, gradient.dtype, scale))
+
+
 class _Fp8Linear(torch.autograd.Function):
     """``x @ weight.T + bias`` that keeps only the narrow weight for backward. The weight is frozen: it has no gradient."""
 
@@ -114,14 +125,14 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         if result_unneeded():
             return stand_in(x, len(weight))
-        return F.linear(x, dequantise(weight, x.dtype, scale), None if bias is None else bias.to(x.dtype))
+        return _widened_product(x, weight, scale, bias)
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output.matmul(dequantise(weight, grad_output.dtype, scale))
+            grad_x = _widened_gradient(grad_output, weight, scale)
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
         return grad_x, None, None, grad_bias

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hunyuan_model.opaque import opaque
 from hunyuan_model.recomputation import result_unneeded, stand_in
 from utils.errors import UserError
 
@@ -102,15 +103,21 @@ class _Fp8Products(torch.autograd.Function):
         grad_x = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            scaled = rows.to(torch.bfloat16)
-            if scale is not None:  # the channels of the weight are summed over here, so their scales belong to the gradient
-                scaled = scaled * scale.t().to(scaled.dtype)
-            columns = weight.t().contiguous().t()  # the kernels take the right matrix column by column only
-            grad_x = _product(scaled, columns, None, None, ctx.per_row)
+            grad_x = _gradient(rows, weight, scale, ctx.per_row)
             grad_x = grad_x.view(*grad_output.shape[:-1], -1).to(grad_output.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(0)
         return grad_x, None, None, grad_bias, None
+
+
+@opaque(lambda rows, weight, scale, per_row: rows.new_empty(len(rows), weight.shape[1], dtype=torch.bfloat16))
+def _gradient(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, per_row: bool) -> torch.Tensor:
+    """That of the input, (M, in) bfloat16, from that of the result, (M, out)."""
+    scaled = rows.to(torch.bfloat16)
+    if scale is not None:  # the channels of the weight are summed over here, so their scales belong to the gradient
+        scaled = scaled * scale.t().to(scaled.dtype)
+    columns = weight.t().contiguous().t()  # the kernels take the right matrix column by column only
+    return _product(scaled, columns, None, None, per_row)
 
 
 def _product(

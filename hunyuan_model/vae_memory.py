@@ -89,22 +89,32 @@ class VAEFit:
         configure_vae(self.vae, chunk_size=settings.chunk_size, tile_size=settings.tile_size)
         if settings != WHOLE and settings not in self._said:
             self._said.add(settings)
-            logger.info(
-                "%.1f GB are free; %s %d x %d frame(s) of %dx%d would take %.1f GB. It is done as with %s, which takes %.1f GB.",
-                self.free / 1e9,
-                "encoding" if self.encode else "decoding",
-                clip.batch,
-                clip.frames,
-                clip.width,
-                clip.height,
-                self._bytes(clip, WHOLE) / 1e9,
-                settings.flags,
-                self._bytes(clip, settings) / 1e9,
-            )
+            self._say(clip, settings)
         return settings
+
+    def _say(self, clip: Clip, settings: VAESettings) -> None:
+        taken = self._bytes(clip, settings)
+        logger.info(
+            "%s are free; %s %d x %d frame(s) of %dx%d would take %s. It is done as with %s, which takes %s.",
+            _size(self.free),
+            "encoding" if self.encode else "decoding",
+            clip.batch,
+            clip.frames,
+            clip.width,
+            clip.height,
+            _size(self._bytes(clip, WHOLE)),
+            settings.flags,
+            _size(taken),
+        )
+        if taken > self.free:
+            logger.warning("that is more than is free, and nothing is lighter: memory may run out. Use fewer frames or pixels.")
 
     def _bytes(self, clip: Clip, settings: VAESettings) -> int:
         return working_bytes(self.vae.config, clip, self.dtype, self.device, settings, encode=self.encode)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def choose_settings(

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
 from safetensors.torch import load_file
 from test_block_swap import CONFIG, CPU, add_lora, blocks_of, make_inputs, same
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import hunyuan_model
 from hunyuan_model import compilation
@@ -262,6 +264,28 @@ def test_a_mode_without_compiling_is_refused(train) -> None:
     assert ended.status == 2 and "give --compile as well" in ended.stderr
 
 
+def test_no_widened_weight_is_kept_for_the_backward_pass() -> None:
+    """As inductor splits the graphs, which may compute in either pass what depends on weights alone."""
+    split = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
+    settings = CompileSettings(backend=split)
+    transformer, plain = make(1, 1, fp8=True), make(1, 1, fp8=True)
+    enable_compile(transformer, settings)
+    kept: list[torch.Tensor] = []
+    networks = [add_lora(model, **FEW) for model in (transformer, plain)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = transformer(*make_inputs(lengths=(5,)))
+    expected = plain(*make_inputs(lengths=(5,)))
+    for out in (found, expected):
+        out.square().mean().backward()
+    gradients = [[parameter.grad for parameter in network.parameters()] for network in networks]
+    assert_close([found, *gradients[0]], [expected, *gradients[1]])
+    blocks = (transformer.double_blocks, transformer.single_blocks)
+    wide = [value for value in kept if value.dtype == torch.float32]
+    for weight in (parameter for part in blocks for parameter in part.parameters() if parameter.dtype == FP8_DTYPE):
+        assert not any(value.shape in (weight.shape, weight.t().shape) and torch.equal(value, weight.float()) for value in wide)
+    assert sum(value.dtype == FP8_DTYPE for value in kept) == 8  # the first two layers' inputs have no gradient
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripts
 
@@ -271,7 +295,8 @@ def test_the_time_of_steps_that_compile_is_told(train, monkeypatch, caplog) -> N
     caplog.set_level(logging.INFO)
     seconds = []
     monkeypatch.setattr(CompileWatch, "tell", told := noting(CompileWatch.tell, seconds))
-    assert train("--max_train_epochs", 1, "--compile", "--network_args", "include_patterns=['.*linear1']").status == 0
+    few = [f"{name}={value}" for name, value in FEW.items()]
+    assert train("--max_train_epochs", 1, "--compile", "--network_args", *few).status == 0
     assert told and seconds == [f"step {number}" for number in range(1, 5)]
     lines = [message for message in caplog.messages if "compiles: " in message]
     assert lines and lines[0].startswith("step 1 compiles: ") and float(lines[0].split()[3]) > 0

@@ -133,6 +133,13 @@ def test_cuda_flags_without_cuda(train, flags):
     assert ended.status == 2 and "needs a CUDA device" in ended.stderr
 
 
+def test_a_package_for_halves_only_is_refused_before_anything_is_loaded(train, monkeypatch):
+    monkeypatch.setattr(hv_train_network, "attention_mode", lambda args: "flash")
+    monkeypatch.setattr("hunyuan_model.load_transformer", None)
+    ended = train("--dit_dtype", "float32", "--mixed_precision", "no")
+    assert ended.status == 2 and "float16 or bfloat16 only" in ended.stderr
+
+
 def test_wrong_and_missing_models(train, tiny_model, tmp_path):
     vae = train(dit=tiny_model.vae)
     assert vae.status == 2 and "HunyuanVideo VAE" in vae.stderr and "--dit" in vae.stderr

@@ -179,6 +179,13 @@ def test_what_is_chosen_gives_what_its_flags_give(encode, settings, monkeypatch,
             assert torch.equal(vae.decode(z), by_flags.decode(z))
 
 
+def test_it_is_said_when_nothing_is_light_enough(monkeypatch, caplog):
+    monkeypatch.setattr(vae_memory, "free_device_memory", lambda device: 1e5)
+    with caplog.at_level("INFO"):
+        assert VAEFit(make_vae(), encode=True).fit(Clip(1, 5, 64, 64)) == CHOICES[-1]
+    assert "0.1 MB are free" in caplog.messages[0] and "nothing is lighter" in caplog.messages[1]
+
+
 def test_sizes_are_read_off_pixels_and_latents():
     assert Clip.of_pixels(torch.empty(2, 3, 9, 32, 48)) == Clip.of_latents(torch.empty(2, 16, 3, 4, 6)) == Clip(2, 9, 32, 48)
 

@@ -47,6 +47,11 @@ def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtyp
     return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
 
 
+def compute_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
+    """What the layers of the transformer answer in: the mixed precision's, else that of its weights."""
+    return base_dtype(args, accelerator) if accelerator.mixed_precision == "no" else PRECISIONS[accelerator.mixed_precision]
+
+
 def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
     """Of saved models: --save_precision, else the mixed precision's."""
     return PRECISIONS["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]

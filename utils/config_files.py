@@ -146,7 +146,8 @@ def _what_to_do_about(entry: _Entry, parser: argparse.ArgumentParser, actions: M
     if entry.key.startswith("-") and flag.removeprefix("--") in actions:
         return f"write the key {entry.key!r} without dashes in front, {flag.removeprefix('--')}."
     hint = nearest_name(flag, [f"--{key}" for key in actions]) or f" {parser.prog} --help lists the flags."
-    return f"{parser.prog} has no flag {flag} for the key {entry.key!r}.{hint}"
+    named = f" {flag}" if flag.isprintable() else ""
+    return f"{parser.prog} has no flag{named} for the key {entry.key!r}.{hint}"
 
 
 def _where(path: str | os.PathLike[str], entry: _Entry) -> str:

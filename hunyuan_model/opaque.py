@@ -1,0 +1,38 @@
+"""Functions into which ``torch.compile`` does not look.
+
+A compiler that sees how a narrow weight is widened, in the forward and in the backward pass, widens it once and keeps the wide
+copy in between. Behind an operator of their own the two are nothing to it but tensors in and a tensor out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "musubi_tuner"
+
+
+def opaque(shape_of: Callable[..., torch.Tensor]) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Decorator: the function is one operator for the compiler, and called as it is everywhere else.
+
+    Autograd does not look into it either: it is for the insides of autograd functions. Its arguments are annotated, as the
+    operator's signature is read off them.
+
+    Args:
+        shape_of: an empty tensor like the function's result, from its arguments.
+    """
+
+    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        operator = torch.library.custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
+        operator.register_fake(shape_of)
+
+        @functools.wraps(function)
+        def called(*arguments: Any) -> torch.Tensor:
+            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return called
+
+    return decorate

@@ -141,17 +141,18 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
     """The matrix products of all Linear layers and the attention of all blocks at the sizes of these inputs, and nothing else.
 
     Args:
-        lora: those of a training step of a LoRA with checkpointing: forward twice, and the gradients of the inputs and of
-            the LoRA's factors.
+        lora: those of a training step of a LoRA with checkpointing: forward twice (the second time without the last layers of
+            the blocks, whose results nothing needs), and the gradients of the inputs and of the LoRA's factors.
     """
-    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]] = []
+    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool, bool]] = []
     hooks = []
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             in_block = "_blocks." in name and ".mod" not in name and "_mod." not in name and not name.startswith("txt_in")
+            kind = in_block, name.endswith(("img_mlp.fc2", "txt_mlp.fc2", "linear2"))
 
-            def note(linear: nn.Linear, arguments: tuple[torch.Tensor, ...], in_block: bool = in_block) -> None:
-                calls.append((torch.randn_like(arguments[0]), linear.weight.detach(), linear.bias, in_block))
+            def note(linear: nn.Linear, arguments: tuple[torch.Tensor, ...], kind: tuple[bool, bool] = kind) -> None:
+                calls.append((torch.randn_like(arguments[0]), linear.weight.detach(), linear.bias, *kind))
 
             hooks.append(module.register_forward_pre_hook(note))
     with torch.no_grad():
@@ -161,12 +162,13 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
     patches = IMAGE[1] // 2 * (IMAGE[2] // 2)
     queries = torch.randn(3, 1, CONFIG.heads, patches + VALID_ROWS, CONFIG.head_dim)
     depth = CONFIG.double_depth + CONFIG.single_depth
-    factors = [(torch.randn(RANK, weight.shape[1]), torch.randn(weight.shape[0], RANK)) for _, weight, _, _ in calls]
+    factors = [(torch.randn(RANK, weight.shape[1]), torch.randn(weight.shape[0], RANK)) for _, weight, *_ in calls]
 
     @torch.no_grad()
-    def products() -> None:
-        for (x, weight, bias, in_block), (down, up) in zip(calls, factors):
-            F.linear(x, weight, bias)
+    def products(again: bool = False) -> None:
+        for (x, weight, bias, in_block, is_last), (down, up) in zip(calls, factors):
+            if not (again and is_last):
+                F.linear(x, weight, bias)
             if lora and in_block:
                 F.linear(F.linear(x, down), up)
 
@@ -183,7 +185,7 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
 
     @torch.no_grad()
     def backward_products() -> None:
-        for (x, weight, _, in_block), (down, up) in zip(calls, factors):
+        for (x, weight, _, in_block, _), (down, up) in zip(calls, factors):
             if in_block:
                 out = x.new_empty(*x.shape[:-1], weight.shape[0])
                 out @ weight
@@ -193,7 +195,7 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
 
     def step() -> None:
         once()
-        products()
+        products(again=True)
         attention(True)  # with its own forward, which is the recomputation
         backward_products()
 
@@ -304,6 +306,7 @@ def compared(runs: dict[str, Callable[[], list[torch.Tensor]]]) -> dict[str, Run
         if len(found) == len(runs):
             for ours, theirs in zip(*found.values(), strict=True):
                 require_same(ours, theirs, within=1e-5)
+            found.clear()
 
     return {name: functools.partial(noting, name) for name in runs}
 

@@ -121,7 +121,7 @@ def check_attention_dtype(mode: str, dtype: torch.dtype) -> None:
     if mode in HALF_MODES and dtype not in (torch.float16, torch.bfloat16):
         raise UserError(
             f"attention mode {mode} computes in float16 or bfloat16 only, but the transformer runs in {dtype}. "
-            "Load it in bfloat16 or train with bf16 mixed precision, or choose attention mode torch."
+            "Load it in bfloat16 (in training, bf16 mixed precision will do), or choose attention mode torch."
         )
 
 

@@ -380,6 +380,16 @@ class BlockSwapper:
         return self._slot_of(saved.block).memory.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
 
+def owner_of_forward(block: nn.Module) -> nn.Module | SwappedForward:
+    """What has the ``forward`` that computes ``block``: the block, or what sees to its weights first."""
+    return block.forward if isinstance(block.forward, SwappedForward) else block
+
+
+def computes_itself(block: nn.Module) -> bool:
+    """Whether ``block`` is computed by the method of its class, and neither wrapped nor replaced but for its weights."""
+    return getattr(owner_of_forward(block).forward, "__func__", None) is type(block).forward
+
+
 class SwappedForward:
     """In place of a block's ``forward``: sees to its weights, then calls ``forward``, which a compiler may wrap or replace."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_model.attention import Attention
-from hunyuan_model.block_swap import SwappedForward
+from hunyuan_model.block_swap import computes_itself, owner_of_forward
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
     compiled: dict[type, Callable[..., Any]] = {}
     attentions: dict[int, _CompilableAttention] = {}
     for block in (*transformer.double_blocks, *transformer.single_blocks):
-        owner = block.forward if isinstance(block.forward, SwappedForward) else block
-        if getattr(owner.forward, "__func__", None) is not type(block).forward:
+        owner = owner_of_forward(block)
+        if not computes_itself(block):
             raise RuntimeError("something wraps this block already; compile it before that")
         if type(block) not in compiled:
             compiled[type(block)] = settings.compiled(type(block).forward)
@@ -108,12 +108,6 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
             attentions[id(block.attention)] = _CompilableAttention(block.attention)
         block.attention = attentions[id(block.attention)]
         owner.forward = CompiledForward(block, compiled[type(block)])
-
-
-def is_compiled(block: nn.Module) -> bool:
-    """Whether ``enable_compile`` came by this block."""
-    owner = block.forward if isinstance(block.forward, SwappedForward) else block
-    return isinstance(owner.forward, CompiledForward)
 
 
 class CompiledForward:

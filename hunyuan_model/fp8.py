@@ -157,6 +157,8 @@ class _NarrowForward:
             out = _Fp8Linear.apply(x.to(dtype), weight, scale, bias)
         return out if autocast else out.to(x.dtype)
 
+    forward.only_multiplies = True  # see hunyuan_model.recomputation
+
 
 def weight_scale(linear: nn.Module) -> torch.Tensor | None:
     """The scale beside a layer's weight, if it has one."""

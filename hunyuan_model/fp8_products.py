@@ -110,7 +110,7 @@ class _Fp8Products(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
-@opaque(lambda rows, weight, scale, per_row: rows.new_empty(len(rows), weight.shape[1], dtype=torch.bfloat16))
+@opaque(lambda rows, weight, scale, per_row: rows.new_empty(rows.shape[0], weight.shape[1], dtype=torch.bfloat16))
 def _gradient(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, per_row: bool) -> torch.Tensor:
     """That of the input, (M, in) bfloat16, from that of the result, (M, out)."""
     scaled = rows.to(torch.bfloat16)

@@ -7,7 +7,7 @@ import functools
 from torch import nn
 
 from hunyuan_model.activation_offload import ActivationOffloader, OffloadedForward
-from hunyuan_model.compilation import is_compiled
+from hunyuan_model.block_swap import computes_itself
 from hunyuan_model.recomputation import checkpoint_block, hook_last_layers
 
 DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every other argument is the same for all blocks.
@@ -25,7 +25,8 @@ def enable_gradient_checkpointing(transformer: nn.Module, offloader: ActivationO
     blocks = [(block, DOUBLE_INPUTS) for block in transformer.double_blocks]
     blocks += [(block, SINGLE_INPUTS) for block in transformer.single_blocks]
     for index, (block, inputs) in enumerate(blocks):
-        last_layers = [] if is_compiled(block) else hook_last_layers(block)  # nothing in a graph can be left out
+        # A compiled block is one piece, of which nothing can be left out, and what else wraps a block is unknown.
+        last_layers = hook_last_layers(block) if computes_itself(block) else []
         if offloader is None:
             block.forward = functools.partial(checkpoint_block, last_layers, block.forward)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import custom_op
 
 NAMESPACE = "musubi_tuner"
 
@@ -26,7 +27,7 @@ def opaque(shape_of: Callable[..., torch.Tensor]) -> Callable[[Callable[..., tor
     """
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        operator = torch.library.custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
+        operator = custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
         operator.register_fake(shape_of)
 
         @functools.wraps(function)

@@ -2,7 +2,7 @@
 
 Checkpointing computes a block a second time for what its backward pass keeps. The last layer only adds to the block's output:
 its gradient takes its weight and the gate, not its result. That product is the largest of a single block but one, so it is left
-out where nothing else asks for the result. A LoRA on top of the layer needs its own input and no more.
+out where nothing is hooked in that may ask for the result. A LoRA on top of the layer needs its own input and no more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def stand_in(x: Tensor, features: int) -> Tensor:
 
 
 class LastLayer:
-    """In place of the forward of a block's last linear layer, beneath what wraps it later.
+    """In place of the forward of a block's last linear layer, which nothing wraps yet.
 
     Args:
         around: the modules between the block and the layer.
@@ -69,21 +69,29 @@ class LastLayer:
     def result_unneeded(self) -> bool:
         """Whether what is hooked into the block now asks for no more than the layer's gradient."""
         # A gate that learns takes the result for its own gradient.
-        learns = any(parameter.requires_grad for parameter in self.gate.parameters())
-        return not learns and all(map(_is_plain, (*self.around, self.gate, self.gate.linear))) and self._is_only_added_to()
+        if any(parameter.requires_grad for parameter in self.gate.parameters()):
+            return False
+        plain = not any("forward" in vars(module) or _has_hooks(module) for module in (*self.around, self.gate, self.gate.linear))
+        return plain and type(self.layer) is nn.Linear and not _has_hooks(self.layer) and self._is_only_added_to()
 
     def _is_only_added_to(self) -> bool:
-        owner: Any = getattr(self.layer.forward, "__self__", None)
-        while owner is not self:
-            if not getattr(owner, "only_adds", False):
+        wrapper: Any = self.layer.forward
+        while (owner := getattr(wrapper, "__self__", None)) is not self:
+            if not getattr(wrapper, "only_adds", False):  # of the function: a class that overrides it is another case
                 return False
-            owner = getattr(owner.base_forward, "__self__", None)
+            wrapper = owner.base_forward
         return True
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing is hooked into it."""
-    return "forward" not in vars(module) and not module._forward_hooks
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _only_multiplies(layer: nn.Linear) -> bool:
+    """Whether ``layer`` is computed by what is known to be its product and nothing else."""
+    forward = layer.forward
+    plain = getattr(forward, "__func__", None) is nn.Linear.forward
+    return type(layer) is nn.Linear and (plain or getattr(forward, "only_multiplies", False))
 
 
 class _WithoutProducts(TorchDispatchMode):
@@ -97,13 +105,17 @@ class _WithoutProducts(TorchDispatchMode):
 
 
 def hook_last_layers(block: nn.Module) -> list[LastLayer]:
-    """Have the last layers of ``block`` heed that it is recomputed, beneath whatever wraps their forward later."""
-    found = []
+    """Have the last layers of ``block`` heed that it is recomputed, beneath whatever wraps their forward later.
+
+    Returns:
+        Them; none where something wraps one of them already.
+    """
+    places = []
     for path, gate in LAST_LAYERS.get(type(block), ()):
         *around, layer = path.split(".")
         parents = list(itertools.accumulate(around, getattr, initial=block))
-        found.append(LastLayer(getattr(parents[-1], layer), parents[1:], getattr(block, gate)))
-    return found
+        places.append((getattr(parents[-1], layer), parents[1:], getattr(block, gate)))
+    return [LastLayer(*place) for place in places] if all(_only_multiplies(layer) for layer, _, _ in places) else []
 
 
 def checkpoint_block(last_layers: Sequence[LastLayer], forward: Callable[..., Any], *inputs: Any) -> Any:
@@ -111,7 +123,7 @@ def checkpoint_block(last_layers: Sequence[LastLayer], forward: Callable[..., An
 
     Args:
         last_layers: of the block, from ``hook_last_layers``.
-        inputs: those of the block, of which vec, rope and lengths are the last three.
+        inputs: those of the block by position, of which vec, rope and lengths are the last three.
     """
     leave_out = last_layers and not inputs[-3].requires_grad and all(layer.result_unneeded() for layer in last_layers)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts if leave_out else noop_context_fn)

@@ -78,6 +78,7 @@ class VAEFit:
         self.dtype, self.device = weight.dtype, weight.device.type
         self.free = free_device_memory(weight.device)
         self._said: set[VAESettings] = set()
+        self._warned = False
 
     def settings(self, clip: Clip) -> VAESettings:
         """Those for ``clip``."""
@@ -90,10 +91,17 @@ class VAEFit:
         if settings != WHOLE and settings not in self._said:
             self._said.add(settings)
             self._say(clip, settings)
+        if settings == CHOICES[-1] and not self._warned and self._bytes(clip, settings) > self.free:
+            self._warned = True
+            logger.warning(
+                "%d frame(s) of %dx%d take more than is free, and no settings are lighter: memory may run out. Use fewer.",
+                clip.frames,
+                clip.width,
+                clip.height,
+            )
         return settings
 
     def _say(self, clip: Clip, settings: VAESettings) -> None:
-        taken = self._bytes(clip, settings)
         logger.info(
             "%s are free; %s %d x %d frame(s) of %dx%d would take %s. It is done as with %s, which takes %s.",
             _size(self.free),
@@ -104,10 +112,8 @@ class VAEFit:
             clip.height,
             _size(self._bytes(clip, WHOLE)),
             settings.flags,
-            _size(taken),
+            _size(self._bytes(clip, settings)),
         )
-        if taken > self.free:
-            logger.warning("that is more than is free, and nothing is lighter: memory may run out. Use fewer frames or pixels.")
 
     def _bytes(self, clip: Clip, settings: VAESettings) -> int:
         return working_bytes(self.vae.config, clip, self.dtype, self.device, settings, encode=self.encode)

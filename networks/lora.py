@@ -39,12 +39,7 @@ class LoRAModule(nn.Module):
     - ``neuron_dropout`` drops single values after the down projection;
     - ``rank_dropout`` drops whole ranks, drawn per sample, and scales the others up;
     - ``module_dropout`` leaves the update of this layer out altogether.
-
-    Attributes:
-        only_adds: to the base layer's result, which no gradient of this module depends on.
     """
-
-    only_adds = True
 
     def __init__(
         self,
@@ -98,6 +93,8 @@ class LoRAModule(nn.Module):
         hidden = hidden * (self.multiplier * self.scale)
         update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype)).to(base.dtype)
         return update.add_(base)  # in place: the update is nobody else's, and a third wide tensor costs time and memory
+
+    forward.only_adds = True  # to the base layer's result, which no gradient depends on: see hunyuan_model.recomputation
 
     def _left_out(self) -> bool:
         if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():

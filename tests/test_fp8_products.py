@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model import fp8_products
+from hunyuan_model.compilation import compiled_graphs
 from hunyuan_model.fp8 import FP8_DTYPE, enable_fp8_linears, quantise_blocks, quantise_channels, quantise_plainly
 from hunyuan_model.fp8_products import Products, check_fp8_products, find_products, fits_products
 from hunyuan_model.loading import load_transformer
@@ -113,6 +114,20 @@ def test_torchs_kernel_and_the_stand_in_agree(products, kind, monkeypatch):
         results.append((out.detach(), *torch.autograd.grad(out.sum(), x)))
     for one, other in zip(*results):
         assert relative(one, other) < 0.004  # the last digit of bfloat16
+
+
+def test_one_graph_serves_all_numbers_of_tokens(monkeypatch):
+    def multiply(left, right, left_scale, right_scale, bias=None):  # the stand-in asks for sizes, which makes them constants
+        out = (left.float() * left_scale) @ (right.float() * right_scale)
+        return (out if bias is None else out + bias).to(torch.bfloat16)
+
+    monkeypatch.setattr(fp8_products, "_multiply", multiply)
+    fast, _ = twins(linear("plain"), Products(per_row=True))
+    compiled = torch.compile(fast.forward, backend="aot_eager", dynamic=True)
+    before = compiled_graphs()
+    for tokens in (5, 7, 9):
+        compiled(torch.randn(1, tokens, INPUTS, requires_grad=True)).sum().backward()
+    assert compiled_graphs() == before + 1
 
 
 def test_numbers_that_float8_holds_are_multiplied_exactly():

@@ -16,6 +16,7 @@ from hunyuan_model.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.compilation import CompileSettings, enable_compile
 from hunyuan_model.fp8 import enable_fp8_linears, is_fp8_target, quantise_blocks
 from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
+from networks.lora import LoRAModule
 
 LAST = ("img_mlp.fc2", "txt_mlp.fc2", "linear2")
 
@@ -113,6 +114,80 @@ def test_under_autocast(wholly, dtype: torch.dtype) -> None:
         network = add_lora(transformer)
         with torch.autocast("cpu", torch.bfloat16):
             transformer(*make_inputs()).float().square().mean().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+
+
+class Magnitudes(LoRAModule):
+    """A kind of LoRA that does not only add."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.factor = nn.Parameter(torch.full((), 1.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+class Curved(nn.Module):
+    """A parametrization that multiplies matrices."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.full((features, 1), 0.1))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.p @ self.p.T @ weight
+
+
+def hooked(transformer: nn.Module, how: str) -> list[nn.Parameter]:
+    """Something that learns in every block, put into it in the way called ``how``."""
+    learning = []
+    for block in transformer.single_blocks:
+        factor = nn.Parameter(torch.full((), 1.1))
+        if how == "hook on the layer":
+            block.linear2.register_forward_hook(lambda _module, _given, out, factor=factor: out * factor)
+        elif how == "hook before the gate":
+            block.modulation.register_forward_pre_hook(lambda _module, given, factor=factor: (given[0] * factor,))
+        elif how == "kind of LoRA":
+            lora = Magnitudes(block.linear2.in_features, block.linear2.out_features, 2, 2.0)
+            lora.attach(block.linear2)
+            factor = lora.factor
+        elif how == "parametrization":
+            nn.utils.parametrize.register_parametrization(block.linear2, "weight", Curved(block.linear2.out_features))
+            factor = block.linear2.parametrizations.weight[0].p
+        elif how == "wrapped layer":
+            block.linear2.forward = lambda x, forward=block.linear2.forward, factor=factor: forward(x) * factor
+        else:
+            block.forward = lambda *inputs, forward=block.forward, factor=factor: forward(*inputs) * factor
+        learning.append(factor)
+    return learning
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "how", ["hook on the layer", "hook before the gate", "kind of LoRA", "parametrization", "wrapped layer", "wrapped block"]
+)
+def test_whatever_else_learns_gets_its_gradient(wholly, how: str, first: bool) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        learning = hooked(transformer, how) if first else []
+        enable(transformer)
+        learning = learning or hooked(transformer, how)
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for parameter in learning]
+
+    found = gradients(enable_gradient_checkpointing)
+    assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)
+
+
+def test_a_lora_that_was_hooked_in_before_is_computed_whole(wholly) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        network = add_lora(transformer)
+        enable(transformer)
+        transformer(*make_inputs()).square().mean().backward()
         return [parameter.grad for parameter in network.parameters()]
 
     assert same(gradients(enable_gradient_checkpointing), gradients(wholly))

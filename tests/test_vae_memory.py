@@ -183,7 +183,7 @@ def test_it_is_said_when_nothing_is_light_enough(monkeypatch, caplog):
     monkeypatch.setattr(vae_memory, "free_device_memory", lambda device: 1e5)
     with caplog.at_level("INFO"):
         assert VAEFit(make_vae(), encode=True).fit(Clip(1, 5, 64, 64)) == CHOICES[-1]
-    assert "0.1 MB are free" in caplog.messages[0] and "nothing is lighter" in caplog.messages[1]
+    assert "0.1 MB are free" in caplog.messages[0] and "no settings are lighter" in caplog.messages[1]
 
 
 def test_sizes_are_read_off_pixels_and_latents():

@@ -66,7 +66,7 @@ class LastLayer:
         finally:
             _thread.unneeded = False
 
-    def result_unneeded(self) -> bool:
+    def may_be_left_out(self) -> bool:
         """Whether what is hooked into the block now asks for no more than the layer's gradient."""
         # A gate that learns takes the result for its own gradient.
         if any(parameter.requires_grad for parameter in self.gate.parameters()):
@@ -125,7 +125,7 @@ def checkpoint_block(last_layers: Sequence[LastLayer], forward: Callable[..., An
         last_layers: of the block, from ``hook_last_layers``.
         inputs: those of the block by position, of which vec, rope and lengths are the last three.
     """
-    leave_out = last_layers and not inputs[-3].requires_grad and all(layer.result_unneeded() for layer in last_layers)
+    leave_out = last_layers and not inputs[-3].requires_grad and all(layer.may_be_left_out() for layer in last_layers)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_contexts if leave_out else noop_context_fn)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.architecture import TransformerConfig
 from hunyuan_model.attention import Attention
+from hunyuan_model.gelu import gelu, join_gelu
 from hunyuan_model.norms import RMSNorm, modulated_norm
 from hunyuan_model.rope import apply_rope
 
@@ -40,7 +41,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class MMDoubleStreamBlock(nn.Module):
@@ -96,6 +97,7 @@ class MMDoubleStreamBlock(nn.Module):
             torch.cat((img_q, txt_q), dim=1), torch.cat((img_k, txt_k), dim=1), torch.cat((img_v, txt_v), dim=1), lengths
         )
         img_attended, txt_attended = attended.split((img.shape[1], txt.shape[1]), dim=1)
+        del img_qkv, img_q, img_k, img_v, txt_qkv, txt_q, txt_k, txt_v  # before the MLPs begin
 
         img = torch.addcmul(img, img_gate1, self.img_attn_proj(img_attended))
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
@@ -135,7 +137,10 @@ class MMSingleStreamBlock(nn.Module):
         q = apply_rope(self.q_norm(q), rope).to(v.dtype)
         k = apply_rope(self.k_norm(k), rope).to(v.dtype)
         attended = self.attention(q, k, v, lengths)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)))
+        del q, k, v
+        joined = join_gelu(attended, mlp)
+        del attended, qkv, mlp  # with them goes what linear1 gave, before linear2 begins
+        return torch.addcmul(x, gate, self.linear2(joined))
 
 
 class FinalLayer(nn.Module):

@@ -195,12 +195,13 @@ def training_activations(config: TransformerConfig, batch: BatchSize, how: Compu
 
 
 def sampling_activations(config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, widened: int = 0) -> int:
-    """Of one forward pass without a backward pass: at its peak the end of a single block, or the MLP of a double one."""
+    """Of one forward pass without a backward pass."""
     hidden, mlp = config.hidden_size, config.mlp_size
-    # Image and text tokens (which their last names keep), input, linear1, q and k, attended, the GELU, and linear2's input.
-    single = 9 * hidden + 3 * mlp
-    # Image and text tokens twice, qkv, q and k, attended, the norm's output, and what fc1 and its LoRA give.
-    double = 9 * hidden + 2 * mlp
+    # Before linear2: tokens, what linear1 gives, attended, and linear2's input.
+    single = 6 * hidden + 2 * mlp
+    # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and what the kernel works with.
+    # In the MLP: tokens twice, attended, their norm, and what fc1 gives.
+    double = max(12 * hidden, 4 * hidden + mlp)
     return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + widened
 
 

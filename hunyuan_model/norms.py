@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if _nothing_to_gain(x, self.weight):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return _rms_norm(x, self.weight)
         return _RMSNormKeepingInputs.apply(x, self.weight)
 
@@ -79,7 +79,7 @@ class _RMSNormKeepingInputs(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wide, dim = x.to(torch.float32, copy=True), x.shape[-1]
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(dim).add_(NORM_EPS).rsqrt_()
+        inverse = _inverse_rms(wide)
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
@@ -92,10 +92,22 @@ class _RMSNormKeepingInputs(torch.autograd.Function):
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x.float(), weight.shape, weight.float(), NORM_EPS)
+    wide = x.float()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # torch has no kernel of its own for it there, and goes through the tensor twice as often.
+        return (wide * _inverse_rms(wide)).mul_(weight.float())
+    return F.rms_norm(wide, weight.shape, weight.float(), NORM_EPS)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """(..., D) float32 -> (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
 
 
 def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if len(x) == 1 and x.dtype == shift.dtype == scale.dtype and not torch.compiler.is_compiling():
+        # One sample's modulation is what LayerNorm calls weight and bias: one pass over x in place of two.
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], NORM_EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 

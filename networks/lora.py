@@ -91,10 +91,19 @@ class LoRAModule(nn.Module):
             hidden = self._maybe_without(hidden)
         # Scaling the narrow tensor is the same update for a fraction of the memory traffic.
         hidden = hidden * (self.multiplier * self.scale)
-        update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype)).to(base.dtype)
-        return update.add_(base)  # in place: the update is nobody else's, and a third wide tensor costs time and memory
+        up = self.lora_up.weight.to(hidden.dtype)
+        if self._may_overwrite(base, hidden):
+            base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, self.rank), up.t())
+            return base
+        return F.linear(hidden, up).to(base.dtype).add_(base)  # in place: a third wide tensor costs time and memory
 
     forward.only_adds = True  # to the base layer's result, which no gradient depends on: see hunyuan_model.recomputation
+
+    @staticmethod
+    def _may_overwrite(base: torch.Tensor, hidden: torch.Tensor) -> bool:
+        """Whether the update may be added to ``base`` by its own product: no gradient is asked for, and no compiler plans it."""
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not kept and base.dtype == hidden.dtype and base.is_contiguous() and hidden.is_contiguous()
 
     def _left_out(self) -> bool:
         if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():

@@ -143,7 +143,8 @@ def test_training_takes_what_is_predicted(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
-def test_sampling_takes_what_is_predicted(case: Case) -> None:
+def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
+    monkeypatch.setattr("hunyuan_model.gelu.SLICE_VALUES", 2**13)  # of these small tensors a slice would be the whole
     built = build(case)
     with torch.no_grad():
         built.loss()

@@ -33,7 +33,7 @@ class ModulateDiT(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, tanh-approximated GELU, Linear."""
+    """Linear, tanh-approximated GELU, Linear. Without gradients the GELU takes the place of what fc1 gave."""
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()

@@ -94,7 +94,7 @@ class _RMSNormKeepingInputs(torch.autograd.Function):
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # torch has no kernel of its own for it there, and goes through the tensor twice as often.
+        # torch has no kernel of its own for it there, and makes two more tensors of its size.
         return (wide * _inverse_rms(wide)).mul_(weight.float())
     return F.rms_norm(wide, weight.shape, weight.float(), NORM_EPS)
 

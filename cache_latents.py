@@ -19,15 +19,7 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.cache_files import CacheKey, NonFiniteError, list_caches, save_latents
-from dataset.cache_sizes import missing_latents_bytes
-from dataset.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
-from dataset.freshness import Verdict, judge_latents
-from dataset.items import Item, list_items, settle_captions
-from dataset.orphans import abandoned_files, orphaned_latents
-from dataset.preparation import Failure, Finished, Prepared, Result, Target, prepare
-from dataset.records import latent_record
-from dataset.report import (
+from dataset.batches.report import (
     CachingOutcome,
     DatasetReport,
     count_caches,
@@ -37,11 +29,20 @@ from dataset.report import (
     require_batches,
     require_items,
 )
-from hunyuan_model.fingerprint import fingerprint_weights
-from hunyuan_model.vae import AutoencoderKLCausal3D, DiagonalGaussian
-from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from hunyuan_model.vae_memory import WHOLE, Clip, VAEFit
-from utils.arguments import (
+from dataset.cache.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
+from dataset.cache.files import CacheKey, NonFiniteError, list_caches, save_latents
+from dataset.cache.freshness import Verdict, judge_latents
+from dataset.cache.orphans import abandoned_files, orphaned_latents
+from dataset.cache.preparation import Failure, Finished, Prepared, Result, Target, prepare
+from dataset.cache.records import latent_record
+from dataset.cache.sizes import missing_latents_bytes
+from dataset.items import Item, list_items, settle_captions
+from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.vae.loading import check_vae_options, configure_vae
+from hunyuan_model.vae.memory import WHOLE, Clip, VAEFit
+from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
+from networks.training.saving.disk_space import require_room
+from utils.cli.arguments import (
     add_dataset_arguments,
     add_device_argument,
     add_vae_arguments,
@@ -52,9 +53,8 @@ from utils.arguments import (
     vae_settings_given,
     vae_tile_size,
 )
-from utils.config_files import add_config_file_argument, parse_with_config
+from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
-from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 

@@ -18,14 +18,7 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
-from dataset.cache_files import NonFiniteError, list_caches, save_text, text_cache_path
-from dataset.cache_sizes import text_bytes
-from dataset.freshness import NEW, Verdict, judge_text
-from dataset.items import Item, list_items, name_some, settle_captions
-from dataset.orphans import abandoned_files, orphaned_texts
-from dataset.preparation import Failure
-from dataset.records import TEXT_ENCODERS, TOKENIZERS
-from dataset.report import (
+from dataset.batches.report import (
     CachingOutcome,
     DatasetReport,
     count_caches,
@@ -34,20 +27,27 @@ from dataset.report import (
     report_items,
     require_items,
 )
-from hunyuan_model.fingerprint import fingerprint_tokenizer, fingerprint_weights
-from hunyuan_model.prompt_template import TEXT_LENGTH
-from utils.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
-from utils.config_files import add_config_file_argument, parse_with_config
+from dataset.cache.files import NonFiniteError, list_caches, save_text, text_cache_path
+from dataset.cache.freshness import NEW, Verdict, judge_text
+from dataset.cache.orphans import abandoned_files, orphaned_texts
+from dataset.cache.preparation import Failure
+from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
+from dataset.cache.sizes import text_bytes
+from dataset.items import Item, list_items, name_some, settle_captions
+from hunyuan_model.checkpoints.fingerprint import fingerprint_tokenizer, fingerprint_weights
+from hunyuan_model.text.template import TEXT_LENGTH
+from networks.training.saving.disk_space import require_room
+from utils.cli.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
+from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
-from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hunyuan_model.text_encoder_clip import CLIPTextEncoder
-    from hunyuan_model.text_encoder_llm import LlamaTextEncoder
+    from hunyuan_model.text.clip import CLIPTextEncoder
+    from hunyuan_model.text.llm import LlamaTextEncoder
 
 logger = logging.getLogger("cache_text_encoder_outputs")
 

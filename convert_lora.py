@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, tensor_hashes, to_other
-from utils.arguments import script_parser
+from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder
 from utils.safetensors_io import save_tensors

@@ -18,17 +18,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hunyuan_model
-from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, check_attention_dtype, make_attention
-from hunyuan_model.block_swap import check_blocks_to_swap
-from hunyuan_model.compilation import CompileWatch, enable_compile
-from hunyuan_model.flow import flow_sigmas
-from hunyuan_model.loading import check_transformer_file
-from hunyuan_model.sampling import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
-from hunyuan_model.step_cache import StepCache, check_step_cache
-from hunyuan_model.vae_loading import check_vae_options, configure_vae
-from hunyuan_model.vae_memory import Clip, VAEFit
+from hunyuan_model.runtime.arguments import (
+    add_compile_arguments,
+    add_kernel_arguments,
+    apply_kernel_arguments,
+    check_compile_arguments,
+    compile_settings,
+)
+from hunyuan_model.runtime.block_swap import check_blocks_to_swap
+from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
+from hunyuan_model.runtime.loading import check_transformer_file
+from hunyuan_model.sampling.euler import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
+from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, check_attention_dtype, make_attention
+from hunyuan_model.vae.loading import check_vae_options, configure_vae
+from hunyuan_model.vae.memory import Clip, VAEFit
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
-from utils.arguments import (
+from networks.training.memory_report import advice, batch_name, plan_sampling
+from utils.cli.arguments import (
     AUTO,
     add_device_argument,
     add_fp8_arguments,
@@ -50,23 +58,15 @@ from utils.arguments import (
     vae_tile_size,
     whole_number,
 )
-from utils.config_files import add_config_file_argument, parse_with_config
+from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video, unused_stem
-from utils.memory_report import advice, batch_name, plan_sampling
 from utils.safetensors_io import read_tensors, save_tensors
-from utils.speed_arguments import (
-    add_compile_arguments,
-    add_kernel_arguments,
-    apply_kernel_arguments,
-    check_compile_arguments,
-    compile_settings,
-)
 
 if TYPE_CHECKING:
-    from hunyuan_model.prompt_encoding import TextConditions
+    from hunyuan_model.text.encoding import TextConditions
 
 logger = logging.getLogger("generate")
 

@@ -23,48 +23,44 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.batches import Batch, CachedGroup, CachedItem, ShapeBatchSampler, find_cached_items, hold_out, require_model_sizes
-from dataset.data_facts import data_facts
+from dataset.batches.batches import (
+    Batch,
+    CachedGroup,
+    CachedItem,
+    ShapeBatchSampler,
+    find_cached_items,
+    hold_out,
+    require_model_sizes,
+)
+from dataset.batches.data_facts import data_facts
+from dataset.batches.largest_batch import largest_batch
+from dataset.batches.reading import EpochReader, HeldOut
+from dataset.batches.report import format_table, report_cached_group, require_batches
 from dataset.items import name_some
-from dataset.largest_batch import largest_batch
-from dataset.reading import EpochReader, HeldOut
-from dataset.report import format_table, report_cached_group, require_batches
-from hunyuan_model.activation_offload import make_offloader
-from hunyuan_model.attention import check_attention_dtype
-from hunyuan_model.compilation import CompileWatch, enable_compile
-from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.shared_memory import SharedMemory
+from hunyuan_model.runtime.activation_offload import make_offloader
+from hunyuan_model.runtime.arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
+from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.shared_memory import SharedMemory
+from hunyuan_model.transformer.attention import check_attention_dtype
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
-from networks.network_checks import check_model_and_network
 from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
-from utils.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
-from utils.arguments import drawn_seed, swap_settings
-from utils.config_files import parse_with_config
-from utils.devices import out_of_memory_says
-from utils.disk_space import check_room_to_save
-from utils.dry_step import dry_step, wants_dry_step
-from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script
-from utils.flow_matching import FlowMatching
-from utils.hub import HubUploads
-from utils.key_values import parse_key_values
-from utils.loss_log import LossLog
-from utils.lr_schedules import check_lr_scheduler, make_lr_scheduler
-from utils.memory_report import advice, names_the_batch, plan_training
-from utils.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
-from utils.optional_methods import call_if_there
-from utils.shared_weights import shared_host_memory
-from utils.skipped_steps import TrainingBroken, count_skipped
-from utils.speed_arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
-from utils.timestep_preview import show_timesteps
-from utils.timestep_sampling import TimestepSampler, TimestepSettings
-from utils.training_arguments import attention_mode, build_training_parser, check_training_arguments
-from utils.training_files import SaveRules, epoch_name, final_name, remove_leftovers, state_name, step_name
-from utils.training_logs import TrainingLogs, check_logs, learning_rates, open_logs
-from utils.training_metadata import new_session_id, training_metadata
-from utils.training_requests import Request, TrainingRequests
-from utils.training_resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
-from utils.training_run import (
+from networks.optional_methods import call_if_there
+from networks.training.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
+from networks.training.arguments import attention_mode, build_training_parser, check_training_arguments
+from networks.training.dry_step import dry_step, wants_dry_step
+from networks.training.logging.logs import TrainingLogs, check_logs, learning_rates, open_logs
+from networks.training.logging.loss_log import LossLog
+from networks.training.loss.flow_matching import FlowMatching
+from networks.training.loss.timestep_preview import show_timesteps
+from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
+from networks.training.memory_report import advice, names_the_batch, plan_training
+from networks.training.optim.lr_schedules import check_lr_scheduler, make_lr_scheduler
+from networks.training.optim.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
+from networks.training.preflight import check_model_and_network
+from networks.training.requests import Request, TrainingRequests
+from networks.training.run import (
     Training,
     batch_order,
     require_finite_weights,
@@ -76,9 +72,21 @@ from utils.training_run import (
     steps_per_epoch,
     training_facts,
 )
-from utils.training_samples import TrainingSamples, check_samples, prepare_samples
-from utils.training_state import LATEST, Progress, check_state_can_be_saved, recover_state
-from utils.training_step import Step, train_step
+from networks.training.samples.sampling import TrainingSamples, check_samples, prepare_samples
+from networks.training.saving.disk_space import check_room_to_save
+from networks.training.saving.files import SaveRules, epoch_name, final_name, remove_leftovers, state_name, step_name
+from networks.training.saving.metadata import new_session_id, training_metadata
+from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
+from networks.training.saving.state import LATEST, Progress, check_state_can_be_saved, recover_state
+from networks.training.shared_weights import shared_host_memory
+from networks.training.skipped_steps import TrainingBroken, count_skipped
+from networks.training.step import Step, train_step
+from utils.cli.arguments import drawn_seed, swap_settings
+from utils.cli.config_files import parse_with_config
+from utils.devices import out_of_memory_says
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script
+from utils.hub import HubUploads
+from utils.key_values import parse_key_values
 
 logger = logging.getLogger("train")
 

@@ -20,13 +20,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hunyuan_model.architecture import TransformerConfig  # noqa: E402
-from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from networks.lora import create_network  # noqa: E402
-from utils.disk_space import NetworkSize  # noqa: E402
-from utils.memory_plan import MemoryPlan, MemorySettings  # noqa: E402
-from utils.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
-from utils.training_arguments import build_training_parser  # noqa: E402
+from networks.training.arguments import build_training_parser  # noqa: E402
+from networks.training.memory_plan import MemoryPlan, MemorySettings  # noqa: E402
+from networks.training.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
+from networks.training.saving.disk_space import NetworkSize  # noqa: E402
 
 CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as they are sold
 HELD = 800_000_000

@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.diffusers_twins import diffusers_transformer, run_diffusers  # noqa: E402
-from hunyuan_model.architecture import TransformerConfig, rope_dims_for  # noqa: E402
-from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing  # noqa: E402
-from hunyuan_model.text_encoder_llm import LlamaTextEncoder  # noqa: E402
-from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
-from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig  # noqa: E402
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing  # noqa: E402
+from hunyuan_model.runtime.recomputation import LAST_LAYERS  # noqa: E402
+from hunyuan_model.text.llm import LlamaTextEncoder  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
+from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig  # noqa: E402
 from networks.lora import create_network  # noqa: E402
 
 Run = Callable[[], object]
@@ -146,10 +147,11 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
     """
     calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool, bool]] = []
     hooks = []
+    last_layers = tuple(path for layers in LAST_LAYERS.values() for path, _ in layers)
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             in_block = "_blocks." in name and ".mod" not in name and "_mod." not in name and not name.startswith("txt_in")
-            kind = in_block, name.endswith(("img_mlp.fc2", "txt_mlp.fc2", "linear2"))
+            kind = in_block, name.endswith(last_layers)
 
             def note(linear: nn.Linear, arguments: tuple[torch.Tensor, ...], kind: tuple[bool, bool] = kind) -> None:
                 calls.append((torch.randn_like(arguments[0]), linear.weight.detach(), linear.bias, *kind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 
 # In diffusers' names; what stands here is renamed as a prefix, the rest is handled block by block.
 OUTER_NAMES = {

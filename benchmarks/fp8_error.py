@@ -23,8 +23,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hunyuan_model.architecture import TransformerConfig, rope_dims_for  # noqa: E402
-from hunyuan_model.fp8 import (  # noqa: E402
+from hunyuan_model.quantization.linear import (  # noqa: E402
     Quantised,
     dequantise,
     enable_fp8_linears,
@@ -33,9 +32,10 @@ from hunyuan_model.fp8 import (  # noqa: E402
     quantise_channels,
     quantise_plainly,
 )
-from hunyuan_model.fp8_products import Products  # noqa: E402
-from hunyuan_model.loading import load_transformer  # noqa: E402
-from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
+from hunyuan_model.quantization.scaled_mm import Products  # noqa: E402
+from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 
 TOY = ROOT / "examples" / "toy" / "dit.safetensors"
 

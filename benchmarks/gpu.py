@@ -49,7 +49,7 @@ from benchmarks.gpu_workloads import (  # noqa: E402
     prepared,
     row_flops,
 )
-from hunyuan_model.architecture import TransformerConfig  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 
 GIB = 1 << 30
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "triton")

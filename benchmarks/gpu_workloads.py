@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hunyuan_model.architecture import TransformerConfig
-from hunyuan_model.block_swap import SLOTS, SwapSettings, block_sizes, streamed_blocks
-from hunyuan_model.fp8_products import check_fp8_products
-from hunyuan_model.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.loading import transformer_from
-from hunyuan_model.memory import BatchSize, Storage, weight_bytes
-from hunyuan_model.sampling import latent_size
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
+from hunyuan_model.quantization.scaled_mm import check_fp8_products
+from hunyuan_model.runtime.block_swap import SLOTS, SwapSettings, block_sizes, streamed_blocks
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.loading import transformer_from
+from hunyuan_model.runtime.memory import BatchSize, Storage, weight_bytes
+from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.transformer.config import TransformerConfig
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
-from utils.disk_space import NetworkSize
-from utils.memory_plan import GUESSED, MemoryPlan, MemorySettings
+from networks.training.memory_plan import GUESSED, MemoryPlan, MemorySettings
+from networks.training.saving.disk_space import NetworkSize
 
 CEILINGS = {"product": "bf16 product", "copy": "copy from page-locked memory"}
 RANK = 32
@@ -177,12 +177,12 @@ def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -
         swap=swap_of(row, config),
     )
     if row.compile:
-        from hunyuan_model.compilation import CompileSettings, enable_compile
+        from hunyuan_model.runtime.compilation import CompileSettings, enable_compile
 
         # On the CPU only the plumbing is tried: tracing is enough for that.
         enable_compile(transformer, CompileSettings() if device.type == "cuda" else CompileSettings(backend="eager"))
     if row.work == "step" and row.offload:
-        from hunyuan_model.activation_offload import make_offloader
+        from hunyuan_model.runtime.activation_offload import make_offloader
 
         offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=True)
         enable_gradient_checkpointing(transformer, offloader)

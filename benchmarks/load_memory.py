@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hunyuan_model.architecture import TransformerConfig, rope_dims_for  # noqa: E402
-from hunyuan_model.loading import load_transformer  # noqa: E402
-from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
+from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from utils.devices import parse_dtype  # noqa: E402
 
 SAMPLE_SECONDS = 0.001

@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.load_memory import MemoryWatch  # noqa: E402
-from hunyuan_model.architecture import TransformerConfig  # noqa: E402
-from hunyuan_model.flow import flow_sigmas  # noqa: E402
-from hunyuan_model.loading import load_transformer  # noqa: E402
-from hunyuan_model.sampling import initial_noise, latent_size, sample_latents  # noqa: E402
-from hunyuan_model.transformer import HYVideoDiffusionTransformer  # noqa: E402
+from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
+from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents  # noqa: E402
+from hunyuan_model.sampling.flow import flow_sigmas  # noqa: E402
+from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from utils.devices import parse_dtype  # noqa: E402
 from utils.safetensors_io import save_tensor_stream  # noqa: E402
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import voluptuous
 
-from dataset.buckets import BUCKET_STEP, bucket_resolutions
-from dataset.frame_rate import MODEL_FPS
-from dataset.frames import FRAME_EXTRACTIONS, MAX_FRAMES, is_clip_length
+from dataset.media.buckets import BUCKET_STEP, bucket_resolutions
+from dataset.media.frame_rate import MODEL_FPS
+from dataset.media.frames import FRAME_EXTRACTIONS, MAX_FRAMES, is_clip_length
 from utils.errors import UserError
 from utils.key_values import nearest_name
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.config import DatasetConfig
-from dataset.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dataset.media.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from utils.errors import UserError
 from utils.toml_files import has_escaped_backslash_accident
 

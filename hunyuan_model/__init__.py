@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hunyuan_model.identify import check_text_encoder_files, check_vae_file
-    from hunyuan_model.loading import check_transformer_file, load_transformer
-    from hunyuan_model.prompt_encoding import encode_prompts
-    from hunyuan_model.text_encoder_clip import load_text_encoder_2, load_tokenizer_2
-    from hunyuan_model.text_encoder_llm import load_text_encoder_1, load_tokenizer_1
-    from hunyuan_model.vae_loading import load_vae
+    from hunyuan_model.checkpoints.identify import check_text_encoder_files, check_vae_file
+    from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
+    from hunyuan_model.text.clip import load_text_encoder_2, load_tokenizer_2
+    from hunyuan_model.text.encoding import encode_prompts
+    from hunyuan_model.text.llm import load_text_encoder_1, load_tokenizer_1
+    from hunyuan_model.vae.loading import load_vae
 
 __all__ = [
     "check_text_encoder_files",
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "check_text_encoder_files": "hunyuan_model.identify",
-    "check_transformer_file": "hunyuan_model.loading",
-    "check_vae_file": "hunyuan_model.identify",
-    "encode_prompts": "hunyuan_model.prompt_encoding",
-    "load_transformer": "hunyuan_model.loading",
-    "load_vae": "hunyuan_model.vae_loading",
-    "load_text_encoder_1": "hunyuan_model.text_encoder_llm",
-    "load_text_encoder_2": "hunyuan_model.text_encoder_clip",
-    "load_tokenizer_1": "hunyuan_model.text_encoder_llm",
-    "load_tokenizer_2": "hunyuan_model.text_encoder_clip",
+    "check_text_encoder_files": "hunyuan_model.checkpoints.identify",
+    "check_transformer_file": "hunyuan_model.runtime.loading",
+    "check_vae_file": "hunyuan_model.checkpoints.identify",
+    "encode_prompts": "hunyuan_model.text.encoding",
+    "load_transformer": "hunyuan_model.runtime.loading",
+    "load_vae": "hunyuan_model.vae.loading",
+    "load_text_encoder_1": "hunyuan_model.text.llm",
+    "load_text_encoder_2": "hunyuan_model.text.clip",
+    "load_tokenizer_1": "hunyuan_model.text.llm",
+    "load_tokenizer_2": "hunyuan_model.text.clip",
 }
 
 

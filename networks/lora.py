@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_model.fp8 import replace_weight, true_weight
+from hunyuan_model.quantization.linear import replace_weight, true_weight
 from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, tensor_hashes, to_default
 from networks.lora_merging import LoraToMerge, MergePatch
 from networks.lora_options import NetworkOptions
@@ -97,7 +97,7 @@ class LoRAModule(nn.Module):
             return base
         return F.linear(hidden, up).to(base.dtype).add_(base)  # in place: a third wide tensor costs time and memory
 
-    forward.only_adds = True  # to the base layer's result, which no gradient depends on: see hunyuan_model.recomputation
+    forward.only_adds = True  # to the base layer's result, which no gradient depends on: see hunyuan_model.runtime.recomputation
 
     @staticmethod
     def _may_overwrite(base: torch.Tensor, hidden: torch.Tensor) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hunyuan_model.checkpoint import Checkpoint, true_value
-from hunyuan_model.fp8 import cast
-from hunyuan_model.loading import open_transformer
+from hunyuan_model.checkpoints.reading import Checkpoint, true_value
+from hunyuan_model.quantization.linear import cast
+from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from networks.optional_methods import call_if_there
 from utils.errors import UserError
-from utils.optional_methods import call_if_there
 
 
 def import_network_module(name: str) -> ModuleType:

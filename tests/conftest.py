@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dataset.cache_files import save_latents, save_text
+from dataset.cache.files import save_latents, save_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT_SECONDS = 300

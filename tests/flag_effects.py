@@ -21,10 +21,10 @@ from pytest import approx
 from safetensors.torch import load_file
 
 import hv_train_network
-from dataset.cache_files import read_latents, read_text
-from utils.lr_schedules import make_lr_scheduler, step_schedule
+from dataset.cache.files import read_latents, read_text
+from networks.training.loss.timestep_sampling import TimestepSampler
+from networks.training.optim.lr_schedules import make_lr_scheduler, step_schedule
 from utils.safetensors_io import read_header
-from utils.timestep_sampling import TimestepSampler
 
 
 def becomes(read: Callable[[Run], Any], expected: Any) -> Callable[[Run, Run], None]:

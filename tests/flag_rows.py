@@ -24,7 +24,7 @@ from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_token
 from examples.toy.model_files import ModelFiles
 from networks.lora import create_network
 from utils import hub
-from utils.config_files import parse_with_config
+from utils.cli.config_files import parse_with_config
 from utils.errors import run_script
 from utils.safetensors_io import read_header
 

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from hunyuan_model import compilation, loading, vae_layers
-from hunyuan_model.activation_offload import HostPool
-from hunyuan_model.text_encoder_clip import CLIPTextEncoder
-from hunyuan_model.text_encoder_llm import LlamaTextEncoder
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
-from hunyuan_model.vae import AutoencoderKLCausal3D
+from hunyuan_model.runtime import compilation, loading
+from hunyuan_model.runtime.activation_offload import HostPool
+from hunyuan_model.text.clip import CLIPTextEncoder
+from hunyuan_model.text.llm import LlamaTextEncoder
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from hunyuan_model.vae import layers as vae_layers
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 
 
 @dataclass

@@ -15,9 +15,9 @@ import numpy as np
 from examples.toy.contact_sheet import contact_sheet
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.toy_model import STEPS, ToyModel
-from hunyuan_model.checkpoint import open_checkpoint
+from hunyuan_model.checkpoints.reading import open_checkpoint
 from networks.lora_files import check_lora_file
-from utils.arguments import finite_float, positive_int, script_parser, seed
+from utils.cli.arguments import finite_float, positive_int, script_parser, seed
 from utils.errors import run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_picture

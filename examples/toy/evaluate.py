@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.media import IMAGE_EXTENSIONS, read_image
-from dataset.resizing import fit_to_bucket
+from dataset.media.decoding import IMAGE_EXTENSIONS, read_image
+from dataset.media.resizing import fit_to_bucket
 from examples.toy import world, zorp
 from examples.toy.contact_sheet import WRONG, contact_sheet, film_strip, framed
 from examples.toy.reading import read
@@ -36,10 +36,18 @@ from examples.toy.scoring import (
     zorp_prompts,
 )
 from examples.toy.toy_model import BATCH_SIZE, FLOW_SHIFT, FOLDER, FRAMES, GUIDANCE, STEPS, ToyModel
-from hunyuan_model.attention import ATTENTION_MODES, check_attention_device, make_attention
-from hunyuan_model.sampling import latent_size
-from hunyuan_model.step_cache import check_step_cache
-from utils.arguments import add_device_argument, finite_float, non_negative_float, positive_float, positive_int, script_parser, seed
+from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.sampling.step_cache import check_step_cache
+from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, make_attention
+from utils.cli.arguments import (
+    add_device_argument,
+    finite_float,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    script_parser,
+    seed,
+)
 from utils.devices import choose_dtype, out_of_memory_says, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder

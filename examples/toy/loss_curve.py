@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.arguments import script_parser
+from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_file, require_writable_folder
 from utils.media_writing import save_picture

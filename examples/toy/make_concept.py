@@ -20,7 +20,7 @@ import numpy as np
 
 from examples.toy.world import COLOURS, MOTIONS, caption, draw, generator, place, random_attributes
 from examples.toy.zorp import draw_zorp, zorp_caption
-from utils.arguments import script_parser
+from utils.cli.arguments import script_parser
 from utils.errors import run_script
 from utils.files import atomic_path, require_writable_folder
 from utils.media_writing import save_picture

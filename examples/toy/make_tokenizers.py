@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hunyuan_model.prompt_template import TEMPLATE_BEFORE_PROMPT
+from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT
 
 LLAMA_VOCABULARY = 512
 CLIP_VOCABULARY = 768

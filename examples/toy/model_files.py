@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import hunyuan_model
-from hunyuan_model.vae import AutoencoderKLCausal3D
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.safetensors_io import save_tensors

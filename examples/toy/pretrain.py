@@ -20,7 +20,7 @@ from examples.toy import pretrain_text, pretrain_transformer, pretrain_vae
 from examples.toy.model_files import files_in, write_vae
 from examples.toy.training_loop import Run
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2, load_vae
-from utils.arguments import add_device_argument, positive_float, script_parser
+from utils.cli.arguments import add_device_argument, positive_float, script_parser
 from utils.devices import pick_device
 from utils.errors import run_script
 from utils.files import require_writable_folder

@@ -27,8 +27,8 @@ from examples.toy import world
 from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import write_text_encoder
 from examples.toy.training_loop import Losses, Recipe
-from hunyuan_model.prompt_template import TEMPLATE_AFTER_PROMPT, TEMPLATE_BEFORE_PROMPT
-from hunyuan_model.text_encoder_llm import SKIPPED_LAYERS
+from hunyuan_model.text.llm import SKIPPED_LAYERS
+from hunyuan_model.text.template import TEMPLATE_AFTER_PROMPT, TEMPLATE_BEFORE_PROMPT
 
 RECIPE = Recipe(steps=500, learning_rate=1e-3, warm_up=50, weight_decay=0.05, ema_decay=0.99)
 SEED = 2

@@ -15,12 +15,12 @@ from examples.toy import world
 from examples.toy.pretrain_text import CLIP_WIDTH, LLAMA_WIDTH, random_caption
 from examples.toy.training_loop import Losses, Recipe
 from examples.toy.world import to_pixels
-from hunyuan_model.architecture import TransformerConfig, rope_dims_for
-from hunyuan_model.flow import GUIDANCE_UNIT, TIMESTEPS, shift_sigmas
-from hunyuan_model.text_encoder_clip import CLIPTextEncoder
-from hunyuan_model.text_encoder_llm import LlamaTextEncoder
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
-from hunyuan_model.vae import AutoencoderKLCausal3D
+from hunyuan_model.sampling.flow import GUIDANCE_UNIT, TIMESTEPS, shift_sigmas
+from hunyuan_model.text.clip import CLIPTextEncoder
+from hunyuan_model.text.llm import LlamaTextEncoder
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from utils.safetensors_io import read_header, read_tensors, save_tensors
 
 HEAD_DIM, HEADS = 32, 6

@@ -11,8 +11,8 @@ from torch import nn
 from examples.toy import world
 from examples.toy.training_loop import Losses, Recipe
 from examples.toy.world import to_pixels
-from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
-from hunyuan_model.vae_layers import CausalAttention, CausalConv3d, Downsample, ResnetBlockCausal3D, Upsample
+from hunyuan_model.vae.layers import CausalAttention, CausalConv3d, Downsample, ResnetBlockCausal3D, Upsample
+from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=2)
 RECIPE = Recipe(steps=2000, learning_rate=1e-3, muon_rate=4e-3, warm_up=40, ema_decay=0.998)

@@ -17,13 +17,13 @@ from tqdm import tqdm
 import hunyuan_model
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.world import to_pixels
-from hunyuan_model.flow import flow_sigmas
-from hunyuan_model.sampling import decode_latents, initial_noise, latent_size, sample_latents
-from hunyuan_model.step_cache import StepCache, check_step_cache
-from hunyuan_model.text_encoder_clip import CLIPTextEncoder
-from hunyuan_model.text_encoder_llm import LlamaTextEncoder
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
-from hunyuan_model.vae import AutoencoderKLCausal3D
+from hunyuan_model.sampling.euler import decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
+from hunyuan_model.text.clip import CLIPTextEncoder
+from hunyuan_model.text.llm import LlamaTextEncoder
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from networks.lora import create_network_from_weights
 from networks.lora_merging import merge_patch, read_lora_files
 from utils.errors import UserError

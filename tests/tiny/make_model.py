@@ -21,9 +21,9 @@ from transformers import (
 
 from examples.toy.make_tokenizers import CLIP_VOCABULARY, LLAMA_VOCABULARY, write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import ModelFiles, files_in, write_text_encoder, write_vae
-from hunyuan_model.architecture import TransformerConfig, rope_dims_for
-from hunyuan_model.transformer import HYVideoDiffusionTransformer
-from hunyuan_model.vae import AutoencoderKLCausal3D, VAEConfig
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
 from tiny.make_media import PICTURES, draw
 from utils.safetensors_io import save_tensors
 

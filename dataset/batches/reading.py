@@ -1,0 +1,122 @@
+"""Reading an epoch's batches with worker processes, so that whatever goes wrong in one names the files it was about."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.batches.batches import Batch, CachedDataset, CachedGroup, CachedItem, Sample, ShapeBatchSampler, collate
+from dataset.items import name_some
+from utils.errors import UserError
+
+
+class _ErrorsAsValues(Dataset):
+    """A ``CachedDataset`` that returns its errors: an exception raised in a worker would arrive wrapped in a traceback."""
+
+    def __init__(self, data: CachedDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Sample | UserError:
+        try:
+            return self.data[index]
+        except UserError as error:
+            return error
+
+
+def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserError:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+
+
+def _how_learnt(item: CachedItem) -> tuple[str, ...]:
+    """Nothing for most items, whose fingerprint stays that of older states."""
+    return ("prior_preservation",) if item.prior_preservation else ()
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the training itself answers it, and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class HeldOut:
+    """Items that training does not see, as batches of one, in the same order every time they are gone through."""
+
+    def __init__(self, items: Sequence[CachedItem]) -> None:
+        self._data = CachedDataset.of_items(items)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (collate([self._data[index]]) for index in range(len(self)))
+
+
+class EpochReader:
+    """The batches of one epoch after the other.
+
+    Args:
+        groups: what ``find_cached_items`` returned.
+        sampler: over the same groups.
+        workers: processes that read ahead, at most one for each processor core; 0 reads in this process.
+        persistent: keep them between epochs.
+    """
+
+    def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
+        self.sampler = sampler
+        self._data = CachedDataset(groups)
+        self._due = 0
+        workers = min(workers, os.cpu_count() or 1)
+        # A generator of its own: torch draws a number at the start of each epoch, which must not move the training's.
+        self._loader = DataLoader(
+            _ErrorsAsValues(self._data),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_collate_or_error,
+            persistent_workers=persistent and workers > 0,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on each rank."""
+        return len(self.sampler)
+
+    def fingerprint(self) -> str:
+        """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what is learnt of them."""
+        items = [(item.latents_path.name, item.shape, *_how_learnt(item)) for item in self._data.items]
+        content = repr((self.sampler.pools, items))
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read.
+
+        Raises:
+            UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
+        """
+        self.sampler.set_epoch(number)
+        self.sampler.skip(start)
+        self._due = 0
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+            self._due += 1
+
+    def explain(self, error: RuntimeError) -> RuntimeError | UserError:
+        """``error`` itself, or what to tell the user if torch says with it that a worker process died.
+
+        torch may raise it at any moment, also outside the loader.
+        """
+        if "DataLoader worker" not in str(error):
+            return error
+        ahead = itertools.islice(self.sampler, self._due, self._due + 3)
+        names = name_some(self._data.items[index].latents_path.name for batch in ahead for index in batch)
+        return UserError(
+            f"a process that reads the caches died, killed or out of memory, while it was about to read {names}. "
+            "Training stopped. Use --max_data_loader_n_workers 0, or look at these files."
+        )

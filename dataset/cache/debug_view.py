@@ -1,0 +1,99 @@
+"""Look at what training will see: contact sheets as PNG files, clips as MP4 files, and pictures in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset.cache.preparation import Prepared
+from dataset.media.frame_rate import MODEL_FPS
+from utils.media_writing import save_picture, save_video
+
+SHEET_FRAMES = 16  # frames of a clip shown on its sheet
+SHADES = " .:-=+*#%@"  # from dark to bright
+CONSOLE_BACKS = {
+    "BLACK": (0, 0, 0),
+    "RED": (205, 0, 0),
+    "GREEN": (0, 205, 0),
+    "YELLOW": (205, 205, 0),
+    "BLUE": (0, 0, 238),
+    "MAGENTA": (205, 0, 205),
+    "CYAN": (0, 205, 205),
+    "WHITE": (229, 229, 229),
+}
+RESET = "\x1b[0m"
+
+
+def describe(prepared: Prepared) -> str:
+    """One line: file, frames, sizes and caption."""
+    target = prepared.target
+    (width, height), (bucket_width, bucket_height) = target.original_size, target.bucket
+    caption = "(no caption)" if target.item.caption is None else repr(target.item.caption)
+    return f"{target.label}: {width}x{height} -> {bucket_width}x{bucket_height}, {caption}"
+
+
+def contact_sheet(pixels: np.ndarray) -> np.ndarray:
+    """Frames (F, H, W, 3) side by side on a grid that is about as wide as high: at most 16 of them, first and last included."""
+    shown = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), SHEET_FRAMES), dtype=int))
+    columns = int(np.ceil(np.sqrt(len(shown))))
+    rows = -(-len(shown) // columns)
+    _, height, width, channels = pixels.shape
+    sheet = np.zeros((rows * height, columns * width, channels), np.uint8)
+    for position, frame in enumerate(shown):
+        top, left = position // columns * height, position % columns * width
+        sheet[top : top + height, left : left + width] = pixels[frame]
+    return sheet
+
+
+def save_sheet(prepared: Prepared) -> Path:
+    """Write the contact sheet into the folder ``debug`` of the cache directory, named like the cache file; returns its path."""
+    path = _debug_path(prepared, ".png")
+    save_picture(path, contact_sheet(prepared.pixels))
+    return path
+
+
+def save_clip(prepared: Prepared) -> Path:
+    """Write the frames of a clip beside the sheets, as a video at the speed that the model learns; returns its path.
+
+    A picture becomes a PNG file.
+    """
+    if prepared.target.window is None:
+        return save_sheet(prepared)
+    path = _debug_path(prepared, ".mp4")
+    save_video(path, prepared.pixels, MODEL_FPS)
+    return path
+
+
+def _debug_path(prepared: Prepared, suffix: str) -> Path:
+    cache_path = prepared.target.cache_path
+    return cache_path.parent / "debug" / f"{cache_path.stem}{suffix}"
+
+
+def console_picture(pixels: np.ndarray, columns: int, back: str | None = None) -> str:
+    """The first frame of (F, H, W, 3) as text with 24-bit ANSI colours, ``columns`` characters wide.
+
+    Without ``back`` every character is an upper half block, two pixels above each other. With the name of a colour in
+    ``CONSOLE_BACKS`` the picture is drawn in characters of more or less ink on that background.
+    """
+    _, height, width, _ = pixels.shape
+    rows = max(1, round(columns * height / width / 2))  # a character cell is about twice as high as wide
+    # Text cells are averages of what they stand for, hence BOX.
+    cells = (columns, 2 * rows) if back is None else (columns, rows)
+    small = np.asarray(Image.fromarray(pixels[0]).resize(cells, Image.Resampling.BOX))
+    if back is None:
+        lines = ("".join(map(_half_block, small[row], small[row + 1])) for row in range(0, 2 * rows, 2))
+    else:
+        ground = f"\x1b[48;2;{';'.join(map(str, CONSOLE_BACKS[back]))}m"
+        lines = (ground + "".join(map(_shade, row)) for row in small)
+    return "\n".join(line + RESET for line in lines)
+
+
+def _half_block(upper: np.ndarray, lower: np.ndarray) -> str:
+    return f"\x1b[38;2;{upper[0]};{upper[1]};{upper[2]}m\x1b[48;2;{lower[0]};{lower[1]};{lower[2]}m\u2580"
+
+
+def _shade(colour: np.ndarray) -> str:
+    brightness = int(colour.max()) * len(SHADES) // 256
+    return f"\x1b[38;2;{colour[0]};{colour[1]};{colour[2]}m{SHADES[brightness]}"

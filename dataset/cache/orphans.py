@@ -1,0 +1,69 @@
+"""Cache files that belong to no item any more. Training would use them, so they are listed, and removed when asked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dataset.cache.files import CacheKey, list_caches
+from dataset.config import DatasetConfig
+from utils.files import is_temporary
+
+logger = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 600  # a cache file takes moments to write; what has been unfinished for longer was left by a killed run
+
+
+def orphaned_latents(dataset: DatasetConfig, called_for: Mapping[CacheKey, Path], unknown: Collection[str]) -> list[Path]:
+    """Latent caches of items that are gone, of windows that are no longer cut, and those beside the one that is right.
+
+    Args:
+        called_for: the right file of each picture and window.
+        unknown: stems of items that could not be read; nothing is said of theirs.
+    """
+    right = _identities(called_for.values())
+    latents = list_caches(dataset).latents
+    candidates = [path for (stem, _), paths in latents.items() if stem not in unknown for path in paths]
+    return sorted(path for path in candidates if _identities([path]).isdisjoint(right))
+
+
+def orphaned_texts(dataset: DatasetConfig, called_for: Iterable[Path]) -> list[Path]:
+    """Text caches of items that are gone; ``called_for``: those of the items that are there."""
+    right = _identities(called_for)
+    return sorted(path for path in list_caches(dataset).texts.values() if _identities([path]).isdisjoint(right))
+
+
+def _identities(paths: Iterable[Path]) -> set[tuple[int, int]]:
+    """Device and file number of those that exist: where a.png became A.png, both names may mean one cache file."""
+    found = set()
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def abandoned_files(dataset: DatasetConfig) -> list[Path]:
+    """What killed runs left of cache files that they were writing."""
+    folder = dataset.cache_directory
+    if not folder.is_dir():
+        return []
+    before = time.time() - ABANDONED_SECONDS
+    unfinished = (path for path in folder.iterdir() if is_temporary(path) and path.suffix == ".safetensors")
+    return sorted(path for path in unfinished if path.stat().st_mtime < before)
+
+
+def remove_files(paths: Iterable[Path]) -> list[Path]:
+    """Delete; returns those that are gone. The others are named in warnings."""
+    removed = []
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot delete %s: %s.", path, error.strerror or error)
+        else:
+            removed.append(path)
+    return removed

@@ -1,0 +1,215 @@
+"""Decode, cut and resize items in threads while the caller encodes what came before.
+
+Threads and not processes: Pillow and PyAV release the interpreter lock while they work, frames need no copying between
+processes, and an error always carries the file it is about.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from queue import Full, Queue
+from threading import Event
+
+import numpy as np
+
+from dataset.cache.files import CacheKey, latent_cache_path
+from dataset.cache.records import SourceStamp, stamp_source
+from dataset.items import Item
+from dataset.media.buckets import choose_bucket
+from dataset.media.decoding import frame_times, probe_image, probe_video, read_clip_windows, read_image
+from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
+from dataset.media.frames import Window, cut_windows, frames_needed
+from dataset.media.resizing import fit_to_bucket
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RATE_SECONDS = 1.0  # of a video, at least, tell its frame rate; single gaps between frames vary
+
+
+@dataclass(frozen=True)
+class Target:
+    """One latent cache file that an item calls for.
+
+    Attributes:
+        window: (first frame, frames) of a clip, None for a picture.
+        original_size: (W, H) of the source.
+        bucket: (W, H) to train at.
+        resampling: which frames of the file the clip is cut from, None for every frame. Windows count the chosen frames.
+    """
+
+    item: Item
+    window: Window | None
+    original_size: tuple[int, int]
+    bucket: tuple[int, int]
+    resampling: Resampling | None = None
+
+    @property
+    def key(self) -> CacheKey:
+        """Stem and window, under which the listing has the cache file."""
+        return self.item.stem, self.window
+
+    @property
+    def frames(self) -> int:
+        """Number of frames; 1 for a picture."""
+        return 1 if self.window is None else self.window[1]
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache file."""
+        return latent_cache_path(self.item, self.original_size, self.window)
+
+    @property
+    def label(self) -> str:
+        """For messages: the file, and the frames for a clip."""
+        if self.window is None:
+            return str(self.item.path)
+        resampled = f" ({self.resampling})" if self.resampling else ""
+        return f"{self.item.path} frames {self.window[0]} to {self.window[0] + self.window[1] - 1}{resampled}"
+
+    @property
+    def frame_rate(self) -> str | None:
+        """How the frames are chosen, for the record; None for a picture."""
+        if self.window is None:
+            return None
+        return EVERY_FRAME if self.resampling is None else self.resampling.record
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and what the source was when they were read."""
+
+    target: Target
+    pixels: np.ndarray
+    source: SourceStamp
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An item is through. ``targets``: all that it calls for, also unwanted ones; none means that the clip is too short."""
+
+    item: Item
+    targets: tuple[Target, ...]
+    decoded: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item could not be read; ``message`` names the file. Windows that came before stay valid."""
+
+    item: Item
+    message: str
+
+
+Result = Prepared | Finished | Failure
+
+
+def plan_targets(item: Item) -> tuple[Target, ...]:
+    """The cache files an item calls for, without decoding more than that needs. MediaError if the file is unreadable."""
+    dataset = item.dataset
+    windows: list[Window | None]
+    resampling = None
+    if dataset.kind == "image":
+        size, windows = probe_image(item.path), [None]
+    else:
+        info = probe_video(item.path)
+        size = (info.width, info.height)
+        mode = dataset.frame_extraction
+        times, resampling = _choose_frames(item, info.fps)
+        frames = len(times if resampling is None else resampling.indices)
+        windows = list(
+            cut_windows(frames, dataset.target_frames, mode, dataset.frame_stride, dataset.frame_sample, dataset.max_frames)
+        )
+    bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
+    return tuple(Target(item, window, size, bucket, resampling) for window in windows)
+
+
+def _choose_frames(item: Item, stated_fps: float | None) -> tuple[list[float], Resampling | None]:
+    """The times of the frames that decide an item's windows, and how the clip is resampled."""
+    dataset = item.dataset
+    fps = dataset.source_fps or stated_fps
+    given = dataset.source_fps is not None
+    needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
+    limit = None
+    if needed is not None:
+        limit = needed, max(needed / dataset.target_fps, RATE_SECONDS) if dataset.target_fps else 0.0
+    times = frame_times(item.path, fps, not given, limit)
+    return times, resample(times, fps, dataset.target_fps, given)
+
+
+def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
+    """Prepare one item: each wanted target, then ``Finished``; or, wherever it fails, a ``Failure`` and nothing more."""
+    try:
+        targets = plan_targets(item)
+        missing = {target.window: target for target in targets if wanted(target)}
+        if missing:
+            source = stamp_source(item.path, item.dataset.kind)
+            for window, pixels in _read_windows(item, missing, targets[0]):
+                yield Prepared(missing[window], pixels, source)
+    except UserError as error:
+        yield Failure(item, str(error))
+    except Exception as error:
+        # Decoders fail on damaged files in ways nobody can list; one such file must not end the others' night.
+        logger.debug("%s", item.path, exc_info=True)
+        yield Failure(item, f"{item.path}: {type(error).__name__}: {error}")
+    else:
+        yield Finished(item, targets, decoded=bool(missing))
+
+
+def _read_windows(
+    item: Item, windows: Collection[Window | None], any_of_them: Target
+) -> Iterator[tuple[Window | None, np.ndarray]]:
+    bucket, resampling = any_of_them.bucket, any_of_them.resampling
+    if item.dataset.kind == "image":
+        yield None, fit_to_bucket(read_image(item.path), bucket)[None]
+    else:
+        yield from read_clip_windows(item.path, windows, bucket, resampling and resampling.indices)
+
+
+def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
+    """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
+
+    Memory is bounded: at most ``num_workers`` items are being decoded, and at most two more wait; each holds one result
+    back, besides the windows it is cutting. ``wanted`` is called in the threads.
+    """
+    stop = Event()
+    remaining = iter(items)
+    waiting: deque[Queue[Result | None]] = deque()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
+
+        def start(count: int) -> None:
+            for item in islice(remaining, count):
+                queue: Queue[Result | None] = Queue(maxsize=1)
+                waiting.append(queue)
+                pool.submit(_fill, queue, item, wanted, stop)
+
+        try:
+            start(num_workers + 2)
+            while waiting:
+                queue = waiting.popleft()
+                while (result := queue.get()) is not None:
+                    yield result
+                start(1)
+        finally:
+            stop.set()
+
+
+def _fill(queue: Queue[Result | None], item: Item, wanted: Callable[[Target], bool], stop: Event) -> None:
+    """Put an item's results into its queue, then None; leave when ``stop`` is set, since nobody reads any more."""
+    results = prepare_item(item, wanted)
+    while not stop.is_set():
+        result = next(results, None)
+        while not stop.is_set():
+            try:
+                queue.put(result, timeout=0.1)
+                break
+            except Full:
+                continue
+        if result is None:
+            return

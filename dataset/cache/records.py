@@ -1,0 +1,113 @@
+"""What made a cache file, as strings in its metadata, so that a later run finds what has changed since.
+
+Latents carry the source (bytes, modification time, hash), the bucket, the window, how frames were chosen, and the VAE; text
+encoder outputs carry the caption, the encoders and the tokenizers. Caches without a record, of other tools or of earlier
+versions, stay valid.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.media.frames import Window
+
+HASH_BYTES = 16
+WHOLE_BYTES = 64 * 2**20  # a video beyond this is told by its size, its beginning and its end
+PART_BYTES = 8 * 2**20
+
+SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH = "source_bytes", "source_mtime_ns", "source_hash"
+SOURCE_KEYS = (SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH)
+BUCKET, WINDOW, FRAME_RATE, VAE = "bucket", "window", "frame_rate", "vae"
+TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
+TOKENIZERS = ("tokenizer1", "tokenizer2")
+
+# why a cache is made again, by the key of the record that differs
+REASONS = {
+    BUCKET: "another size",
+    WINDOW: "another window",
+    FRAME_RATE: "another frame rate",
+    VAE: "another VAE",
+    **dict.fromkeys(TEXT_ENCODERS, "another text encoder"),
+    **dict.fromkeys(TOKENIZERS, "another tokenizer"),
+}
+SOURCE_REPLACED = "source replaced"
+SOURCE_NEWER = "source newer"  # all that can be told without a record
+
+
+@dataclass(frozen=True)
+class SourceStamp:
+    """What a media file was when it was read: bytes, modification time in nanoseconds, hash in hexadecimal."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+    def record(self) -> dict[str, str]:
+        """As metadata."""
+        return {SOURCE_BYTES: str(self.size), SOURCE_TIME: str(self.mtime_ns), SOURCE_HASH: self.digest}
+
+
+def stamp_source(path: Path, kind: str) -> SourceStamp:
+    """The stamp of a media file of ``kind`` "image" or "video". Take it before decoding: a change in between is then found."""
+    found = os.stat(path)
+    return SourceStamp(found.st_size, found.st_mtime_ns, _known_hash(path, kind, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _known_hash(path: Path, kind: str, size: int, mtime_ns: int) -> str:
+    """``hash_source``, once for all windows of a clip."""
+    return hash_source(path, kind)
+
+
+def hash_source(path: Path, kind: str) -> str:
+    """BLAKE2b of the file; of a video beyond 64 MiB, of its size and its first and last 8 MiB."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if kind == "video" and size > WHOLE_BYTES:
+            digest.update(str(size).encode())
+            digest.update(file.read(PART_BYTES))
+            file.seek(size - PART_BYTES)
+        while part := file.read(PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def is_same_source(record: Mapping[str, str], path: Path, kind: str) -> bool:
+    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read."""
+    found = os.stat(path)
+    if record.get(SOURCE_BYTES) != str(found.st_size):
+        return False
+    if record.get(SOURCE_TIME) == str(found.st_mtime_ns):
+        return True
+    return record[SOURCE_HASH] == _known_hash(path, kind, found.st_size, found.st_mtime_ns)
+
+
+def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: str | None, vae: str) -> dict[str, str]:
+    """What latents are made with, besides the source.
+
+    ``frame_rate``: how the frames of a clip were chosen; None with the window of a picture. ``vae``: the fingerprint of its
+    weights.
+    """
+    record = {BUCKET: f"{bucket[0]}x{bucket[1]}", VAE: vae}
+    if window is not None and frame_rate is not None:
+        record |= {WINDOW: f"{window[0]}-{window[1]}", FRAME_RATE: frame_rate}
+    return record
+
+
+def has_record(metadata: Mapping[str, str]) -> bool:
+    """Whether a cache file says what made it."""
+    return SOURCE_HASH in metadata or TEXT_ENCODERS[0] in metadata
+
+
+def first_difference(metadata: Mapping[str, str], wanted: Mapping[str, str], keys: Iterable[str] = tuple(REASONS)) -> str | None:
+    """Why a cache with this metadata is not the one ``wanted``; None if it is. What the metadata lack is not compared."""
+    for key in keys:
+        if key in metadata and key in wanted and metadata[key] != wanted[key]:
+            return REASONS[key]
+    return None

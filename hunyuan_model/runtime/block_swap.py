@@ -1,0 +1,420 @@
+"""Block swap: blocks whose frozen weights live in host memory and come to the device for their turn.
+
+Nothing is ever copied back, as frozen weights do not change: each block has one lasting copy in host memory, and on the
+device a few slots take the blocks in turn. While one computes the next is on its way. In a backward pass the blocks come in
+reverse order, and those that the forward pass ended with are still there.
+
+When a slot may be overwritten follows from one fact: blocks begin one after the other, in forward passes, when checkpointing
+computes them again, and in backward passes (autograd runs later nodes first). So once a block begins, everything that any
+other one will read of its weights has been given to the device, and the end of that is a mark that a copy can wait for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hunyuan_model.runtime.host_weights import HostWeights
+from hunyuan_model.runtime.shared_memory import SharedMemory
+from hunyuan_model.runtime.transfers import Transfers, make_transfers
+from hunyuan_model.transformer.config import TransformerConfig
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SLOTS = 2  # one computes while the other is filled
+EMBEDDERS = ("img_in", "txt_in")
+
+_BLOCK_NAME = re.compile(r"(double|single)_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class SwapSettings:
+    """What lives in host memory.
+
+    Attributes:
+        blocks: how many blocks less the device holds.
+        embedders: img_in and txt_in too.
+        pinned: whether the host memory is to be page-locked where the system allows; matters for CUDA only.
+        recomputed: gradient checkpointing wraps every block on top of this, so that none is kept for a backward pass. Leave
+            it False without checkpointing: the backward pass then fetches the weights that autograd asks for.
+        shared: where they are, for all processes of this machine; None for memory of this process alone.
+    """
+
+    blocks: int = 0
+    embedders: bool = False
+    pinned: bool = True
+    recomputed: bool = False
+    shared: SharedMemory | None = field(default=None, repr=False)
+
+
+def max_blocks_to_swap(config: TransformerConfig) -> int:
+    """Of all blocks, double and single ones, all but the slots."""
+    return max(0, config.double_depth + config.single_depth - SLOTS)
+
+
+def check_blocks_to_swap(count: int, config: TransformerConfig, flag: str = "--blocks_to_swap") -> None:
+    """Refuse more blocks than there are to swap.
+
+    Raises:
+        UserError: with the maximum.
+    """
+    limit = max_blocks_to_swap(config)
+    if not 0 <= count <= limit:
+        raise UserError(
+            f"{flag} {count} is more than this transformer allows: of its {config.double_depth} double and {config.single_depth} "
+            f"single blocks the device holds two at a time. Use at most {limit}."
+        )
+
+
+def block_sizes(config: TransformerConfig) -> list[int]:
+    """Weights of each block's linear layers, in the order of a forward pass; the rest is next to nothing."""
+    hidden, mlp = config.hidden_size, config.mlp_size
+    double, single = 2 * hidden * (10 * hidden + 2 * mlp), hidden * (7 * hidden + 2 * mlp)
+    return [double] * config.double_depth + [single] * config.single_depth
+
+
+def streamed_blocks(sizes: Sequence[int], swapped: int) -> tuple[int, ...]:
+    """Which blocks have no place of their own on the device, where it is to hold ``swapped`` blocks less.
+
+    As the slots take room too, these are some more. They are spread over the depth so that what has to be copied is the same
+    everywhere: a copy then goes on while the blocks compute that stay, and a large block, which computes hardly longer than
+    a small one but takes longer to come, has more of these before it. A few are of the smallest kind alone, as one large
+    block among them would take large slots.
+
+    Args:
+        sizes: of all blocks, in the order of a forward pass.
+    """
+    if not swapped:
+        return ()
+    count, small = swapped + SLOTS, [block for block, size in enumerate(sizes) if size == min(sizes)]
+
+    def saved(streamed: Sequence[int]) -> int:
+        return sum(sizes[block] for block in streamed) - SLOTS * max(sizes[block] for block in streamed)
+
+    of_all = _spread(sizes, count)
+    of_small = tuple(small[place] for place in _spread([1] * len(small), count)) if count <= len(small) else of_all
+    return max(of_small, of_all, key=saved)
+
+
+def _spread(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` blocks so that their sizes add up to about the same everywhere."""
+    chosen, due = [], Fraction(1, 2)
+    for block, share in enumerate(_shares(sizes, count)):
+        due += share
+        if due >= 1:
+            chosen.append(block)
+            due -= 1
+    return tuple(chosen)
+
+
+def _shares(sizes: Sequence[int], total: int) -> list[Fraction]:
+    """Numbers of the sum ``total``, in inverse proportion to ``sizes`` as far as none is above 1."""
+    shares = [Fraction(0)] * len(sizes)
+    open_ones = set(range(len(sizes)))
+    while open_ones:
+        factor = (total - len(sizes) + len(open_ones)) / sum(Fraction(1, sizes[block]) for block in open_ones)
+        full = {block for block in open_ones if factor > sizes[block]}
+        for block in full or open_ones:
+            shares[block] = min(Fraction(1), factor / sizes[block])
+        open_ones -= full or open_ones
+    return shares
+
+
+def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str], bool]:
+    """Whether the weight of a name lives in host memory.
+
+    Raises:
+        UserError: see ``check_blocks_to_swap``.
+    """
+    check_blocks_to_swap(settings.blocks, config)
+    streamed = set(streamed_blocks(block_sizes(config), settings.blocks))
+
+    def answer(name: str) -> bool:
+        if match := _BLOCK_NAME.match(name):
+            return int(match[2]) + (config.double_depth if match[1] == "single" else 0) in streamed
+        return settings.embedders and name.startswith(tuple(f"{embedder}." for embedder in EMBEDDERS))
+
+    return answer
+
+
+class PartsOnHost:
+    """The blocks and embedders of a transformer that live in host memory, each settled there as soon as it is loaded.
+
+    Until then its weights are where they were loaded to. So of a part under way alone there are two copies, and where
+    processes share the memory, each needs but little beside it.
+
+    Attributes:
+        weights: of the parts that are settled, by the names of the modules.
+    """
+
+    def __init__(self, transformer: nn.Module, settings: SwapSettings, device: torch.device) -> None:
+        self.weights: dict[str, HostWeights] = {}
+        self.wants = on_host(settings, transformer.config)
+        self._missing = Counter(_part_of(name) for name in transformer.state_dict() if self.wants(name))
+        self._transformer = transformer
+        self._allocate = settings.shared.take if settings.shared else None
+        self._device = device
+
+    def loaded(self, name: str) -> None:
+        """Take down that the weight ``name`` is there, and settle its part if that was the last one."""
+        if self.wants(name):
+            part = _part_of(name)
+            self._missing[part] -= 1
+            if not self._missing[part]:
+                self.settle(part)
+
+    def settle(self, part: str) -> HostWeights:
+        """The weights of the module ``part``, in host memory from now on."""
+        if part not in self.weights:
+            self.weights[part] = HostWeights(self._transformer.get_submodule(part), self._device, self._allocate)
+        return self.weights[part]
+
+
+def _part_of(name: str) -> str:
+    match = _BLOCK_NAME.match(name)
+    return match[0].rstrip(".") if match else name.partition(".")[0]
+
+
+def enable_block_swap(
+    transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: PartsOnHost | None = None
+) -> None:
+    """Have blocks and embedders of ``transformer`` live in host memory and compute on ``device``, from outside.
+
+    Classes, names and parameter objects stay; the values of the parameters are elsewhere. Parameters that are trainable now,
+    and buffers, stay on the device. Call it once, after ``enable_fp8_linears`` and before ``enable_gradient_checkpointing``.
+    The weights must not be written to from then on.
+
+    Each block's forward becomes a ``SwappedForward``. ``transformer.block_swap`` is the ``BlockSwapper``, if there is one.
+
+    Args:
+        transformer: its weights may be on any device: blocks that are in host memory never fill the device.
+        parts: those of ``transformer`` that are settled already, with these settings.
+
+    Raises:
+        UserError: see ``check_blocks_to_swap``.
+    """
+    check_blocks_to_swap(settings.blocks, transformer.config)
+    blocks = [*transformer.double_blocks, *transformer.single_blocks]
+    streamed = streamed_blocks(block_sizes(transformer.config), settings.blocks)
+    parts = parts or PartsOnHost(transformer, settings, device)
+    names = [f"double_blocks.{index}" for index in range(transformer.config.double_depth)]
+    names += [f"single_blocks.{index}" for index in range(transformer.config.single_depth)]
+    weights = {index: parts.settle(names[index]) for index in streamed}
+    embedders = [getattr(transformer, name) for name in EMBEDDERS] if settings.embedders else []
+    visitors = [parts.settle(name) for name in EMBEDDERS if settings.embedders]
+
+    every = [*weights.values(), *visitors]
+    pinned = device.type == "cuda" and settings.pinned and all(one.pin(device) for one in every)
+    if device.type == "cuda" and settings.pinned and not pinned:
+        logger.warning("the system does not allow to pin the memory of all swapped weights; copying them takes longer.")
+    if every and device.type != "cuda":
+        logger.warning("swapped weights save no memory where the processor itself computes.")
+
+    for embedder, visitor in zip(embedders, visitors):
+        embedder.forward = functools.partial(_visiting_forward, visitor, device, embedder.forward)
+    if weights:
+        swapper = BlockSwapper(len(blocks), weights, make_transfers(device, pinned), recomputed=settings.recomputed)
+        for index, block in enumerate(blocks):
+            block.forward = SwappedForward(swapper, index, block.forward)
+        transformer.block_swap = swapper
+        logger.info(
+            "%d of %d blocks come to the device in turn; %.1f GiB are in host memory",
+            len(weights),
+            len(blocks),
+            sum(one.memory.nbytes for one in every) / 2**30,
+        )
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Room for one block on the device.
+
+    Attributes:
+        block: whose weights it holds, or will when ``arrival`` has come.
+        released: the mark behind the last computation that reads what it held before.
+    """
+
+    memory: Tensor
+    released: Any
+    block: int | None = None
+    arrival: Any = None
+
+
+@dataclass(frozen=True)
+class _SavedWeight:
+    """In place of a tensor that autograd keeps of a slot: where it lies in the weights of a block."""
+
+    block: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class BlockSwapper:
+    """Has the weights of a block on the device when the block begins, and those that come next on their way.
+
+    Args:
+        depth: number of blocks; each must begin through ``begin``, also those that stay on the device.
+        weights: of the streamed blocks, by their place in the order of a forward pass.
+        recomputed: see ``SwapSettings``.
+    """
+
+    def __init__(self, depth: int, weights: Mapping[int, HostWeights], transfers: Transfers, *, recomputed: bool) -> None:
+        self.depth = depth
+        self.recomputed = recomputed
+        self._weights = dict(sorted(weights.items()))
+        self._transfers = transfers
+        size = max(one.memory.nbytes for one in weights.values())
+        size = -(-size // 16) * 16  # a whole number of elements of any dtype
+        self._slots = [_Slot(transfers.allocate(size), transfers.mark()) for _ in range(min(SLOTS, len(weights)))]
+        self._slot_at = {slot.memory.untyped_storage().data_ptr(): slot for slot in self._slots}
+        self._views = {(block, id(slot)): one.views(slot.memory) for block, one in self._weights.items() for slot in self._slots}
+        self._current: int | None = None
+        self._forwards = True
+        self._outside_graph: set[int] = set()  # blocks without a backward pass
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """The blocks that come and go, in the order of a forward pass."""
+        return tuple(self._weights)
+
+    @property
+    def loaded(self) -> tuple[int, ...]:
+        """The streamed blocks that are on the device or on their way."""
+        return tuple(sorted(slot.block for slot in self._slots if slot.block is not None))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of the device that the slots take."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
+    def begin(self, block: int) -> None:
+        """Have the weights of ``block`` there, for what is computed from now on; no other block computes any more."""
+        if block == self._current and (block not in self._weights or self._slot_of(block) is not None):
+            return
+        self._release_current()
+        if self._current is not None and block != self._current:
+            self._forwards = block == 0 or block > self._current
+        self._current = block
+        wanted = list(itertools.islice(self._next_needed(block), len(self._slots)))
+        for one in wanted:
+            self._fetch(one, wanted)
+        slot = self._slot_of(block)
+        if slot is not None and block in self._weights:
+            try:
+                self._transfers.wait(slot.arrival)
+            except Exception:
+                slot.block = None  # nothing came
+                raise
+            self._weights[block].point_at(self._views[block, id(slot)])
+
+    def kept_for_backward(self) -> AbstractContextManager[Any]:
+        """Inside, autograd keeps no memory of slots, but finds it again in the backward pass."""
+        return nullcontext() if self.recomputed else saved_tensors_hooks(self._pack, self._unpack)
+
+    def note_graph(self, block: int, outputs: object) -> None:
+        """Take down whether there will be a backward pass through ``block``, which has just computed ``outputs``."""
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        if any(tensor.requires_grad for tensor in tensors):
+            self._outside_graph.discard(block)
+        else:
+            self._outside_graph.add(block)
+
+    def _release_current(self) -> None:
+        slot = self._slot_of(self._current)
+        if slot is not None:
+            slot.released = self._transfers.mark()
+            self._slots.remove(slot)
+            self._slots.append(slot)  # the one that was released first is filled first
+
+    def _next_needed(self, block: int) -> Iterator[int]:
+        """The streamed blocks from ``block`` on, in the order in which they will probably begin, each once."""
+        ahead = [one for one in self._weights if one >= block]
+        back = [one for one in reversed(self._weights) if one not in self._outside_graph]
+        if not self._forwards:
+            order: Iterable[int] = itertools.chain([block], [one for one in back if one < block], self._weights)
+        elif torch.is_grad_enabled():
+            order = itertools.chain(ahead, back, self._weights)
+        else:
+            order = itertools.chain(ahead, self._weights)
+        return iter(dict.fromkeys(one for one in order if one in self._weights))
+
+    def _fetch(self, block: int, wanted: Collection[int]) -> None:
+        if self._slot_of(block) is not None:
+            return
+        slot = next(slot for slot in self._slots if slot.block not in wanted)
+        if slot.block is not None:
+            self._weights[slot.block].go_home()
+            slot.block = None
+        memory = self._weights[block].memory
+        slot.arrival = self._transfers.copy(slot.memory[: memory.nbytes], memory, slot.released)
+        slot.block = block
+
+    def _slot_of(self, block: int | None) -> _Slot | None:
+        return next((slot for slot in self._slots if block is not None and slot.block == block), None)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _SavedWeight:
+        slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        if slot is None or slot.block is None:
+            return tensor
+        return _SavedWeight(slot.block, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, saved: Tensor | _SavedWeight) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        self.begin(saved.block)
+        return self._slot_of(saved.block).memory.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+
+
+def owner_of_forward(block: nn.Module) -> nn.Module | SwappedForward:
+    """What has the ``forward`` that computes ``block``: the block, or what sees to its weights first."""
+    return block.forward if isinstance(block.forward, SwappedForward) else block
+
+
+def computes_itself(block: nn.Module) -> bool:
+    """Whether ``block`` is computed by the method of its class, and neither wrapped nor replaced but for its weights."""
+    return getattr(owner_of_forward(block).forward, "__func__", None) is type(block).forward
+
+
+class SwappedForward:
+    """In place of a block's ``forward``: sees to its weights, then calls ``forward``, which a compiler may wrap or replace."""
+
+    def __init__(self, swapper: BlockSwapper, index: int, forward: Callable[..., Any]) -> None:
+        self.swapper = swapper
+        self.index = index
+        self.forward = forward
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        self.swapper.begin(self.index)
+        if not torch.is_grad_enabled():
+            return self.forward(*inputs, **options)
+        with self.swapper.kept_for_backward():
+            outputs = self.forward(*inputs, **options)
+        self.swapper.note_graph(self.index, outputs)
+        return outputs
+
+
+def _visiting_forward(weights: HostWeights, device: torch.device, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Forward of a module whose weights are on the device only for this; what autograd keeps of them stays there."""
+    memory = weights.memory.to(device, non_blocking=True, copy=True)
+    weights.point_at(weights.views(memory))
+    try:
+        # Hooks that change nothing: autograd then keeps the memory that the parameters show now, and not the parameters.
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return forward(*inputs)
+    finally:
+        weights.go_home()

@@ -1,0 +1,260 @@
+"""Text encoder 1: the hidden states of a Llama that reads the prompt inside the model's template.
+
+The state three from the end is used, before the final norm, so the last two layers, the norm and the language head are
+never loaded. Attention is causal and padding stands on the right: a token's state depends on nothing after it. Hence
+prompts are padded only to the longest of their batch, no mask is needed, and the template, which every prompt begins
+with, is computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+
+from hunyuan_model.checkpoints.identify import Kind, check_is
+from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
+from hunyuan_model.quantization.linear import FP8_DTYPE, enable_fp8_linears
+from hunyuan_model.text.stored_config import building_from_config
+from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
+from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_LAYERS = 2
+FLAG = "--text_encoder1"
+TOKENIZER = TokenizerPlace(
+    flag="--tokenizer1",
+    sibling="tokenizer",
+    hub_id="xtuner/llava-llama-3-8b-v1_1-transformers",
+    special_tokens=TEMPLATE_SPECIAL_TOKENS,
+    begin="<|begin_of_text|>",
+    end="<|end_of_text|>",
+)
+
+# What Llama-3 8B uses and no shape tells.
+LLAMA3_HEAD_DIM = 128
+LLAMA3_CONSTANTS = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu"}
+
+_EMBEDDING = "embed_tokens.weight"
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_LAYER_LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+
+
+class LlamaTextEncoder:
+    """A prompt to the text states that the transformer reads.
+
+    Attributes:
+        crop: tokens of the template before the prompt, with the begin token; their states are dropped.
+    """
+
+    def __init__(self, model: LlamaModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """``model`` ends at the layer whose output is used, and its norm is the identity."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self._template = self._token_ids([TEMPLATE_BEFORE_PROMPT])[0]
+        self._template_cache: DynamicCache | None = None
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of text encoder 1 has {largest + 1} tokens, but the model knows {model.config.vocab_size}: "
+                f"they do not belong together. Give {TOKENIZER.flag} the folder of the right tokenizer."
+            )
+
+    @property
+    def crop(self) -> int:
+        return len(self._template)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text states of ``prompts``; a prompt beyond the length is cut.
+
+        Returns:
+            states (B, 256, D) in the model's dtype, zero in padding rows, and mask (B, 256) int64, 1 for the valid rows,
+            which come first; both on the model's device. The empty prompt has the rows of what follows it in the template.
+        """
+        if not prompts:
+            raise ValueError("no prompts")
+        longest = TEXT_LENGTH + self.crop
+        sequences = [ids[:longest] for ids in self._token_ids([apply_prompt_template(prompt) for prompt in prompts])]
+        computed = self._states_after_template(sequences)  # (B, longest of the batch, D)
+        states = computed.new_zeros(len(prompts), TEXT_LENGTH, computed.shape[-1])
+        mask = torch.zeros(len(prompts), TEXT_LENGTH, dtype=torch.int64)
+        for row, ids in enumerate(sequences):
+            length = len(ids) - self.crop
+            states[row, :length] = computed[row, :length]
+            mask[row, :length] = 1
+        return states, mask.to(states.device)
+
+    @torch.no_grad()
+    def hidden_states(self, sequences: list[list[int]], cache: DynamicCache | None = None) -> torch.Tensor:
+        """States (B, L, D) of token sequences, L the longest; rows beyond a sequence's own length mean nothing.
+
+        ``cache`` holds what stood before every sequence; it is filled.
+        """
+        ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        device = self.model.embed_tokens.weight.device
+        output = self.model(input_ids=ids.to(device), past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return [begin + ids for ids in token_ids(self.tokenizer, texts)]
+
+    def _states_after_template(self, sequences: list[list[int]]) -> torch.Tensor:
+        if any(ids[: self.crop] != self._template for ids in sequences):
+            # A prompt that begins with a line break melts into the one before it: nothing is shared then.
+            return self.hidden_states(sequences)[:, self.crop :]
+        if self._template_cache is None:
+            self._template_cache = DynamicCache()
+            self.hidden_states([self._template], self._template_cache)
+        cache = copy.deepcopy(self._template_cache)
+        cache.batch_repeat_interleave(len(sequences))
+        return self.hidden_states([ids[self.crop :] for ids in sequences], cache)
+
+
+def load_tokenizer_1(
+    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as ``load_text_encoder_1`` finds it: a script learns in a moment whether there is one."""
+    checkpoint = open_checkpoint(path, FLAG)
+    if checkpoint.path.is_dir():
+        llama_config(checkpoint)  # transformers looks into it for a tokenizer, and would blame that for its faults
+    return load_tokenizer(tokenizer, checkpoint, TOKENIZER)
+
+
+def load_text_encoder_1(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+) -> LlamaTextEncoder:
+    """Load the Llama from a Hugging Face folder or from a single file with the state dict of a causal language model.
+
+    Args:
+        dtype: of weights and states.
+        fp8: store the Linear weights of the layers as float8_e4m3fn and compute in ``dtype``.
+        tokenizer: see ``hunyuan_model.text.tokenizers.load_tokenizer``.
+
+    Raises:
+        UserError: missing or unreadable files, another kind of model, no tokenizer.
+    """
+    checkpoint = open_checkpoint(path, FLAG)
+    config = llama_config(checkpoint)
+    tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
+    weights = _used_weights(checkpoint, config.num_hidden_layers)
+    with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not loaded
+        model = LlamaModel(config)
+    model.norm = nn.Identity()
+    load_weights(
+        model,
+        weights,
+        device=device,
+        dtype_of=lambda name: FP8_DTYPE if fp8 and _LAYER_LINEAR.fullmatch(name) else dtype,
+        progress="loading text encoder 1",
+    )
+    if fp8:
+        enable_fp8_linears(model, dtype)
+    return LlamaTextEncoder(model.eval(), tokenizer)
+
+
+def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
+    """Configuration of the layers that are used, from the config.json beside the weights, else from their shapes.
+
+    Raises:
+        UserError: not a Llama, float8 weights with scales, or shapes that Llama-3's constants do not explain.
+    """
+    check_is(checkpoint.shapes, Kind.LLAMA, checkpoint.path, FLAG)
+    prefix = checkpoint.prefix_of(_EMBEDDING)
+    shapes = checkpoint.under_prefix(prefix).shapes
+    stored = _stored_config(checkpoint.path)
+    with building_from_config(checkpoint.path, FLAG):
+        values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
+        layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
+        if layers <= SKIPPED_LAYERS:
+            raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
+        values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": shapes[_EMBEDDING][0], "pad_token_id": None}
+        return LlamaConfig.from_dict(values)
+
+
+def _stored_config(weights: Path) -> dict | None:
+    """The Llama part of the config.json beside the weights, None if there is none."""
+    path = (weights if weights.is_dir() else weights.parent) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        kind = config.get("model_type", "llama")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a readable model configuration ({error}). Copy it again.") from error
+    if kind == "llama":
+        return config
+    if weights.is_dir():
+        raise UserError(f"{path} describes a model of type {kind!r}; text encoder 1 must be a Llama.")
+    logger.warning("%s describes a model of type %r, not %s: it is not used", path, kind, weights.name)
+    return None
+
+
+def _with_rope_of_any_version(config: dict) -> dict:
+    """transformers 5 writes ``rope_parameters``; version 4 reads ``rope_theta`` and ``rope_scaling``, as 5 still does."""
+    values = dict(config)
+    rope = dict(values.pop("rope_parameters", None) or {})
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    return values
+
+
+def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict:
+    first = "layers.0."
+    hidden = shapes[_EMBEDDING][1]
+    query, key = shapes[f"{first}self_attn.q_proj.weight"][0], shapes[f"{first}self_attn.k_proj.weight"][0]
+    if query % LLAMA3_HEAD_DIM or key % LLAMA3_HEAD_DIM:
+        raise UserError(
+            f"{FLAG} {checkpoint.path} is not of Llama-3's sizes (heads of {LLAMA3_HEAD_DIM}). "
+            "Put the model's config.json beside it."
+        )
+    layers = 1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match)
+    logger.info(
+        "no config.json beside %s: taken as a Llama-3 of %d layers, heads of %d, rope theta %.0f, norm epsilon %g",
+        checkpoint.path,
+        layers,
+        LLAMA3_HEAD_DIM,
+        LLAMA3_CONSTANTS["rope_theta"],
+        LLAMA3_CONSTANTS["rms_norm_eps"],
+    )
+    return LLAMA3_CONSTANTS | {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": shapes[f"{first}mlp.gate_proj.weight"][0],
+        "num_attention_heads": query // LLAMA3_HEAD_DIM,
+        "num_key_value_heads": key // LLAMA3_HEAD_DIM,
+        "head_dim": LLAMA3_HEAD_DIM,
+    }
+
+
+def _used_weights(checkpoint: Checkpoint, layers: int) -> Checkpoint:
+    """The embedding and the first ``layers`` layers, named as in ``LlamaModel``."""
+    prefix = checkpoint.prefix_of(_EMBEDDING)
+
+    def used(name: str) -> str | None:
+        layer = _LAYER.match(name)
+        is_used = name == _EMBEDDING or (layer and int(layer[1]) < layers and not name.endswith("rotary_emb.inv_freq"))
+        return name if is_used else None
+
+    return checkpoint.under_prefix(prefix).rename(used)

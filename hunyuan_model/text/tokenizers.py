@@ -1,0 +1,176 @@
+"""Finding and reading the tokenizer of a text encoder: from a folder, from beside the weights, from inside them, or by hub id."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hunyuan_model.checkpoints.reading import Checkpoint
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# What the hub is asked for; nothing else is needed, and the weights beside these files are large.
+HUB_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+]
+EMBEDDED_ENTRY = "tokenizer"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class TokenizerPlace:
+    """Where the tokenizer of one text encoder may come from.
+
+    Attributes:
+        flag: the command-line flag that names it.
+        sibling: folder beside the model folder where diffusers' layout keeps it.
+        hub_id: the published tokenizer, for weights that come without one.
+        special_tokens: tokens it must know to be of the right kind.
+        begin, end: its begin and end token, where its files do not say.
+    """
+
+    flag: str
+    sibling: str
+    hub_id: str
+    special_tokens: tuple[str, ...]
+    begin: str
+    end: str
+
+
+def load_tokenizer(
+    explicit: str | os.PathLike[str] | PreTrainedTokenizerBase | None, checkpoint: Checkpoint, place: TokenizerPlace
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the weights of ``checkpoint``.
+
+    ``explicit`` is a folder, a hub id, or a tokenizer that is returned as it is. Without it these are tried in order: the
+    folder of the weights (for a single file, its folder if there is a config.json in it too), the sibling folder of
+    diffusers' layout, a tokenizer inside the weights, ``place.hub_id`` (the local cache before the network).
+
+    Raises:
+        UserError: nothing there, or unreadable; says which flag to give which folder.
+    """
+    if isinstance(explicit, PreTrainedTokenizerBase):
+        return explicit
+    if explicit is not None:
+        tokenizer = _from_user(explicit, place)
+    else:
+        tokenizer = _from_beside(checkpoint.path, place) or _from_inside(checkpoint, place) or _from_hub(place.hub_id, place)
+    unknown = [token for token in place.special_tokens if token not in tokenizer.get_vocab()]
+    if unknown:
+        logger.warning(
+            "the tokenizer (%s) does not know %s, which the text encoder was trained with: is it the right one?",
+            place.flag,
+            ", ".join(unknown),
+        )
+    return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without begin and end token, neither padded nor cut."""
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _from_user(source: str | os.PathLike[str], place: TokenizerPlace) -> PreTrainedTokenizerBase:
+    path = Path(source)
+    if os.path.isfile(path):  # where a method of Path would raise on a name too long, this says no
+        path = path.parent
+    if os.path.isdir(path):
+        if not _holds_tokenizer(path):
+            raise UserError(f"{place.flag} {path} is a folder without a tokenizer ({' or '.join(TOKENIZER_FILES)}).")
+        return _from_folder(path, place)
+    if not _HUB_ID.fullmatch(str(source)):
+        raise UserError(f"{place.flag} {source} does not exist. Give a folder with tokenizer.json, or a hub id.")
+    return _from_hub(str(source), place)
+
+
+def _from_beside(weights: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase | None:
+    if weights.is_dir():
+        # resolved, because "." and ".." have no useful parent
+        candidates = [weights, weights.resolve().parent / place.sibling]
+    else:
+        candidates = [weights.parent] if (weights.parent / "config.json").is_file() else []
+    found = next((folder for folder in candidates if _holds_tokenizer(folder)), None)
+    return None if found is None else _from_folder(found, place)
+
+
+def _from_inside(checkpoint: Checkpoint, place: TokenizerPlace) -> PreTrainedTokenizerBase | None:
+    """A tokenizer.json stored as bytes in the weights file. Anything else under that name cannot be read safely."""
+    if checkpoint.dtypes.get(EMBEDDED_ENTRY) not in (torch.uint8, torch.int8):
+        return None
+    content = bytes(checkpoint.get(EMBEDDED_ENTRY).flatten().view(torch.uint8).numpy())
+    try:
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises plain Exception for what it cannot parse
+        logger.warning("the tokenizer inside %s is not a readable tokenizer.json and is not used: %s", checkpoint.path, error)
+        return None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_known_special_tokens(tokenizer, {}, place))
+
+
+def _from_hub(hub_id: str, place: TokenizerPlace) -> PreTrainedTokenizerBase:
+    import huggingface_hub  # here, because most runs need no hub and the import takes a while
+
+    reason = None
+    for local in (True, False):
+        try:
+            folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, local_files_only=local))
+        except Exception as error:  # the client passes on the errors of its HTTP library, which differ between releases
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            continue
+        if _holds_tokenizer(folder):
+            return _from_folder(folder, place)
+        reason = "it holds no tokenizer files"
+    raise UserError(
+        f"no tokenizer: the weights come without one, and {hub_id} is neither in the local Hugging Face cache nor could it be "
+        f"downloaded ({reason}). Give {place.flag} a folder that holds tokenizer.json and tokenizer_config.json, "
+        f"copied from {hub_id} on the Hugging Face hub."
+    )
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _from_folder(folder: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase:
+    """Read tokenizer.json as it stands; transformers rebuilds some tokenizers by class name and changes them on the way."""
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        stored = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                stored |= json.loads((folder / name).read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_known_special_tokens(tokenizer, stored, place))
+    except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({error}). Copy its files again, or give {place.flag} another folder."
+        ) from error
+
+
+def _known_special_tokens(tokenizer: Tokenizer, stored: dict, place: TokenizerPlace) -> dict[str, str]:
+    """Begin and end token as the tokenizer's files name them (a string, or a mapping with its text), else the usual ones."""
+    names = {}
+    for key, usual in (("bos_token", place.begin), ("eos_token", place.end)):
+        token = stored.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        token = token or usual
+        if tokenizer.token_to_id(token) is not None:
+            names[key] = token
+    return names

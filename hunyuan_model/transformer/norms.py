@@ -1,0 +1,116 @@
+"""Norms in float32 of what is computed in a narrower dtype; autograd keeps the narrow tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the head dimension (arXiv 1910.07467), in float32 whatever comes in."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _rms_norm(x, self.weight)
+        return _RMSNormKeepingInputs.apply(x, self.weight)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then * (1 + scale) + shift. x (B, L, hidden); shift, scale (B, 1, hidden).
+
+    Under autocast in float32, and rounded once to the dtype in which a linear layer takes it; else in the dtype of x.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _modulated_norm(x, shift, scale)
+    return keeping_inputs(functools.partial(_modulated_norm_in_float32, torch.get_autocast_dtype(device)), x, shift, scale)
+
+
+def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, of which autograd keeps the tensors alone: the backward pass computes it once more.
+
+    For elementwise work and norms, which cost next to nothing, but would keep float32 copies of what is kept narrow anyway.
+    A compiler chooses by itself what to keep.
+    """
+    return function(*tensors) if _nothing_to_gain(*tensors) else _KeepingInputs.apply(function, *tensors)
+
+
+def _nothing_to_gain(*tensors: Tensor) -> bool:
+    wide = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return wide or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+class _KeepingInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed)]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        gradients = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
+        return None, *(next(gradients) if need else None for need in needed)
+
+
+class _RMSNormKeepingInputs(torch.autograd.Function):
+    """Its backward pass by the formula, in place where it can be: autograd's own holds twice as many float32 copies at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _rms_norm(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide, dim = x.to(torch.float32, copy=True), x.shape[-1]
+        inverse = _inverse_rms(wide)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight
+        scaled = gradient * weight.float()
+        along = torch.einsum("...d,...d->...", scaled, wide)[..., None]
+        of_x = scaled.mul_(inverse).sub_(wide.mul_(along * inverse.pow(3) / dim))
+        return of_x.to(x.dtype), of_weight
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # torch has no kernel of its own for it there, and makes two more tensors of its size.
+        return (wide * _inverse_rms(wide)).mul_(weight.float())
+    return F.rms_norm(wide, weight.shape, weight.float(), NORM_EPS)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """(..., D) float32 -> (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+
+
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and len(x) == 1 and x.dtype == shift.dtype == scale.dtype:
+        # One sample's modulation is what LayerNorm calls weight and bias: one pass over x in place of two.
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], NORM_EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def _modulated_norm_in_float32(dtype: torch.dtype, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _modulated_norm(x.float(), shift.float(), scale.float()).to(dtype)

@@ -1,0 +1,59 @@
+"""A step that leaves no trace: the largest batch forward and backward, to see whether memory suffices before a training begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from networks.training.memory_plan import OPTIMIZER
+from networks.training.memory_report import names_the_batch
+from networks.training.pause import kept_random_state
+from networks.training.run import Training
+from networks.training.saving.disk_space import readable
+from utils.devices import free_memory
+
+logger = logging.getLogger(__name__)
+
+TIMESTEP = 0.5
+
+
+def wants_dry_step(choice: str, device: torch.device) -> bool:
+    """What --dry_step comes to: auto is for cards, where memory that does not suffice ends a training at once."""
+    return choice == "always" or (choice == "auto" and device.type == "cuda")
+
+
+def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
+    """Compute the loss of ``batch`` and its gradients, and forget them.
+
+    Nothing is learnt and no generator is moved, so that the training is the same to the last bit. Memory that the optimiser will
+    take in its first step is held meanwhile. Call it with the network in training mode.
+
+    Raises:
+        UserError: out of memory; with what to change.
+    """
+    device, plan = training.accelerator.device, training.memory
+    on_card = device.type == "cuda"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(device)
+    with kept_random_state(device), names_the_batch(plan, [batch], "trying the largest batch,"):
+        held = torch.empty(_bytes_to_come(training) if on_card else 0, dtype=torch.uint8, device=device)
+        noise = torch.zeros(batch["latents"].shape, device=device)
+        loss = training.flow_matching.loss_at(batch, noise, torch.full((len(noise),), TIMESTEP))
+        if loss.requires_grad:  # dropout may leave out the whole network
+            loss.backward()
+        del loss, held
+    for parameter in training.network.parameters():
+        parameter.grad = None
+    if on_card:
+        peak, planned = torch.cuda.max_memory_allocated(device), plan.need().of_step
+        logger.info("the largest batch took %s at its peak; %s were expected", readable(peak), readable(planned))
+    free_memory(device)
+
+
+def _bytes_to_come(training: Training) -> int:
+    """That the optimiser has not taken yet."""
+    optimizer = getattr(training.optimizer, "optimizer", training.optimizer)  # what accelerate wraps
+    return 0 if optimizer.state else training.memory.need().device.get(OPTIMIZER, 0)

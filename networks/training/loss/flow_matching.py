@@ -1,0 +1,92 @@
+"""The loss of flow matching: how far the predicted velocity is from the one that leads from noise to the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hunyuan_model.sampling.flow import GUIDANCE_UNIT, TIMESTEPS
+from hunyuan_model.vae.model import SCALING_FACTOR
+from networks.training.loss.timestep_sampling import TimestepSampler, noisy_latents, timesteps_from_uniform
+from utils.devices import to_device
+
+VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
+
+
+@dataclass
+class FlowMatching:
+    """The losses of a transformer on batches of ``dataset.batches.batches.collate``.
+
+    Attributes:
+        noise: what noise is drawn with; on the accelerator's device.
+        dtype: what the transformer computes in.
+        guidance_scale: the distilled guidance that it is told.
+        network_off: inside it the transformer predicts as if no network were hooked into it.
+    """
+
+    transformer: nn.Module
+    accelerator: Accelerator
+    timesteps: TimestepSampler
+    noise: torch.Generator
+    dtype: torch.dtype
+    guidance_scale: float
+    network_off: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,) in [0, 1]."""
+        shape = batch["latents"].shape
+        noise = torch.randn(shape, generator=self.noise, device=self.accelerator.device)
+        t = self.timesteps.draw(len(noise))
+        return self.loss_at(batch, noise, t), t
+
+    def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1].
+
+        With ``prior_preservation`` what the transformer predicts without the network takes the place of the true velocity. The
+        device is not waited for.
+        """
+        device = self.accelerator.device
+        latents, t = to_device(batch["latents"], device, torch.float32) * SCALING_FACTOR, to_device(t, device)
+        noisy = noisy_latents(latents, noise, t)
+        if batch.get("prior_preservation"):
+            with torch.no_grad(), self.network_off():
+                target = self._predict(batch, noisy, t).float()
+        else:
+            target = noise - latents
+        velocity = self._predict(batch, noisy, t).float()
+        loss = nn.functional.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)
+        weight = self.timesteps.loss_weight(t)
+        return (loss if weight is None else loss * weight).mean()
+
+    def _predict(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
+        """The velocity that the transformer predicts at noisy latents, for the captions of a batch."""
+        device = self.accelerator.device
+        guidance = torch.full((len(noisy),), self.guidance_scale * GUIDANCE_UNIT, device=device)
+        with self.accelerator.autocast():
+            return self.transformer(
+                noisy.to(self.dtype),
+                t * TIMESTEPS,
+                to_device(batch["text_states"], device, self.dtype),
+                batch["text_mask"],  # stays on the CPU: the transformer only needs lengths
+                to_device(batch["text_states_2"], device, self.dtype),
+                guidance if self.transformer.config.guidance else None,
+            )
+
+    @torch.no_grad()
+    def validation_loss(self, items: Iterable[Mapping[str, Any]]) -> float:
+        """The mean loss of batches of one item each, at the same noise and timesteps every time; moves no generator."""
+        quantiles = (torch.arange(VALIDATION_TIMESTEPS, dtype=torch.float64) + 0.5) / VALIDATION_TIMESTEPS
+        timesteps = timesteps_from_uniform(quantiles, self.timesteps.settings)
+        losses = []
+        for index, item in enumerate(items):
+            generator = torch.Generator().manual_seed(index)
+            for t in timesteps.split(1):
+                noise = torch.randn(item["latents"].shape, generator=generator)
+                losses.append(self.loss_at(item, to_device(noise, self.accelerator.device), t))
+        return sum(torch.stack(losses).tolist()) / len(losses)  # read at the end: the device is not waited for in between

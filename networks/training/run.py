@@ -1,0 +1,203 @@
+"""A training under way: what the loop works on, and saving it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from networks.training.accelerator import save_dtype
+from networks.training.logging.logs import TrainingLogs
+from networks.training.loss.flow_matching import FlowMatching
+from networks.training.memory_plan import MemoryPlan
+from networks.training.optim.optimizers import describe_optimizer
+from networks.training.pause import evaluation_weights, paused_training
+from networks.training.samples.sampling import TrainingSamples
+from networks.training.saving.files import SaveRules, remove_outdated, save_network, state_name
+from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata
+from networks.training.saving.resume import state_identity
+from networks.training.saving.state import Progress, Restorable, StateFile, save_state
+from networks.training.skipped_steps import TrainingBroken
+from utils.cli.arguments import public_flags
+from utils.errors import UserError
+from utils.hub import HubUploads
+
+
+class BatchReader(Protocol):
+    """Where the batches come from (``dataset.batches.reading.EpochReader``)."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, of this process."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
+        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on."""
+
+    def fingerprint(self) -> str:
+        """Changes with the items and with their order."""
+
+
+@dataclass
+class Training:
+    """What the loop works on."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    transformer: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    group_names: list[str]
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    reader: BatchReader
+    flow_matching: FlowMatching
+    steps: int
+    save_rules: SaveRules
+    progress: Progress
+    samples: TrainingSamples
+    logs: TrainingLogs
+    metadata: dict[str, str] = field(default_factory=dict)
+    uploads: HubUploads | None = None
+    held_out: Collection[Mapping[str, Any]] = ()  # batches of one item
+    memory: MemoryPlan | None = None
+    dry_batch: Mapping[str, Any] | None = None  # what is tried before the first step
+
+    @property
+    def restorable(self) -> Restorable:
+        """What a state holds of it."""
+        loss = self.flow_matching
+        return Restorable(self.network, self.optimizer, self.lr_scheduler, loss.noise, loss.timesteps, self.accelerator)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """For using the network inside without changing the training."""
+        return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step that was just made is one after which the held-out items are looked at."""
+        if not self.held_out:
+            return False
+        if every := self.args.validate_every_n_steps:
+            return self.progress.step % every == 0 or self.progress.step == self.steps
+        return self.progress.batches == len(self.reader) or self.progress.step == self.steps
+
+    def validation_loss(self) -> float:
+        """The loss on what was held out; the training stays as it is."""
+        with self.paused():
+            return self.flow_matching.validation_loss(self.held_out)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(self.args, self.reader)
+
+
+def steps_per_epoch(args: argparse.Namespace, reader: BatchReader) -> int:
+    """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
+    return -(-len(reader) // args.gradient_accumulation_steps)
+
+
+def training_facts(training: Training, data: DataFacts, default_rank: int) -> TrainingFacts:
+    """What the run knows beyond its flags, for the metadata; ``default_rank`` is the network's without --network_dim."""
+    args = training.args
+    return TrainingFacts(
+        data=data,
+        batches_per_epoch=len(training.reader),
+        epochs=-(-training.steps // training.steps_per_epoch),
+        steps=training.steps,
+        optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
+        started_at=training.progress.started_at,
+        session_id=training.progress.session_id,
+        network_dim="Dynamic" if args.dim_from_weights else args.network_dim or default_rank,
+        network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
+        mixed_precision=training.accelerator.mixed_precision,
+    )
+
+
+def batch_order(args: argparse.Namespace, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
+    """What the place inside an epoch depends on, besides the seed."""
+    return {
+        "data sets": reader.fingerprint(),
+        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+    }
+
+
+def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
+    """Save the model, and the state beside it.
+
+    Raises:
+        TrainingBroken: the weights are spoiled; what was saved before them stays.
+    """
+    require_finite_weights(training)
+    save_model(training, file_name, epoch)
+    if with_state:
+        save_training_state(training, file_name)
+
+
+def save_model(training: Training, file_name: str, epoch: int) -> None:
+    """Save the network under the output folder, on the main process only."""
+    if not training.accelerator.is_main_process:
+        return
+    metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
+    dtype = save_dtype(training.args, training.accelerator)
+    with evaluation_weights(training.optimizer):
+        path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
+    if training.uploads is not None:
+        training.uploads.upload(path)
+
+
+def save_training_state(training: Training, model_name: str) -> None:
+    """Save the state that belongs to a model's name; all processes together."""
+    args = training.args
+    state = StateFile(
+        progress=training.progress,
+        seed=args.seed,
+        identity=state_identity(args, training.network, training.optimizer),
+        order=batch_order(args, training.reader, training.accelerator),
+        flags=public_flags(args),
+        saved_at=time.time(),
+    )
+    folder = Path(args.output_dir) / state_name(model_name)
+    save_state(folder, training.restorable, state)
+    if training.uploads is not None and training.uploads.states_too:
+        training.uploads.upload(folder)
+
+
+def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
+    """Save the state; where that cannot be done, at least the model.
+
+    Raises:
+        UserError: the state could not be saved; the model was, if anything could.
+        TrainingBroken: see ``require_finite_weights``.
+    """
+    require_finite_weights(training)
+    try:
+        save_training_state(training, file_name)
+    except UserError as error:
+        save_model(training, file_name, epoch)
+        raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
+
+
+def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:
+    """Remove what the save rules no longer keep, now that what belongs to this step or epoch is saved."""
+    if training.accelerator.is_main_process:
+        uploaded = training.uploads.wait_for if training.uploads is not None else None
+        folder, name = Path(training.args.output_dir), training.args.output_name
+        remove_outdated(folder, name, training.save_rules, step=step, epoch=epoch, before_removal=uploaded)
+
+
+def require_finite_weights(training: Training) -> None:
+    """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
+    if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
+        raise TrainingBroken(
+            f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "
+            "states that were saved before are whole; start from the last model with --network_weights, and a lower "
+            "--learning_rate or another precision."
+        )

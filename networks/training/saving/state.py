@@ -1,0 +1,366 @@
+"""The state of a training: everything it needs to go on as if it had never stopped.
+
+A state is a folder that appears only when whole:
+
+    state.json            where the training stands, and what it was
+    network.safetensors   the network's tensors as they are in memory
+    optimizer.pt          states of optimiser, schedule and gradient scaler; tensors and plain values only
+    random-{rank}.pt      the random generators of each process
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from networks.training.loss.timestep_sampling import TimestepSampler
+from networks.training.saving.files import STATE_SUFFIX
+from utils.errors import UserError, first_line
+from utils.files import atomic_folder, final_of_temporary
+from utils.safetensors_io import read_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
+LATEST = "latest"
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        step: optimiser steps that were made.
+        epoch: the one under way, counted from 1.
+        batches: of this epoch that each process has used.
+        losses: of the last steps, for their average.
+        skipped: how many of the last steps in a row were, because nothing could be learnt from them.
+        started_at: seconds since 1970 when the training first began.
+        session_id: of that beginning.
+        log_runs: by which names the runs in TensorBoard and W&B are continued.
+    """
+
+    step: int = 0
+    epoch: int = 1
+    batches: int = 0
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    started_at: float = 0.0
+    session_id: str = ""
+    log_runs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """What a state says of itself.
+
+    Attributes:
+        identity: what must be as it was for the state to fit: a word or number for each name.
+        order: what the order of the batches depends on.
+        flags: the flags of the run that saved it.
+    """
+
+    progress: Progress
+    seed: int
+    identity: dict[str, Any]
+    order: dict[str, Any]
+    flags: dict[str, Any]
+    saved_at: float
+
+
+@dataclass
+class Restorable:
+    """The parts of a training whose state is saved. Each process has its own ``noise`` and ``timesteps``."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    noise: torch.Generator
+    timesteps: TimestepSampler
+    accelerator: Accelerator
+
+
+def random_name(rank: int) -> str:
+    """The file with the random generators of a process."""
+    return f"random-{rank}.pt"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_state(folder: Path, parts: Restorable, state: StateFile) -> None:
+    """Save a state under ``folder``; all processes must call this together.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full; an older state there is untouched.
+    """
+    accelerator = parts.accelerator
+    if accelerator.num_processes == 1:
+        with atomic_folder(folder) as temporary:
+            _write_random_state(temporary, parts)
+            _write_parts(temporary, parts, state)
+    else:
+        _save_with_all_processes(folder, parts, state)
+    if accelerator.is_main_process:
+        logger.info("saved the state %s", folder)
+
+
+def _save_with_all_processes(folder: Path, parts: Restorable, state: StateFile) -> None:
+    """Each process adds its random generators to the folder that the main one opened, and that one closes it."""
+    accelerator = parts.accelerator
+    if accelerator.is_main_process:
+        with atomic_folder(folder) as temporary:
+            broadcast_object_list([str(temporary)])
+            _write_random_state(temporary, parts)
+            accelerator.wait_for_everyone()
+            _write_parts(temporary, parts, state)
+    else:
+        temporary = broadcast_object_list([""])[0]
+        try:
+            _write_random_state(Path(temporary), parts)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {folder}: {reason}. Check the folder and the free disk space.") from error
+        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+
+
+def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
+    save_tensors(folder / NETWORK_FILE, {name: value.clone() for name, value in parts.network.state_dict().items()})
+    scaler = parts.accelerator.scaler
+    states = {
+        "optimizer": plain_state(parts.optimizer.state_dict()),
+        "lr_scheduler": plain_state(parts.lr_scheduler.state_dict()),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    _save_plain(states, folder / OPTIMIZER_FILE)
+    content = {
+        "format": FORMAT,
+        **vars(state.progress),
+        "seed": state.seed,
+        "identity": state.identity,
+        "order": state.order,
+        "flags": state.flags,
+        "saved_at": state.saved_at,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    }
+    (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def plain_state(value: Any) -> Any:
+    """``value`` made of tensors, plain containers and plain values only, so that it can be read without executing anything.
+
+    Raises:
+        UserError: something in it is neither.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((plain_state(key), plain_state(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        items = [plain_state(item) for item in value]
+        return items if isinstance(value, list) else type(value)(items) if type(value) in (tuple, set) else tuple(items)
+    raise UserError(
+        f"the state of the optimiser or the schedule holds a {type(value).__name__}, which cannot be saved safely. "
+        "Use another --optimizer_type or --lr_scheduler_type, or train without --save_state."
+    )
+
+
+def check_state_can_be_saved(optimizer: torch.optim.Optimizer, lr_scheduler: Any, wanted: bool) -> None:
+    """See whether states of this optimiser and this schedule can be saved, and warn if not.
+
+    Raises:
+        UserError: they cannot, but are ``wanted``.
+    """
+    try:
+        plain_state({"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()})
+    except UserError as error:
+        if wanted:
+            raise
+        logger.warning("%s A training that is stopped will save its model only.", error)
+
+
+def _save_plain(value: Any, path: Path) -> None:
+    """``torch.save`` by way of memory: on a full disk it would raise no OSError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _write_random_state(folder: Path, parts: Restorable) -> None:
+    numpy_state = np.random.get_state()
+    state = {
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
+        "numpy_rest": [int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])],
+        "torch": torch.get_rng_state(),
+        "noise": parts.noise.get_state(),
+        "timesteps": parts.timesteps.state_dict(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    _save_plain(state, folder / random_name(parts.accelerator.process_index))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+
+
+def find_latest_state(folder: Path, name: str) -> Path | None:
+    """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning."""
+    ours = _names_state_of(name)
+    found = [path for path in folder.iterdir() if path.is_dir() and ours.fullmatch(path.name)] if folder.is_dir() else []
+    whole: list[tuple[float, str, Path]] = []
+    for path in found:
+        try:
+            whole.append((read_state_file(path).saved_at, path.name, path))
+        except UserError as error:
+            logger.warning("%s", error)
+    return max(whole)[2] if whole else None
+
+
+def read_state_file(folder: Path) -> StateFile:
+    """What the state in ``folder`` says of itself.
+
+    Raises:
+        UserError: no state there, one of another format, or one whose files are missing or cut short.
+    """
+    path = folder / STATE_FILE
+    remedy = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to begin anew."
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder} is not a folder. {remedy}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has the format {content['format']}; this version reads {FORMAT}. {remedy}")
+        content = {"log_runs": {}, "skipped": 0} | content  # states of older versions have none
+        progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+        parts = {name: content[name] for name in ("seed", "identity", "order", "flags", "saved_at")}
+        files = dict(content["files"])
+        _require_types(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is not a state of this trainer ({type(error).__name__}: {first_line(error)}). {remedy}"
+        ) from error
+    for name, size in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
+    return StateFile(progress=progress, **parts)
+
+
+def _require_types(content: Mapping[str, Any]) -> None:
+    for names, kind in (
+        (("step", "epoch", "batches", "skipped", "seed"), int),
+        (("started_at", "saved_at"), (int, float)),
+        (("identity", "order", "flags", "files", "log_runs"), dict),
+        (("losses",), list),
+        (("session_id",), str),
+    ):
+        for name in names:
+            if not isinstance(content[name], kind) or isinstance(content[name], bool):
+                raise TypeError(f"{name} is {content[name]!r}")
+    for name, run in content["log_runs"].items():
+        if not isinstance(run, str):
+            raise TypeError(f"the run in {name} is {run!r}")
+    for name, least in (("step", 0), ("epoch", 1), ("batches", 0), ("skipped", 0)):
+        if content[name] < least:
+            raise ValueError(f"{name} is {content[name]}")
+
+
+def recover_state(folder: Path, name: str) -> None:
+    """Give a state its name again if a kill came while it replaced an older one of that name; the newer of the two wins."""
+    lost: dict[str, list[tuple[float, Path]]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        final = final_of_temporary(path)
+        if final is None or not path.is_dir() or not _names_state_of(name).fullmatch(final) or (folder / final).exists():
+            continue
+        try:
+            saved_at = read_state_file(path).saved_at
+        except UserError:
+            continue  # not whole: its writing was interrupted
+        lost.setdefault(final, []).append((saved_at, path))
+    for final, states in lost.items():
+        os.replace(max(states)[1], folder / final)
+        logger.warning("recovered the state %s, which was being replaced when the training was killed", folder / final)
+
+
+def _names_state_of(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?" + re.escape(STATE_SUFFIX))
+
+
+def require_same(state: StateFile, folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a state of another network, optimiser or schedule.
+
+    Raises:
+        UserError: names what differs.
+    """
+    for name, now in identity.items():
+        then = state.identity.get(name)
+        if json.loads(json.dumps(now, default=str)) != then:
+            raise UserError(
+                f"the state {folder} was made with {name} {then}, but now it is {now}. Use the flags of that run, "
+                "or leave --resume out; to begin anew from its weights give its model as --network_weights."
+            )
+
+
+def load_state(folder: Path, parts: Restorable) -> None:
+    """Put the network, the optimiser, the schedule and the random generators of this process where ``save_state`` found them.
+
+    Raises:
+        UserError: a file cannot be read, or its content does not fit.
+    """
+    device = parts.accelerator.device
+    try:
+        parts.network.load_state_dict(read_tensors(folder / NETWORK_FILE).tensors)
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        parts.optimizer.load_state_dict(states["optimizer"])
+        parts.lr_scheduler.load_state_dict(states["lr_scheduler"])
+        if parts.accelerator.scaler is not None and states["scaler"] is not None:
+            parts.accelerator.scaler.load_state_dict(states["scaler"])
+        _load_random_state(folder, parts, device)
+    except UserError:
+        raise
+    except Exception as error:  # third-party optimisers fail in ways of their own
+        raise UserError(f"the state {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
+
+
+def _load_random_state(folder: Path, parts: Restorable, device: torch.device) -> None:
+    path = folder / random_name(parts.accelerator.process_index)
+    if not path.is_file():
+        logger.warning("%s has no random state for process %d; its noise begins anew.", folder, parts.accelerator.process_index)
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    random.setstate((random.getstate()[0], tuple(state["python"]), state["python_gauss"]))
+    position, has_gauss, gauss = state["numpy_rest"]
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    parts.timesteps.load_state_dict(state["timesteps"])
+    if state["noise"].shape == parts.noise.get_state().shape:
+        parts.noise.set_state(state["noise"])
+    else:
+        logger.warning("%s was saved on another kind of device; the noise begins anew.", folder)
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,251 @@
+"""Training batches: pairing of caches, shapes, order, ranks, and errors that name the file."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from dataset.batches.batches import CachedDataset, CachedGroup, CachedItem, ShapeBatchSampler, collate, find_cached_items
+from dataset.batches.reading import EpochReader
+from dataset.cache.files import save_latents, save_text
+from dataset.config import DatasetConfig, DatasetGroup
+from utils.errors import UserError
+
+WIDTH, POOLED = 6, 5
+
+
+def dataset_in(folder: Path, index: int = 0, kind: str = "image", batch_size: int = 2, num_repeats: int = 1) -> DatasetConfig:
+    return DatasetConfig(index, kind, folder, None, folder, batch_size=batch_size, num_repeats=num_repeats)
+
+
+def write_latents(folder: Path, name: str, height: int, width: int, value: float = 0.0, frames: int = 1) -> Path:
+    path = folder / f"{name}_hv.safetensors"
+    save_latents(path, torch.full((16, frames, height, width), float(value)), (99, 99))
+    return path
+
+
+def write_text(folder: Path, stem: str, valid: int, rows: int = 8) -> Path:
+    path = folder / f"{stem}_hv_te.safetensors"
+    states = torch.arange(1, rows + 1).float()[:, None].expand(rows, WIDTH).clone()
+    save_text(path, states, (torch.arange(rows) < valid).long(), torch.full((POOLED,), float(valid)), stem)
+    return path
+
+
+@pytest.fixture
+def group(tmp_path) -> DatasetGroup:
+    """Five pictures in two shapes, each twice per epoch, and one clip in two windows."""
+    images, clips = tmp_path / "images", tmp_path / "clips"
+    for number in range(5):
+        write_latents(images, f"pic_{number}_0640x0480", 4, 6 if number < 3 else 4, value=number)
+        write_text(images, f"pic_{number}", valid=number)
+    write_latents(clips, "clip_00000-001_0099x0099", 4, 4)
+    write_latents(clips, "clip_00000-009_0099x0099", 4, 4, frames=3)
+    write_text(clips, "clip", valid=8)
+    datasets = (dataset_in(images, num_repeats=2), dataset_in(clips, index=1, kind="video", batch_size=3))
+    return DatasetGroup(tmp_path / "d.toml", datasets)
+
+
+def test_caches_are_paired_by_stem_without_media(group):
+    images, clips = find_cached_items(group)
+    assert [(item.stem, item.window, item.shape) for item in images.items] == [
+        *((f"pic_{number}", None, (16, 1, 4, 6)) for number in range(3)),
+        *((f"pic_{number}", None, (16, 1, 4, 4)) for number in (3, 4)),
+    ]
+    assert [(item.window, item.shape) for item in clips.items] == [((0, 1), (16, 1, 4, 4)), ((0, 9), (16, 3, 4, 4))]
+    assert {item.text_path.name for item in clips.items} == {"clip_hv_te.safetensors"}
+
+
+def test_missing_latents_and_missing_text_name_the_script_to_run(group, tmp_path):
+    (tmp_path / "images" / "pic_3_hv_te.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pic_3; run: python cache_text_encoder_outputs\.py --dataset_config .*d\.toml"):
+        find_cached_items(group)
+    empty = DatasetGroup(group.path, (dataset_in(tmp_path / "none"),))
+    with pytest.raises(UserError, match=r"number 1 of .*run: python cache_latents\.py --dataset_config .*d\.toml"):
+        find_cached_items(empty)
+
+
+def test_no_latents_although_they_were_cached_is_explained(tmp_path):
+    images = dataset_in(tmp_path / "none")
+    clips = DatasetConfig(0, "video", tmp_path, None, tmp_path / "none", target_frames=(129, 201))
+    said = {}
+    for dataset in (images, clips):
+        with pytest.raises(UserError) as caught:
+            find_cached_items(DatasetGroup(tmp_path / "d.toml", (dataset,)))
+        said[dataset.kind] = str(caught.value)
+    assert "has no latents of videos; run: python cache_latents.py" in said["video"]
+    assert said["video"].endswith(
+        "--vae ... If it has been run, the table at its end says why nothing was cached: clips shorter than target_frames (129), "
+        "say; then lower target_frames or take the data set out."
+    )
+    assert "says why nothing was cached; then" in said["image"] and "target_frames" not in said["image"]
+
+
+def test_newest_of_two_names_for_one_window_is_used(group, tmp_path, caplog):
+    old = tmp_path / "clips" / "clip_00000-009_0099x0099_hv.safetensors"
+    new = write_latents(tmp_path / "clips", "clip_00000-009_0032x0064", 8, 4, frames=3)
+    os.utime(old, ns=(1, 1))
+    with caplog.at_level(logging.WARNING):
+        clips = find_cached_items(group)[1]
+    assert [item.latents_path for item in clips.items][1] == new
+    assert clips.items[1].shape == (16, 3, 8, 4)  # from the tensor, not from the name
+    assert old.name in caplog.text
+
+
+def test_every_item_comes_as_often_as_asked_in_batches_of_one_shape(group):
+    groups = find_cached_items(group)
+    data, sampler = CachedDataset(groups), ShapeBatchSampler(groups, seed=1)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 3 + 2 + 1 + 1  # 6 and 4 pictures in pairs; two windows of different length
+    assert Counter(index for batch in batches for index in batch) == {0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1}
+    for batch in batches:
+        assert len({data.items[index].shape for index in batch}) == 1
+        assert len({data.items[index].latents_path.parent for index in batch}) == 1
+
+
+def made_up(sizes: list[int], batch_size: int) -> list[CachedGroup]:
+    """Groups without files: ``sizes`` items of one shape each."""
+    groups = []
+    for index, size in enumerate(sizes):
+        items = [CachedItem(str(n), None, Path(str(n)), Path(str(n)), (16, 1, 4, 4)) for n in range(size)]
+        groups.append(CachedGroup(dataset_in(Path("x"), index, batch_size=batch_size), tuple(items)))
+    return groups
+
+
+def test_last_partial_batch_is_kept():
+    batches = list(ShapeBatchSampler(made_up([7], batch_size=3), seed=0))
+    assert sorted(map(len, batches)) == [1, 3, 3]
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    groups = made_up([20, 11], batch_size=2)
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = ShapeBatchSampler(groups, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(5, 2) == order(5, 2)
+    orders = [order(5, 2), order(5, 3), order(6, 2)]
+    assert all(first != second for position, first in enumerate(orders) for second in orders[:position])
+    # the same on every machine and in every version, or a run could not be resumed elsewhere
+    assert order(5, 0)[:3] == [[13, 5], [24, 29], [2, 11]]
+
+
+def test_batches_of_datasets_are_mixed():
+    batches = list(ShapeBatchSampler(made_up([40, 40], batch_size=1), seed=0))
+    halves = [batch[0] < 40 for batch in batches]
+    assert 8 < sum(halves[:40]) < 32
+
+
+def test_skip_goes_on_where_an_epoch_was_left():
+    sampler = ShapeBatchSampler(made_up([9], batch_size=2), seed=3)
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    sampler.skip(2)
+    assert list(sampler) == whole[2:]
+    assert len(sampler) == len(whole) == 5
+    sampler.set_epoch(5)
+    assert len(list(sampler)) == 5
+    with pytest.raises(ValueError, match="cannot skip 6 of 5"):
+        sampler.skip(6)
+
+
+@pytest.mark.parametrize(("items", "world_size"), [(10, 2), (11, 4), (3, 8)])
+def test_ranks_share_the_epoch_evenly(items, world_size):
+    groups = made_up([items], batch_size=1)
+    single = list(ShapeBatchSampler(groups, seed=3))
+    ranks = [list(ShapeBatchSampler(groups, 3, rank, world_size)) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {-(-items // world_size)}
+    in_turn = [ranks[position % world_size][position // world_size] for position in range(len(ranks[0]) * world_size)]
+    assert in_turn[:items] == single
+    assert in_turn[items:] == [single[position % items] for position in range(len(in_turn) - items)]
+
+
+def test_batch_is_trimmed_to_the_longest_caption_and_padded_with_zeros(group):
+    data = CachedDataset(find_cached_items(group))
+    batch = collate([data[1], data[2], data[0]])
+    assert batch["latents"].shape == (3, 16, 1, 4, 6)
+    assert batch["latents"][:, 0, 0, 0, 0].tolist() == [1, 2, 0]
+    assert batch["text_states"][..., 0].tolist() == [[1, 0], [1, 2], [0, 0]]
+    assert batch["text_mask"].tolist() == [[1, 0], [1, 1], [0, 0]] and batch["text_mask"].dtype == torch.int64
+    assert batch["text_states_2"][:, 0].tolist() == [1, 2, 0]
+    assert batch["names"][0] == "pic_1_0640x0480_hv.safetensors"
+
+
+def test_batch_of_empty_captions_has_one_masked_row(group):
+    data = CachedDataset(find_cached_items(group))
+    batch = collate([data[0], data[0]])
+    assert batch["text_states"].shape == (2, 1, WIDTH) and not batch["text_states"].any()
+    assert batch["text_mask"].tolist() == [[0], [0]]
+
+
+def test_nan_in_padding_rows_does_not_reach_the_batch(group, tmp_path):
+    states = torch.full((8, WIDTH), float("nan"))
+    states[:3] = 1
+    tensors = {"llm_float32": states, "llm_mask": (torch.arange(8) < 3).long(), "clipL_float32": torch.ones(POOLED)}
+    save_file(tensors, tmp_path / "images" / "pic_4_hv_te.safetensors")
+    data = CachedDataset(find_cached_items(group))
+    assert torch.isfinite(collate([data[3], data[4]])["text_states"]).all()
+
+
+def test_nan_in_latents_names_the_file(group, tmp_path):
+    data = CachedDataset(find_cached_items(group))
+    save_file({"latents_1x4x6_float32": torch.full((16, 1, 4, 6), float("nan"))}, data.items[0].latents_path)
+    with pytest.raises(UserError, match=r"pic_0_0640x0480_hv\.safetensors holds NaN"):
+        data[0]
+
+
+def test_cache_replaced_by_another_shape_during_training_is_named(group, tmp_path):
+    data = CachedDataset(find_cached_items(group))
+    write_latents(tmp_path / "images", "pic_0_0640x0480", 2, 2)
+    with pytest.raises(UserError, match=r"pic_0.* changed from"):
+        data[0]
+
+
+def test_sampler_and_data_go_to_spawned_workers(group):
+    groups = find_cached_items(group)
+    data, sampler = CachedDataset(groups), ShapeBatchSampler(groups, seed=1)
+    assert len(pickle.loads(pickle.dumps(sampler)).pools) == len(sampler.pools)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    assert len(list(loader)) == len(sampler)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_cache_is_one_sentence_from_any_worker(group, workers):
+    groups = find_cached_items(group)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), workers, persistent=True)
+    assert len(list(reader.epoch(0))) == len(reader)
+    path = CachedDataset(groups).items[6].latents_path
+    path.unlink()
+    with pytest.raises(UserError) as raised:
+        list(reader.epoch(1))
+    assert str(path) in str(raised.value) and "does not exist" in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process with SIGKILL")
+def test_a_killed_worker_is_one_sentence_that_names_files(group):
+    groups = find_cached_items(group)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=True)
+    with pytest.raises(UserError, match=r"died, killed or out of memory.*_hv\.safetensors"):
+        try:
+            for _ in reader.epoch(0):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(0.1)
+        except RuntimeError as error:
+            raise reader.explain(error) from error
+    other = RuntimeError("something else")
+    assert reader.explain(other) is other

@@ -1,0 +1,429 @@
+"""cache_latents.py as a user runs it: what it writes, skips, refuses and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cache_latents
+import hunyuan_model
+from dataset.cache.files import read_latent_shape, read_latents, save_latents
+from dataset.cache.preparation import Failure, Prepared, Target
+from dataset.cache.records import SourceStamp
+from dataset.config import DatasetConfig
+from dataset.items import Item
+from dataset.media.decoding import iterate_frames, probe_video
+from dataset.media.resizing import fit_to_bucket
+from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
+from utils.errors import run_script
+from utils.safetensors_io import read_header, save_tensors
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    """A VAE with random weights, narrow enough that encoding costs nothing."""
+    folder = tmp_path_factory.mktemp("vae")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKLCausal3D(VAEConfig(block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=4))
+    save_tensors(folder / "vae.safetensors", vae.state_dict())
+    entries = {"block_out_channels": [4, 8, 8, 8], "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 4}
+    (folder / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, vae_folder):
+    """Run the script in this process with that VAE; returns its status."""
+
+    def call(*arguments: object, vae: Path | None = vae_folder) -> int:
+        flags = ["--num_workers", "2", "--device", "cpu", *(["--vae", vae] if vae else []), *arguments]
+        monkeypatch.setattr(sys, "argv", ["cache_latents.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as left:
+            run_script(cache_latents.main)
+        return left.value.code
+
+    return call
+
+
+def write_dataset(folder: Path, source: str, **values: object) -> Path:
+    """A TOML with one dataset over ``folder/source``; the caches go to ``folder/cache``."""
+    (folder / source).mkdir(exist_ok=True)
+    kind = "video" if source == "clips" else "image"
+    entries = {
+        "resolution": 64,
+        f"{kind}_directory": (folder / source).as_posix(),
+        "cache_directory": (folder / "cache").as_posix(),
+    }
+    lines = (
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in (entries | values).items()
+    )
+    toml = folder / "dataset.toml"
+    toml.write_text("[[datasets]]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return toml
+
+
+@pytest.fixture
+def pictures(tiny_dataset, tmp_path) -> Path:
+    """A TOML over the six drawn pictures."""
+    shutil.copytree(tiny_dataset.parent / "images", tmp_path / "images", ignore=shutil.ignore_patterns("*.safetensors"))
+    return write_dataset(tmp_path, "images", enable_bucket=True, batch_size=4)
+
+
+@pytest.fixture
+def clips(tiny_dataset, tmp_path) -> Path:
+    """A TOML over the two drawn clips, of 25 frames (96x64) and 13 frames (64x64)."""
+    shutil.copytree(tiny_dataset.parent / "clips", tmp_path / "clips", ignore=shutil.ignore_patterns("*.safetensors"))
+    return write_dataset(tmp_path, "clips", enable_bucket=True, target_frames=[1, 9])
+
+
+def caches(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: read_latents(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+def test_caches_of_pictures_and_clips(run, tiny_dataset, capsys):
+    assert run("--dataset_config", tiny_dataset) == 0
+    names = [path.name for path in sorted(tiny_dataset.parent.rglob("*_hv.safetensors"))]
+    assert len(names) == 6 + 2 * 2
+    assert "orange_circle_0128x0072_hv.safetensors" in names
+    assert "red_circle_moving_00000-009_0096x0064_hv.safetensors" in names
+    path = next(tiny_dataset.parent.rglob("red_circle_moving_00000-009*"))
+    assert read_latent_shape(path) == (16, 3, 48 // 8, 80 // 8)  # the bucket of 96x64 in an area of 64x64
+    assert read_header(path).metadata["frame_count"] == "9"
+    table = capsys.readouterr().out
+    assert re.search(r"1 \(images\) +6 +0 +6 +0 +0 +6 ", table)
+    assert re.search(r"2 \(videos\) +2 +0 +2 +0 +0 +4 ", table)
+
+
+def test_cache_holds_one_sample_of_the_posterior_unscaled(run, pictures, tmp_path, vae_folder):
+    assert run("--dataset_config", pictures) == 0
+    cached = read_latents(tmp_path / "cache" / "green_triangle_0064x0064_hv.safetensors")
+    image = np.array(Image.open(tmp_path / "images" / "green_triangle.png").convert("RGB"))  # has the size of its bucket
+    vae = hunyuan_model.load_vae(vae_folder, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(image).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1)
+    noise = (cached - posterior.mean[0]) / torch.exp(0.5 * posterior.logvar[0])
+    assert abs(noise.mean()) < 0.15 and 0.9 < noise.std() < 1.1  # 1024 standard normal numbers
+
+
+def test_reruns_and_other_batches_give_the_same_latents(run, pictures, tmp_path):
+    assert run("--dataset_config", pictures) == 0
+    first = caches(tmp_path / "cache")
+    assert run("--dataset_config", pictures) == 0
+    second = caches(tmp_path / "cache")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert run("--dataset_config", pictures, "--batch_size", 1) == 0
+    single = caches(tmp_path / "cache")
+    for name in first:
+        torch.testing.assert_close(single[name], first[name], atol=1e-4, rtol=1e-4)
+
+
+def test_batch_size_is_the_smaller_of_flag_and_dataset(run, pictures, tmp_path, monkeypatch):
+    sizes = []
+    encode = cache_latents.encode
+    monkeypatch.setattr(cache_latents, "encode", lambda vae, batch, *rest: sizes.append(len(batch)) or encode(vae, batch, *rest))
+    write_dataset(tmp_path, "images", batch_size=4)  # without buckets all six have one size
+    for flag, expected in (([], [4, 2]), (["--batch_size", 3], [3, 3]), (["--batch_size", 9], [4, 2])):
+        sizes.clear()
+        assert run("--dataset_config", pictures, *flag) == 0
+        assert sizes == expected
+
+
+@pytest.mark.parametrize("flags", [["--vae_tiling"], ["--vae_spatial_tile_sample_min_size", "64"]])
+def test_tiling_changes_large_pictures_and_chunks_do_not(run, tmp_path, flags):
+    toml = write_dataset(tmp_path, "images", resolution=[288, 64])
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 288, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").touch()
+    [whole], [chunked], [tiled] = (
+        caches(tmp_path / "cache").values()
+        for extra in ([], ["--vae_chunk_size", 8], flags)
+        if run("--dataset_config", toml, *extra) == 0
+    )
+    torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+    assert (tiled - whole).abs().max() > 1e-3
+
+
+def test_vae_dtype_is_that_of_the_cache(run, pictures, tmp_path):
+    assert run("--dataset_config", pictures, "--vae_dtype", "bf16") == 0
+    header = read_header(next((tmp_path / "cache").glob("green_triangle*")))
+    assert list(header.shapes) == ["latents_1x8x8_bfloat16"]
+
+
+def test_skip_existing_redoes_only_what_is_missing_broken_or_of_another_size(run, pictures, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert run("--dataset_config", pictures) == 0
+    (cache / "red_circle_0096x0064_hv.safetensors").unlink()
+    broken = cache / "blue_square_0072x0128_hv.safetensors"
+    broken.write_bytes(broken.read_bytes()[:200])
+    resized = cache / "orange_circle_0128x0072_hv.safetensors"
+    save_latents(resized, torch.zeros(16, 1, 2, 2), (128, 72))
+    before = times(cache)
+    assert run("--dataset_config", pictures, "--skip_existing") == 0
+    after = times(cache)
+    redone = {name for name in after if after[name] != before.get(name)}
+    assert redone == {"red_circle_0096x0064_hv.safetensors", broken.name, resized.name}
+    assert read_latent_shape(resized) != (16, 1, 2, 2)
+    assert re.search(r"1 \(images\) +6 +0 +3 ", capsys.readouterr().out)
+    write_dataset(tmp_path, "images", enable_bucket=True, resolution=[48, 48])
+    assert run("--dataset_config", pictures, "--skip_existing") == 0
+    assert not set(after.items()) & set(times(cache).items())
+
+
+def test_skip_existing_redoes_other_channels_and_files_without_record_older_than_their_source(run, pictures, tmp_path):
+    cache = tmp_path / "cache"
+    assert run("--dataset_config", pictures) == 0
+    foreign = cache / "red_circle_0096x0064_hv.safetensors"
+    _, *shape = read_latent_shape(foreign)
+    save_latents(foreign, torch.zeros(4, *shape), (96, 64))
+    replaced = cache / "blue_square_0072x0128_hv.safetensors"
+    save_latents(replaced, read_latents(replaced), (72, 128))
+    later = replaced.stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "images" / "blue_square.png", ns=(later, later))
+    before = times(cache)
+    assert run("--dataset_config", pictures, "--skip_existing") == 0
+    assert {name for name, time in times(cache).items() if time != before[name]} == {foreign.name, replaced.name}
+    assert read_latent_shape(foreign)[0] == 16
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_any_name_gives_a_seed(vae_folder):
+    vae = hunyuan_model.load_vae(vae_folder, device="cpu", dtype=torch.float32)
+    dataset = DatasetConfig(0, "image", Path("x"), None, Path("x"))
+    items = (Item(dataset, Path("x/a.png"), "", stem) for stem in (os.fsdecode(b"caf\xe9"), "café"))
+    first, second = cache_latents.encode(vae, [prepared(item, 16) for item in items], torch.device("cpu"), torch.float32)
+    assert not torch.equal(first, second)
+
+
+def prepared(item: Item, side: int) -> Prepared:
+    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), SourceStamp(0, 0, ""))
+
+
+def test_waiting_pixels_are_bounded(monkeypatch):
+    monkeypatch.setattr(cache_latents, "WAITING_BYTES", 4 * 32 * 32 * 3)
+    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
+    sides = [16, 16, 32, 32, 32, 32, 64, 128, 16]
+    batches = cache_latents.collect_batches([prepared(item, side) for side in sides], batch_size=8)
+    # The fourth 32 is too much and all four go. 64 fills the budget alone, so that the two of 16 go, and it goes itself with
+    # the last 16; 128 is more than the budget and goes at once.
+    assert [[result.target.bucket[0] for result in batch] for batch in batches] == [[32] * 4, [16] * 2, [128], [64], [16]]
+
+
+def test_full_batches_and_the_rest_without_pressure():
+    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
+    failure = Failure(item, "broken")
+    results = [prepared(item, 16), prepared(item, 32), failure, prepared(item, 16), prepared(item, 16)]
+    assert list(cache_latents.collect_batches(results, batch_size=2)) == [
+        failure,
+        [results[0], results[3]],
+        [results[1]],
+        [results[4]],
+    ]
+
+
+def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):
+    closed = []
+
+    class Bar(cache_latents.tqdm):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    def broken(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(cache_latents, "tqdm", Bar)
+    monkeypatch.setattr(cache_latents, "cache_batch", broken)
+    with pytest.raises(MemoryError) as caught:
+        run("--dataset_config", pictures)
+    assert caught.traceback and closed  # the traceback keeps the bar from being collected, which would close it
+
+
+def test_dataset_that_got_nothing_beside_one_that_did_is_named(run, tiny_dataset, caplog):
+    text = tiny_dataset.read_text(encoding="utf-8")
+    assert run("--dataset_config", tiny_dataset) == 0
+    assert "has no latents" not in caplog.text
+    tiny_dataset.write_text(re.sub("target_frames = .*", "target_frames = [29]", text), encoding="utf-8")
+    for path in tiny_dataset.parent.rglob("*_hv.safetensors"):
+        path.unlink()
+    assert run("--dataset_config", tiny_dataset) == 0
+    assert "[[datasets]] number 2 has no latents" in caplog.text and "number 1 has no latents" not in caplog.text
+
+
+def test_skip_existing_knows_the_names_of_other_tools(run, clips, tmp_path):
+    cache = tmp_path / "cache"
+    assert run("--dataset_config", clips) == 0
+    ours = cache / "red_circle_moving_00000-009_0096x0064_hv.safetensors"
+    ours.rename(cache / "red_circle_moving_00000-009_0080x0048_hv.safetensors")  # the bucket's size
+    before = times(cache)
+    assert run("--dataset_config", clips, "--skip_existing") == 0
+    assert times(cache) == before
+
+
+def test_broken_files_are_listed_and_the_others_cached(run, pictures, tmp_path, capsys):
+    (tmp_path / "images" / "red_circle.png").write_bytes(b"not a picture")
+    assert run("--dataset_config", pictures) == 1
+    output = capsys.readouterr()
+    assert "1 failure(s):" in output.err and "red_circle.png" in output.err.split("1 failure(s):")[1]
+    assert len(caches(tmp_path / "cache")) == 5
+    assert re.search(r"1 \(images\) +6 +0 +5 +0 +1 +5 ", output.out)
+
+
+def test_latents_that_are_no_numbers_are_not_saved(run, pictures, tmp_path, monkeypatch, capsys):
+    encode = cache_latents.encode
+
+    def overflow(vae, batch, *rest):
+        latents = encode(vae, batch, *rest)
+        return [x * float("nan") if p.target.item.stem == "red_circle" else x for p, x in zip(batch, latents)]
+
+    monkeypatch.setattr(cache_latents, "encode", overflow)
+    assert run("--dataset_config", pictures) == 1
+    assert len(caches(tmp_path / "cache")) == 5
+    assert re.search(r"red_circle\.png: the latents for red_circle_.* hold NaN", capsys.readouterr().err)
+
+
+def test_too_short_clips_are_counted_and_an_empty_result_says_so(run, clips, tmp_path, capsys):
+    write_dataset(tmp_path, "clips", enable_bucket=True, target_frames=[25])
+    assert run("--dataset_config", clips) == 0
+    assert re.search(r"1 \(videos\) +2 +0 +1 +1 +0 +1 ", capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "cache")
+    write_dataset(tmp_path, "clips", target_frames=[29])
+    assert run("--dataset_config", clips) == 2
+    assert "2 of 2 clip(s) have fewer frames than the 29" in capsys.readouterr().err
+
+
+def test_leftovers_of_an_earlier_setting_are_named_not_deleted(run, clips, tmp_path, caplog, capsys):
+    assert run("--dataset_config", clips) == 0
+    write_dataset(tmp_path, "clips", enable_bucket=True, target_frames=[9])
+    assert run("--dataset_config", clips) == 0
+    assert "2 cache file(s)" in caplog.text
+    assert "orphan: red_circle_moving_00000-001_0096x0064_hv.safetensors" in capsys.readouterr().out
+    assert len(caches(tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda folder: (folder / "images" / "red_circle.txt").unlink(), "1 item(s) have no caption"),
+        (lambda folder: [path.unlink() for path in (folder / "images").glob("*.png")], "holds no image files"),
+        (lambda folder: (folder / "images" / "red_circle.jpg").touch(), "would share the cache files"),
+        (lambda folder: (folder / "dataset.toml").unlink(), "does not exist"),
+    ],
+)
+def test_mistakes_in_the_data_end_with_status_2_before_anything_is_cached(run, pictures, tmp_path, capsys, break_it, sentence):
+    break_it(tmp_path)
+    assert run("--dataset_config", pictures) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_mistakes_in_the_flags_end_with_status_2(run, pictures, vae_folder, tmp_path, capsys):
+    transformer = Path(__file__).resolve().parents[2] / "goldens" / "dit.safetensors"
+    for flags, vae, sentence in (
+        ([], None, "--vae is missing"),
+        ([], tmp_path / "none.pt", "none.pt"),
+        ([], transformer, "looks like a HunyuanVideo transformer"),
+        (["--vae_spatial_tile_sample_min_size", 100], vae_folder, "not a multiple of 32"),
+        (["--vae_dtype", "int8"], vae_folder, "--vae_dtype does not know"),
+        (["--device", "cuda:99"], vae_folder, "cuda:99"),
+    ):
+        assert run("--dataset_config", pictures, *flags, vae=vae) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or getattr(os, "geteuid", lambda: 0)() == 0, reason="needs a folder that refuses writes"
+)
+def test_cache_directory_that_cannot_be_written_stops_the_run(run, pictures, tmp_path, capsys):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    assert run("--dataset_config", pictures) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/x"])
+def test_cache_directory_that_cannot_be_made_is_told_before_the_vae_is_loaded(run, pictures, tmp_path, capsys, monkeypatch, folder):
+    if folder.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("needs a folder in which nobody can write")
+    (tmp_path / "file").touch()
+    write_dataset(tmp_path, "images", cache_directory=(tmp_path / folder).as_posix())
+    monkeypatch.setattr(hunyuan_model, "load_vae", None)
+    assert run("--dataset_config", pictures) == 2
+    assert re.search(r"cache_directory of \[\[datasets\]\] number 1 .* cannot be written to", capsys.readouterr().err)
+    flags = ["--debug_mode", "console", "--console_num_images", 1]  # writes nothing
+    assert run("--dataset_config", pictures, *flags, vae=None) == 0
+
+
+def test_disk_trouble_stops_the_run_instead_of_failing_item_by_item(run, pictures, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("--dataset_config", pictures) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_debug_image_writes_sheets_and_no_caches(run, clips, tmp_path, capsys, caplog):
+    assert run("--dataset_config", clips, "--debug_mode", "image", "--remove_orphans", vae=None) == 0
+    assert "--remove_orphans has no effect with --debug_mode" in caplog.text
+    sheets = sorted((tmp_path / "cache" / "debug").iterdir())
+    assert len(sheets) == 4 and not list((tmp_path / "cache").glob("*.safetensors"))
+    output = capsys.readouterr().out
+    assert all(str(sheet) in output for sheet in sheets)
+    assert "a red circle moving to the right on a green background" in output
+    assert Image.open(tmp_path / "cache" / "debug" / "red_circle_moving_00000-009_0096x0064_hv.png").size == (3 * 80, 3 * 48)
+
+
+def test_debug_video_writes_the_clips_as_they_are_trained(run, tiny_dataset, capsys):
+    assert run("--dataset_config", tiny_dataset, "--debug_mode", "video", vae=None) == 0
+    media = tiny_dataset.parent
+    written = sorted(path.name for path in (media / "clip_cache" / "debug").iterdir())
+    assert written == [
+        "red_circle_moving_00000-001_0096x0064_hv.mp4",
+        "red_circle_moving_00000-009_0096x0064_hv.mp4",
+        "white_square_moving_00000-001_0064x0064_hv.mp4",
+        "white_square_moving_00000-009_0064x0064_hv.mp4",
+    ]
+    assert all(path.suffix == ".png" for path in (media / "image_cache" / "debug").iterdir())
+    assert not list(media.rglob("*.safetensors")) and written[1] in capsys.readouterr().out
+    path = media / "clip_cache" / "debug" / written[1]
+    info = probe_video(path)
+    assert (info.width, info.height, info.frames, info.fps) == (80, 48, 9, 24.0)
+    source = islice(iterate_frames(media / "clips" / "red_circle_moving.mp4"), 9)
+    for frame, trained in zip(iterate_frames(path), source, strict=True):
+        assert np.abs(frame.astype(int) - fit_to_bucket(trained, (80, 48))).mean() < 4  # a video is compressed
+
+
+def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, caplog):
+    flags = ["--debug_mode", "console", "--console_width", 16, "--console_num_images", 2]
+    assert run("--dataset_config", pictures, *flags, vae=None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.count("\u2580") for line in lines if "\u2580" in line) == sum(16 for line in lines if "\u2580" in line)
+    assert sum(".png: " in line for line in lines) == 2
+    assert not (tmp_path / "cache").exists()
+    assert run("--dataset_config", pictures, *flags[:-2], "--console_back", "blue", vae=None) == 0
+    assert "\x1b[48;2;0;0;238m" in capsys.readouterr().out
+    assert run("--dataset_config", pictures, "--console_width", 16) == 0
+    assert "--console_width has an effect only with --debug_mode console" in caplog.text
+
+
+def test_script_starts_from_the_command_line(run_script, pictures, vae_folder, tmp_path):
+    finished = run_script("cache_latents.py", "--dataset_config", pictures, "--vae", vae_folder, "--num_workers", 1)
+    assert finished.returncode == 0, finished.stderr
+    assert len(caches(tmp_path / "cache")) == 6
+    assert "Traceback" not in finished.stderr

@@ -1,0 +1,279 @@
+"""Both caching scripts run again after something changed: exactly what changed is made again, and the numbers say why."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dataset.cache.files import read_latents, read_text, save_latents
+from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
+from dataset.media.decoding import iterate_frames
+from utils.media_writing import save_video
+from utils.safetensors_io import read_header
+
+
+def latents(folder: Path) -> dict[str, int]:
+    """Modification times of the latent caches of the tiny data set, by name."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.rglob("*_hv.safetensors"))}
+
+
+def texts(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.rglob("*_hv_te.safetensors"))}
+
+
+def redone(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def outcomes(stdout: str) -> list[str]:
+    """The summary of each data set."""
+    return re.findall(r"^    cache files: (.*)$", stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def cache_latents(call_script, tiny_model, tiny_dataset):
+    def run(*flags: object, vae: Path = tiny_model.vae):
+        common = ["--num_workers", 2, "--device", "cpu", "--dataset_config", tiny_dataset]
+        finished = call_script("cache_latents", *common, "--vae", vae, *flags)
+        assert finished.status == 0, finished.stderr
+        return finished
+
+    return run
+
+
+@pytest.fixture
+def cache_text(call_script, tiny_model, tiny_dataset):
+    def run(*flags: object, text_encoder1: Path = tiny_model.text_encoder1, text_encoder2: Path = tiny_model.text_encoder2):
+        encoders = ["--text_encoder1", text_encoder1, "--text_encoder2", text_encoder2]
+        common = ["--device", "cpu", "--dataset_config", tiny_dataset, "--batch_size", 8]
+        finished = call_script("cache_text_encoder_outputs", *common, *encoders, *flags)
+        assert finished.status == 0, finished.stderr
+        return finished
+
+    return run
+
+
+def change_weights(source: Path, folder: Path) -> Path:
+    """A copy of a model folder with slightly other weights."""
+    shutil.copytree(source, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: x * 1.01 if x.is_floating_point() else x for name, x in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def replace_picture(path: Path) -> None:
+    """Another picture of the same size in bytes and pixels, with the time of the old one."""
+    before = path.stat()
+    red, green, blue = Image.open(path).split()
+    Image.merge("RGB", (green, blue, red)).save(path, optimize=True)
+    missing = before.st_size - path.stat().st_size
+    with open(path, "ab") as file:
+        file.write(bytes(max(0, missing)))
+    assert missing >= 0, "the new picture is larger; choose another one"
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 10**9))  # older than the cache
+
+
+def test_only_what_changed_is_made_again(cache_latents, tiny_model, tiny_dataset, tmp_path):
+    media = tiny_dataset.parent
+    first = cache_latents("--skip_existing")
+    assert outcomes(first.stdout) == [
+        "6 made, 0 kept, 0 redone, 0 skipped, 0 orphans",
+        "4 made, 0 kept, 0 redone, 0 skipped, 0 orphans",
+    ]
+    before = latents(media)
+    again = cache_latents("--skip_existing")
+    assert outcomes(again.stdout)[0] == "0 made, 6 kept, 0 redone, 0 skipped, 0 orphans"
+    assert latents(media) == before
+
+    replace_picture(media / "images" / "red_circle.png")
+    clip = media / "clips" / "white_square_moving.mp4"
+    os.utime(clip, (time.time(), time.time()))  # touched, with the same content
+    record = image_record = media / "image_cache" / "blue_square_0072x0128_hv.safetensors"
+    save_latents(record, read_latents(record), (72, 128))  # as of another tool
+    before = latents(media)
+    changed = cache_latents("--skip_existing")
+    assert redone(before, latents(media)) == {"red_circle_0096x0064_hv.safetensors"}
+    assert outcomes(changed.stdout) == [
+        "0 made, 5 kept, 1 redone (1 source replaced), 0 skipped, 0 orphans",
+        "0 made, 4 kept, 0 redone, 0 skipped, 0 orphans",
+    ]
+
+    other = change_weights(tiny_model.vae, tmp_path / "other_vae")
+    before = latents(media)
+    changed = cache_latents("--skip_existing", vae=other)
+    assert set(before) - redone(before, latents(media)) == {image_record.name}  # it does not say which VAE made it
+    assert outcomes(changed.stdout)[0] == "0 made, 1 kept, 5 redone (5 another VAE), 0 skipped, 0 orphans"
+
+    tiny_dataset.write_text(tiny_dataset.read_text("utf-8").replace("[64, 64]", "[48, 48]"), encoding="utf-8")
+    changed = cache_latents("--skip_existing", vae=other)
+    assert outcomes(changed.stdout)[1] == "0 made, 0 kept, 4 redone (4 another size), 0 skipped, 0 orphans"
+    assert outcomes(cache_latents(vae=other).stdout)[1] == (
+        "0 made, 0 kept, 4 redone (4 without --skip_existing), 0 skipped, 0 orphans"
+    )
+
+
+def test_frame_rates_are_told_and_recorded(cache_latents, tiny_dataset):
+    clip = tiny_dataset.parent / "clips" / "red_circle_moving.mp4"
+    save_video(clip, np.stack(list(iterate_frames(clip))), fps=30)
+    first = cache_latents()
+    assert "\n    30 -> 24 frames per second: red_circle_moving.mp4\n" in first.stdout
+    path = tiny_dataset.parent / "clip_cache" / "red_circle_moving_00000-009_0096x0064_hv.safetensors"
+    assert read_header(path).metadata["frame_rate"] == "24 from timestamps"
+    assert outcomes(cache_latents("--skip_existing").stdout)[1] == "0 made, 4 kept, 0 redone, 0 skipped, 0 orphans"
+    before = read_latents(path)
+    tiny_dataset.write_text(tiny_dataset.read_text("utf-8") + "target_fps = 0\n", encoding="utf-8")
+    changed = cache_latents("--skip_existing")
+    assert outcomes(changed.stdout)[1] == "0 made, 2 kept, 2 redone (2 another frame rate), 0 skipped, 0 orphans"
+    assert "frames per second" not in changed.stdout and not torch.equal(read_latents(path), before)
+
+
+def test_missing_captions_are_skipped_or_empty_in_both_scripts(cache_latents, cache_text, tiny_dataset, caplog):
+    media = tiny_dataset.parent
+    (media / "images" / "red_circle.txt").unlink()
+    name = "red_circle_0096x0064_hv.safetensors"
+    skipped = cache_latents("--missing_caption", "skip")
+    assert outcomes(skipped.stdout)[0] == "5 made, 0 kept, 0 redone, 1 skipped, 0 orphans" and name not in latents(media)
+    skipped = cache_text("--missing_caption", "skip")
+    assert outcomes(skipped.stdout)[0] == "5 made, 0 kept, 0 redone, 1 skipped, 0 orphans"
+    assert "5 captions" not in skipped.stdout and "7 captions: 7 encoded" in skipped.stdout
+    assert "no text encoder outputs" not in caplog.text
+
+    assert outcomes(cache_latents("--missing_caption", "empty", "--skip_existing").stdout)[0].startswith("1 made, 5 kept, 0 redone")
+    assert outcomes(cache_text("--missing_caption", "skip", "--skip_existing").stdout)[0].endswith("1 skipped, 0 orphans")
+    assert "1 item(s) have latents, but no text encoder outputs, which training refuses: red_circle." in caplog.text
+    assert outcomes(cache_text("--missing_caption", "empty", "--skip_existing").stdout)[0].startswith("1 made, 5 kept, 0 redone")
+    assert read_text(media / "image_cache" / "red_circle_hv_te.safetensors").caption == ""
+    removed = cache_latents("--missing_caption", "skip", "--skip_existing", "--remove_orphans")
+    assert outcomes(removed.stdout)[0] == "0 made, 5 kept, 0 redone, 1 skipped, 1 orphans (1 removed)"
+
+
+def test_nothing_but_missing_captions(call_script, tiny_model, tiny_dataset):
+    for path in tiny_dataset.parent.rglob("*.txt"):
+        path.unlink()
+    finished = call_script(
+        "cache_latents", "--dataset_config", tiny_dataset, "--device", "cpu", "--vae", tiny_model.vae, "--missing_caption", "skip"
+    )
+    assert finished.status == 2 and "6 of 6 item(s) have no caption and were skipped" in finished.stderr
+
+
+def test_orphans_are_listed_and_removed_only_when_asked(cache_latents, cache_text, tiny_dataset):
+    media = tiny_dataset.parent
+    cache_latents()
+    cache_text()
+    images, cache = media / "images", media / "image_cache"
+    for suffix in (".png", ".txt"):
+        (images / f"green_triangle{suffix}").unlink()
+    Image.open(images / "red_circle.png").resize((100, 80)).save(images / "red_circle.png")
+    (cache / "lora.safetensors").touch()
+    (cache / "notes.txt").touch()
+    fresh, abandoned = cache / ".0123abcd.tmp.safetensors", cache / ".0123abce.tmp.safetensors"
+    fresh.touch()
+    abandoned.touch()
+    os.utime(abandoned, (1, 1))
+    gone = {"green_triangle_0064x0064_hv.safetensors", "red_circle_0096x0064_hv.safetensors", abandoned.name}
+    names = {path.name for path in cache.iterdir()}
+
+    listed = cache_latents("--skip_existing")
+    assert outcomes(listed.stdout)[0] == "0 made, 4 kept, 1 redone (1 source replaced), 0 skipped, 3 orphans"
+    assert set(re.findall(r"^    orphan: (.*)$", listed.stdout, re.MULTILINE)) == gone
+    assert {path.name for path in cache.iterdir()} == names | {"red_circle_0100x0080_hv.safetensors"}
+
+    removed = cache_latents("--skip_existing", "--remove_orphans")
+    assert outcomes(removed.stdout)[0] == "0 made, 5 kept, 0 redone, 0 skipped, 3 orphans (3 removed)"
+    assert {path.name for path in cache.iterdir()} == (names | {"red_circle_0100x0080_hv.safetensors"}) - gone
+    assert (cache / "green_triangle_hv_te.safetensors").exists()  # that of the other script
+    assert "orphan: green_triangle_hv_te.safetensors" in cache_text("--skip_existing").stdout
+    removed = cache_text("--skip_existing", "--remove_orphans")
+    assert outcomes(removed.stdout)[0] == "0 made, 5 kept, 0 redone, 0 skipped, 1 orphans (1 removed)"
+    assert not (cache / "green_triangle_hv_te.safetensors").exists() and len(texts(media)) == 7
+    assert (cache / "lora.safetensors").exists() and fresh.exists()
+
+
+def test_caches_of_files_that_cannot_be_read_are_no_orphans(call_script, tiny_model, tiny_dataset):
+    media = tiny_dataset.parent
+    flags = ["--num_workers", 2, "--device", "cpu", "--dataset_config", tiny_dataset, "--vae", tiny_model.vae]
+    assert call_script("cache_latents", *flags).status == 0
+    before = latents(media)
+    (media / "images" / "red_circle.png").write_bytes(b"half a download")
+    finished = call_script("cache_latents", *flags, "--skip_existing", "--remove_orphans")
+    assert finished.status == 1 and latents(media) == before
+
+
+def test_text_is_made_again_for_another_caption_encoder_or_tokenizer(cache_text, tiny_model, tiny_dataset, tmp_path):
+    media = tiny_dataset.parent
+    assert outcomes(cache_text("--skip_existing").stdout)[0] == "6 made, 0 kept, 0 redone, 0 skipped, 0 orphans"
+    metadata = read_header(media / "image_cache" / "red_circle_hv_te.safetensors").metadata
+    assert set(metadata) == {"architecture", "format_version", "caption1", *TEXT_ENCODERS, *TOKENIZERS}
+    (media / "images" / "red_circle.txt").write_text("something else", encoding="utf-8")
+    before = texts(media)
+    changed = cache_text("--skip_existing")
+    assert redone(before, texts(media)) == {"red_circle_hv_te.safetensors"}
+    assert outcomes(changed.stdout) == [
+        "0 made, 5 kept, 1 redone (1 another caption), 0 skipped, 0 orphans",
+        "0 made, 2 kept, 0 redone, 0 skipped, 0 orphans",
+    ]
+    other = change_weights(tiny_model.text_encoder2, tmp_path / "other")
+    changed = cache_text("--skip_existing", text_encoder2=other)
+    assert outcomes(changed.stdout)[1] == "0 made, 0 kept, 2 redone (2 another text encoder), 0 skipped, 0 orphans"
+    assert outcomes(cache_text("--skip_existing", text_encoder2=other).stdout)[1].startswith("0 made, 2 kept")
+    tokens = tmp_path / "tokens"
+    shutil.copytree(tiny_model.text_encoder1, tokens)
+    text = (tokens / "tokenizer.json").read_text("utf-8")
+    merges = re.search(r'"merges":\s*\[', text)
+    assert merges, "the tiny tokenizer has merges"
+    first = re.compile(r'\s*(\[[^\]]*\]|"[^"]*"),').match(text, merges.end())
+    (tokens / "tokenizer.json").write_text(text[: merges.end()] + text[first.end() :], encoding="utf-8")
+    changed = cache_text("--skip_existing", "--tokenizer1", tokens, text_encoder2=other)
+    assert outcomes(changed.stdout)[1] == "0 made, 0 kept, 2 redone (2 another tokenizer), 0 skipped, 0 orphans"
+
+
+def kill_when(arguments: list[object], ready, limit: float = 120.0) -> None:
+    """Start a script and kill it, as the system does when memory is short, once ``ready()``."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + limit
+        while process.poll() is None and not ready() and time.monotonic() < until:
+            time.sleep(0.001)
+    finally:
+        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.wait()
+
+
+def test_killed_runs_leave_whole_files_and_a_rerun_completes_the_work(tiny_model, tiny_dataset, cache_latents, cache_text):
+    """Each script once, in a process of its own; ``test_kills`` kills them many times."""
+    media = tiny_dataset.parent
+    common = ["--dataset_config", tiny_dataset, "--device", "cpu", "--num_workers", 2]
+    encoders = ["--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2]
+    scripts = (
+        (["cache_latents.py", *common, "--vae", tiny_model.vae], "*_hv.safetensors", read_latents),
+        (
+            ["cache_text_encoder_outputs.py", *common, "--batch_size", 1, *encoders],
+            "*_hv_te.safetensors",
+            read_text,
+        ),
+    )
+    for arguments, pattern, read in scripts:
+        kill_when(arguments, lambda pattern=pattern: len(list(media.rglob(pattern))) >= 3)
+        for path in media.rglob(pattern):
+            read(path)
+    found = len(texts(media))
+    finished = cache_text("--skip_existing")
+    assert f"8 captions: {8 - found} encoded, {found} kept, 0 failed" in finished.stdout
+    cache_latents("--skip_existing")
+    assert len(latents(media)) == 10 and len(texts(media)) == 8

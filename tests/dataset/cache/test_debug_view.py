@@ -1,0 +1,73 @@
+"""Contact sheets and terminal pictures show the pixels they are given."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.cache.debug_view import CONSOLE_BACKS, SHADES, console_picture, contact_sheet, describe, save_sheet
+from dataset.cache.preparation import Prepared, Target
+from dataset.cache.records import SourceStamp
+from dataset.config import DatasetConfig
+from dataset.items import Item
+
+COLOUR = re.compile(r"\x1b\[(38|48);2;(\d+);(\d+);(\d+)m")
+
+
+def grey_clip(frames: int, height: int = 4, width: int = 6) -> np.ndarray:
+    return np.arange(frames, dtype=np.uint8)[:, None, None, None] * np.ones((1, height, width, 3), np.uint8)
+
+
+def prepared_clip(folder: Path, caption: str | None) -> Prepared:
+    item = Item(DatasetConfig(0, "video", folder, None, folder), folder / "a_b.mp4", caption, "a_b")
+    return Prepared(Target(item, (3, 5), (640, 480), (6, 4)), grey_clip(5), SourceStamp(0, 0, ""))
+
+
+@pytest.mark.parametrize(("frames", "grid", "last"), [(1, (1, 1), 0), (5, (2, 3), 4), (16, (4, 4), 15), (129, (4, 4), 128)])
+def test_sheet_shows_frames_from_first_to_last(frames, grid, last):
+    sheet = contact_sheet(grey_clip(frames))
+    assert sheet.shape == (grid[0] * 4, grid[1] * 6, 3)
+    shown = sheet[::4, ::6, 0].ravel()[: min(frames, 16)].tolist()
+    assert shown[0] == 0 and shown[-1] == last and shown == sorted(set(shown))
+
+
+def test_sheet_is_written_beside_the_caches(tmp_path):
+    path = save_sheet(prepared_clip(tmp_path, "x"))
+    assert path == tmp_path / "debug" / "a_b_00003-005_0640x0480_hv.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), contact_sheet(grey_clip(5)))
+
+
+def test_description_tells_frames_sizes_and_caption(tmp_path):
+    assert describe(prepared_clip(tmp_path, "a cat")) == f"{tmp_path / 'a_b.mp4'} frames 3 to 7: 640x480 -> 6x4, 'a cat'"
+    assert describe(prepared_clip(tmp_path, None)).endswith("(no caption)")
+
+
+def test_half_blocks_carry_two_pixels_each():
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), np.uint8)
+    lines = console_picture(pixels, columns=4).split("\n")
+    assert len(lines) == 2
+    for row, line in enumerate(lines):
+        colours = [tuple(map(int, match)) for match in COLOUR.findall(line)]
+        assert colours[::2] == [(38, *pixel) for pixel in pixels[0, 2 * row].tolist()]
+        assert colours[1::2] == [(48, *pixel) for pixel in pixels[0, 2 * row + 1].tolist()]
+        assert line.count("\u2580") == 4 and line.endswith("\x1b[0m")
+
+
+@pytest.mark.parametrize("back", CONSOLE_BACKS)
+def test_characters_stand_on_the_background_asked_for(back):
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    pixels[0, :, 4:] = 255
+    lines = console_picture(pixels, columns=8, back=back).split("\n")
+    assert len(lines) == 4
+    for line in lines:
+        assert COLOUR.findall(line)[0] == ("48", *map(str, CONSOLE_BACKS[back]))
+        assert COLOUR.sub("", line).removesuffix("\x1b[0m") == SHADES[0] * 4 + SHADES[-1] * 4
+
+
+def test_width_is_the_one_asked_for_and_proportions_are_kept():
+    lines = console_picture(np.zeros((1, 100, 200, 3), np.uint8), columns=40).split("\n")
+    assert len(lines) == 10 and all(line.count("\u2580") == 40 for line in lines)

@@ -1,0 +1,209 @@
+"""Decoding in threads: what items call for, order, bounded memory, and broken files that stop nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataset.cache.preparation as preparation
+from dataset.cache.preparation import Failure, Finished, Prepared, plan_targets, prepare, prepare_item
+from dataset.config import DatasetConfig
+from dataset.items import Item, list_items
+from dataset.media.decoding import iterate_frames
+from utils.media_writing import save_video
+
+
+def image_dataset(folder: Path, **values) -> DatasetConfig:
+    return DatasetConfig(0, "image", folder, None, folder / "cache", caption_extension=".txt", **{"resolution": (64, 64), **values})
+
+
+def video_dataset(folder: Path, **values) -> DatasetConfig:
+    return DatasetConfig(0, "video", folder, None, folder / "cache", caption_extension=".txt", **{"resolution": (32, 32), **values})
+
+
+def write_pictures(folder: Path, count: int) -> list[str]:
+    """Flat pictures of 64x64 whose grey is their number."""
+    for number in range(count):
+        Image.new("RGB", (64, 64), (number, number, number)).save(folder / f"{number:03d}.png")
+    return [f"{number:03d}" for number in range(count)]
+
+
+def write_clip(path: Path, frames: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
+    """A clip that gets brighter by four from frame to frame."""
+    clip = np.stack([np.full((size[1], size[0], 3), 4 * number, np.uint8) for number in range(frames)])
+    save_video(path, clip, fps=24)
+    return clip
+
+
+def test_picture_calls_for_one_cache_named_by_its_upright_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "turned.jpg", exif=exif)
+    [target] = plan_targets(list_items(image_dataset(tmp_path, enable_bucket=True))[0])
+    assert target.original_size == (50, 100) and target.window is None and target.frames == 1
+    assert target.bucket[0] < target.bucket[1]
+    assert target.cache_path == tmp_path / "cache" / "turned_0050x0100_hv.safetensors"
+    results = list(prepare_item(target.item))
+    assert results[0].pixels.shape == (1, target.bucket[1], target.bucket[0], 3)
+
+
+@pytest.mark.parametrize(
+    ("enable_bucket", "no_upscale", "bucket"),
+    [(False, False, (128, 128)), (True, False, (144, 112)), (True, True, (64, 48))],
+)
+def test_bucket_settings_hold_for_clips_too(tmp_path, enable_bucket, no_upscale, bucket):
+    write_clip(tmp_path / "a.mp4", 3, size=(64, 48))
+    dataset = video_dataset(tmp_path, resolution=(128, 128), enable_bucket=enable_bucket, bucket_no_upscale=no_upscale)
+    [target] = plan_targets(list_items(dataset)[0])
+    assert target.bucket == bucket
+    [prepared, _] = prepare_item(target.item)
+    assert prepared.pixels.shape == (1, bucket[1], bucket[0], 3)
+
+
+def test_windows_of_a_clip_hold_its_frames(tmp_path):
+    write_clip(tmp_path / "a_b.mp4", 22)
+    dataset = video_dataset(tmp_path, resolution=(64, 48), target_frames=(1, 9), frame_extraction="chunk")
+    results = list(prepare(list_items(dataset), 2))
+    clips = {result.target.window: result for result in results if isinstance(result, Prepared)}
+    assert set(clips) == {*((start, 1) for start in range(22)), (0, 9), (9, 9)}
+    assert clips[9, 9].target.cache_path.name == "a_b_00009-009_0064x0048_hv.safetensors"
+    frames = np.stack(list(iterate_frames(tmp_path / "a_b.mp4")))
+    np.testing.assert_array_equal(clips[9, 9].pixels, frames[9:18])
+    np.testing.assert_array_equal(clips[21, 1].pixels, frames[21:])
+    assert results[-1] == Finished(results[-1].item, results[-1].targets, decoded=True)
+    assert {target.window for target in results[-1].targets} == set(clips)
+
+
+def test_full_clips_are_trimmed_and_a_short_one_is_used(tmp_path):
+    for name, frames in (("long", 15), ("middle", 8), ("single", 1)):
+        write_clip(tmp_path / f"{name}.mp4", frames)
+    dataset = video_dataset(tmp_path, resolution=(64, 48), frame_extraction="full", max_frames=10)
+    prepared = {result.target.item.stem: result for result in prepare(list_items(dataset), 1) if isinstance(result, Prepared)}
+    assert {stem: result.target.window for stem, result in prepared.items()} == {"long": (0, 9), "middle": (0, 5), "single": (0, 1)}
+    frames = np.stack(list(iterate_frames(tmp_path / "long.mp4")))
+    np.testing.assert_array_equal(prepared["long"].pixels, frames[:9])
+
+
+def test_clip_that_is_too_short_calls_for_nothing(tmp_path):
+    write_clip(tmp_path / "a.mp4", 4)
+    [finished] = prepare_item(list_items(video_dataset(tmp_path, target_frames=(5, 9)))[0])
+    assert isinstance(finished, Finished) and not finished.targets and not finished.decoded
+
+
+def test_only_wanted_targets_are_decoded(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.mp4", 10)
+    item = list_items(video_dataset(tmp_path, target_frames=(1, 5)))[0]
+    results = list(prepare_item(item, wanted=lambda target: target.frames == 5))
+    assert [result.target.window for result in results[:-1]] == [(0, 5)]
+    assert len(results[-1].targets) == 2 and results[-1].decoded
+    monkeypatch.setattr(preparation, "read_clip_windows", None)  # calling it would be a failure
+    [finished] = prepare_item(item, wanted=lambda target: False)
+    assert len(finished.targets) == 2 and not finished.decoded
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch, num_workers):
+    stems = write_pictures(tmp_path, 12)
+    read = preparation.read_image
+
+    def read_unevenly(path: Path) -> np.ndarray:
+        time.sleep(0.02 * (int(path.stem) % 3))
+        return read(path)
+
+    monkeypatch.setattr(preparation, "read_image", read_unevenly)
+    results = list(prepare(list_items(image_dataset(tmp_path)), num_workers))
+    assert [result.target.item.stem for result in results[::2]] == stems
+    assert [result.item.stem for result in results[1::2]] == stems
+    assert [int(result.pixels.mean()) for result in results[::2]] == list(range(12))
+
+
+def test_items_are_read_by_several_threads_at_once(tmp_path, monkeypatch):
+    write_pictures(tmp_path, 2)
+    both = threading.Barrier(2, timeout=10)
+    read = preparation.read_image
+
+    def read_together(path: Path) -> np.ndarray:
+        both.wait()
+        return read(path)
+
+    monkeypatch.setattr(preparation, "read_image", read_together)
+    results = list(prepare(list_items(image_dataset(tmp_path)), 2))
+    assert sum(isinstance(result, Prepared) for result in results) == 2
+
+
+def test_workers_do_not_run_ahead_of_the_reader(tmp_path, monkeypatch):
+    write_pictures(tmp_path, 30)
+    started = []
+    read = preparation.read_image
+    monkeypatch.setattr(preparation, "read_image", lambda path: started.append(path) or read(path))
+    results = prepare(list_items(image_dataset(tmp_path)), num_workers=2)
+    next(results)
+    time.sleep(0.3)
+    assert len(started) <= 4  # two at work, two more waiting
+    results.close()
+    assert len(started) <= 4
+
+
+def test_windows_wait_until_they_are_read(tmp_path, monkeypatch):
+    """A long clip cut into many windows must not pile up in memory."""
+    write_clip(tmp_path / "a.mp4", 20)
+    cut = []
+    read = preparation.read_clip_windows
+
+    def counting(*arguments):
+        for window, pixels in read(*arguments):
+            cut.append(window)
+            yield window, pixels
+
+    monkeypatch.setattr(preparation, "read_clip_windows", counting)
+    results = prepare(list_items(video_dataset(tmp_path, frame_extraction="chunk")), num_workers=1)
+    next(results)
+    time.sleep(0.3)
+    assert len(cut) <= 3  # one read, one waiting, one about to wait
+    results.close()
+
+
+def test_broken_files_are_named_and_the_others_go_on(tmp_path):
+    write_pictures(tmp_path, 3)
+    (tmp_path / "000.png").write_bytes(b"not a picture")
+    data = (tmp_path / "001.png").read_bytes()
+    (tmp_path / "001.png").write_bytes(data[: len(data) // 2])
+    items = list_items(image_dataset(tmp_path))
+    items.append(Item(items[0].dataset, tmp_path / "gone.png", "", "gone"))
+    results = list(prepare(items, 2))
+    assert [type(result) for result in results] == [Failure, Failure, Prepared, Finished, Failure]
+    for result, name in zip([results[0], results[1], results[4]], ["000.png", "001.png", "gone.png"]):
+        assert name in result.message and result.item.path.name == name
+
+
+def test_unforeseen_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
+    write_pictures(tmp_path, 2)
+
+    def fail(path: Path) -> np.ndarray:
+        raise ZeroDivisionError("in some decoder")
+
+    monkeypatch.setattr(preparation, "read_image", fail)
+    results = list(prepare(list_items(image_dataset(tmp_path)), 2))
+    assert [result.message for result in results] == [
+        f"{tmp_path / name}: ZeroDivisionError: in some decoder" for name in ("000.png", "001.png")
+    ]
+
+
+def test_real_media_are_prepared(real_media, tmp_path):
+    dataset = DatasetConfig(0, "video", tmp_path, None, tmp_path, resolution=(96, 64), target_frames=(5,), enable_bucket=True)
+    clips = [Item(dataset, path, "", path.stem) for path in real_media.clips[:1]]
+    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path, resolution=(96, 64), enable_bucket=True)
+    pictures = [Item(dataset, path, "", path.stem) for path in real_media.pictures[:6]]
+    results = list(prepare(clips + pictures, 2))
+    assert not [result for result in results if isinstance(result, Failure)]
+    prepared = [result for result in results if isinstance(result, Prepared)]
+    assert len(prepared) == 7
+    for result in prepared:
+        width, height = result.target.bucket
+        assert result.pixels.shape == (result.target.frames, height, width, 3) and result.pixels.dtype == np.uint8
+        assert result.pixels.std() > 1

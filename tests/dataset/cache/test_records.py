@@ -1,0 +1,147 @@
+"""Records of what made a cache: what they notice, what they leave alone, and what training says of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dataset.cache.records as records
+from dataset.batches.batches import CachedGroup, find_cached_items
+from dataset.batches.report import CachingOutcome, report_cached_group
+from dataset.cache.files import save_latents, save_text
+from dataset.cache.records import first_difference, hash_source, is_same_source, latent_record, stamp_source
+from dataset.config import DatasetConfig, DatasetGroup
+
+
+def touch_later(path: Path) -> None:
+    """Another modification time, as a copy or a download has."""
+    later = path.stat().st_mtime_ns + 5 * 10**9
+    os.utime(path, ns=(later, later))
+
+
+def test_a_source_is_known_by_its_content(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"0123456789")
+    record = stamp_source(path, "image").record()
+    assert is_same_source(record, path, "image")
+    touch_later(path)
+    assert is_same_source(record, path, "image")  # copied, not changed
+    path.write_bytes(b"0123456780")
+    touch_later(path)
+    assert not is_same_source(record, path, "image")  # as long as before
+    path.write_bytes(b"0123")
+    assert not is_same_source(record, path, "image")
+
+
+def test_a_file_of_the_same_size_and_time_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"0123456789")
+    record = stamp_source(path, "video").record()
+    monkeypatch.setattr(records, "hash_source", None)  # calling it would be a failure
+    assert is_same_source(record, path, "video")
+    path.write_bytes(b"012345678")
+    assert not is_same_source(record, path, "video")
+
+
+def test_a_clip_of_many_windows_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"0123456789")
+    record = stamp_source(path, "video").record()
+    touch_later(path)
+    read = []
+    monkeypatch.setattr(records, "hash_source", lambda path, kind: read.append(path) or hash_source(path, kind))
+    assert all(is_same_source(record, path, "video") for _ in range(5)) and len(read) == 1
+
+
+def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "WHOLE_BYTES", 99)
+    monkeypatch.setattr(records, "PART_BYTES", 10)
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    hashes = {kind: hash_source(path, kind) for kind in ("image", "video")}
+    for position, noticed_by in ((9, {"image", "video"}), (50, {"image"}), (90, {"image", "video"})):
+        content = bytearray(100)
+        content[position] = 1
+        path.write_bytes(content)
+        assert {kind for kind in hashes if hash_source(path, kind) != hashes[kind]} == noticed_by
+    path.write_bytes(bytes(99))  # no longer large
+    small = hash_source(path, "video")
+    path.write_bytes(bytes(50) + b"1" + bytes(48))
+    assert hash_source(path, "video") != small
+
+
+def test_reasons_name_what_differs_and_what_is_not_written_is_not_compared():
+    made = latent_record((64, 48), (0, 9), "every frame", "vae")
+    assert first_difference(made, made) is None
+    assert first_difference(made, latent_record((48, 64), (0, 9), "every frame", "vae")) == "another size"
+    assert first_difference(made, latent_record((64, 48), (0, 9), "every frame", "other")) == "another VAE"
+    assert first_difference(made, latent_record((64, 48), (9, 9), "every frame", "vae")) == "another window"
+    assert first_difference(made, latent_record((64, 48), (0, 9), "24 from timestamps", "vae")) == "another frame rate"
+    assert first_difference({}, made) is None
+    assert first_difference({"text_encoder2": "a"}, {"text_encoder2": "b"}) == "another text encoder"
+    assert first_difference({"tokenizer1": "a"}, {"tokenizer1": "b"}) == "another tokenizer"
+
+
+def test_the_outcome_in_numbers():
+    outcome = CachingOutcome(skipped=4, orphans=5, removed=5)
+    for reason in (None, "new", "another VAE", "another VAE", "source replaced"):
+        outcome.count(reason)
+    expected = "1 made, 1 kept, 3 redone (2 another VAE, 1 source replaced), 4 skipped, 5 orphans (5 removed)"
+    assert str(outcome) == expected
+    assert str(CachingOutcome()) == "0 made, 0 kept, 0 redone, 0 skipped, 0 orphans"
+
+
+@pytest.fixture
+def group(tmp_path) -> CachedGroup:
+    """Three cached pictures a, b, c of 64x64 with captions; c's caches are of another tool."""
+    dataset = DatasetConfig(
+        0, "image", tmp_path, None, tmp_path / "cache", resolution=(64, 64), caption_extension=".txt", enable_bucket=True
+    )
+    for stem in "abc":
+        path = tmp_path / f"{stem}.png"
+        path.write_bytes(stem.encode() * 10)
+        (tmp_path / f"{stem}.txt").write_text(f"caption of {stem}", encoding="utf-8")
+        latents = None if stem == "c" else stamp_source(path, "image").record() | latent_record((64, 64), None, None, "vae")
+        text = None if stem == "c" else {"text_encoder1": "x"}
+        save_latents(
+            dataset.cache_directory / f"{stem}_0064x0064_hv.safetensors", torch.zeros(16, 1, 8, 8), (64, 64), None, latents
+        )
+        states = torch.zeros(2, 4), torch.ones(2), torch.zeros(3)
+        save_text(dataset.cache_directory / f"{stem}_hv_te.safetensors", *states, f"caption of {stem}", text)
+    [found] = find_cached_items(DatasetGroup(tmp_path / "d.toml", (dataset,)))
+    return found
+
+
+def test_training_says_how_many_caches_carry_no_record(group, caplog):
+    assert report_cached_group(group).notes == ["2 cache(s) do not say what made them: whether they match is not known"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda folder: (folder / "a.png").write_bytes(b"longer than before"), "source replaced: a_0064x0064_hv.safetensors"),
+        (lambda folder: touch_later(folder / "b.png"), "source perhaps changed, its time has: b_0064x0064_hv.safetensors"),
+        (lambda folder: (folder / "c.txt").write_text("new"), "another caption: c_hv_te.safetensors"),
+        (lambda folder: (folder / "c.txt").unlink(), "another caption: c_hv_te.safetensors"),
+        (lambda folder: (folder / "a.png").unlink(), "no such item any more: a_0064x0064_hv.safetensors"),
+    ],
+)
+def test_training_warns_of_caches_that_do_not_match_and_reads_no_media(group, caplog, monkeypatch, change, note):
+    change(group.dataset.directory)
+    monkeypatch.setattr(records, "hash_source", None)
+    _, found = report_cached_group(group).notes
+    assert found == f"1 cache(s) do not match, {note}"
+    assert "1 cache(s) do not match" in caplog.text and "--skip_existing" in caplog.text
+
+
+def test_training_notices_another_resolution_even_without_the_media(group, tmp_path):
+    changed = replace(group.dataset, resolution=(96, 96), directory=tmp_path / "gone")
+    notes = report_cached_group(replace(group, dataset=changed)).notes
+    assert notes[1].startswith("2 cache(s) do not match, another size: a_0064x0064")
+    unchanged = replace(group.dataset, directory=tmp_path / "gone")
+    assert len(report_cached_group(replace(group, dataset=unchanged)).notes) == 1

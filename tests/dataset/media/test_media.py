@@ -1,0 +1,448 @@
+"""Pictures and videos of every kind become the same upright RGB frames, fitted to their bucket; damage is named."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import tracemalloc
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from dataset.media import decoding as media
+from dataset.media.decoding import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    MediaError,
+    frame_times,
+    iterate_frames,
+    probe_image,
+    probe_video,
+    read_clip_windows,
+    read_image,
+)
+from dataset.media.resizing import fit_to_bucket
+
+WHITE, RED = [255, 255, 255], [200, 0, 0]
+
+
+@pytest.fixture
+def noise() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def smooth_picture(width: int, height: int) -> np.ndarray:
+    """Gradients: a picture that every correct resizing keeps nearly the same."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 / (width - 1), y * 255 / (height - 1), 255 - x * 255 / (width - 1)], axis=2).astype(np.uint8)
+
+
+# ---- pictures
+
+
+def test_real_pictures_are_read_as_pillow_shows_them(real_media):
+    for path in real_media.pictures[:6]:
+        pixels = read_image(path)
+        assert pixels.dtype == np.uint8
+        with Image.open(path) as image:
+            assert pixels.shape == (image.height, image.width, 3)
+            if image.mode == "RGB":
+                np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_transparency_becomes_white(tmp_path):
+    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 128]]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    pixels = read_image(tmp_path / "rgba.png")
+    assert pixels[0, :2].tolist() == [RED, WHITE]
+    np.testing.assert_allclose(pixels[0, 2], 255 + 128 / 255 * (np.array(RED) - 255), atol=1)
+
+    grey_alpha = np.array([[[90, 255], [90, 0]]], dtype=np.uint8)
+    Image.fromarray(grey_alpha).save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png").tolist() == [[[90, 90, 90], WHITE]]
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([200, 0, 0, 0, 90, 0, 1, 2, 3])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "plain.png")
+    assert read_image(tmp_path / "plain.png").tolist() == [[RED, [0, 90, 0], [1, 2, 3]]]
+    image.save(tmp_path / "clear.png", transparency=1)
+    assert read_image(tmp_path / "clear.png").tolist() == [[RED, WHITE, [1, 2, 3]]]
+
+
+def test_a_transparent_colour_key(tmp_path):
+    Image.fromarray(np.array([[RED, [1, 2, 3]]], dtype=np.uint8)).save(tmp_path / "key.png", transparency=(1, 2, 3))
+    assert read_image(tmp_path / "key.png").tolist() == [[RED, WHITE]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_greys_are_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    path = tmp_path / f"deep{suffix}"
+    Image.fromarray(values).save(path)
+    assert read_image(path)[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, WHITE]
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 100.0, 255.0], [0, 100, 255])])
+def test_floating_point_greys(tmp_path, values, expected):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "f.tif")
+    assert read_image(tmp_path / "f.tif")[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("values", [[0.0, np.nan], [-1.0, 0.0], [0.0, 1e6], [0.0, np.inf]])
+def test_floating_point_without_agreed_meaning_is_refused(tmp_path, values):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "odd.tif")
+    with pytest.raises(MediaError, match=r"odd\.tif holds values"):
+        read_image(tmp_path / "odd.tif")
+
+
+def test_32_bit_integers_beyond_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(MediaError, match=r"deep\.tif holds values from 0 to 70000"):
+        read_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "RGB"])
+def test_other_modes_keep_their_colours(tmp_path, mode):
+    original = Image.fromarray(smooth_picture(32, 24)).convert(mode)
+    path = tmp_path / "other.tif"
+    original.save(path)
+    np.testing.assert_allclose(read_image(path), np.asarray(original.convert("RGB")), atol=1)
+
+
+# what the orientation tag says must be done to the stored picture, as numpy writes it
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".jpg"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, orientation, suffix):
+    stored = smooth_picture(48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"phone{suffix}"
+    options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {"lossless": True}
+    Image.fromarray(stored).save(path, exif=exif, **options)
+    expected = UPRIGHT[orientation](stored)
+    np.testing.assert_allclose(read_image(path).astype(int), expected, atol=4 if suffix == ".jpg" else 0)
+    assert probe_image(path) == (expected.shape[1], expected.shape[0])
+
+
+def test_probing_reads_the_header_only(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(smooth_picture(300, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    assert probe_image(path) == (300, 200)
+    with pytest.raises(MediaError, match=r"photo\.png cannot be decoded"):
+        read_image(path)
+    with pytest.raises(MediaError, match=r"none\.png does not exist"):
+        probe_image(tmp_path / "none.png")
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    first, second = Image.new("RGB", (4, 4), (200, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 200))
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=[second], lossless=True)
+    assert read_image(tmp_path / "moving.webp")[0, 0].tolist() == RED
+
+
+def test_damaged_pictures_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(smooth_picture(200, 100)).save(whole)
+    data = whole.read_bytes()
+    damaged = {
+        "cut.png": data[: len(data) // 2],
+        "empty.png": b"",
+        "text.jpg": b"this is no picture",
+        "flipped.png": data[:60] + bytes(byte ^ 255 for byte in data[60:400]) + data[400:],
+        "unknown.avif": b"\0\0\0\x20ftypavif" + bytes(40),
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError) as caught:
+            read_image(tmp_path / name)
+        assert name in str(caught.value)
+        assert "cannot be decoded" in str(caught.value)
+    with pytest.raises(MediaError, match=r"picture .*none\.png does not exist"):
+        read_image(tmp_path / "none.png")
+
+
+def test_postscript_named_like_a_picture_starts_no_program(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: started.append(arguments))
+    path = tmp_path / "drawing.png"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"  # Pillow would read it
+    for read in (read_image, probe_image):
+        with pytest.raises(MediaError, match=r"drawing\.png cannot be decoded"):
+            read(path)
+    assert not started
+
+
+@pytest.mark.parametrize("content", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
+def test_the_content_counts_and_not_the_ending(tmp_path, content):
+    if content not in {"MPO", *media._readable_formats()}:
+        pytest.skip(f"this Pillow cannot read {content}")
+    path = tmp_path / "photo.png"
+    picture = Image.new("RGB", (16, 8), (200, 0, 0))
+    # MPO is for several pictures: with one alone Pillow writes a JPEG
+    picture.save(path, format=content, **({"save_all": True, "append_images": [picture]} if content == "MPO" else {}))
+    assert probe_image(path) == (16, 8)
+    np.testing.assert_allclose(read_image(path)[4, 8].astype(int), RED, atol=6)
+
+
+@pytest.fixture
+def fresh_plugins():
+    """Image plugins are looked for again, before and after the test."""
+    media._readable_formats.cache_clear()
+    yield
+    media._readable_formats.cache_clear()
+
+
+def test_a_format_without_its_package_says_what_to_install(tmp_path, monkeypatch, fresh_plugins):
+    monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "photo.JXL").write_bytes(b"\xff\x0a" + bytes(20))
+    with pytest.raises(MediaError, match=r"photo\.JXL cannot be decoded .*pip install pillow-jxl-plugin"):
+        read_image(tmp_path / "photo.JXL")
+
+
+def test_installed_image_plugins_are_used(tmp_path, monkeypatch, fresh_plugins):
+    plugin = "from PIL import Image, BmpImagePlugin\nImage.register_open('JXL', BmpImagePlugin.BmpImageFile)\n"
+    (tmp_path / "pillow_jxl.py").write_text(plugin, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    Image.new("RGB", (4, 4), (200, 0, 0)).save(tmp_path / "photo.bmp")
+    read_image(tmp_path / "photo.bmp")
+    assert "JXL" in media._readable_formats()
+    del Image.OPEN["JXL"]
+    Image.ID.remove("JXL")
+
+
+def test_extensions_are_lower_case_and_of_one_kind():
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"} <= IMAGE_EXTENSIONS
+    assert {".mp4", ".mov", ".mkv", ".webm", ".avi"} <= VIDEO_EXTENSIONS
+    assert not IMAGE_EXTENSIONS & VIDEO_EXTENSIONS
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS)
+
+
+# ---- videos
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str, pixel_format: str, **options: str) -> Path:
+    """Encode (F, H, W, 3) uint8 RGB frames, without loss where the codec can."""
+    mux_options = {"movflags": options.pop("movflags")} if "movflags" in options else {}
+    with av.open(str(path), "w", options=mux_options) as container:
+        stream = container.add_stream(codec, rate=24)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixel_format
+        stream.options = options
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def lossless_clip(tmp_path, noise) -> tuple[Path, np.ndarray]:
+    """Twenty noisy frames of 64x32 that can be compared to the bit."""
+    frames = noise.integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
+    return write_video(tmp_path / "clip.mkv", frames, "ffv1", "bgr0"), frames
+
+
+def test_real_clips(real_media):
+    bikes = next(path for path in real_media.clips if path.name == "bikes.mp4")
+    info = probe_video(bikes)
+    assert (info.width, info.height, info.frames, info.fps) == (640, 272, 250, 25.0)
+    assert len(frame_times(bikes)) == 250
+    with av.open(str(bikes)) as container:
+        for expected, frame in zip(container.decode(video=0), iterate_frames(bikes)):
+            assert frame.dtype == np.uint8
+            np.testing.assert_array_equal(frame, expected.to_ndarray(format="rgb24"))
+            if expected.pts and expected.pts > 3000:
+                break
+
+
+def test_every_frame_comes_once_and_in_order(lossless_clip):
+    path, frames = lossless_clip
+    np.testing.assert_array_equal(np.stack(list(iterate_frames(path))), frames)
+    assert len(frame_times(path)) == 20
+    assert len(frame_times(path, limit=(7, 0.0))) == 7
+    assert len(frame_times(path, limit=(100, 0.0))) == 20
+    info = probe_video(path)
+    assert (info.width, info.height, info.frames, info.fps) == (64, 32, None, 24.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no colon in a name")
+@pytest.mark.parametrize("name", ["http:x.mkv", "concat:y.mkv", "pipe:0.mkv"])
+def test_names_that_look_like_protocols_are_files(lossless_clip, monkeypatch, name):
+    path, _ = lossless_clip
+    path.rename(path.with_name(name))
+    monkeypatch.chdir(path.parent)
+    assert len(frame_times(Path(name))) == 20
+    assert probe_video(Path(name)).width == 64
+
+
+def test_ten_bits(tmp_path):
+    picture = smooth_picture(64, 48)
+    path = write_video(tmp_path / "deep.mkv", picture[None].repeat(2, 0), "ffv1", "yuv444p10le")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv444p10le"
+    for frame in iterate_frames(path):
+        np.testing.assert_allclose(frame.astype(int), picture, atol=3)
+
+
+# a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y
+MATRICES = [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_rotation_and_mirroring_in_the_file(tmp_path, noise, matrix):
+    frames = noise.integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "phone.mp4", frames, "libx264rgb", "rgb24", qp="0")
+    a, b, c, d = matrix
+    data = bytearray(path.read_bytes())
+    position = data.index(b"tkhd") + 44  # ISO/IEC 14496-12: the matrix of a version 0 track header
+    one, w = 1 << 16, 1 << 30
+    data[position : position + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, w)
+    path.write_bytes(data)
+
+    y, x = np.mgrid[0:32, 0:48]
+    new_x, new_y = a * x + c * y, b * x + d * y
+    new_x, new_y = new_x - new_x.min(), new_y - new_y.min()
+    expected = np.zeros((new_y.max() + 1, new_x.max() + 1, 3), dtype=np.uint8)
+    expected[new_y, new_x] = frames[0]
+    np.testing.assert_array_equal(next(iterate_frames(path)), expected)
+    info = probe_video(path)
+    assert (info.height, info.width) == expected.shape[:2]
+
+
+def test_windows_are_slices_of_the_fitted_frames(lossless_clip):
+    path, frames = lossless_clip
+    windows = [(8, 5), (0, 9), (0, 1), (3, 17), (8, 5), (19, 1)]
+    clips = list(read_clip_windows(path, windows, (32, 16)))
+    assert sorted(window for window, _ in clips) == sorted(set(windows))
+    assert [sum(window) for window, _ in clips] == sorted(sum(window) for window, _ in clips)
+    fitted = np.stack([fit_to_bucket(frame, (32, 16)) for frame in frames])
+    for (start, length), clip in clips:
+        assert clip.dtype == np.uint8
+        np.testing.assert_array_equal(clip, fitted[start : start + length])
+
+
+def test_no_windows_read_nothing(tmp_path):
+    assert list(read_clip_windows(tmp_path / "none.mp4", [], (32, 16))) == []
+
+
+def test_only_frames_of_windows_are_converted(lossless_clip, monkeypatch):
+    converted = []
+    monkeypatch.setattr(media, "_upright", lambda frame, upright=media._upright: converted.append(frame) or upright(frame))
+    assert len(list(read_clip_windows(lossless_clip[0], [(2, 1), (5, 5)], (32, 16)))) == 2
+    assert len(converted) == 6
+
+
+def test_memory_is_bounded_by_the_open_windows(tmp_path):
+    frames = np.zeros((120, 128, 128, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "long.mkv", frames, "ffv1", "bgr0")
+    windows = [(start, 5) for start in range(116)]
+    frame_bytes = frames[0].nbytes
+    tracemalloc.start()
+    cut = sum(1 for _ in read_clip_windows(path, windows, (128, 128)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert cut == 116
+    assert peak < 20 * frame_bytes  # of 120
+
+
+def test_a_window_past_the_end_is_an_error_after_the_others(lossless_clip):
+    clips = read_clip_windows(lossless_clip[0], [(0, 5), (10, 25)], (32, 16))
+    assert next(clips)[0] == (0, 5)
+    with pytest.raises(MediaError, match=r"clip\.mkv ends after 20 frames, but the clip of frames 10 to 34"):
+        next(clips)
+
+
+def cut_short(path: Path) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("index_first.mp4", "libx264", {"movflags": "faststart"}), ("clip.mkv", "ffv1", {}), ("clip.webm", "libvpx", {})],
+)
+def test_half_a_download_is_not_a_short_clip(tmp_path, noise, name, codec, options):
+    pixel_format = "bgr0" if codec == "ffv1" else "yuv420p"
+    frames = noise.integers(0, 256, (20, 32, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / name, frames, codec, pixel_format, **options)
+    assert len(frame_times(path)) == 20
+    cut_short(path)
+    for read in (frame_times, probe_video, lambda path: next(iterate_frames(path))):
+        with pytest.raises(MediaError, match=r"is cut short: its last [0-9]+ bytes are missing"):
+            read(path)
+
+
+def test_a_video_without_its_index_cannot_be_decoded(real_media, tmp_path):
+    path = tmp_path / "bikes.mp4"
+    path.write_bytes(real_media.clips[0].read_bytes())
+    with pytest.raises(MediaError, match=r"bikes\.mp4"):
+        frame_times(cut_short(path))
+
+
+def test_a_damaged_frame_is_named(tmp_path, noise):
+    frames = noise.integers(0, 256, (5, 32, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "hurt.mov", frames, "png", "rgb24")
+    data = bytearray(path.read_bytes())
+    third = [i for i in range(len(data)) if data[i : i + 4] == b"\x89PNG"][2]
+    data[third : third + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match=r"video .*hurt\.mov cannot be decoded"):
+        frame_times(path)
+
+
+def test_files_that_are_no_videos(tmp_path):
+    with pytest.raises(MediaError, match=r"video .*none\.mp4 does not exist"):
+        frame_times(tmp_path / "none.mp4")
+    (tmp_path / "text.mp4").write_text("no video here", encoding="utf-8")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for name in ("text.mp4", "empty.mp4"):
+        with pytest.raises(MediaError, match=rf"{name} cannot be decoded"):
+            probe_video(tmp_path / name)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    with pytest.raises(MediaError, match=r"sound\.wav holds no video stream"):
+        frame_times(tmp_path / "sound.wav")
+
+
+@pytest.mark.parametrize("rest", [b"", b"\x1f\x43\xb6\x75\x83\xe7\x81\x00"], ids=["header only", "empty cluster"])
+def test_a_video_without_frames(lossless_clip, rest):
+    path, _ = lossless_clip
+    data = path.read_bytes()
+    cluster = data.index(b"\x1f\x43\xb6\x75")  # Matroska: where the first frames begin
+    segment = data.index(b"\x18\x53\x80\x67") + 4
+    unknown_size = b"\x01" + b"\xff" * 7
+    path.write_bytes(data[:segment] + unknown_size + data[segment + 8 : cluster] + rest)
+    with pytest.raises(MediaError, match=r"clip\.mkv has no frames"):
+        frame_times(path)
+
+
+def test_a_folder_cannot_be_decoded(tmp_path):
+    with pytest.raises(MediaError, match=str(tmp_path.name)):
+        frame_times(tmp_path)
+    with pytest.raises(MediaError, match=str(tmp_path.name)):
+        read_image(tmp_path)

@@ -1,0 +1,184 @@
+"""Listing items: folders, JSONL files, captions, and names that would collide."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset.cache.files import latent_cache_path, text_cache_path
+from dataset.config import DatasetConfig
+from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions, settle_captions
+from utils.errors import UserError
+
+
+def folder_dataset(directory: Path, kind: str = "image", caption_extension: str = ".txt") -> DatasetConfig:
+    return DatasetConfig(0, kind, directory, None, directory / "cache", caption_extension=caption_extension)
+
+
+def jsonl_dataset(file: Path, kind: str = "image") -> DatasetConfig:
+    return DatasetConfig(0, kind, None, file, file.parent / "cache")
+
+
+def write_jsonl(folder: Path, *lines: str, encoding: str = "utf-8") -> Path:
+    file = folder / "items.jsonl"
+    file.write_bytes("\n".join(lines).encode(encoding))
+    return file
+
+
+def test_folder_gives_media_of_its_kind_sorted_with_captions(tmp_path):
+    for name in ("b.two.PNG", "a one.jpg", "clip.mp4", "notes.md", ".hidden.png", "猫_x.webp"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "a one.txt").write_text("  a caption\n", encoding="utf-8")
+    (tmp_path / "b.two.txt").write_bytes("\ufeffпривет\r\n".encode())
+    items = list_items(folder_dataset(tmp_path))
+    assert [(item.path.name, item.stem, item.caption) for item in items] == [
+        ("a one.jpg", "a one", "a caption"),
+        ("b.two.PNG", "b.two", "привет"),
+        ("猫_x.webp", "猫_x", None),
+    ]
+    assert [item.stem for item in list_items(folder_dataset(tmp_path, kind="video"))] == ["clip"]
+
+
+def test_caption_extension_is_the_one_asked_for(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_text("wrong", encoding="utf-8")
+    (tmp_path / "a.caption").write_text("right", encoding="utf-8")
+    assert list_items(folder_dataset(tmp_path, caption_extension=".caption"))[0].caption == "right"
+
+
+def test_caption_that_is_not_utf8_names_its_file(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        list_items(folder_dataset(tmp_path))
+
+
+def test_missing_captions_are_named_but_an_empty_one_is_a_caption(tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.png").touch()
+    (tmp_path / "0.txt").write_text("", encoding="utf-8")
+    items = list_items(folder_dataset(tmp_path))
+    assert items[0].caption == ""
+    with pytest.raises(UserError, match="7 item") as raised:
+        require_captions(items)
+    assert all(f"{number}.png" in str(raised.value) for number in (1, 2, 3, 4, 5))
+    assert "0.png" not in str(raised.value) and "and 2 more" in str(raised.value)
+    require_captions(items[:1])
+
+
+def test_two_files_with_one_stem_are_named(tmp_path):
+    (tmp_path / "same.png").touch()
+    (tmp_path / "same.jpg").touch()
+    with pytest.raises(UserError, match=r"same\.jpg and .*same\.png would share"):
+        list_items(folder_dataset(tmp_path))
+
+
+def test_jsonl_keeps_order_and_accepts_blank_lines_bom_and_line_separators(tmp_path, monkeypatch):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "b.png").touch()
+    monkeypatch.chdir(tmp_path)
+    file = write_jsonl(
+        tmp_path,
+        json.dumps({"image_path": "media/b.png", "caption": " two\u2028lines "}, ensure_ascii=False),
+        "",
+        json.dumps({"image_path": str(tmp_path / "a_1.v2.png"), "caption": "x", "extra": 1}) + "\r",
+        encoding="utf-8-sig",
+    )
+    assert [(item.path, item.stem, item.caption) for item in list_items(jsonl_dataset(file))] == [
+        (Path("media/b.png"), "b", "two\u2028lines"),
+        (tmp_path / "a_1.v2.png", "a_1.v2", "x"),
+    ]
+
+
+def test_jsonl_paths_are_also_looked_for_beside_the_file(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    file = write_jsonl(tmp_path / "set", '{"image_path": "a.png", "caption": "x"}')
+    assert list_items(jsonl_dataset(file))[0].path == tmp_path / "set" / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1, 2]", "holds a list, not an object"),
+        ('{"video_path": "a.mp4", "caption": "x"}', "has no 'image_path' .it has 'video_path', 'caption'"),
+        ('{"image_path": 7}', "must be the path of a file, not 7"),
+        ('{"image_path": "a\\u0000.png"}', "must be the path of a file"),
+        ('{"image_path": "a.png", "caption": ["x"]}', "'caption' must be text"),
+        ('{"image_path": "a.png", "caption": "\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_malformed_jsonl_line_is_named(tmp_path, line, sentence):
+    file = write_jsonl(tmp_path, '{"image_path": "ok.png", "caption": "ok"}', "", line)
+    with pytest.raises(UserError, match=sentence) as raised:
+        list_items(jsonl_dataset(file))
+    assert f"{file}:3" in str(raised.value)
+
+
+def test_jsonl_without_caption_is_a_missing_caption(tmp_path):
+    items = list_items(jsonl_dataset(write_jsonl(tmp_path, '{"video_path": "a.mp4"}'), kind="video"))
+    assert items[0].caption is None
+    with pytest.raises(UserError, match=r'give each line of .*items\.jsonl a "caption"'):
+        require_captions(items)
+
+
+def test_jsonl_items_of_two_folders_with_one_stem_are_named(tmp_path):
+    file = write_jsonl(tmp_path, '{"image_path": "x/a.png", "caption": ""}', '{"image_path": "y/a.png", "caption": ""}')
+    with pytest.raises(UserError, match=r"x.a\.png and y.a\.png would share the cache files"):
+        list_items(jsonl_dataset(file))
+
+
+@pytest.mark.parametrize("path", ["a" * 5000 + ".png", "folder/" * 1000 + "a.png"])
+def test_jsonl_path_that_no_disk_can_hold_names_its_line(tmp_path, path):
+    file = write_jsonl(tmp_path, '{"image_path": "ok.png"}', json.dumps({"image_path": path}))
+    with pytest.raises(UserError, match="too long") as raised:
+        list_items(jsonl_dataset(file))
+    assert f"{file}:2" in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_name_too_long_for_its_cache_files_is_refused(tmp_path, kind):
+    suffix = ".png" if kind == "image" else ".mp4"
+    longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX[kind])
+    fits = "犬" * (longest // 3) + "x" * (longest % 3)
+    (tmp_path / f"{fits}{suffix}").touch()
+    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}{suffix}"}))
+    assert list_items(folder_dataset(tmp_path, kind))[0].stem == fits
+    assert list_items(jsonl_dataset(file, kind))[0].stem == fits
+    (tmp_path / f"{fits}y{suffix}").touch()
+    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}y{suffix}"}))
+    for dataset in (folder_dataset(tmp_path, kind), jsonl_dataset(file, kind)):
+        with pytest.raises(UserError, match=f"{fits}y{suffix} is too long for its cache files: {longest + 1} bytes"):
+            list_items(dataset)
+
+
+def test_longest_cache_suffix_is_that_of_the_cache_files(tmp_path):
+    for kind, window in (("image", None), ("video", (999999, 9997))):
+        item = Item(folder_dataset(tmp_path, kind), tmp_path / "x.ext", None, "")
+        assert len(latent_cache_path(item, (65535, 65535), window).name) == len(LONGEST_CACHE_SUFFIX[kind])
+        assert len(text_cache_path(item).name) <= len(LONGEST_CACHE_SUFFIX[kind])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(UserError, match=r"caf\\xe9\.png' is not UTF-8.*rename it"):
+        list_items(folder_dataset(tmp_path))
+
+
+def test_items_without_caption_are_an_error_left_out_or_given_an_empty_one(tmp_path):
+    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")
+    items = [Item(dataset, tmp_path / f"{stem}.png", caption, stem) for stem, caption in (("a", "x"), ("b", None), ("c", ""))]
+    with pytest.raises(UserError, match=r"1 item.*b\.png.*--missing_caption skip or empty"):
+        settle_captions(items, "error")
+    assert settle_captions([items[0], items[2]], "error") == [items[0], items[2]]
+    assert settle_captions(items, "skip") == [items[0], items[2]]
+    assert [item.caption for item in settle_captions(items, "empty")] == ["x", "", ""]

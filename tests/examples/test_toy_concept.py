@@ -1,0 +1,217 @@
+"""The data set of the quickstart, and the pictures that show what was learned from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import load_dataset_config
+from dataset.items import list_items, require_captions
+from dataset.media.decoding import iterate_frames, read_image
+from examples.toy.loss_curve import default_window, draw_curve, moving_average, read_losses, ticks
+from examples.toy.make_concept import CACHE, CLIP_FRAMES, CLIPS, CONCEPT, KNOWN_CLIPS, KNOWN_PICTURES, PICTURES, ROOT, make_concept
+from examples.toy.reading import read
+from examples.toy.world import COLOURS, Attributes
+from examples.toy.zorp import PINK, TEAL
+from networks.training.logging.loss_log import LossLog
+
+ZORPS, KNOWN = ("pictures", "clips"), ("known_pictures", "known_clips")
+SMALL = 400_000  # bytes that a data set in the repository may take
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The concept as the script writes it now."""
+    return make_concept(tmp_path_factory.mktemp("concept"), cache=CACHE).parent
+
+
+def media(folder: Path, ending: str, parts: tuple[str, ...]) -> list[Path]:
+    return sorted(path for part in parts for path in (folder / part).glob(f"*{ending}"))
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return read_image(path)[None] if path.suffix == ".png" else np.stack(list(iterate_frames(path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set
+
+
+def test_the_repository_holds_what_the_script_writes(made: Path) -> None:
+    names = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
+    assert names == [path.relative_to(CONCEPT) for path in sorted(CONCEPT.rglob("*")) if path.is_file()]
+    for name in names:
+        if name.suffix == ".txt":
+            assert (made / name).read_text("utf-8") == (CONCEPT / name).read_text("utf-8"), name  # whatever git makes of line ends
+        elif name.suffix != ".toml":
+            new, kept = frames_of(made / name).astype(int), frames_of(CONCEPT / name).astype(int)
+            assert new.shape == kept.shape and np.abs(new - kept).max() <= 1, name  # numpy's last digit may differ
+    moved = made.as_posix()
+    assert (made / "dataset.toml").read_text("utf-8").replace(moved, CONCEPT.relative_to(ROOT).as_posix()) == (
+        CONCEPT / "dataset.toml"
+    ).read_text("utf-8")
+    assert sum((CONCEPT / name).stat().st_size for name in names) < SMALL
+
+
+def test_the_data_set_loads_in_the_project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    datasets = load_dataset_config(CONCEPT / "dataset.toml").datasets
+    pictures, clips, known_pictures, known_clips = datasets
+    assert (pictures.kind, clips.kind, clips.target_frames) == ("image", "video", (9,))
+    assert (known_pictures.kind, known_clips.kind) == ("image", "video")
+    assert {dataset.resolution for dataset in datasets} == {(64, 64)}
+    items = [list_items(dataset) for dataset in datasets]
+    require_captions([item for some in items for item in some])
+    assert [len(some) for some in items] == [len(PICTURES), len(CLIPS), KNOWN_PICTURES, KNOWN_CLIPS]
+    assert len(items[0]) == 10 and len(items[1]) == 2
+
+
+def test_another_place_is_named_in_full(made: Path) -> None:
+    datasets = load_dataset_config(made / "dataset.toml").datasets  # whatever the current folder is
+    assert [dataset.directory for dataset in datasets] == [made / name for name in (*ZORPS, *KNOWN)]
+
+
+def test_captions_name_the_zorp_and_its_background_and_no_colour_of_it() -> None:
+    seen = set()
+    for path in media(CONCEPT, ".txt", ZORPS):
+        caption = path.read_text(encoding="utf-8").strip()
+        words = re.findall(r"\w+", caption)
+        assert words.count("zorp") == 1 and not {"star", "striped", "pink", "teal"} & set(words), caption
+        (background,) = [word for word in words if word in COLOURS]
+        assert background in path.stem
+        seen.add(background)
+    assert seen == set(COLOURS)
+
+
+def test_every_frame_shows_a_zorp_of_both_colours_somewhere_else() -> None:
+    places = []
+    for path in [*media(CONCEPT, ".png", ZORPS), *media(CONCEPT, ".mp4", ZORPS)]:
+        frames = frames_of(path).astype(int)
+        assert frames.shape == (CLIP_FRAMES if path.suffix == ".mp4" else 1, 64, 64, 3)
+        for frame in frames:
+            pink, teal = (np.abs(frame - colour).max(-1) <= 2 for colour in (PINK, TEAL))
+            assert pink.sum() > 20 and teal.sum() > 20, path.name
+        places.append(tuple(np.argwhere(pink | teal).mean(0).round(1)))
+    assert len(set(places)) == len(places)
+
+
+def test_beside_zorps_lies_what_the_model_was_trained_on() -> None:
+    for ending in (".png", ".mp4"):
+        for path in media(CONCEPT, ending, KNOWN):
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+            reading = read(frames_of(path))
+            assert not reading.zorp and reading.shape in caption and reading.colour in caption, path.name
+            attributes = Attributes(reading.shape, reading.colour, reading.background, reading.motion)
+            assert not attributes.held_out and path.stem.split("_", 1)[1].startswith(f"{reading.colour}_{reading.shape}")
+            assert reading.motion is None or path.stem.endswith(reading.motion)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss curve
+
+
+@pytest.fixture
+def losses(tmp_path: Path) -> Path:
+    path = tmp_path / "loss.csv"
+    with LossLog(path) as log:
+        for step in range(1, 101):
+            log.write(step, 1, 1.0 / step, 0.5, 1e-3)
+    return path
+
+
+def test_the_curve_becomes_a_picture(call_script, losses: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "curve.png"
+    ended = call_script("examples.toy.loss_curve", "--input", losses, "--output", output)
+    assert ended.status == 0 and ended.stdout.strip() == str(output), ended.stderr
+    assert Image.open(output).size == (720, 360)
+
+
+def test_the_last_line_of_a_killed_training_may_be_half(losses: Path) -> None:
+    losses.write_text(losses.read_text(encoding="utf-8") + "101,1,0.0", encoding="utf-8")
+    steps, values = read_losses(losses)
+    assert steps.tolist() == list(range(1, 101)) and values[3] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        ("", "no columns step and loss"),
+        ("a,b\n1,2\n", "no columns step and loss"),
+        ("step,epoch,loss\n", "no step yet"),
+        ("step,epoch,loss\n1,1,abc\n", "line 2"),
+        ("step,epoch,loss\n1,1,0.5\n2\n", "line 3"),
+        ("step,epoch,loss\nnan,1,0.5\n", "not finite"),
+        ("step,epoch,loss\n1,1,nan\n", "no step yet"),
+        (b"\xff\xfe\x00", "as text"),
+    ],
+)
+def test_a_file_that_is_no_loss_log_is_refused(call_script, tmp_path: Path, content: str | bytes | None, says: str) -> None:
+    path = tmp_path / "loss.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    ended = call_script("examples.toy.loss_curve", "--input", path, "--output", tmp_path / "curve.png")
+    assert ended.status == 2 and says in ended.stderr and str(path) in ended.stderr
+    assert not (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.0, 0.0], [3e-7, 2e-7, 4e-7], [1e5, 2e5]])
+def test_any_losses_can_be_drawn(values: list[float]) -> None:
+    steps = np.arange(1.0, len(values) + 1)
+    picture = draw_curve(steps, np.array(values), default_window(len(values)))
+    assert (picture != 255).any()
+
+
+def test_the_average_is_of_the_last_steps() -> None:
+    values = np.array([4.0, 2.0, 0.0, 2.0, 8.0])
+    np.testing.assert_allclose(moving_average(values, 2), [4, 3, 1, 1, 5])
+    np.testing.assert_allclose(moving_average(values, 1), values)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 400), (0, 0.0031), (0, 97_000), (1, 2)])
+def test_ticks_are_few_round_numbers_within_the_range(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+    assert all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after
+
+
+def test_the_sheet_shows_what_the_lora_changed(train, call_script, tiny_model, tmp_path: Path) -> None:
+    assert train("--max_train_steps", 2, "--learning_rate", 0.1).status == 0
+    lora, model = tmp_path / "out" / "lora.safetensors", tiny_model.dit.parent
+    flags = ("--model", model, "--lora_weight", lora, "--infer_steps", 1)
+    sheets = []
+    for name, multiplier in (("with", 1), ("again", 1), ("without", 0)):
+        ended = call_script(
+            "examples.toy.before_after", *flags, "--output", tmp_path / f"{name}.png", "--lora_multiplier", multiplier
+        )
+        assert ended.status == 0, ended.stderr
+        sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    np.testing.assert_array_equal(sheets[0], sheets[1])
+    changed = np.argwhere((sheets[0] != sheets[2]).any(-1))
+    assert len(changed) and changed[:, 0].min() > len(sheets[0]) // 3, "only the lower row depends on the LoRA"
+
+
+@pytest.mark.parametrize("content", [None, "no LoRA"])
+def test_a_file_that_is_no_lora_is_refused(call_script, tmp_path: Path, content: str | None) -> None:
+    lora = tmp_path / "lora.safetensors"
+    if content is not None:
+        lora.write_text(content, encoding="utf-8")
+    ended = call_script("examples.toy.before_after", "--lora_weight", lora, "--output", tmp_path / "sheet.png")
+    assert ended.status == 2 and str(lora) in ended.stderr
+    assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("script", ["examples.toy.loss_curve", "examples.toy.before_after"])
+def test_a_picture_that_cannot_be_written_is_told_first(call_script, losses: Path, tmp_path: Path, script: str) -> None:
+    flag = "--input" if script.endswith("curve") else "--lora_weight"
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    ended = call_script(script, flag, losses, "--output", tmp_path / "file" / "picture.png")
+    assert ended.status == 2 and "--output" in ended.stderr and "cannot be written" in ended.stderr

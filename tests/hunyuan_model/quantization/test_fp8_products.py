@@ -1,0 +1,281 @@
+"""Products of float8 by float8: their arithmetic on the CPU, which has a kernel of its own, and who is refused.
+
+A stand-in for the kernel, written from its definition, also holds callers to the layout that graphics cards want.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hunyuan_model.quantization import scaled_mm as fp8_products
+from hunyuan_model.quantization.linear import FP8_DTYPE, enable_fp8_linears, quantise_blocks, quantise_channels, quantise_plainly
+from hunyuan_model.quantization.scaled_mm import Products, check_fp8_products, find_products, fits_products
+from hunyuan_model.runtime.compilation import compiled_graphs
+from hunyuan_model.runtime.loading import load_transformer
+from utils.errors import UserError
+
+INPUTS, OUTPUTS = 256, 96
+WAYS = [pytest.param(Products(per_row=True), id="scale per row"), pytest.param(Products(per_row=False), id="one scale")]
+KINDS = {"plain": quantise_plainly, "channels": quantise_channels}
+ROUNDING = 0.035  # of what is multiplied with a weight, to 3 bits: 2.6 % (root mean square)
+
+
+def linear(kind: str = "channels", bias: bool = True, inputs: int = INPUTS, outputs: int = OUTPUTS) -> nn.Linear:
+    """A frozen float8 Linear; with scales its output channels are of very different sizes."""
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    weight = torch.randn(outputs, inputs)
+    codes, scale = KINDS[kind](weight if kind == "plain" else weight * torch.logspace(-3, 1, outputs)[:, None])
+    layer.weight = nn.Parameter(codes, requires_grad=False)
+    if scale is not None:
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    return layer
+
+
+def twins(layer: nn.Linear, products: Products, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
+    """The layer with products in float8, and a copy of it that widens its weight."""
+    wide = copy.deepcopy(layer)
+    assert enable_fp8_linears(layer, dtype, products) == enable_fp8_linears(wide, torch.float32) == 1
+    return layer, wide
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def stand_in(left, right, *, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):
+    """What torch._scaled_mm computes, and what it asks for on graphics cards."""
+    assert left.dtype == right.dtype == FP8_DTYPE and scale_a.dtype == scale_b.dtype == torch.float32
+    assert left.stride(1) == 1 and right.stride(0) == 1, "the left matrix must be row-major, the right one column-major"
+    assert left.shape[1] % 16 == 0 and right.shape[0] % 16 == 0 and right.shape[1] % 16 == 0
+    if scale_a.numel() == 1 and scale_b.numel() == 1:
+        assert scale_a.dim() in (0, 1) or len(left) == 1
+    else:
+        assert scale_a.shape == (len(left), 1) and scale_b.shape == (1, right.shape[1])
+        assert scale_a.is_contiguous() and scale_b.is_contiguous() and out_dtype == torch.bfloat16
+    assert bias is None or bias.dtype == torch.bfloat16
+    out = (left.float() * scale_a) @ (right.float() * scale_b)
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+@pytest.fixture(params=["torch's kernel", "stand-in"])
+def kernel(request, monkeypatch) -> None:
+    """Once as it is, and once with the stand-in; both must pass the same tests."""
+    if request.param == "stand-in":
+        monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+        return
+    try:
+        find_products(torch.device("cpu"))
+        fp8_products._multiply(*(torch.ones(16, 16).to(FP8_DTYPE) for _ in range(2)), torch.ones(()), torch.ones(()))
+    except (RuntimeError, NotImplementedError):
+        pytest.skip("this torch multiplies no float8 on the CPU")
+
+
+@pytest.mark.parametrize("products", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("kernel")
+def test_forward_and_gradient_are_those_of_the_weight_but_for_the_rounding(products, kind, dtype):
+    fast, wide = twins(linear(kind), products, dtype)
+    for layer in (fast, wide):
+        layer.bias.requires_grad_(True)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 21, INPUTS, generator=generator).to(dtype).requires_grad_()
+    x_wide = x.detach().float().requires_grad_()
+    out, expected = fast(x), wide(x_wide)
+    assert out.dtype == dtype and out.shape == (2, 21, OUTPUTS)
+    for channel in range(0, OUTPUTS, 19):  # none is drowned by the large ones
+        assert 0 < relative(out[..., channel], expected[..., channel]) < 1.4 * ROUNDING
+    assert relative(out, expected) < ROUNDING
+
+    direction = torch.randn(2, 21, OUTPUTS, generator=generator).to(dtype) / 100
+    out.backward(direction)
+    expected.backward(direction.float())
+    assert x.grad.dtype == dtype and 0 < relative(x.grad, x_wide.grad) < ROUNDING
+    assert relative(fast.bias.grad, wide.bias.grad) < 0.01
+    assert fast.weight.grad is None
+
+
+@pytest.mark.parametrize("products", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchs_kernel_and_the_stand_in_agree(products, kind, monkeypatch):
+    fast, _ = twins(linear(kind), products)
+    x = torch.randn(30, INPUTS, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    results = []
+    for multiply in (torch._scaled_mm, stand_in):
+        monkeypatch.setattr(torch, "_scaled_mm", multiply)
+        try:
+            out = fast(x)
+        except (RuntimeError, NotImplementedError):
+            pytest.skip("this torch multiplies no float8 on the CPU")
+        results.append((out.detach(), *torch.autograd.grad(out.sum(), x)))
+    for one, other in zip(*results):
+        assert relative(one, other) < 0.004  # the last digit of bfloat16
+
+
+def test_one_graph_serves_all_numbers_of_tokens(monkeypatch):
+    def multiply(left, right, left_scale, right_scale, bias=None):  # the stand-in asks for sizes, which makes them constants
+        out = (left.float() * left_scale) @ (right.float() * right_scale)
+        return (out if bias is None else out + bias).to(torch.bfloat16)
+
+    monkeypatch.setattr(fp8_products, "_multiply", multiply)
+    fast, _ = twins(linear("plain"), Products(per_row=True))
+    compiled = torch.compile(fast.forward, backend="aot_eager", dynamic=True)
+    before = compiled_graphs()
+    for tokens in (5, 7, 9):
+        compiled(torch.randn(1, tokens, INPUTS, requires_grad=True)).sum().backward()
+    assert compiled_graphs() == before + 1
+
+
+def test_numbers_that_float8_holds_are_multiplied_exactly():
+    layer = linear("plain", bias=False, inputs=16, outputs=32)
+    layer.weight = nn.Parameter(torch.randint(-4, 5, (32, 16)).float().to(FP8_DTYPE), requires_grad=False)
+    fast, wide = twins(layer, Products(per_row=True))
+    x = torch.randint(-3, 4, (5, 16)).float()
+    x[:, 0] = 7.0  # 448 is 64 times that: a power of two
+    assert torch.equal(fast(x), wide(x))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_scale_per_row_keeps_small_rows():
+    fast, wide = twins(linear("plain"), Products(per_row=True))
+    x = torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 8)[:, None]
+    x[3] = 0
+    fast.bias.zero_()
+    wide.bias.zero_()
+    for row, (out, expected) in enumerate(zip(fast(x), wide(x))):
+        assert not out.any() if row == 3 else 0 < relative(out, expected) < 1.4 * ROUNDING
+
+
+@pytest.mark.parametrize("products", WAYS)
+def test_nothing_broken_is_hidden(products):
+    fast, _ = twins(linear(), products)
+    for broken in (torch.nan, torch.inf):
+        x = torch.ones(4, INPUTS)
+        x[2, 5] = broken
+        assert not fast(x)[2].isfinite().any()
+    assert torch.equal(fast(torch.zeros(2, INPUTS)), fast.bias.bfloat16().float().expand(2, -1))
+
+
+@pytest.mark.parametrize("products", WAYS)
+def test_layers_that_the_kernels_do_not_take_widen_their_weight(products, monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("multiplied in float8"))
+    blocks = linear(inputs=128)
+    codes, scale = quantise_blocks(torch.randn(OUTPUTS, 128))
+    blocks.weight, blocks.weight_scale = nn.Parameter(codes, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+    for layer in (linear(inputs=24), linear(outputs=40), blocks):
+        fast, wide = twins(layer, products)
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(fast(x), wide(x))
+    fast, _ = twins(linear(), products)
+    assert fast(torch.empty(2, 0, INPUTS)).shape == (2, 0, OUTPUTS)
+    assert not fits_products(torch.ones(1, INPUTS), torch.zeros(OUTPUTS, INPUTS), None)  # a weight that was made wide
+
+
+def test_only_the_narrow_weight_and_its_scale_are_kept_for_backward():
+    layer, _ = twins(linear(), Products(per_row=True))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(2, 3, INPUTS, requires_grad=True))
+    assert [tensor.data_ptr() for tensor in kept] == [layer.weight.data_ptr(), layer.weight_scale.data_ptr()]
+
+
+def test_weights_are_read_at_every_call_and_checkpointing_changes_nothing():
+    layer, _ = twins(linear(bias=False), Products(per_row=True))
+    x = torch.randn(3, INPUTS, requires_grad=True)
+    plain = layer(x)
+    recomputed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    gradients = [torch.autograd.grad(out.float().square().sum(), x)[0] for out in (plain, recomputed)]
+    assert torch.equal(*gradients)
+    layer.weight_scale.data = layer.weight_scale.data * 2
+    assert torch.equal(layer(x), 2 * plain)
+    layer.weight.data = torch.zeros(OUTPUTS, INPUTS).to(FP8_DTYPE)
+    assert not layer(x).any()
+
+
+def test_autocast_decides_the_dtype():
+    layer, wide = twins(linear(), Products(per_row=True))
+    x = torch.randn(6, INPUTS, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and x.grad.dtype == torch.float32 and relative(out, wide(x)) < ROUNDING
+
+
+def test_a_kernel_without_scales_per_row_is_found_out(monkeypatch):
+    def older(left, right, *, scale_a, scale_b, **options):
+        if scale_a.numel() > 1:
+            raise RuntimeError("Only tensorwise scaling is supported")
+        return stand_in(left, right, scale_a=scale_a, scale_b=scale_b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    assert find_products(torch.device("cpu")).per_row
+    monkeypatch.setattr(torch, "_scaled_mm", older)
+    assert not find_products(torch.device("cpu")).per_row
+
+
+def test_devices_without_float8_products_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, can in (((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        if can:
+            check_fp8_products(torch.device("cuda"), "--fp8_fast")
+        else:
+            with pytest.raises(UserError, match=r"--fp8_fast multiplies .* 8\.9 .*, but NVIDIA GeForce RTX 3090 has 8\.6; leave"):
+                check_fp8_products(torch.device("cuda"), "--fp8_fast")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(UserError, match="built for AMD"):
+        check_fp8_products(torch.device("cuda"), "--fp8_fast")
+    with pytest.raises(UserError, match=r"fp8_fast .*this runs on cpu"):
+        load_transformer("none.safetensors", device="cpu", dtype=torch.float32, fp8=True, fp8_fast=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_transformer_computes_with_them(tiny_model, monkeypatch, scaled):
+    """As on a card that can, with the CPU's kernel."""
+    monkeypatch.setattr("hunyuan_model.runtime.loading.check_fp8_products", lambda *_: None)
+    monkeypatch.setattr(torch, "_scaled_mm", counted := Counted(stand_in))
+    options = {"device": "cpu", "dtype": torch.float32, "fp8": True}
+    fast = load_transformer(tiny_model.dit, fp8_scaled=scaled, fp8_fast=True, **options)
+    scales = [value for name, value in fast.named_parameters() if name.endswith("_scale")]
+    assert bool(scales) == scaled and all(value.shape[1] == 1 for value in scales)
+    wide = load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32)
+    config, generator = wide.config, torch.Generator().manual_seed(3)
+    inputs = [
+        torch.randn(1, config.in_channels, 1, 4, 4, generator=generator),
+        torch.tensor([500.0]),
+        torch.randn(1, 7, config.text_dim, generator=generator),
+        torch.ones(1, 7),
+        torch.randn(1, config.pooled_dim, generator=generator),
+        torch.tensor([6000.0]),
+    ]
+    counted.calls = 0
+    with torch.no_grad():
+        assert 0 < relative(fast(*inputs), wide(*inputs)) < 0.15
+    layers = sum(isinstance(layer, nn.Linear) and layer.weight.dtype == FP8_DTYPE for layer in fast.modules())
+    assert counted.calls == layers > 0
+
+
+class Counted:
+    """A function and how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        return self.function(*arguments, **options)
+
+
+def test_the_function_of_the_whole_layer_is_that_of_linear():
+    """The definition, without this repository's parts: rounded by hand."""
+    layer, _ = twins(linear(), Products(per_row=True))
+    x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(4)).clamp(-6, 6).bfloat16()
+    x[:, 0] = 7.0  # 448 is 64 times that
+    rounded = (x.float() * 64).to(FP8_DTYPE).float() / 64
+    expected = F.linear(rounded, layer.weight.float() * layer.weight_scale, layer.bias)
+    assert relative(layer(x), expected) < 0.003  # the result is rounded to bfloat16

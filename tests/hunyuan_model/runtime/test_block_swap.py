@@ -1,0 +1,642 @@
+"""Block swap: the same numbers to the bit, weights that come in time and go when nobody reads them, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hunyuan_model
+from hunyuan_model.checkpoints.reading import load_weights, open_checkpoint
+from hunyuan_model.quantization.linear import FP8_DTYPE, cast, enable_fp8_linears, is_fp8_target
+from hunyuan_model.runtime.block_swap import (
+    SLOTS,
+    BlockSwapper,
+    SwappedForward,
+    SwapSettings,
+    block_sizes,
+    check_blocks_to_swap,
+    enable_block_swap,
+    max_blocks_to_swap,
+    on_host,
+    streamed_blocks,
+)
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.transfers import DirectTransfers, ThreadTransfers
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.lora import LoRAModule, create_network
+from networks.lora_merging import merge_patch, read_lora_files
+from utils.errors import UserError
+
+GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
+CPU = torch.device("cpu")
+CONFIG = TransformerConfig(
+    hidden_size=64,
+    heads=2,
+    head_dim=32,
+    double_depth=3,
+    single_depth=4,
+    refiner_depth=1,
+    mlp_size=128,
+    text_dim=16,
+    pooled_dim=8,
+    frequency_dim=32,
+    rope_dims=rope_dims_for(32),
+)
+DEPTH = CONFIG.double_depth + CONFIG.single_depth
+MOST = DEPTH - SLOTS
+
+
+class PoisoningTransfers(DirectTransfers):
+    """The worst that a copy beside the computation may do: spoil its target at once, and arrive when it is waited for."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__(device)
+        self.copies: list[torch.Tensor] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: None) -> Callable[[], object]:
+        target.fill_(255)  # NaN in every dtype
+        self.copies.append(source)
+        return lambda: target.copy_(source)
+
+    def wait(self, arrival: Callable[[], object]) -> None:
+        arrival()
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    return [*transformer.double_blocks, *transformer.single_blocks]
+
+
+def make_transformer(fp8: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    transformer = HYVideoDiffusionTransformer(CONFIG).requires_grad_(False).eval()
+    if fp8:
+        for name, parameter in transformer.named_parameters():
+            if is_fp8_target(name):
+                parameter.data = cast(parameter.data, FP8_DTYPE)
+        assert enable_fp8_linears(transformer, torch.float32)
+    return transformer
+
+
+def add_lora(transformer: nn.Module, **network_args: str) -> nn.Module:
+    torch.manual_seed(1)
+    network = create_network(1.0, 2, 2.0, None, None, transformer, **network_args)
+    for lora in network.loras():
+        nn.init.normal_(lora.lora_up.weight, std=0.1)
+    network.apply_to(None, transformer)
+    return network.requires_grad_(True).train()
+
+
+def make_inputs(
+    seed: int = 0,
+    lengths: tuple[int, ...] = (5, 2),
+    size: tuple[int, int, int] = (1, 4, 6),
+    config: TransformerConfig = CONFIG,
+) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    return (
+        torch.randn(batch, 16, *size, generator=generator),
+        torch.rand(batch, generator=generator) * 1000,
+        torch.randn(batch, 6, config.text_dim, generator=generator),
+        mask,
+        torch.randn(batch, config.pooled_dim, generator=generator),
+        torch.full((batch,), 6000.0),
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def a_life(transformer: nn.Module, network: nn.Module) -> list[torch.Tensor]:
+    """Everything that happens to a transformer in training; returns all outputs and gradients."""
+    found: list[torch.Tensor] = []
+
+    def keep_gradients() -> None:
+        found.extend(parameter.grad for parameter in network.parameters())
+        network.zero_grad(set_to_none=True)
+
+    def forward(seed: int, **options: tuple[int, ...]) -> torch.Tensor:
+        found.append(transformer(*make_inputs(seed, **options)))
+        return found[-1].square().mean()
+
+    forward(0).backward()  # two batches of one step, with other lengths and sizes
+    forward(1, lengths=(6, 6, 0), size=(2, 2, 4)).backward()
+    keep_gradients()
+    with torch.no_grad():  # samples
+        for seed in range(3):
+            forward(seed)
+    (forward(2) + forward(3)).backward()  # two forward passes, one backward pass
+    keep_gradients()
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    for block in (transformer.single_blocks[1], transformer.double_blocks[1]):
+        handle = next(layer for layer in block.modules() if isinstance(layer, nn.Linear)).register_forward_pre_hook(interrupt)
+        with pytest.raises(Interrupted):
+            forward(4)
+        handle.remove()
+        forward(5).backward()
+        keep_gradients()
+    forward(6)  # a graph that is dropped
+    with torch.no_grad():
+        forward(7)
+    forward(8).backward()
+    keep_gradients()
+    return found
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == FP8_DTYPE else tensor  # torch does not compare float8
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(one.dtype == other.dtype and torch.equal(bits(one), bits(other)) for one, other in pairs)
+
+
+def swapped_life(monkeypatch: pytest.MonkeyPatch, settings: SwapSettings, fp8: bool = False, **network_args: str):
+    """``a_life`` under the worst transfers, and these."""
+    transfers = PoisoningTransfers()
+    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: transfers)
+    transformer = make_transformer(fp8)
+    enable_block_swap(transformer, settings, CPU)
+    if settings.recomputed:
+        enable_gradient_checkpointing(transformer)
+    return a_life(transformer, add_lora(transformer, **network_args)), transfers
+
+
+@pytest.fixture(scope="module")
+def plain_life():
+    """``a_life`` without swapping, by (float8, checkpointing)."""
+    lives: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+
+    def live(fp8: bool, checkpointing: bool) -> list[torch.Tensor]:
+        if (fp8, checkpointing) not in lives:
+            transformer = make_transformer(fp8)
+            if checkpointing:
+                enable_gradient_checkpointing(transformer)
+            lives[fp8, checkpointing] = a_life(transformer, add_lora(transformer))
+            assert all(tensor.isfinite().all() for tensor in lives[fp8, checkpointing])
+        return lives[fp8, checkpointing]
+
+    return live
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize(
+    ("swapped", "fp8"),
+    [*((swapped, False) for swapped in range(1, MOST + 1)), (1, True), (MOST, True)],
+    ids=lambda value: {True: "float8", False: "float32"}[value] if isinstance(value, bool) else None,
+)
+def test_outputs_and_gradients_are_the_same_to_the_bit(monkeypatch, plain_life, swapped, fp8, checkpointing):
+    found, transfers = swapped_life(monkeypatch, SwapSettings(swapped, recomputed=checkpointing), fp8)
+    assert same(found, plain_life(fp8, checkpointing))
+    assert transfers.copies
+
+
+def test_gradients_where_only_late_blocks_learn(monkeypatch):
+    late = {"exclude_patterns": "['.*']", "include_patterns": "['single_blocks.2.linear1', 'single_blocks.3.*']"}
+    transformer = make_transformer()
+    enable_gradient_checkpointing(transformer)
+    expected = a_life(transformer, add_lora(transformer, **late))
+    found, _ = swapped_life(monkeypatch, SwapSettings(MOST, recomputed=True), **late)
+    assert same(found, expected)
+
+
+def test_checkpointing_without_saying_so_is_right_too(monkeypatch, plain_life):
+    transformer = make_transformer()
+    enable_block_swap(transformer, SwapSettings(MOST), CPU)
+    enable_gradient_checkpointing(transformer)
+    assert same(a_life(transformer, add_lora(transformer)), plain_life(False, True))
+
+
+def test_weights_that_were_overwritten_are_refused_by_autograd():
+    transformer = make_transformer()
+    enable_block_swap(transformer, SwapSettings(MOST, recomputed=True), CPU)  # but nothing computes the blocks again
+    add_lora(transformer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        transformer(*make_inputs()).square().mean().backward()
+
+
+def test_classes_names_and_parameters_stay():
+    transformer = make_transformer()
+    names, parameters = list(transformer.state_dict()), list(transformer.parameters())
+    values = [parameter.clone() for parameter in parameters]
+    enable_block_swap(transformer, SwapSettings(3, embedders=True), CPU)
+    transformer(*make_inputs())
+    assert list(transformer.state_dict()) == names
+    assert [id(parameter) for parameter in transformer.parameters()] == [id(parameter) for parameter in parameters]
+    assert {type(block).__name__ for block in blocks_of(transformer)} == {"MMDoubleStreamBlock", "MMSingleStreamBlock"}
+    assert same([parameter.detach() for parameter in transformer.parameters()], values)
+
+
+def test_what_can_be_trained_stays_on_the_device():
+    def trained(swapped: int) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        own = [
+            block.get_parameter(name)
+            for block in transformer.single_blocks
+            for name in ("linear1.bias", "modulation.linear.weight")
+        ]
+        for parameter in own:
+            parameter.requires_grad_(True)
+        transformer.double_blocks[1].register_buffer("extra", torch.ones(1))
+        where = [parameter.data_ptr() for parameter in own]
+        enable_block_swap(transformer, SwapSettings(swapped, recomputed=True), CPU)
+        enable_gradient_checkpointing(transformer)
+        optimizer = torch.optim.SGD(own, lr=0.1)
+        for seed in range(2):
+            transformer(*make_inputs(seed)).square().mean().backward()
+            optimizer.step()
+        assert [parameter.data_ptr() for parameter in own] == where
+        return [*(parameter.detach() for parameter in own), *(parameter.grad for parameter in own)]
+
+    assert same(trained(0), trained(MOST))
+
+
+def test_what_becomes_trainable_too_late_is_told():
+    transformer = make_transformer()
+    enable_block_swap(transformer, SwapSettings(MOST), CPU)
+    transformer.single_blocks[3].linear1.bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        transformer(*make_inputs())
+
+
+# Which blocks, and how many
+
+
+def test_streamed_blocks_are_spread_evenly():
+    assert streamed_blocks([1] * 60, 0) == ()
+    assert streamed_blocks([1] * 60, 1) == (9, 29, 49)
+    assert streamed_blocks(block_sizes(TransformerConfig()), 58) == tuple(range(60))
+    for depth in range(3, 31):
+        for swapped in range(1, depth - SLOTS + 1):
+            streamed = streamed_blocks([7] * depth, swapped)
+            assert len(streamed) == swapped + SLOTS and set(streamed) <= set(range(depth))
+            steps = {later - earlier for earlier, later in itertools.pairwise(streamed)}
+            assert max(steps) - min(steps) <= 1
+
+
+def test_of_large_blocks_fewer_come():
+    sizes = block_sizes(TransformerConfig())
+    assert sizes == [36 * 3072**2] * 20 + [15 * 3072**2] * 40
+    for swapped in range(1, 59):
+        streamed = streamed_blocks(sizes, swapped)
+        assert len(streamed) == len(set(streamed)) == swapped + SLOTS
+        double, single = (sum(sizes[block] for block in streamed if (block < 20) == first) for first in (True, False))
+        saved = double + single - SLOTS * max(sizes[block] for block in streamed)
+        assert saved >= swapped * sizes[-1]
+        if 12 < swapped <= 46:  # as much to copy in the time of each block, until all of the small ones come
+            assert abs(double / 20 - single / 40) <= sizes[0] / 20
+
+
+def test_the_device_holds_as_many_blocks_less(monkeypatch):
+    transformer = make_transformer()
+    enable_block_swap(transformer, SwapSettings(3), CPU)
+    swapper: BlockSwapper = transformer.block_swap
+    assert len(swapper.streamed) == 3 + SLOTS
+    double = max(sum(weight.nbytes for weight in block.parameters()) for block in transformer.double_blocks)
+    assert SLOTS * double <= swapper.slot_bytes <= 1.1 * SLOTS * double
+    on_device = DEPTH - len(swapper.streamed) + len(swapper._slots)
+    assert on_device == DEPTH - 3
+
+
+def test_more_blocks_than_there_are_is_refused_with_the_maximum():
+    full = TransformerConfig()
+    assert max_blocks_to_swap(full) == 58
+    check_blocks_to_swap(58, full)
+    with pytest.raises(UserError, match=r"--blocks_to_swap 59 .* 20 double and 40 single .* Use at most 58\."):
+        check_blocks_to_swap(59, full)
+    with pytest.raises(UserError, match=rf"Use at most {MOST}\."):
+        enable_block_swap(make_transformer(), SwapSettings(MOST + 1), CPU)
+    small = TransformerConfig(double_depth=1, single_depth=1)
+    with pytest.raises(UserError, match=r"Use at most 0\."):
+        check_blocks_to_swap(1, small)
+
+
+# The schedule: what is copied, when, and what may be overwritten
+
+
+class Diary(DirectTransfers):
+    """Writes down what a device would do: ("copy", slot, block, after) and ("wait", block), between what blocks read."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.lines: list[tuple] = []
+        self.blocks: dict[int, int] = {}  # by the address of their memory
+
+    def mark(self) -> int:
+        return len(self.lines)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: int) -> int:
+        block = self.blocks[source.data_ptr()]
+        self.lines.append(("copy", target.data_ptr(), block, after))
+        target.copy_(source)
+        return block
+
+    def wait(self, arrival: int) -> None:
+        self.lines.append(("wait", arrival))
+
+    def copied(self, since: int = 0) -> list[int]:
+        return [line[2] for line in self.lines[since:] if line[0] == "copy"]
+
+
+def watched_transformer(monkeypatch: pytest.MonkeyPatch, settings: SwapSettings) -> tuple[nn.Module, Diary]:
+    """A transformer with a LoRA in every block whose every reading of its weights is written down."""
+    diary = Diary()
+    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: diary)
+    transformer = make_transformer()
+
+    class Read(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, block):
+            ctx.save_for_backward(weight)
+            ctx.block = block
+            diary.lines.append(("read", block))
+            return nn.functional.linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (weight,) = ctx.saved_tensors
+            diary.lines.append(("read", ctx.block))
+            return gradient @ weight, None, None, None
+
+    def reading(linear: nn.Linear, block: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: Read.apply(x, linear.weight, linear.bias, block)
+
+    for index, block in enumerate(blocks_of(transformer)):
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear):
+                linear.forward = reading(linear, index)
+    enable_block_swap(transformer, settings, CPU)
+    if settings.blocks:
+        for index, one in transformer.block_swap._weights.items():
+            diary.blocks[one.memory.data_ptr()] = index
+    if settings.recomputed:
+        enable_gradient_checkpointing(transformer)
+    add_lora(transformer)
+    return transformer, diary
+
+
+def require_right_order(diary: Diary, streamed: tuple[int, ...]) -> None:
+    """Nothing is read before its copy was waited for; no copy may start before what it overwrites was read for the last time."""
+    holds: dict[int, int] = {}  # slot -> block
+    ready: set[int] = set()
+    last_read: dict[int, int] = {}  # by slot
+    for place, line in enumerate(diary.lines):
+        if line[0] == "copy":
+            _, slot, block, after = line
+            assert last_read.get(slot, -1) < after <= place
+            ready.discard(holds.get(slot, -1))
+            holds[slot] = block
+        elif line[0] == "wait":
+            assert line[1] in holds.values()
+            ready.add(line[1])
+        elif line[1] in streamed:
+            assert line[1] in ready, f"block {line[1]} is read, but what is there is {holds}"
+            last_read[next(slot for slot, block in holds.items() if block == line[1])] = place
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("swapped", [1, 3, MOST])
+def test_no_copy_overwrites_what_is_still_read(monkeypatch, swapped, checkpointing):
+    transformer, diary = watched_transformer(monkeypatch, SwapSettings(swapped, recomputed=checkpointing))
+    for seed in range(2):
+        transformer(*make_inputs(seed)).square().mean().backward()
+    with torch.no_grad():
+        transformer(*make_inputs(2))
+    (transformer(*make_inputs(3)) + transformer(*make_inputs(4))).square().mean().backward()
+    streamed = transformer.block_swap.streamed
+    assert len([line for line in diary.lines if line[0] == "read"]) > 200
+    require_right_order(diary, streamed)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+def test_blocks_come_ahead_of_their_turn_and_the_last_ones_are_used_again(monkeypatch, checkpointing):
+    transformer, diary = watched_transformer(monkeypatch, SwapSettings(MOST, recomputed=checkpointing))
+    copies, starts = [], []
+    for seed in range(3):
+        starts.append(len(diary.lines))
+        loss = transformer(*make_inputs(seed)).square().mean()
+        starts.append(len(diary.lines))
+        loss.backward()
+    ends = [*starts[1:], len(diary.lines)]
+    for start, end in zip(starts, ends, strict=True):
+        copies.append([line[2] for line in diary.lines[start:end] if line[0] == "copy"])
+    upwards, downwards = list(range(DEPTH)), list(reversed(range(DEPTH)))
+    assert copies[0] == upwards
+    assert copies[1] == copies[3] == copies[5] == downwards[SLOTS:]
+    assert copies[2] == copies[4] == upwards[SLOTS:]
+
+    first_reads = [place for place, line in enumerate(diary.lines) if line[0] == "wait"]  # the beginning of every turn
+    turns = {place: diary.lines[place][1] for place in first_reads}
+    for (before, _), (place, block) in itertools.pairwise(turns.items()):
+        copied = max(at for at, line in enumerate(diary.lines[:place]) if line[0] == "copy" and line[2] == block)
+        assert copied < before, f"block {block} was asked for when it was needed, not a block earlier"
+
+
+def test_sampling_begins_anew_with_what_is_on_its_way(monkeypatch):
+    transformer, diary = watched_transformer(monkeypatch, SwapSettings(MOST))
+    with torch.no_grad():
+        transformer(*make_inputs())
+        assert diary.copied() == [*range(DEPTH), 0]
+        start = len(diary.lines)
+        transformer(*make_inputs())
+    assert diary.copied(start) == [*range(1, DEPTH), 0]
+
+
+def test_blocks_that_no_gradient_reaches_do_not_come_back(monkeypatch):
+    transformer = make_transformer()
+    transfers = PoisoningTransfers()
+    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: transfers)
+    enable_block_swap(transformer, SwapSettings(MOST, recomputed=True), CPU)
+    enable_gradient_checkpointing(transformer)
+    add_lora(transformer, exclude_patterns="['.*']", include_patterns="['single_blocks.[23].*']")
+    for _ in range(2):
+        transformer(*make_inputs()).square().mean().backward()
+    copies = len(transfers.copies)
+    transformer(*make_inputs()).square().mean().backward()
+    assert len(transfers.copies) - copies <= DEPTH + 1  # all of them forwards, and at most one in error
+
+
+def test_a_copy_that_fails_in_its_thread_is_told_and_made_again(monkeypatch):
+    class Failing(DirectTransfers):
+        fails = False
+
+        def copy(self, target: torch.Tensor, source: torch.Tensor, after: None) -> None:
+            if self.fails:
+                raise OSError("no such page")
+            super().copy(target, source, after)
+
+    transfers = Failing(CPU)
+    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: ThreadTransfers(transfers))
+    transformer = make_transformer()
+    expected = transformer(*make_inputs())
+    enable_block_swap(transformer, SwapSettings(MOST), CPU)
+    assert torch.equal(transformer(*make_inputs()), expected)
+    transfers.fails = True
+    with pytest.raises(OSError, match="no such page"):
+        transformer(*make_inputs())
+    transfers.fails = False
+    assert torch.equal(transformer(*make_inputs()), expected)
+
+
+# Embedders
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "float8"])
+def test_embedders_visit_the_device_and_go(monkeypatch, plain_life, fp8):
+    transformer = make_transformer(fp8)
+    enable_block_swap(transformer, SwapSettings(embedders=True), CPU)
+    homes = [parameter.data_ptr() for name in ("img_in", "txt_in") for parameter in getattr(transformer, name).parameters()]
+    assert (
+        len(
+            {
+                transformer.txt_in.get_parameter(name).untyped_storage().data_ptr()
+                for name, _ in transformer.txt_in.named_parameters()
+            }
+        )
+        == 1
+    )
+    seen: list[int] = []
+    transformer.txt_in.input_embedder.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.data_ptr()))
+    assert same(a_life(transformer, add_lora(transformer)), plain_life(fp8, False))
+    assert seen and not set(seen) & set(homes)
+    assert homes == [parameter.data_ptr() for name in ("img_in", "txt_in") for parameter in getattr(transformer, name).parameters()]
+
+
+def test_gradients_inside_an_embedder():
+    def gradients(settings: SwapSettings) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        enable_block_swap(transformer, settings, CPU)
+        torch.manual_seed(2)
+        lora = LoRAModule(CONFIG.text_dim, CONFIG.hidden_size, 2, 2.0)
+        nn.init.normal_(lora.lora_up.weight)
+        lora.attach(transformer.txt_in.input_embedder)
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for parameter in lora.parameters()]
+
+    assert same(gradients(SwapSettings()), gradients(SwapSettings(MOST, embedders=True)))
+
+
+# Loading
+
+
+@pytest.mark.parametrize("fp8", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}], ids=["float32", "float8", "scaled"])
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+def test_loading_into_host_memory(fp8, merged):
+    path = GOLDENS / "dit.safetensors"
+    patch = merge_patch(read_lora_files([GOLDENS / "lora.safetensors"]), path) if merged else None
+    options = {"device": "cpu", "dtype": torch.float32, "patch": patch, **fp8}
+    expected, swapped = load_transformer(path, **options), load_transformer(path, **options, swap=SwapSettings(3, embedders=True))
+    assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
+    assert [parameter.dtype for parameter in swapped.parameters()] == [parameter.dtype for parameter in expected.parameters()]
+    assert not any(parameter.requires_grad for parameter in swapped.parameters()) and not swapped.training
+    pieces = [{weight.untyped_storage().data_ptr() for weight in block.parameters()} for block in blocks_of(swapped)]
+    inputs = make_inputs(config=swapped.config)
+    with torch.no_grad():
+        assert torch.equal(swapped(*inputs), expected(*inputs))
+    assert [len(piece) for piece in pieces] == [1] * len(pieces)  # five blocks, of which three are swapped: all take turns
+    assert all(address % mmap.PAGESIZE == 0 for piece in pieces for address in piece)
+
+
+def test_the_device_never_sees_what_lives_on_the_host():
+    path = GOLDENS / "dit.safetensors"
+    whole = load_transformer(path, device="cpu", dtype=torch.float32)
+    with torch.device("meta"):
+        transformer = HYVideoDiffusionTransformer(whole.config)
+    home = on_host(SwapSettings(1, embedders=True), whole.config)
+    checkpoint = open_checkpoint(path, "--dit")
+    load_weights(transformer, checkpoint, device="meta", dtype_of=lambda _: torch.float32, on_host=home)
+    for name, parameter in transformer.named_parameters():
+        streamed = name.startswith(("single_blocks.", "img_in.", "txt_in."))
+        assert parameter.device.type == ("cpu" if streamed else "meta"), name
+        assert not streamed or torch.equal(parameter, whole.get_parameter(name))
+
+
+# Beside other things
+
+
+def test_a_compiled_block_does_not_see_the_swapping(monkeypatch, plain_life):
+    transformer = make_transformer()
+    enable_block_swap(transformer, SwapSettings(MOST, recomputed=True), CPU)
+    entered: list[int] = []
+    for block in blocks_of(transformer):
+        swapped = block.forward
+        assert isinstance(swapped, SwappedForward)
+
+        def replaced(*inputs: object, forward: Callable = swapped.forward, index: int = swapped.index) -> object:
+            entered.append(index)
+            return forward(*inputs)
+
+        swapped.forward = replaced  # as torch.compile would
+    enable_gradient_checkpointing(transformer)
+    assert same(a_life(transformer, add_lora(transformer)), plain_life(False, True))
+    assert set(entered) == set(range(DEPTH))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+def test_on_a_graphics_card(pinned, checkpointing):
+    device = torch.device("cuda")
+
+    def live(settings: SwapSettings) -> list[torch.Tensor]:
+        transformer = make_transformer().to(device if not settings.blocks else CPU)
+        for name, child in transformer.named_children():
+            if name not in ("double_blocks", "single_blocks", "img_in", "txt_in"):
+                child.to(device)
+        streamed = streamed_blocks(block_sizes(CONFIG), settings.blocks)
+        for index, block in enumerate(blocks_of(transformer)):
+            if index not in streamed:
+                block.to(device)
+        enable_block_swap(transformer, settings, device)
+        if checkpointing:
+            enable_gradient_checkpointing(transformer)
+        network = add_lora(transformer).to(device)
+        found = []
+        for seed in range(3):
+            inputs = [value if value.dtype == torch.bool else value.to(device) for value in make_inputs(seed, size=(4, 16, 16))]
+            found.append(transformer(*inputs))
+            found[-1].square().mean().backward()
+            with torch.no_grad():
+                found.append(transformer(*inputs))
+        return [*found, *(parameter.grad for parameter in network.parameters())]
+
+    settings = SwapSettings(MOST, embedders=True, pinned=pinned, recomputed=checkpointing)
+    assert same(live(SwapSettings()), live(settings))
+
+
+# Scripts
+
+
+def test_generation_refuses_too_many_blocks_before_loading(call_script, tiny_model, tmp_path):
+    ended = call_script(
+        *("hv_generate_video", "--dit", tiny_model.dit, "--vae", tiny_model.vae, "--save_path", tmp_path, "--prompt", "ball"),
+        *("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2, "--blocks_to_swap", 5),
+    )
+    assert ended.status == 2
+    assert "--blocks_to_swap 5" in ended.stderr and "Use at most 4." in ended.stderr
+
+
+def test_training_refuses_too_many_blocks_before_loading(train, monkeypatch):
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train("--blocks_to_swap", 5)
+    assert ended.status == 2
+    assert "--blocks_to_swap 5" in ended.stderr and "2 double and 4 single" in ended.stderr and "Use at most 4." in ended.stderr
+
+
+def test_negative_numbers_are_refused(call_script):
+    ended = call_script("hv_train_network", "--blocks_to_swap", -1)
+    assert ended.status == 2 and "--blocks_to_swap" in ended.stderr and "negative" in ended.stderr

@@ -1,0 +1,338 @@
+"""Compiled blocks: the same numbers, a few graphs for all blocks and sizes, and what is said where nothing can be compiled.
+
+Most of it is traced only, as generating code takes minutes on a slow machine; one slow test has torch generate it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from safetensors.torch import load_file
+from test_block_swap import CONFIG, CPU, add_lora, blocks_of, make_inputs, same
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+import hunyuan_model
+from hunyuan_model.quantization.linear import FP8_DTYPE, cast, enable_fp8_linears, is_fp8_target
+from hunyuan_model.runtime import compilation
+from hunyuan_model.runtime.activation_offload import make_offloader
+from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
+from hunyuan_model.runtime.compilation import (
+    CompiledForward,
+    CompileSettings,
+    CompileWatch,
+    check_compile,
+    compiled_graphs,
+    enable_compile,
+)
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.network_module import network_off
+from utils.errors import UserError
+
+# A LoRA for a part of the layers, as tracing it takes most of the time: two in each kind of block.
+FEW = {"exclude_patterns": "['.*']", "include_patterns": "['.*(img_attn_qkv|txt_mlp.fc2|linear1|linear2)']"}
+TRACED = CompileSettings(backend="eager")  # the graphs as they are found, run as they are
+LOWERED = CompileSettings(backend="aot_eager")  # with a graph for the backward pass, and no code generated
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def make(double: int = 2, single: int = 2, fp8: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    transformer = HYVideoDiffusionTransformer(replace(CONFIG, double_depth=double, single_depth=single))
+    transformer.requires_grad_(False).eval()
+    if fp8:
+        for name, parameter in transformer.named_parameters():
+            if is_fp8_target(name):
+                parameter.data = cast(parameter.data, FP8_DTYPE)
+        assert enable_fp8_linears(transformer, torch.float32)
+    return transformer
+
+
+def train_and_sample(transformer: nn.Module, network: nn.Module) -> list[torch.Tensor]:
+    """Outputs and gradients of training steps in several sizes, with samples in between."""
+    found = []
+    for seed, lengths, size in ((0, (5,), (1, 4, 6)), (1, (3,), (2, 2, 4))):
+        found.append(transformer(*make_inputs(seed, lengths, size)))
+        found[-1].square().mean().backward()
+        found += [parameter.grad for parameter in network.parameters()]
+        network.zero_grad(set_to_none=True)
+        network.eval()
+        with torch.no_grad():
+            found.append(transformer(*make_inputs(seed + 5, (4 + seed,), (1 + seed, 4, 4))))
+        network.train()
+    return found
+
+
+def assert_close(first: list[torch.Tensor], second: list[torch.Tensor], within: float = 1e-5) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert (one - other).norm() <= within * (1 + other.norm())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def test_a_few_graphs_serve_all_blocks_and_sizes() -> None:
+    transformer, plain = make(3, 4), make(3, 4)
+    enable_compile(transformer, TRACED)
+    network = add_lora(transformer, **FEW)
+    add_lora(plain, **FEW)
+
+    def graphs_of(lengths: tuple[int, ...], size: tuple[int, int, int] = (1, 4, 6), seed: int = 0) -> int:
+        before = compiled_graphs()
+        found, expected = (model(*make_inputs(seed, lengths, size)) for model in (transformer, plain))
+        assert_close([found], [expected])
+        return compiled_graphs() - before
+
+    # The first double block is another case than the others: its inputs have no gradient.
+    assert graphs_of((6,)) == 3
+    assert graphs_of((5,), (2, 2, 4)) == graphs_of((3,), (1, 6, 6), seed=1) == 0
+    assert graphs_of((6, 6)) == 3  # several samples
+    assert graphs_of((4, 4, 4), (2, 4, 4)) == 0
+    assert graphs_of((6, 2)) == 6  # of different lengths: a graph before the attention, and one after it
+    # What the first of them hands to the second is taken to be of one size until another one comes, and likewise of one number.
+    assert graphs_of((3, 5), (2, 4, 4)) <= 3
+    assert graphs_of((1, 0, 4, 2), (1, 4, 8)) <= 3
+    assert graphs_of((4, 2, 3), (1, 6, 6)) == graphs_of((2, 6), (1, 2, 6)) == 0
+    network.eval()
+    with torch.no_grad():
+        assert graphs_of((6,)) == 2
+        assert graphs_of((4,), (2, 4, 4)) == 0
+    network.train()
+    assert graphs_of((2,), (1, 4, 4)) == 0
+    assert not torch._dynamo.utils.counters["recompile_limit"]
+
+
+@pytest.mark.parametrize(
+    ("swapped", "checkpointing", "fp8"),
+    [(2, True, True), (2, False, False)],
+    ids=["swap, checkpointing, float8", "swap"],
+)
+def test_outputs_and_gradients_are_those_of_eager_blocks(swapped: int, checkpointing: bool, fp8: bool) -> None:
+    def live(settings: CompileSettings | None, swap: int) -> list[torch.Tensor]:
+        transformer = make(fp8=fp8)
+        enable_block_swap(transformer, SwapSettings(swap, recomputed=checkpointing), CPU)
+        if settings is not None:
+            enable_compile(transformer, settings)
+        if checkpointing:
+            enable_gradient_checkpointing(transformer)
+        return train_and_sample(transformer, add_lora(transformer, **FEW))
+
+    expected = live(None, 0)
+    graphs = compiled_graphs()
+    found = live(LOWERED, 0)
+    made = compiled_graphs() - graphs
+    assert made == 5  # three for training, and two for samples
+    assert all(value.isfinite().all() for value in found) and any(value.norm() > 0.01 for value in found)
+    assert_close(found, expected)
+    if swapped:
+        assert same(live(LOWERED, swapped), found)
+        assert compiled_graphs() == graphs + made, "it is not seen by the compiler"
+
+
+def test_offloaded_activations_and_a_network_that_is_off_go_together_with_it() -> None:
+    def live(settings: CompileSettings | None, swap: int, offload: bool) -> list[torch.Tensor]:
+        transformer = make(1, 2)
+        enable_block_swap(transformer, SwapSettings(swap, recomputed=True), CPU)
+        if settings is not None:
+            enable_compile(transformer, settings)
+        enable_gradient_checkpointing(transformer, make_offloader(3, CPU, pinned=False) if offload else None)
+        network = add_lora(transformer, exclude_patterns="['.*']", include_patterns="['.*(img_attn_qkv|linear1)']")
+        found = []
+        for seed, size in ((0, (1, 4, 6)), (1, (2, 2, 4))):
+            inputs = make_inputs(seed, (5 - seed,), size)
+            with torch.no_grad(), network_off(network):  # as prior preservation asks for its target
+                found.append(transformer(*inputs))
+            found.append(transformer(*inputs))
+            (found[-1] - found[-2]).square().mean().backward()
+            found += [parameter.grad for parameter in network.parameters()]
+            network.zero_grad(set_to_none=True)
+        assert not torch.equal(found[0], found[1])
+        return found
+
+    expected = live(None, 0, offload=False)
+    graphs = compiled_graphs()
+    found = live(TRACED, 1, offload=True)
+    assert_close(found, expected)
+    made = compiled_graphs() - graphs
+    assert same(live(TRACED, 0, offload=False), found)
+    assert compiled_graphs() == graphs + made == 4, "two for training, and two for what the network is switched off for"
+
+
+def test_module_dropout_needs_no_branch_in_a_graph() -> None:
+    """About half of the layers lack their update, others each time, and checkpointing computes the same again."""
+    transformer = make()
+    enable_compile(transformer, TRACED)
+    enable_gradient_checkpointing(transformer)
+    network = add_lora(transformer, module_dropout="0.5", **FEW)
+    left_out = []
+    for _ in range(2):
+        torch.manual_seed(7 + len(left_out))
+        transformer(*make_inputs(0, (5,))).square().mean().backward()
+        left_out.append([not lora.lora_up.weight.grad.any() for lora in network.loras()])
+        network.zero_grad(set_to_none=True)
+    assert compiled_graphs() == 3 and not torch._dynamo.utils.counters["graph_break"]
+    assert left_out[0] != left_out[1] and all(0 < sum(which) < len(which) == 8 for which in left_out)
+
+
+def test_blocks_keep_their_class_and_parameters() -> None:
+    transformer, plain = make(), make()
+    enable_compile(transformer, TRACED)
+    assert [name for name, _ in transformer.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert transformer.state_dict().keys() == plain.state_dict().keys()
+    assert all(isinstance(block.forward, CompiledForward) for block in blocks_of(transformer))
+
+
+def test_what_is_wrapped_already_is_refused() -> None:
+    transformer = make()
+    enable_gradient_checkpointing(transformer)
+    with pytest.raises(RuntimeError, match="compile it before"):
+        enable_compile(transformer, TRACED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where nothing can be compiled
+
+
+@pytest.fixture
+def without(monkeypatch) -> Callable[..., None]:
+    """``without(compiler=True)`` takes the C++ compiler away, ``without(triton=True)`` the package triton."""
+
+    def arrange(compiler: bool = False, triton: bool = False) -> None:
+        if compiler:
+            monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+        if triton:
+            monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: None)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("platform", "package"), [("win32", "triton-windows"), ("linux", "triton")])
+def test_a_card_needs_triton(without, monkeypatch, platform: str, package: str) -> None:
+    without(triton=True)
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(UserError, match=rf"--compile needs the package triton .* pip install {package};"):
+        check_compile(torch.device("cuda"), CompileSettings())
+
+
+@pytest.mark.parametrize(("platform", "compiler"), [("win32", "cl"), ("darwin", "clang"), ("linux", "g")])
+def test_the_cpu_needs_a_compiler(without, monkeypatch, platform: str, compiler: str) -> None:
+    without(compiler=True)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(UserError, match=rf"--compile needs a C\+\+ compiler on the CPU, and {compiler}.* is not found"):
+        check_compile(CPU, CompileSettings())
+
+
+def test_whatever_else_fails_is_one_sentence(monkeypatch) -> None:
+    def failing(graph: object, inputs: object) -> None:
+        raise OSError("no room\nin the cache")
+
+    with pytest.raises(UserError, match=r"--compile: torch cannot compile for cpu here \(.*no room in the cache\). Mend that"):
+        check_compile(CPU, CompileSettings(backend=failing))
+
+
+def test_it_is_found_out_before_anything_is_loaded(train, call_script, tiny_model, without, monkeypatch, tmp_path: Path) -> None:
+    without(compiler=True)
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train("--compile")
+    assert ended.status == 2 and "C++ compiler" in ended.stderr and "Traceback" not in ended.stderr
+    encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    drawn = ("--dit", tiny_model.dit, *encoders, "--prompt", "ball", "--save_path", tmp_path, "--output_type", "latent")
+    ended = call_script("hv_generate_video", *drawn, "--compile")
+    assert ended.status == 2 and "C++ compiler" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_mode_without_compiling_is_refused(train) -> None:
+    ended = train("--compile_mode", "max-autotune-no-cudagraphs")
+    assert ended.status == 2 and "give --compile as well" in ended.stderr
+
+
+def test_no_widened_weight_is_kept_for_the_backward_pass() -> None:
+    """As inductor splits the graphs, which may compute in either pass what depends on weights alone."""
+    split = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
+    settings = CompileSettings(backend=split)
+    transformer, plain = make(1, 1, fp8=True), make(1, 1, fp8=True)
+    enable_compile(transformer, settings)
+    kept: list[torch.Tensor] = []
+    networks = [add_lora(model, **FEW) for model in (transformer, plain)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = transformer(*make_inputs(lengths=(5,)))
+    expected = plain(*make_inputs(lengths=(5,)))
+    for out in (found, expected):
+        out.square().mean().backward()
+    gradients = [[parameter.grad for parameter in network.parameters()] for network in networks]
+    assert_close([found, *gradients[0]], [expected, *gradients[1]])
+    blocks = (transformer.double_blocks, transformer.single_blocks)
+    wide = [value for value in kept if value.dtype == torch.float32]
+    for weight in (parameter for part in blocks for parameter in part.parameters() if parameter.dtype == FP8_DTYPE):
+        assert not any(value.shape in (weight.shape, weight.t().shape) and torch.equal(value, weight.float()) for value in wide)
+    assert sum(value.dtype == FP8_DTYPE for value in kept) == 8  # the first two layers' inputs have no gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+def test_the_time_of_steps_that_compile_is_told(train, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    caplog.set_level(logging.INFO)
+    seconds = []
+    monkeypatch.setattr(CompileWatch, "tell", told := noting(CompileWatch.tell, seconds))
+    few = [f"{name}={value}" for name, value in FEW.items()]
+    assert train("--max_train_epochs", 1, "--compile", "--network_args", *few).status == 0
+    assert told and seconds == [f"step {number}" for number in range(1, 5)]
+    lines = [message for message in caplog.messages if "compiles: " in message]
+    assert lines and lines[0].startswith("step 1 compiles: ") and float(lines[0].split()[3]) > 0
+    assert len(lines) < 4  # batches of the same kind find their graphs
+
+
+def test_the_time_that_the_dry_step_compiles_is_told(train, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(CompileWatch, "tell", lambda watch, what: told.append(what))
+    assert train("--max_train_steps", 1, "--dry_step", "always").status == 0
+    assert told == ["the dry step", "step 1"]
+
+
+def noting(tell: Callable[..., None], names: list[str]) -> Callable[..., None]:
+    def noted(watch: CompileWatch, what: str) -> None:
+        names.append(what)
+        tell(watch, what)
+
+    return noted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None,
+    reason="torch generates code for the CPU with a C++ compiler, g++ by default",
+)
+def test_generated_code_trains_the_same_lora(train, cached: Path, tmp_path: Path) -> None:
+    """Pictures of two sizes and a clip, one by one."""
+    single = cached.with_name("one_by_one.toml")
+    single.write_text(cached.read_text("utf-8").replace("batch_size = 2", "batch_size = 1"), encoding="utf-8")
+    flags = ("--max_train_epochs", 1, "--learning_rate", 1e-2, "--optimizer_type", "SGD", "--gradient_checkpointing")
+    flags += ("--network_args", *(f"{name}={value}" for name, value in FEW.items()))
+    for name, more in (("eager", ()), ("compiled", ("--compile",))):
+        assert train(*flags, *more, name=name, dataset=single).status == 0
+    eager, compiled = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    assert max(eager[name].abs().max() for name in eager if name.endswith("lora_up.weight")) > 1e-5
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], atol=1e-6, rtol=1e-3)

@@ -1,0 +1,202 @@
+"""hunyuan_model.runtime.memory: what is predicted, against what is counted while the same thing runs, and against known sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from allocations import peak_bytes, saved_bytes
+from torch import Tensor, nn
+
+import hunyuan_model
+from hunyuan_model.runtime.block_swap import SwapSettings
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.memory import (
+    ActivationBytes,
+    BatchSize,
+    Computation,
+    Storage,
+    loss_bytes,
+    sampling_activations,
+    table_bytes,
+    training_activations,
+    weight_bytes,
+)
+from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.lora import create_network
+
+FULL = TransformerConfig()
+WITHIN = 0.15
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def config(hidden: int = 128, doubles: int = 2, singles: int = 3, mlp: int = 512) -> TransformerConfig:
+    return TransformerConfig(
+        hidden_size=hidden,
+        heads=hidden // 32,
+        head_dim=32,
+        double_depth=doubles,
+        single_depth=singles,
+        mlp_size=mlp,
+        text_dim=64,
+        pooled_dim=48,
+        rope_dims=rope_dims_for(32),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, and how it is computed; ``lengths`` are those of the captions, all full if None."""
+
+    config: TransformerConfig
+    batch: BatchSize
+    dtype: torch.dtype
+    checkpointing: bool
+    rank: int = 4
+    lengths: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, (self.batch.samples, *self.batch.size, self.batch.text_tokens)))
+        how = "again" if self.checkpointing else "kept"
+        depth = f"{self.config.double_depth}+{self.config.single_depth}of{self.config.hidden_size}and{self.config.mlp_size}"
+        return f"{depth}-{size}-{str(self.dtype).removeprefix('torch.')}-{how}-rank{self.rank}"
+
+
+CASES = [
+    Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=True),
+    Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=False),
+    Case(config(), BatchSize(1, (2, 32, 24), 200), FP32, checkpointing=True, rank=16),
+    Case(config(), BatchSize(1, (2, 32, 24), 16), FP32, checkpointing=False, rank=1),
+    Case(config(), BatchSize(3, (1, 16, 32), 64), BF16, checkpointing=False, rank=16, lengths=(64, 5, 30)),
+    Case(config(), BatchSize(2, (1, 24, 32), 64), BF16, checkpointing=True),
+    Case(config(hidden=192, doubles=4, singles=1, mlp=384), BatchSize(1, (1, 32, 32), 32), BF16, checkpointing=True),
+    Case(config(hidden=96, doubles=1, singles=5, mlp=576), BatchSize(2, (1, 24, 24), 48), FP32, checkpointing=True),
+    Case(config(hidden=96, doubles=1, singles=5, mlp=576), BatchSize(2, (1, 24, 24), 48), BF16, checkpointing=False),
+]
+
+
+@dataclass
+class Built:
+    """A case with everything that runs it."""
+
+    case: Case
+    transformer: nn.Module
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [*self.transformer.parameters(), *self.network.parameters()]
+
+    def loss(self) -> Tensor:
+        return self.transformer(*self.inputs).float().mean()
+
+    def step(self) -> None:
+        self.loss().backward()
+
+    def predicted(self) -> ActivationBytes:
+        values = sum(parameter.numel() for parameter in self.network.parameters())
+        how = Computation(self.case.dtype, checkpointing=self.case.checkpointing, network_values=values)
+        return training_activations(self.case.config, self.case.batch, how)
+
+
+def build(case: Case) -> Built:
+    torch.manual_seed(0)
+    transformer = HYVideoDiffusionTransformer(case.config).to(case.dtype).requires_grad_(False).eval()
+    if case.checkpointing:
+        enable_gradient_checkpointing(transformer)
+    network = create_network(1.0, case.rank, 1.0, None, None, transformer)
+    network.apply_to(None, transformer)
+    network.train()
+    samples, text = case.batch.samples, case.batch.text_tokens
+    lengths = torch.tensor(case.lengths or (text,) * samples)
+    inputs = (
+        torch.randn(samples, 16, *case.batch.size, dtype=case.dtype),
+        torch.rand(samples) * 1000,
+        torch.randn(samples, text, case.config.text_dim, dtype=case.dtype),
+        torch.arange(text) < lengths[:, None],
+        torch.randn(samples, case.config.pooled_dim, dtype=case.dtype),
+        torch.rand(samples) * 1000,
+    )
+    return Built(case, transformer, network, inputs)
+
+
+def close(predicted: float, counted: float) -> bool:
+    return abs(predicted - counted) <= WITHIN * counted
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_takes_what_is_predicted(case: Case) -> None:
+    built = build(case)
+    predicted, table = built.predicted(), table_bytes(case.config, case.batch)
+    if not case.checkpointing:
+        assert close(predicted.inputs + predicted.kept + table, saved_bytes(built.loss, built.weights))
+    else:
+        # At the peak fewer may be left, where that is in the backward pass of the double blocks.
+        inputs = (case.config.double_depth + case.config.single_depth + 1) * case.config.hidden_size * case.dtype.itemsize
+        inputs *= case.batch.tokens(case.config)
+        assert close(inputs + table, saved_bytes(built.loss, [*built.weights, *built.inputs]))
+    built.step()  # gradients and tables are there before what is counted begins
+    assert close(predicted.device, peak_bytes(built.step))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
+def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
+    monkeypatch.setattr("hunyuan_model.transformer.gelu.SLICE_VALUES", 2**13)  # of these small tensors a slice would be the whole
+    built = build(case)
+    with torch.no_grad():
+        built.loss()
+        counted = peak_bytes(built.loss)
+    assert close(sampling_activations(case.config, case.batch, case.dtype), counted)
+
+
+@pytest.mark.parametrize("fp8", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}], ids=lambda flags: "_".join(flags) or "wide")
+@pytest.mark.parametrize("swap", [SwapSettings(), SwapSettings(blocks=1), SwapSettings(blocks=4, embedders=True)], ids=str)
+def test_weights_lie_where_they_are_expected(tiny_model, fp8, swap) -> None:
+    model = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=BF16, swap=swap, **fp8)
+    predicted = weight_bytes(model.config, Storage(BF16, "fp8" in fp8, "fp8_scaled" in fp8), swap)
+    assert predicted.slots == pytest.approx(model.block_swap.slot_bytes if swap.blocks else 0, abs=1024)
+    pieces = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
+    by_piece = {}
+    for weight in model.parameters():
+        by_piece.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
+    shared = sum(pieces[address] for address, weights in by_piece.items() if len(weights) > 1)
+    alone = sum(weights[0].nbytes for weights in by_piece.values() if len(weights) == 1)
+    assert predicted.resident == pytest.approx(alone, abs=0)
+    assert predicted.host == pytest.approx(shared, rel=0.02)
+
+
+def test_the_published_model_has_its_known_sizes() -> None:
+    assert weight_bytes(FULL, Storage(BF16), SwapSettings()).resident == 2 * 12_821_012_544
+    narrow = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings())
+    assert narrow.resident == 2 * 12_821_012_544 - 9_059_696_640
+    assert narrow.widened == 2 * 3072 * 21504
+    swapped = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings(blocks=58))
+    assert 1.5e9 < swapped.resident + swapped.slots < 1.7e9 and 15.8e9 < swapped.host < 16e9
+
+
+def test_sizes_of_a_batch() -> None:
+    picture, clip = BatchSize(2, (1, 68, 120), 100), BatchSize(1, (9, 68, 120), 100)
+    assert (picture.image_tokens(FULL), picture.tokens(FULL)) == (2040, 2 * 2140)
+    assert clip.image_tokens(FULL) == 9 * 2040
+    assert BatchSize(1, (1, 4, 4), 0).tokens(FULL) == 4 + 1  # a caption keeps one row
+    assert table_bytes(FULL, picture) == (2040 + 256) * 64 * 2 * 4
+    assert loss_bytes(FULL, picture) == 8 * 4 * 2 * 16 * 68 * 120
+
+
+def test_block_inputs_on_the_host_leave_the_device() -> None:
+    clip = BatchSize(1, (9, 68, 120), 256)
+    on_device = training_activations(FULL, clip, Computation(BF16, checkpointing=True))
+    on_host = training_activations(FULL, clip, Computation(BF16, checkpointing=True, inputs_on_host=True))
+    assert on_host.host_inputs == 60 * 2 * 3072 * clip.tokens(FULL)
+    assert on_device.host_inputs == 0
+    assert on_host.inputs < 0.1 * on_device.inputs
+    assert (on_host.kept, on_host.working) == (on_device.kept, on_device.working)
+
+
+def test_a_widened_weight_counts_where_it_is_larger_than_what_comes_and_goes() -> None:
+    tiny, how = BatchSize(1, (1, 4, 4), 8), Computation(BF16, checkpointing=True)
+    widened = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings()).widened
+    assert training_activations(FULL, tiny, how, widened).working > widened > training_activations(FULL, tiny, how).working

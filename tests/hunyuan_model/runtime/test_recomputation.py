@@ -1,0 +1,255 @@
+"""What is left out when a block is computed again: the last products where nothing asks for them, and never a gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_block_swap import CONFIG, a_life, add_lora, blocks_of, make_inputs, make_transformer, same
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hunyuan_model.quantization.linear import enable_fp8_linears, is_fp8_target, quantise_blocks
+from hunyuan_model.runtime.activation_offload import make_offloader
+from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
+from hunyuan_model.runtime.compilation import CompileSettings, enable_compile
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from networks.lora import LoRAModule
+
+LAST = ("img_mlp.fc2", "txt_mlp.fc2", "linear2")
+
+
+def last_layers(transformer: nn.Module) -> list[nn.Linear]:
+    return [layer for name, layer in transformer.named_modules() if name.endswith(LAST)]
+
+
+def backward_flops(transformer: nn.Module, network: nn.Module) -> int:
+    loss = transformer(*make_inputs()).square().mean()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    network.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def flops_of_last_products(transformer: nn.Module) -> int:
+    """Of one forward pass."""
+    rows: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, out: rows.append(out.numel() // out.shape[-1] * layer.weight.numel()))
+        for layer in last_layers(transformer)
+    ]
+    with torch.no_grad():
+        transformer(*make_inputs())
+    for hook in hooks:
+        hook.remove()
+    return 2 * sum(rows)
+
+
+@pytest.fixture
+def wholly() -> Callable[[nn.Module], None]:
+    """Checkpoints a transformer with nothing left out."""
+
+    def enable(transformer: nn.Module) -> None:
+        for block in blocks_of(transformer):
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+    return enable
+
+
+def narrow(transformer: nn.Module) -> nn.Module:
+    """The weights as whole numbers with scales."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, nn.Linear) and is_fp8_target(f"{name}.weight"):
+            layer.weight.data, scale = quantise_blocks(layer.weight.data)
+            layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    enable_fp8_linears(transformer, torch.float32)
+    return transformer
+
+
+@pytest.mark.parametrize("weights", ["float32", "float8", "whole numbers"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool) -> None:
+    def made() -> nn.Module:
+        transformer = make_transformer(weights == "float8")
+        return narrow(transformer) if weights == "whole numbers" else transformer
+
+    whole, less = made(), made()
+    wholly(whole)
+    enable_gradient_checkpointing(less, make_offloader(4, torch.device("cpu"), pinned=False) if offload else None)
+    wanted = backward_flops(whole, add_lora(whole)) - flops_of_last_products(whole)
+    assert backward_flops(less, add_lora(less)) == wanted
+
+
+NETWORKS = {
+    "LoRA": {},
+    "dropouts": {"rank_dropout": "0.5", "dropout": "0.3", "module_dropout": "0.4"},
+    "modulation learns": {"include_patterns": "['.*(mod|modulation).*']"},
+    "few layers learn": {"exclude_patterns": "['.*']", "include_patterns": "['.*(img_attn_qkv|txt_mlp.fc2|linear1)']"},
+    "last layers learn": {"exclude_patterns": "['.*']", "include_patterns": "['.*(mlp.fc2|linear2)']"},
+}
+
+
+@pytest.mark.parametrize("network_args", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("kind", ["plain", "float8", "swapped"])
+def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, network_args: dict[str, str], kind: str) -> None:
+    def life(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer(kind == "float8")
+        if kind == "swapped":
+            enable_block_swap(transformer, SwapSettings(2, recomputed=True), torch.device("cpu"))
+        enable(transformer)
+        network = add_lora(transformer, **network_args)
+        torch.manual_seed(3)
+        return [tensor for tensor in a_life(transformer, network) if tensor is not None]  # of modules that are left out
+
+    assert same(life(enable_gradient_checkpointing), life(wholly))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_under_autocast(wholly, dtype: torch.dtype) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer().to(dtype)
+        enable(transformer)
+        network = add_lora(transformer)
+        with torch.autocast("cpu", torch.bfloat16):
+            transformer(*make_inputs()).float().square().mean().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+
+
+class Magnitudes(LoRAModule):
+    """A kind of LoRA that does not only add."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.factor = nn.Parameter(torch.full((), 1.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+class Curved(nn.Module):
+    """A parametrization that multiplies matrices."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.full((features, 1), 0.1))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.p @ self.p.T @ weight
+
+
+def hooked(transformer: nn.Module, how: str) -> list[nn.Parameter]:
+    """Something that learns in every block, put into it in the way called ``how``."""
+    learning = []
+    for block in transformer.single_blocks:
+        factor = nn.Parameter(torch.full((), 1.1))
+        if how == "hook on the layer":
+            block.linear2.register_forward_hook(lambda _module, _given, out, factor=factor: out * factor)
+        elif how == "hook before the gate":
+            block.modulation.register_forward_pre_hook(lambda _module, given, factor=factor: (given[0] * factor,))
+        elif how == "kind of LoRA":
+            lora = Magnitudes(block.linear2.in_features, block.linear2.out_features, 2, 2.0)
+            lora.attach(block.linear2)
+            factor = lora.factor
+        elif how == "parametrization":
+            nn.utils.parametrize.register_parametrization(block.linear2, "weight", Curved(block.linear2.out_features))
+            factor = block.linear2.parametrizations.weight[0].p
+        elif how == "wrapped layer":
+            block.linear2.forward = lambda x, forward=block.linear2.forward, factor=factor: forward(x) * factor
+        else:
+            block.forward = lambda *inputs, forward=block.forward, factor=factor: forward(*inputs) * factor
+        learning.append(factor)
+    return learning
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "how", ["hook on the layer", "hook before the gate", "kind of LoRA", "parametrization", "wrapped layer", "wrapped block"]
+)
+def test_whatever_else_learns_gets_its_gradient(wholly, how: str, first: bool) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        learning = hooked(transformer, how) if first else []
+        enable(transformer)
+        learning = learning or hooked(transformer, how)
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for parameter in learning]
+
+    found = gradients(enable_gradient_checkpointing)
+    assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)
+
+
+def test_a_lora_that_was_hooked_in_before_is_computed_whole(wholly) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        network = add_lora(transformer)
+        enable(transformer)
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+
+
+class Multiplied(nn.Module):
+    """A network that takes the result of a part of a block for its own gradient."""
+
+    def __init__(self, part: nn.Module, features: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((features,), 1.1))
+        self.base_forward = part.forward
+        part.forward = self.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_forward(x) * self.factor
+
+
+@pytest.mark.parametrize("where", ["layer", "LoRA", "MLP"])
+def test_a_network_that_asks_for_the_result_gets_it(wholly, where: str) -> None:
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        enable(transformer)
+        if where == "LoRA":
+            add_lora(transformer)
+        parts = [block.img_mlp for block in transformer.double_blocks] if where == "MLP" else last_layers(transformer)
+        network = nn.ModuleList(Multiplied(part, CONFIG.hidden_size) for part in parts)
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    found = gradients(enable_gradient_checkpointing)
+    assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)
+
+
+@pytest.mark.parametrize("trained", ["modulation", "last layers", "embedder"])
+def test_layers_that_learn_themselves_get_their_gradients(wholly, trained: str) -> None:
+    parts = {"modulation": ("_mod.linear", "modulation.linear"), "last layers": LAST, "embedder": ("vector_in.in_layer",)}[trained]
+
+    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
+        transformer = make_transformer()
+        enable(transformer)
+        learning = [layer.requires_grad_() for name, layer in transformer.named_modules() if name.endswith(parts)]
+        assert learning
+        transformer(*make_inputs()).square().mean().backward()
+        return [parameter.grad for layer in learning for parameter in layer.parameters()]
+
+    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+
+
+def test_a_graph_that_is_kept_is_recomputed_each_time() -> None:
+    transformer = make_transformer()
+    enable_gradient_checkpointing(transformer)
+    network = add_lora(transformer)
+    loss = transformer(*make_inputs()).square().mean()
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in network.parameters()]
+    loss.backward()
+    assert same([parameter.grad for parameter in network.parameters()], [2 * gradient for gradient in once])
+
+
+def test_compiled_blocks_are_left_alone() -> None:
+    transformer = make_transformer()
+    enable_compile(transformer, CompileSettings(backend="eager"))
+    enable_gradient_checkpointing(transformer)
+    assert not any("forward" in vars(layer) for layer in last_layers(transformer))

@@ -1,0 +1,259 @@
+"""Swapped weights that processes share: the same memory in each, never another's, never written to; and what is done without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import mmap
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from test_block_swap import CPU, GOLDENS, MOST, a_life, add_lora, blocks_of, make_transformer, same
+
+from hunyuan_model.runtime import loading, shared_memory
+from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.host_weights import page_lock
+from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.shared_memory import Address, SharedMemory
+from networks.training import shared_weights
+
+linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
+SIZES = (100_000, 0, 5)  # of pieces, in bytes
+SECONDS = 120
+
+
+def take_and_write(address: Address, pipe: Connection) -> None:
+    """Another process: say what the pieces hold, write to each, and end when asked."""
+    memory = SharedMemory.open(address)
+    pieces = [memory.take(size) for size in SIZES]
+    pipe.send([piece.unique().tolist() for piece in pieces])
+    for piece in pieces:
+        piece[-1:] = 77
+    pipe.send((memory.shared_bytes, memory.own_bytes))
+    pipe.recv()
+    os._exit(1)  # nothing is tidied up
+
+
+@linux
+def test_a_piece_is_the_same_memory_in_two_processes():
+    memory = SharedMemory.create()
+    pieces = [memory.take(size) for size in SIZES]
+    for value, piece in enumerate(pieces, start=1):
+        piece.fill_(value)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    other = context.Process(target=take_and_write, args=(memory.address, there), daemon=True)
+    other.start()
+    there.close()  # so that its end is noticed
+    assert here.poll(SECONDS)
+    assert here.recv() == [[1], [], [3]]
+    assert here.recv() == (sum(SIZES), 0) == (memory.shared_bytes, memory.own_bytes)
+    assert [piece[-1:].tolist() for piece in pieces] == [[77], [], [77]]
+    assert pieces[0][:-1].unique().tolist() == [1]
+    here.send("end")
+    other.join(SECONDS)
+    assert other.exitcode == 1
+    assert pieces[2].tolist() == [3, 3, 3, 3, 77]
+    assert all(piece.data_ptr() % mmap.PAGESIZE == 0 for piece in pieces if len(piece))
+
+
+@linux
+def test_pieces_outlive_the_object_and_its_file_is_closed():
+    memory = SharedMemory.create()
+    link = Path(f"/proc/self/fd/{memory.address.descriptor}")
+    assert os.readlink(link).startswith("/memfd:")
+    piece = memory.take(10).fill_(9)
+    del memory
+    assert not (link.is_symlink() and "/memfd:" in os.readlink(link))
+    assert piece.tolist() == [9] * 10
+
+
+@linux
+def test_memory_of_others_is_not_taken_for_it(tmp_path: Path):
+    memory = SharedMemory.create()
+    address = memory.address
+    assert SharedMemory.open(address).address == address
+    with pytest.raises(OSError, match="another machine"):
+        SharedMemory.open(dataclasses.replace(address, machine="elsewhere"))
+    with pytest.raises(OSError, match="another container"):  # the same process and number there, but not this file
+        SharedMemory.open(dataclasses.replace(address, token=bytes(len(address.token))))
+    read_end, write_end = os.pipe()
+    try:
+        with pytest.raises(OSError, match="another container"):
+            SharedMemory.open(dataclasses.replace(address, descriptor=read_end))
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    with pytest.raises(FileNotFoundError):
+        SharedMemory.open(dataclasses.replace(address, descriptor=1_000_000))
+
+
+@linux
+def test_where_memory_is_short_each_takes_its_own_for_the_rest(caplog: pytest.LogCaptureFixture):
+    import resource
+
+    memory = SharedMemory.create()
+    first = memory.take(10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * mmap.ALLOCATIONGRANULARITY, limits[1]))
+    try:
+        with caplog.at_level(logging.WARNING):
+            large = memory.take(10 * mmap.ALLOCATIONGRANULARITY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    small = memory.take(20)
+    assert (memory.shared_bytes, memory.own_bytes) == (10, large.nbytes + 20)
+    assert large.fill_(1).sum() == large.nbytes and small.fill_(1).sum() == 20
+    assert [record.message for record in caplog.records if "no more memory" in record.message] == [caplog.records[0].message]
+
+    other = SharedMemory.open(memory.address)  # has the memory, and finds its pieces where they would be
+    assert other.take(10).copy_(torch.arange(10)).tolist() == first.tolist()
+    assert not other.take(large.nbytes).any() and not other.take(20).any()
+    assert (other.shared_bytes, other.own_bytes) == (30 + large.nbytes, 0)
+
+
+@linux
+def test_two_models_hold_one_copy_and_training_never_writes_to_it():
+    first = SharedMemory.create()
+    second = SharedMemory.open(first.address)
+    lives = []
+    for memory in (None, first, second):
+        transformer = make_transformer()
+        enable_block_swap(transformer, SwapSettings(MOST, embedders=True, recomputed=True, shared=memory), CPU)
+        enable_gradient_checkpointing(transformer)
+        written = Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes()
+        lives.append((a_life(transformer, add_lora(transformer)), transformer))
+        assert Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes() == written
+    assert same(lives[0][0], lives[1][0]) and same(lives[0][0], lives[2][0])
+    assert first.shared_bytes == second.shared_bytes > 0 and first.own_bytes == second.own_bytes == 0
+    streamed = [transformer.block_swap._weights for _, transformer in lives[1:]]
+    for block, weights in streamed[0].items():
+        weights.memory[5] ^= 255
+        assert torch.equal(weights.memory, streamed[1][block].memory)
+
+
+@linux
+@pytest.mark.parametrize("fp8", [{}, {"fp8": True, "fp8_scaled": True}], ids=["float32", "scaled"])
+def test_loading_settles_each_block_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch, fp8: dict[str, bool]):
+    options = {"device": "cpu", "dtype": torch.float32, **fp8}
+    expected = load_transformer(GOLDENS / "dit.safetensors", **options)
+    memory = SharedMemory.create()
+    settings = SwapSettings(3, embedders=True, shared=memory)
+    after: list[int] = []
+    load_weights = loading.load_weights
+
+    def loads(*arguments: object, **options: object) -> None:
+        load_weights(*arguments, **options)
+        after.append(memory.shared_bytes)
+
+    monkeypatch.setattr(loading, "load_weights", loads)
+    monkeypatch.setattr(shared_memory, "host_memory", lambda _: pytest.fail("memory of its own"))
+    swapped = load_transformer(GOLDENS / "dit.safetensors", **options, swap=settings)
+    assert after == [memory.shared_bytes] and after[0] > 0
+    assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
+    pieces = {parameter.untyped_storage().data_ptr() for block in blocks_of(swapped) for parameter in block.parameters()}
+    assert len(pieces) == len(blocks_of(swapped))  # all take turns
+
+
+@linux
+@pytest.mark.gpu
+def test_a_card_reads_memory_that_is_page_locked_by_all_who_share_it():
+    device = torch.device("cuda")
+    first = SharedMemory.create()
+    owners = [first, SharedMemory.open(first.address)]
+    pieces = [owner.take(1 << 20) for owner in owners]
+    pieces[0].random_()
+    assert all(page_lock(piece, device, owner) for piece, owner in zip(pieces, owners, strict=True))
+    assert all(piece.is_pinned() and torch.equal(piece.to(device, non_blocking=True).cpu(), pieces[0]) for piece in pieces)
+
+
+class Processes:
+    """Stands in for accelerate in one of two processes: what the others say is put beside what this one says."""
+
+    num_processes = 2
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: bool, others: list[list[object]]) -> None:
+        self.is_local_main_process = first
+        self.said: list[object] = []
+
+        def gather(said: list[object]) -> list[object]:
+            self.said += said
+            other = others.pop(0)
+            return [*said, *other] if first else [*other, *said]
+
+        monkeypatch.setattr(shared_weights, "gather_object", gather)
+
+
+@linux
+def test_the_others_find_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    memory = SharedMemory.create()
+    memory.take(10)
+    elsewhere = dataclasses.replace(memory.address, machine="elsewhere")
+    first = (memory.address.token, 10, 0, "")
+    offers = [(elsewhere, "layout", ""), (memory.address, "layout", "")]
+    with (
+        caplog.at_level(logging.INFO),
+        shared_weights.shared_host_memory(Processes(monkeypatch, False, [offers, [first]]), "layout") as found,
+    ):
+        assert found is not None and found.address == memory.address
+        found.take(10)
+    assert [record.message for record in caplog.records] == ["swapped weights: 0.0 GB, shared by 2 processes"]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("changes", "layout", "reason"),
+    [
+        ({"machine": "elsewhere"}, "layout", "another machine"),
+        ({"token": b"x"}, "layout", "another container"),
+        ({}, "x", "different"),
+    ],
+)
+def test_who_cannot_reach_it_holds_a_copy_and_says_so(monkeypatch, caplog, changes, layout, reason):
+    memory = SharedMemory.create()
+    offers = [(dataclasses.replace(memory.address, **changes), layout, "")]
+    processes = Processes(monkeypatch, False, [offers, [(memory.address.token, 10, 0, "")]])
+    with caplog.at_level(logging.INFO), shared_weights.shared_host_memory(processes, "layout") as found:
+        assert found is None
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("1 of 2 processes hold a copy of their own") and reason in line
+
+
+def test_without_such_memory_every_process_holds_a_copy(monkeypatch, caplog):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    refused = "only Linux has memory for that"
+    processes = Processes(monkeypatch, True, [[(None, "layout", "")], [(b"", 0, 0, refused)]])
+    with caplog.at_level(logging.INFO), shared_weights.shared_host_memory(processes, "layout") as found:
+        assert found is None
+    assert processes.said[0] == (None, "layout", refused)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("2 of 2 processes hold a copy of their own") and refused in line
+
+
+def test_a_failure_while_loading_is_not_held_up(monkeypatch):
+    processes = Processes(monkeypatch, True, [[(None, "layout", "")]])
+    with pytest.raises(ZeroDivisionError), shared_weights.shared_host_memory(processes, "layout"):
+        raise ZeroDivisionError
+    assert len(processes.said) == 1  # nothing was gathered after it
+
+
+def test_one_process_alone_shares_nothing(monkeypatch):
+    processes = Processes(monkeypatch, True, [])
+    processes.num_processes = 1
+    with shared_weights.shared_host_memory(processes, "layout") as found:
+        assert found is None
+
+
+def test_auto_goes_by_the_fullest_card_of_all_processes(train, monkeypatch, caplog):
+    monkeypatch.setattr("hv_train_network.gather_object", lambda said: [*said, 2])  # what another process chose
+    with caplog.at_level(logging.INFO):
+        ended = train("--blocks_to_swap", "auto", "--max_train_steps", 1)
+    assert ended.status == 0
+    messages = [record.message for record in caplog.records]
+    assert "--blocks_to_swap auto: 2, for the card with the least free memory" in messages
+    assert any(message.startswith("4 of 6 blocks come to the device in turn") for message in messages)

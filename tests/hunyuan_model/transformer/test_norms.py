@@ -1,0 +1,137 @@
+"""Norms in float32 of narrower activations, and what a training block keeps for its backward pass because of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_block_swap import CONFIG, add_lora, make_transformer
+from torch.profiler import ProfilerActivity, profile
+
+from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm
+from hunyuan_model.transformer.rope import rotation_table
+
+IMAGE, TEXT = 480, 20  # tokens
+HIDDEN = CONFIG.hidden_size
+
+
+def tokens(rows: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(1, rows, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output.dtype)
+    return list(torch.autograd.grad(output, inputs, gradient))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rms_norm_is_that_of_float32_in_both_directions(dtype):
+    norm = RMSNorm(32).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 32))
+    x = tokens(6, dtype=dtype).detach().unflatten(-1, (2, 32)).requires_grad_()
+
+    def expected() -> torch.Tensor:
+        return F.rms_norm(x.float(), (32,), norm.weight.float(), NORM_EPS)
+
+    assert norm(x).dtype == torch.float32
+    torch.testing.assert_close(norm(x), expected(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        without = norm(x)
+    assert torch.equal(norm(x), without)
+    for one, other in zip(gradients(norm(x), x, norm.weight), gradients(expected(), x, norm.weight)):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    norm.requires_grad_(False)
+    torch.testing.assert_close(gradients(norm(x), x)[0], gradients(expected(), x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_modulation_under_autocast_rounds_once(dtype):
+    x, shift, scale = tokens(6, 0, dtype), tokens(1, 1, dtype), tokens(1, 2, dtype)
+    exact = [one.detach().double().requires_grad_() for one in (x, shift, scale)]
+    expected = F.layer_norm(exact[0], (HIDDEN,), eps=NORM_EPS) * (1 + exact[2]) + exact[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = modulated_norm(x, shift, scale)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)  # half a place of bfloat16, rounded once
+    for one, other in zip(gradients(found, x, shift, scale), gradients(expected, *exact)):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_modulation_without_autocast_stays_in_the_dtype(dtype, samples):
+    seeds = iter(range(9))
+    x, shift, scale = (torch.cat([tokens(rows, next(seeds), dtype) for _ in range(samples)]) for rows in (6, 1, 1))
+    exact = [one.detach().double().requires_grad_() for one in (x, shift, scale)]
+    expected = F.layer_norm(exact[0], (HIDDEN,), eps=NORM_EPS) * (1 + exact[2]) + exact[1]
+    found = modulated_norm(x, shift, scale)
+    within = {"rtol": 2**-6, "atol": 2**-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, **within)
+    for one, other in zip(gradients(found, x, shift, scale), gradients(expected, *exact)):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, **within)
+
+
+def test_one_sample_is_modulated_in_one_pass():
+    def passes(samples: int) -> int:
+        x, shift, scale = (torch.zeros(samples, rows, HIDDEN, requires_grad=rows > 1) for rows in (6, 1, 1))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            modulated_norm(x, shift, scale)
+        return sum(event.count for event in profiled.key_averages() if event.key == "aten::addcmul")
+
+    assert (passes(1), passes(2)) == (0, 1)
+
+
+def saved_by(compute: Callable[[], object], apart_from: set[int]) -> dict[int, torch.Tensor]:
+    """What autograd keeps of a computation, by the address of its memory; each piece of memory once."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in apart_from:
+            saved[address] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = compute()
+    del kept
+    return saved
+
+
+# What a block keeps of its tokens, in vectors of the hidden size (the MLP of this model is twice as wide) for each token.
+# Both: the input; the modulated one, for LoRA; q and k as attention takes them, its answer.
+# Double: q, k and v before the norms, v in one piece with text; the middle of the residual stream; that modulated, for LoRA;
+# the MLP before and after its activation. Single: q, k, v and the MLP in one piece; the last layer's input, for LoRA.
+DOUBLE_VECTORS = 2 + 3 + 3 + 1 + 1 + 1 + 4
+SINGLE_VECTORS = 2 + 3 + 5 + 3
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_a_block_in_training_keeps_no_float32_copy_of_its_tokens(kind, autocast):
+    transformer = make_transformer().to(torch.bfloat16)
+    network = add_lora(transformer)
+    image_rope = rotation_table((1, 20, 24), CONFIG.rope_dims, CONFIG.rope_theta, torch.device("cpu"))
+    rope = torch.cat((image_rope, image_rope[:TEXT]))
+    vec = torch.zeros(1, HIDDEN, dtype=torch.bfloat16)
+    own = {weight.untyped_storage().data_ptr() for weight in (*transformer.parameters(), *network.parameters())}
+
+    def compute() -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if kind == "double":
+                return transformer.double_blocks[1](tokens(IMAGE), tokens(TEXT), vec, image_rope, None)
+            return transformer.single_blocks[1](tokens(IMAGE + TEXT), vec, rope, None)
+
+    saved = saved_by(compute, own | {image_rope.untyped_storage().data_ptr(), rope.untyped_storage().data_ptr()})
+    wide = [tensor for tensor in saved.values() if tensor.dtype == torch.float32 and tensor.numel() >= TEXT * HIDDEN]
+    assert not wide, [tuple(tensor.shape) for tensor in wide]
+    vectors = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / ((IMAGE + TEXT) * HIDDEN * 2)
+    expected = DOUBLE_VECTORS if kind == "double" else SINGLE_VECTORS
+    # Beside them: weights of the LoRA in bfloat16, its hidden values, what norms and attention know of each token.
+    assert expected <= vectors <= expected + 1

@@ -1,0 +1,111 @@
+"""hv_train_network.py --loss_log: what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hv_train_network
+from networks.training.logging.loss_log import COLUMNS, LossLog, check_loss_log
+from utils.errors import UserError
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_line_for_each_step_with_what_the_progress_bar_shows(train, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(hv_train_network.tqdm, "set_postfix", lambda _self, **values: shown.append(values))
+    path = tmp_path / "logs" / "loss.csv"
+    schedule = ("--learning_rate", 4e-3, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4)
+    # Four batches an epoch make two steps of two; the average goes over an epoch.
+    ended = train("--max_train_epochs", 3, "--gradient_accumulation_steps", 2, "--loss_log", path, *schedule)
+    assert ended.status == 0, ended.stderr
+    rows = rows_of(path)
+    assert tuple(rows[0]) == COLUMNS
+    assert [(row["step"], row["epoch"]) for row in rows] == [(str(i), str((i + 1) // 2)) for i in range(1, 7)]
+    losses = [float(row["loss"]) for row in rows]
+    averages = [losses[0], *((first + second) / 2 for first, second in pairwise(losses))]
+    assert [float(row["average_loss"]) for row in rows] == pytest.approx(averages, rel=1e-4)
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0, 1e-3, 2e-3, 3e-3, 4e-3, 4e-3])
+    logged = [{"loss": f"{float(row['loss']):.4f}", "average": f"{float(row['average_loss']):.4f}"} for row in rows]
+    assert logged == shown
+
+
+def test_a_training_that_stops_leaves_the_steps_it_made(train, tmp_path, monkeypatch):
+    path, step = tmp_path / "loss.csv", hv_train_network.train_step
+    seen = []
+
+    def third_fails(training, batches):
+        if len(seen) == 2:
+            assert len(rows_of(path)) == 2, "lines are not held back until the file is closed"
+            raise UserError("the third step fails.")
+        seen.append(step(training, batches))
+        return seen[-1]
+
+    monkeypatch.setattr(hv_train_network, "train_step", third_fails)
+    path.write_text("what an earlier training left\n" * 9, encoding="utf-8")
+    assert train("--max_train_steps", 4, "--loss_log", path).status == 2
+    assert [float(row["loss"]) for row in rows_of(path)] == pytest.approx([one.loss for one in seen], rel=1e-8)
+
+
+def test_only_the_main_process_writes(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(hv_train_network.Accelerator, "is_main_process", False)
+    monkeypatch.setattr(logging, "disable", lambda _level: None)  # what silences the others would silence all tests after this
+    assert train("--max_train_steps", 1, "--loss_log", tmp_path / "loss.csv").status == 0
+    assert not (tmp_path / "loss.csv").exists()
+
+
+def test_an_optimiser_that_picks_its_own_rate_is_logged_with_the_one_it_used(train, tmp_path, monkeypatch):
+    flags = ("--optimizer_type", "adafactor", "--optimizer_args", "scale_parameter=False", "warmup_init=True")
+    assert train("--max_train_steps", 3, *flags, "--loss_log", tmp_path / "loss.csv").status == 0
+    assert [float(row["learning_rate"]) for row in rows_of(tmp_path / "loss.csv")] == pytest.approx([1e-6, 2e-6, 3e-6])
+
+
+def test_losses_are_told_to_the_last_bit_of_float32(tmp_path):
+    values = np.random.default_rng(0).lognormal(size=1000).astype(np.float32)
+    with LossLog(tmp_path / "loss.csv") as log:
+        for value in values.tolist():
+            log.write(1, 1, value, value, 1e-3, value)
+    rows = rows_of(tmp_path / "loss.csv")
+    for name in ("loss", "average_loss", "validation_loss"):
+        assert (np.array([float(row[name]) for row in rows], dtype=np.float32) == values).all()
+
+
+def test_a_rate_that_nobody_knows_is_an_empty_field(tmp_path):
+    with LossLog(tmp_path / "loss.csv") as log:
+        log.write(1, 1, 0.5, 0.5, None)
+    assert rows_of(tmp_path / "loss.csv")[0]["learning_rate"] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [(".", "is a folder"), ("file/below/loss.csv", "cannot be written"), ("x" * 300, "shorter one")]
+)
+def test_a_log_that_cannot_be_written_is_told_before_loading(train, monkeypatch, tmp_path, name, says):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("the model was loaded"))
+    before = sorted(tmp_path.iterdir())
+    ended = train("--loss_log", tmp_path / name)
+    assert ended.status == 2 and "--loss_log" in ended.stderr and says in ended.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_new_log_may_lie_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_loss_log("loss.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path, caplog):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    with caplog.at_level(logging.WARNING), LossLog("/dev/full") as log:
+        log.write(1, 1, 0.5, 0.5, 1e-3)
+    assert caplog.text.count("training goes on without it") == 1

@@ -1,0 +1,304 @@
+"""networks.training.samples.prompts: what a file of prompts may hold, and one sentence for everything else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from networks.training.samples.prompts import PROMPT_OPTIONS, SamplePrompt, parse_prompt_line, read_sample_prompts
+from utils.errors import UserError
+
+DEFAULTS = {
+    "width": 256,
+    "height": 256,
+    "frame_count": 1,
+    "seed": None,
+    "sample_steps": 20,
+    "guidance_scale": 6.0,
+    "discrete_flow_shift": 14.5,
+}
+FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+def values(prompt: SamplePrompt) -> dict:
+    found = asdict(prompt)
+    del found["where"]
+    return found
+
+
+def test_a_line_with_nothing_but_a_prompt_has_the_defaults():
+    assert values(parse_prompt_line("a red ball", "here")) == {"prompt": "a red ball", **DEFAULTS}
+
+
+def test_every_option_of_a_line():
+    prompt = parse_prompt_line("a red ball --w 512 --h 320 --f 25 --d 7 --s 30 --g 4.5 --fs 7", "here")
+    assert values(prompt) == {
+        "prompt": "a red ball",
+        "width": 512,
+        "height": 320,
+        "frame_count": 25,
+        "seed": 7,
+        "sample_steps": 30,
+        "guidance_scale": 4.5,
+        "discrete_flow_shift": 7.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "changed"),
+    [
+        ("a \"quoted\" 'word' --w 32", "a \"quoted\" 'word'", {"width": 32}),
+        ("a\tball\t--w\t32\t--h  48", "a\tball", {"width": 32, "height": 48}),
+        ("a ball --W 32 --FS=3", "a ball", {"width": 32, "discrete_flow_shift": 3.0}),
+        ("a ball --d 5 # the seed of yesterday", "a ball", {"seed": 5}),
+        ("a shirt with #1 on it", "a shirt with #1 on it", {}),
+        ("day -- and night --- at --5 degrees", "day -- and night --- at --5 degrees", {}),
+        ("well--known --s 3", "well--known", {"sample_steps": 3}),
+        ("赤いボール、雪 --g 1e0", "赤いボール、雪", {"guidance_scale": 1.0}),
+        ("--w 64", "", {"width": 64}),
+        ("C:\\clips\\a.mp4 on a screen", "C:\\clips\\a.mp4 on a screen", {}),
+        ("a ball --g .5 --s +3", "a ball", {"guidance_scale": 0.5, "sample_steps": 3}),
+    ],
+)
+def test_odd_lines_that_mean_something(line, text, changed):
+    assert values(parse_prompt_line(line, "here")) == {"prompt": text, **DEFAULTS, **changed}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("a ball --x 3", "--x is no option"),
+        ("a ball --n ugly --w 64", "no negative prompt"),
+        ("a ball --l 7", "--g"),
+        ("a ball --width 64", "Write --w."),
+        ("a ball --sitting-room", "--sitting-room is no option"),
+        ("a ball --w", "--w has no value"),
+        ("a ball --w --h 64", "--w has no value"),
+        ("a ball --w # wide", "--w has no value"),
+        ("a ball --w wide", "--w takes a whole number, but got 'wide'"),
+        ("a ball --w 64.0", "whole number"),
+        ("a ball --f 1_000", "whole number"),
+        ("a ball --f ٥", "whole number"),
+        ("a ball --g nan", "--g takes a number"),
+        ("a ball --g inf", "--g takes a number"),
+        ("a ball --g 1e999", "--g must lie between"),
+        ("a ball --fs 0", "--fs must lie between"),
+        ("a ball --w 64 --W 32", "--w twice"),
+        ("a ball --w 64 and a cat", "text behind --w"),
+        ("a ball --f 24", "4n + 1"),
+        ("a ball --w 100", "not divisible by 16"),
+        ("a ball --h 0", "--h must lie between"),
+        ("a ball --w -16", "--w must lie between"),
+        ("a ball --d -1", "Leave it out for a random one"),
+        ("a ball --d 4294967296", "--d must lie between"),
+        (f"a ball --d {'9' * 5000}", "--d must lie between"),
+        ("a ball --s 0", "--s must lie between"),
+        ("a ball --w 8192 --h 8192 --f 129", "are not drawn: the model was trained with up to"),
+        ("a \x00 ball", "U+0000"),
+        ("a \x1b[31m ball", "U+001B"),
+    ],
+)
+def test_lines_that_are_refused_name_their_place(tmp_path, line, says):
+    path = write(tmp_path, "prompts.txt", f"# mine\n\na cat\n{line}\n")
+    with pytest.raises(UserError) as error:
+        read_sample_prompts(path)
+    assert says in str(error.value) and f"{path}, line 4" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_text_file_with_comments_empty_lines_and_any_line_ends(tmp_path):
+    content = "# first\r\na ball --w 64\r\n\r\n   # indented\r\n  a cat  \n#last\ra dog with no end"
+    prompts = read_sample_prompts(write(tmp_path, "p.TXT", b"\xef\xbb\xbf" + content.encode()))
+    assert [prompt.prompt for prompt in prompts] == ["a ball", "a cat", "a dog with no end"]
+    assert [prompt.where.rpartition(" ")[2] for prompt in prompts] == ["2", "5", "7"]
+
+
+def test_line_numbers_are_those_of_editors(tmp_path):
+    content = "one\u2028still one\x85and on\na cat --w 1"
+    with pytest.raises(UserError, match="line 2"):
+        read_sample_prompts(write(tmp_path, "p.txt", content))
+
+
+SUBSETS = """
+[prompt]
+width = 512
+height = 320
+seed = 1
+[[prompt.subset]]
+prompt = "a ball"
+[[prompt.subset]]
+prompt = 'a "cat"'
+seed = 2
+frame_count = 5
+sample_steps = 3
+guidance_scale = 1
+discrete_flow_shift = 7
+"""
+SECOND = {
+    "prompt": 'a "cat"',
+    "width": 512,
+    "height": 320,
+    "frame_count": 5,
+    "seed": 2,
+    "sample_steps": 3,
+    "guidance_scale": 1.0,
+    "discrete_flow_shift": 7.0,
+}
+
+
+def test_toml_with_defaults_and_subsets(tmp_path):
+    first, second = read_sample_prompts(write(tmp_path, "p.toml", SUBSETS))
+    assert values(first) == {"prompt": "a ball", **DEFAULTS, "width": 512, "height": 320, "seed": 1}
+    assert values(second) == SECOND
+    assert isinstance(second.guidance_scale, float) and second.where.endswith("p.toml, prompt 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.toml", '[[prompts]]\nprompt = "a ball"\nwidth = 64\n[[prompts]]\nprompt = "a cat"\n'),
+        ("p.toml", '[[prompt]]\nprompt = "a ball"\nwidth = 64\n[[prompt]]\nprompt = "a cat"\n'),
+        ("p.json", '[{"prompt": "a ball", "width": 64}, {"prompt": "a cat"}]'),
+        ("p.json", '["a ball --w 64", "a cat"]'),
+        ("p.json", '{"prompts": [{"prompt": "a ball", "width": 64}, "a cat"]}'),
+        ("p.json", '{"prompt": {"width": 64, "subset": [{"prompt": "a ball"}, "a cat --w 256"]}}'),
+        ("p.JSON", b'\xef\xbb\xbf[{"prompt": " a ball ", "width": 64},\r\n {"prompt": "a cat"}]'),
+    ],
+)
+def test_forms_of_the_same_two_prompts(tmp_path, name, content):
+    prompts = read_sample_prompts(write(tmp_path, name, content))
+    assert [values(prompt) for prompt in prompts] == [
+        {"prompt": "a ball", **DEFAULTS, "width": 64},
+        {"prompt": "a cat", **DEFAULTS},
+    ]
+
+
+@pytest.mark.parametrize("content", ['prompt = "a ball"\nseed = 3', '[prompt]\nprompt = "a ball"\nseed = 3'])
+def test_one_prompt_alone(tmp_path, content):
+    (prompt,) = read_sample_prompts(write(tmp_path, "p.toml", content))
+    assert values(prompt) == {"prompt": "a ball", **DEFAULTS, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.toml", '[[prompts]]\nprompt = "a"\nwidht = 64', "'width'"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nnegative_prompt = "b"', "no negative prompt"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nscale = 7', "guidance_scale"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nw = 64', "Known are prompt, width"),
+        ("p.toml", "[[prompts]]\nwidth = 64", "prompt 1 lacks the key prompt"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\n[[prompts]]\nprompt = 3', "prompt 2: prompt must be a text"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nwidth = "64"', "width must be a whole number, without quotes"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nwidth = true', "width must be a whole number"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nguidance_scale = nan', "guidance_scale must lie between"),
+        ("p.toml", '[[prompts]]\nprompt = "a"\nframe_count = 24', "4n + 1"),
+        ("p.toml", f'[[prompts]]\nprompt = "a"\nseed = 0x{"f" * 5000}', "seed must lie between"),
+        ("p.toml", '[[prompts]]\nprompt = "a', "not valid TOML"),
+        ("p.toml", "width = 64", "'width' does not belong to the top"),
+        ("p.toml", '[prompt]\nwidth = 64\n[[prompts]]\nprompt = "a"', "both [prompt] and [[prompts]]"),
+        ("p.toml", "prompts = 3", "no list of prompts"),
+        ("p.toml", "prompts = [3]", "prompt 1 is '3', not a table"),
+        ("p.toml", "", "holds no prompt"),
+        ("p.json", "[", "not valid JSON"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice"),
+        ("p.json", '[{"prompt": "a \\ud800"}]', "U+D800"),
+        ("p.json", '[{"prompt": "a", "seed": NaN}]', "seed must be a whole number"),
+        ("p.json", '[{"prompt": "a", "seed": ' + "9" * 5000 + "}]", "not valid JSON"),
+        ("p.json", "[" * 200000, "not valid JSON"),
+        ("p.json", "3", "no list of prompts"),
+        ("p.json", "[]", "holds no prompt"),
+        ("p.json", '["a --x 3"]', "prompt 1: --x is no option"),
+        ("p.txt", "# nothing\n\n", "holds no prompt"),
+        ("p.txt", b"a \xff ball", "not UTF-8"),
+        ("p.txt", "a ball".encode("utf-16"), "not UTF-8"),
+        ("p.txt", "a\n" * 1001, "1001 prompts"),
+        ("p.csv", "a ball", "neither .txt nor .toml nor .json"),
+        ("prompts", "a ball", "neither .txt nor .toml nor .json"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, content, says):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError) as error:
+        read_sample_prompts(path)
+    assert says in str(error.value) and str(path) in str(error.value) and len(str(error.value)) < 700
+
+
+def test_a_file_that_is_missing_or_a_folder(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    for name, says in (("none.txt", "does not exist"), ("folder.txt", "is a folder")):
+        with pytest.raises(UserError, match=says):
+            read_sample_prompts(tmp_path / name)
+
+
+def test_the_prompts_that_documentation_shows(tmp_path):
+    text = (Path(__file__).resolve().parents[4] / "docs" / "sampling_during_training.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^```(text|toml|json)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    names = {"text": "p.txt", "toml": "p.toml", "json": "p.json"}
+    read = {kind: read_sample_prompts(write(tmp_path, names[kind], content)) for kind, content in shown.items()}
+    assert {kind: len(prompts) for kind, prompts in read.items()} == {"text": 3, "toml": 2, "json": 2}
+    assert [(prompt.prompt, prompt.seed) for prompt in read["toml"]] == [(prompt.prompt, prompt.seed) for prompt in read["json"]]
+    rows = re.findall(r"^\| `(--\w+)` \| `(\w+)` \| .* \| `?(.*?)`? \|$", text, re.MULTILINE)
+    assert tuple(option for option, _, _ in rows) == PROMPT_OPTIONS
+    defaults = {key: "drawn anew for every sample" if value is None else str(value) for key, value in DEFAULTS.items()}
+    assert {key: default for _, key, default in rows} == defaults
+
+
+def refused_or_read(path: Path) -> None:
+    """Either prompts, or one sentence that names the file."""
+    try:
+        prompts = read_sample_prompts(path)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert prompts and all(isinstance(prompt, SamplePrompt) for prompt in prompts)
+
+
+WORDS = ["--w", "--h", "--f", "--d", "--s", "--g", "--fs", "--", "---", "--q", "#", "=", "64", "5", "-1", '"', "\t"]
+OPTIONS = st.sampled_from(WORDS)
+
+
+@FUZZ
+@given(st.lists(st.one_of(OPTIONS, st.text(max_size=6)), max_size=12))
+def test_any_line_is_read_or_refused(tmp_path, words):
+    text = " ".join(words)
+    refused_or_read(write(tmp_path, "p.txt", text.encode("utf-8", "replace")))
+
+
+@FUZZ
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(tmp_path, content):
+    for name in ("p.txt", "p.toml", "p.json"):
+        refused_or_read(write(tmp_path, name, content))
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
+KEYS = st.sampled_from(["prompt", "prompts", "subset", "width", "seed", "frame_count", "guidance_scale", "other"])
+DOCUMENTS = st.recursive(
+    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=10
+)
+
+
+@FUZZ
+@given(DOCUMENTS)
+def test_any_document_is_read_or_refused(tmp_path, document):
+    refused_or_read(write(tmp_path, "p.json", json.dumps(document)))
+
+
+@FUZZ
+@given(st.builds(lambda text: " ".join(text.split()), st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)))
+def test_a_prompt_without_options_is_what_was_written(tmp_path, text):
+    if text and not text.startswith(("#", "--")):
+        (prompt,) = read_sample_prompts(write(tmp_path, "p.txt", text))
+        assert prompt.prompt == text

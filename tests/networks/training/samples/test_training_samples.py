@@ -1,0 +1,425 @@
+"""networks.training.samples.sampling: when samples are drawn, what is written, that training does not feel it, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import hunyuan_model
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from networks.lora import create_network
+from networks.training.arguments import build_training_parser
+from networks.training.samples import sampling as training_samples
+from networks.training.samples.sampling import check_samples, prepare_samples, samples_due
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+PROMPTS = "a red ball --w 48 --h 32 --d 7 --s 2\na blue cube --w 32 --h 32 --f 5 --s 2 --g 1 --fs 3\n"
+
+
+def parsed(*flags: object) -> argparse.Namespace:
+    return build_training_parser().parse_args([str(flag) for flag in flags])
+
+
+@pytest.fixture
+def sampling_args(tiny_model, tmp_path):
+    """``sampling_args(*flags)``: the flags of a training that draws two prompts every second step."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+
+    def arguments(*flags: object) -> argparse.Namespace:
+        encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+        output = ("--output_dir", tmp_path / "out", "--output_name", "lora")
+        sampling = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2, "--vae", tiny_model.vae)
+        return parsed("--dit", tiny_model.dit, *sampling, *encoders, *output, *flags)
+
+    return arguments
+
+
+class Averaging(torch.optim.AdamW):
+    """Shows an average of the weights in evaluation mode; like real schedule-free optimisers it comes back only almost."""
+
+    def step(self, closure=None):
+        assert self.training_mode
+        return super().step(closure)
+
+    def _scale(self, factor: float) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(factor)
+
+    def train(self) -> None:
+        if not getattr(self, "training_mode", True):
+            self._scale(1 / 0.7)
+        self.training_mode = True
+
+    def eval(self) -> None:
+        if getattr(self, "training_mode", True):
+            self._scale(0.7)
+        self.training_mode = False
+
+
+class TinyTraining:
+    """A training of a few steps on random latents, with every dropout, drawing all its noise from the global generators."""
+
+    def __init__(self, dit: Path, optimizer_class: type = torch.optim.AdamW):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(cpu=True)
+        self.transformer = hunyuan_model.load_transformer(dit, device=CPU, dtype=torch.float32)
+        enable_gradient_checkpointing(self.transformer)
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+        options = {"neuron_dropout": 0.2, "rank_dropout": "0.2", "module_dropout": "0.2"}
+        self.network = create_network(1.0, 4, 4.0, None, None, self.transformer, **options)
+        self.network.apply_to(None, self.transformer)
+        self.network.requires_grad_(True).train()
+        inner = optimizer_class(self.network.parameters(), lr=1e-2)
+        inner.training_mode = True
+        self.optimizer = self.accelerator.prepare(inner)
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        latents = torch.randn(1, 16, 1, 4, 4)
+        velocity = self.transformer(
+            latents,
+            torch.tensor([1000 * random.random()]),
+            torch.from_numpy(np.random.standard_normal((1, 5, 64))).float(),
+            torch.ones(1, 5),
+            torch.randn(1, 48),
+            torch.tensor([1000.0]),
+        )
+        loss = (velocity - torch.randn_like(velocity)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+
+    def samples(self, args: argparse.Namespace) -> training_samples.TrainingSamples:
+        return prepare_samples(args, check_samples(args), self.accelerator, self.transformer.config)
+
+    def draw(self, samples: training_samples.TrainingSamples, step: int = 2, **options: object):
+        return samples.draw_if_due(self.transformer, self.network, self.optimizer, torch.float32, step=step, epoch=1, **options)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+
+def states_of(training: TinyTraining) -> tuple:
+    modules = [*training.transformer.modules(), *training.network.modules()]
+    return (
+        [module.training for module in modules],
+        [parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)],
+        [parameter.grad is None for parameter in training.network.parameters()],
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, Averaging])
+def test_training_does_not_feel_samples(sampling_args, tiny_model, optimizer_class):
+    plain = TinyTraining(tiny_model.dit, optimizer_class)
+    for _ in range(4):
+        plain.step()
+    sampled = TinyTraining(tiny_model.dit, optimizer_class)
+    samples = sampled.samples(sampling_args("--sample_at_first"))
+    for step in range(5):
+        before = states_of(sampled)
+        weights = sampled.state()
+        drawn = sampled.draw(samples, step)
+        assert len(drawn) == (2 if step % 2 == 0 else 0)
+        assert states_of(sampled) == before
+        assert all(torch.equal(weights[name], tensor) for name, tensor in sampled.state().items())
+        if step < 4:
+            sampled.step()
+    assert sampled.losses == plain.losses
+    after = sampled.state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in plain.state().items())
+
+
+def test_what_is_written(sampling_args, tiny_model, tmp_path, caplog):
+    training = TinyTraining(tiny_model.dit)
+    samples = training.samples(sampling_args())
+    with caplog.at_level(logging.INFO):
+        picture, clip = training.draw(samples)
+    folder = tmp_path / "out" / "sample"
+    assert sorted(folder.iterdir()) == [picture.path, clip.path]
+    assert picture.path.match("lora_000002_00_*_7.png") and clip.path.match(f"lora_000002_01_*_{clip.seed}.mp4")
+    assert (picture.index, clip.index, picture.seed) == (0, 1, 7)
+    with Image.open(picture.path) as file:
+        assert file.size == (48, 32)
+        assert file.text["prompt"] == "a red ball" and file.text["seed"] == "7" and file.text["training_steps"] == "2"
+    with av.open(str(clip.path)) as container:
+        assert container.streams.video[0].average_rate == 24
+        assert len(list(container.decode(video=0))) == 5
+        assert f"seed: {clip.seed}" in container.metadata["comment"]
+    assert "2 of 2 samples in" in caplog.text
+
+
+def test_names_of_epochs_and_of_a_second_round(sampling_args, tiny_model, monkeypatch):
+    monkeypatch.setattr(training_samples.time, "strftime", lambda *_: "20250101120000")
+    training = TinyTraining(tiny_model.dit)
+    args = sampling_args("--sample_every_n_epochs", 1, "--no_metadata")
+    (Path(args.sample_prompts)).write_text("a ball --w 32 --h 32 --s 1 --d 5", encoding="utf-8")
+    samples = training.samples(args)
+    names = [sample.path.name for sample in training.draw(samples, 2, epoch_ended=True)]
+    assert names == ["lora_e000001_00_20250101120000_5.png"]
+    assert training.draw(samples, 2) == [], "the same step is not drawn twice"
+    samples.drawn_at = None
+    (again,) = training.draw(samples, 2, epoch_ended=True)
+    assert again.path.name == "lora_e000001_00_20250101120000_5-2.png", "nothing is overwritten"
+    with Image.open(again.path) as file:
+        assert not file.text
+
+
+def test_a_sample_is_what_generation_draws_with_the_same_network(sampling_args, tiny_model, call_script, tmp_path):
+    training = TinyTraining(tiny_model.dit)
+    for _ in range(2):
+        training.step()
+    lora = tmp_path / "lora.safetensors"
+    training.network.save_weights(lora, torch.float32, None)
+    picture, _ = training.draw(training.samples(sampling_args()))
+    encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae, *encoders, "--prompt", "a red ball", "--seed", 7)
+    size = ("--video_size", 32, 48, "--video_length", 1, "--infer_steps", 2, "--flow_shift", 14.5, "--output_type", "images")
+    for folder, flags in (("with", ("--lora_weight", lora)), ("without", ())):
+        ended = call_script("hv_generate_video", *models, *size, "--save_path", tmp_path / folder, *flags)
+        assert ended.status == 0, ended.stderr
+    found = [np.asarray(Image.open(path)).astype(int) for path in (picture.path, *sorted(tmp_path.glob("with*/*/*.png")))]
+    assert np.abs(found[0] - found[1]).max() <= 1, "the network is merged there and hooked in here"
+    assert np.abs(found[0] - found[2]).max() > 1, "the network changes the picture"
+
+
+class TestFailures:
+    """Training goes on whatever happens, and one line names the prompt."""
+
+    @pytest.fixture
+    def training(self, tiny_model) -> TinyTraining:
+        return TinyTraining(tiny_model.dit)
+
+    def drawn(self, training, args, caplog):
+        samples = training.samples(args)
+        before = states_of(training)
+        with caplog.at_level(logging.WARNING):
+            drawn = training.draw(samples)
+        assert states_of(training) == before
+        training.step()
+        return drawn, [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    @pytest.mark.parametrize(
+        ("error", "says"),
+        [
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+                "out of memory; training goes on. Make",
+            ),
+            (RuntimeError("an odd\nerror"), "an odd; training goes on"),
+            (MemoryError(), "MemoryError; training goes on"),
+        ],
+    )
+    def test_a_prompt_that_cannot_be_drawn(self, training, sampling_args, caplog, monkeypatch, error, says):
+        plain, calls = training_samples.sample_latents, []
+
+        def first_fails(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 1:
+                torch.rand(3)
+                raise error
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(training_samples, "sample_latents", first_fails)
+        drawn, warnings = self.drawn(training, sampling_args(), caplog)
+        assert [sample.index for sample in drawn] == [1]
+        (warning,) = warnings
+        assert says in warning and "line 1: 'a red ball'" in warning and "was not drawn" in warning and "\n" not in warning
+
+    def test_a_network_that_gives_nan(self, training, sampling_args, caplog):
+        with torch.no_grad():
+            next(training.network.loras()).lora_up.weight.fill_(torch.nan)
+        drawn, warnings = self.drawn(training, sampling_args(), caplog)
+        assert drawn == [] and len(warnings) == 2 and all("NaN" in warning for warning in warnings)
+        assert not list(Path(sampling_args().output_dir).rglob("*.*"))
+
+    def test_a_vae_that_is_gone(self, training, sampling_args, caplog, monkeypatch):
+        def gone(*_args, **_kwargs):
+            raise UserError("--vae not found: it does not exist.")
+
+        monkeypatch.setattr(hunyuan_model, "load_vae", gone, raising=False)
+        drawn, (warning,) = self.drawn(training, sampling_args(), caplog)
+        assert drawn == [] and "no sample was written" in warning and "does not exist; training goes on" in warning
+
+    def test_a_disk_that_is_full(self, training, sampling_args, caplog, monkeypatch):
+        def full(*_args):
+            raise UserError("cannot write it: No space left on device. Check the folder and the free disk space.")
+
+        monkeypatch.setattr(training_samples, "save_picture", full)
+        (clip,), (warning,) = self.drawn(training, sampling_args(), caplog)
+        assert clip.index == 1 and "No space left" in warning and "a red ball" in warning
+
+    def test_a_folder_that_is_in_the_way(self, training, sampling_args, caplog):
+        args = sampling_args()
+        samples = training.samples(args)
+        Path(args.output_dir).mkdir()
+        (Path(args.output_dir) / "sample").write_text("in the way", encoding="utf-8")
+        with caplog.at_level(logging.WARNING):
+            assert training.draw(samples) == []
+        assert caplog.text.count("training goes on") == 2
+
+    def test_a_stop_that_is_asked_for_gives_the_samples_up(self, training, sampling_args):
+        samples, asked = training.samples(sampling_args()), []
+
+        def stop() -> bool:
+            asked.append(1)
+            return len(asked) == 3  # in the middle of the second prompt
+
+        before = states_of(training)
+        assert training.draw(samples, stop=stop) == []
+        assert len(asked) == 3 and states_of(training) == before
+
+    def test_an_interruption_leaves_training_as_it_was(self, training, sampling_args, monkeypatch):
+        samples, before = training.samples(sampling_args()), states_of(training)
+
+        def interrupted(*_args, **_kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training_samples, "sample_latents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            training.draw(samples)
+        assert states_of(training) == before
+
+
+def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(sampling_args, tiny_model, monkeypatch):
+    training, args = TinyTraining(tiny_model.dit), sampling_args()
+    before = states_of(training)
+    samples = training.samples(args)
+    assert states_of(training) == before
+    monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded again"), raising=False)
+    assert len(training.draw(samples, 2)) == 2 and len(training.draw(samples, 4)) == 2
+    load = {"device": CPU, "dtype": torch.float32}
+    states, mask = hunyuan_model.load_text_encoder_1(tiny_model.text_encoder1, **load).encode(["a red ball"])
+    pooled = hunyuan_model.load_text_encoder_2(tiny_model.text_encoder2, **load).encode(["a red ball"])
+    for found, expected in zip(samples.prompts[0].text, (states, mask, pooled)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_encoders_of_another_model_are_refused(sampling_args, tiny_model):
+    training, args = TinyTraining(tiny_model.dit), sampling_args()
+    training.transformer.config = replace(training.transformer.config, pooled_dim=768)
+    with pytest.raises(UserError, match=r"--text_encoder2 gives vectors of 48 numbers, the transformer in --dit takes 768"):
+        training.samples(args)
+
+
+def test_only_the_main_process_draws_and_all_wait(sampling_args, tiny_model, monkeypatch):
+    training, args = TinyTraining(tiny_model.dit), sampling_args()
+    waited = []
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _self: waited.append(1))
+    monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded"), raising=False)
+    samples = training.samples(args)
+    assert training.draw(samples, 1) == [] and len(waited) == 1
+    assert training.draw(samples, 2) == [] and len(waited) == 2
+    assert not Path(args.output_dir).exists()
+
+
+def test_tiles_chunks_and_dtype_of_the_vae_are_those_of_the_flags(sampling_args, tiny_model, monkeypatch):
+    seen = []
+    plain = training_samples.configure_vae
+    monkeypatch.setattr(training_samples, "configure_vae", lambda vae, **options: seen.append(options) or plain(vae, **options))
+    training = TinyTraining(tiny_model.dit)
+    for flags in ((), ("--vae_tiling",), ("--vae_spatial_tile_sample_min_size", 32, "--vae_chunk_size", 8)):
+        assert len(training.draw(training.samples(sampling_args(*flags)))) == 2
+    assert seen == [
+        {"chunk_size": None, "tile_size": None},
+        {"chunk_size": None, "tile_size": 256},
+        {"chunk_size": 8, "tile_size": 32},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "due"),
+    [
+        (("--sample_every_n_steps", 3), ["3", "6", "9", "12"]),
+        (("--sample_every_n_epochs", 2), ["8"]),
+        (("--sample_at_first",), ["0"]),
+        (("--sample_at_first", "--sample_every_n_steps", 5, "--sample_every_n_epochs", 1), ["0", "4", "5", "8", "10", "12"]),
+        ((), []),
+    ],
+)
+def test_when_samples_are_due(flags, due):
+    """Three epochs of four steps."""
+    args = parsed("--sample_prompts", "p.txt", *flags)
+    found = [str(step) for step in range(13) if samples_due(args, step, max(1, -(-step // 4)), step > 0 and step % 4 == 0)]
+    assert found == due
+
+
+def test_nothing_is_due_without_prompts():
+    args = parsed("--sample_every_n_steps", 1)
+    assert not any(samples_due(args, step, 1, True) for step in range(4))
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    for name in ("load_text_encoder_1", "load_text_encoder_2", "load_vae", "load_transformer", "encode_prompts"):
+        monkeypatch.setattr(hunyuan_model, name, lambda *_a, **_k: pytest.fail("a model was loaded"), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sample_prompts": None}, "--sample_every_n_steps needs --sample_prompts"),
+        ({"sample_prompts": None, "sample_every_n_steps": None, "sample_at_first": True}, "--sample_at_first needs"),
+        ({"vae": None}, "--sample_prompts needs --vae"),
+        ({"text_encoder1": None, "text_encoder2": None}, "needs --text_encoder1, --text_encoder2"),
+        ({"sample_prompts": "none.txt"}, "none.txt does not exist"),
+        ({"vae": "none.pt"}, "--vae"),
+        ({"text_encoder1": "nowhere"}, "--text_encoder1"),
+        ({"vae_dtype": "fp12"}, "--vae_dtype"),
+        ({"text_encoder_dtype": "fp12"}, "--text_encoder_dtype"),
+        ({"vae_spatial_tile_sample_min_size": 33}, "multiple of 32"),
+        ({"output_name": "x" * 205}, "--output_name is too long for the names of samples"),
+    ],
+)
+def test_flags_that_are_refused_before_anything_loads(sampling_args, nothing_loads, change, says):
+    args = sampling_args()
+    vars(args).update(change)
+    with pytest.raises(UserError) as error:
+        check_samples(args)
+    assert says in str(error.value)
+
+
+def test_swapped_files_are_told_apart(sampling_args, tiny_model, nothing_loads):
+    with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE"):
+        check_samples(sampling_args("--vae", tiny_model.dit))
+
+
+def test_a_folder_that_cannot_be_written_is_told(sampling_args, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample").write_text("in the way", encoding="utf-8")
+    with pytest.raises(UserError, match="the folder sample of --output_dir"):
+        check_samples(sampling_args())
+
+
+def test_prompts_without_a_time_to_draw_them_are_a_warning(sampling_args, caplog):
+    args = sampling_args()
+    args.sample_every_n_steps = None
+    with caplog.at_level(logging.WARNING):
+        assert check_samples(args) == []
+    assert "--sample_prompts has no effect without --sample_at_first" in caplog.text
+
+
+def test_a_training_without_samples_asks_for_nothing(tiny_model):
+    args = parsed("--dit", tiny_model.dit)
+    assert check_samples(args) == []
+    training = TinyTraining(tiny_model.dit)
+    assert training.draw(training.samples(args), 2) == []

@@ -1,0 +1,198 @@
+"""Which models and states training saves, which it removes again, and what it does with steps that cannot be learnt from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import hv_train_network
+from networks.training.loss.flow_matching import FlowMatching
+from networks.training.saving.state import read_state_file
+from networks.training.skipped_steps import MAX_IN_A_ROW
+from utils.errors import UserError
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps(numbers: list[int], suffix: str = ".safetensors") -> list[str]:
+    return [f"lora-step{number:08d}{suffix}" for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), []),
+        (("--save_every_n_steps", 2), steps([2, 4])),
+        (("--save_every_n_steps", 1, "--save_last_n_steps", 2), steps([3, 4, 5])),
+        (("--save_every_n_steps", 2, "--save_last_n_steps", 1), steps([4])),
+        (("--save_every_n_steps", 2, "--save_state"), [*steps([2, 4]), *steps([2, 4], "-state"), "lora-state"]),
+        (
+            ("--save_every_n_steps", 1, "--save_state", "--save_last_n_steps", 3, "--save_last_n_steps_state", 1),
+            [*steps([2, 3, 4, 5]), *steps([4, 5], "-state"), "lora-state"],
+        ),
+        (("--save_state_on_train_end",), ["lora-state"]),
+        (("--save_every_n_epochs", 1), ["lora-000001.safetensors"]),
+        (("--save_every_n_epochs", 1, "--save_state"), ["lora-000001.safetensors", "lora-000001-state", "lora-state"]),
+    ],
+)
+def test_what_is_saved_and_kept(train, tmp_path: Path, flags: tuple, expected: list[str]) -> None:
+    assert train("--max_train_steps", 6, *flags).status == 0
+    assert saved(tmp_path / "out") == sorted([*expected, "lora.safetensors"])
+
+
+def test_of_epochs_the_last_ones_stay(train, tmp_path: Path) -> None:
+    rules = ("--save_every_n_epochs", 1, "--save_last_n_epochs", 2, "--save_state", "--save_last_n_epochs_state", 1)
+    assert train("--max_train_epochs", 5, *rules).status == 0
+    models, states = ["lora-000003.safetensors", "lora-000004.safetensors"], ["lora-000004-state"]
+    assert saved(tmp_path / "out") == sorted([*models, *states, "lora.safetensors", "lora-state"])
+
+
+def test_models_of_other_runs_and_requested_ones_stay(train, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    others = [
+        "lora-step00000001.safetensors",
+        "lora2-step00000002.safetensors",
+        "lora-step2.safetensors",
+        "xlora-000001.safetensors",
+    ]
+    for name in others:
+        (out / name).touch()
+    assert train("--max_train_steps", 8, "--save_every_n_steps", 2, "--save_last_n_steps", 1).status == 0
+    assert set(others) <= set(saved(out))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--save_last_n_steps", 2), "--save_every_n_steps"),
+        (("--save_last_n_epochs", 2), "--save_every_n_epochs"),
+        (("--save_last_n_steps_state", 2, "--save_every_n_steps", 1), "--save_state"),
+        (("--save_last_n_epochs_state", 2, "--save_state"), "--save_every_n_epochs"),
+    ],
+)
+def test_limits_for_what_is_never_saved_are_refused(train, flags: tuple, says: str) -> None:
+    ended = train(*flags)
+    assert ended.status == 2 and f"give {says} as well" in ended.stderr
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_models_are_saved_in_the_precision_asked_for(train, tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    assert train("--max_train_steps", 1, "--save_precision", precision).status == 0
+    weights = load_file(tmp_path / "out" / "lora.safetensors")
+    assert {value.dtype for name, value in weights.items() if ".lora_" in name} == {dtype}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps that cannot be learnt from
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """``spoil(lambda number: ..., kind)`` makes the losses (or their gradients) of the batches chosen by number NaN."""
+
+    def arrange(chosen, kind: str) -> None:
+        plain, count = FlowMatching.loss, iter(range(1, 1000))
+
+        def sometimes(flow_matching, batch):
+            loss, t = plain(flow_matching, batch)
+            if not chosen(next(count)):
+                return loss, t
+            if kind == "loss":
+                return loss * float("nan"), t
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss, t
+
+        monkeypatch.setattr(FlowMatching, "loss", sometimes)
+
+    return arrange
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_named(train, tmp_path: Path, spoil, caplog, kind: str) -> None:
+    spoil(lambda number: number in (2, 4), kind)
+    ended = train("--max_train_steps", 5, "--learning_rate", 1e-2, "--loss_log", tmp_path / "loss.csv")
+    assert ended.status == 0, ended.stderr
+    lines = [message for message in caplog.messages if "was skipped" in message]
+    assert len(lines) == 2 and "step 2 was skipped" in lines[0] and f"the {kind} is" in lines[0] and "_hv.safetensors" in lines[0]
+    assert "at timestep" in lines[0]
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "out" / "lora.safetensors").values())
+    assert len((tmp_path / "loss.csv").read_text("utf-8").splitlines()) == 6
+
+
+def test_ten_in_a_row_end_the_training_and_what_was_saved_stays(train, tmp_path: Path, spoil, caplog) -> None:
+    spoil(lambda number: number > 3, "loss")
+    ended = train("--max_train_steps", 50, "--save_every_n_steps", 2, "--save_state")
+    assert ended.status == 1 and f"{MAX_IN_A_ROW} steps in a row were skipped" in ended.stderr and "Traceback" not in ended.stderr
+    assert {"lora-step00000002.safetensors", "lora-step00000002-state"} <= set(saved(tmp_path / "out"))
+    assert "lora.safetensors" not in saved(tmp_path / "out")
+    assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW
+
+
+def test_a_row_of_skipped_steps_goes_on_in_a_resumed_training(train, tmp_path: Path, spoil, caplog) -> None:
+    spoil(lambda number: number > 3, "loss")
+    flags = ("--max_train_steps", 50, "--save_every_n_steps", 1, "--save_state")
+    whole = train(*flags)
+    assert whole.status == 1 and "step 13 was skipped" in caplog.text
+    state = tmp_path / "out" / "lora-step00000007-state"
+    assert read_state_file(state).progress.skipped == 4
+
+    caplog.clear()
+    again = train(*flags, "--resume", state, name="again")  # every batch is spoiled from now on
+    assert again.status == 1 and again.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
+    assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW - 4 and "step 13 was skipped" in caplog.text
+
+
+def test_a_state_that_counts_no_skipped_steps_begins_with_none(train, tmp_path: Path) -> None:
+    flags = ("--max_train_steps", 2, "--save_every_n_steps", 1, "--save_state")
+    assert train(*flags).status == 0
+    state = tmp_path / "out" / "lora-step00000001-state"
+    content = json.loads((state / "state.json").read_text("utf-8"))
+    assert content.pop("skipped") == 0
+    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_state_file(state).progress.skipped == 0
+    assert train(*flags, "--resume", state, name="again").status == 0
+    for nonsense in (-1, "2", True, None):
+        (state / "state.json").write_text(json.dumps({**content, "skipped": nonsense}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"is not a state of this trainer .*skipped"):
+            read_state_file(state)
+
+
+def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, caplog) -> None:
+    skipped = iter([False, True, False, *[True] * MAX_IN_A_ROW])
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda accelerator: next(skipped)))
+    ended = train("--max_train_steps", 50)
+    assert ended.status == 1 and f"{MAX_IN_A_ROW} steps in a row were skipped" in ended.stderr
+    lines = [message for message in caplog.messages if "was skipped" in message]
+    assert len(lines) == 1 + MAX_IN_A_ROW and "step 2 was skipped: the gradient is too large for fp16" in lines[0]
+
+
+def test_spoiled_weights_are_not_saved_and_remove_nothing(train, tmp_path: Path, monkeypatch) -> None:
+    step, made = hv_train_network.train_step, []
+
+    def poisoned(training, batches):
+        made.append(step(training, batches))
+        if len(made) == 4:
+            with torch.no_grad():
+                next(training.network.parameters()).fill_(float("nan"))
+        return made[-1]
+
+    monkeypatch.setattr(hv_train_network, "train_step", poisoned)
+    flags = ("--save_every_n_steps", 1, "--save_last_n_steps", 1, "--save_state")
+    ended = train("--max_train_steps", 9, *flags)
+    assert ended.status == 1 and "after step 4" in ended.stderr and "are not saved" in ended.stderr
+    kept = saved(tmp_path / "out")
+    assert "lora-step00000003.safetensors" in kept and "lora-step00000003-state" in kept
+    assert not [name for name in kept if "00000004" in name] and "lora.safetensors" not in kept
+
+
+def test_nine_in_a_row_do_not(train, tmp_path: Path, spoil) -> None:
+    spoil(lambda number: number % 10 != 0, "gradient")
+    assert train("--max_train_steps", 21).status == 0

@@ -1,0 +1,160 @@
+"""Metadata of trained files: the keys that other programs read, as text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+
+import pytest
+import torch
+
+from networks.lora import create_network
+from networks.lora_files import tensor_hashes
+from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata, training_metadata
+from utils.safetensors_io import read_header
+
+SS_KEYS = """
+ ss_session_id ss_training_started_at ss_output_name ss_learning_rate ss_num_train_items ss_num_batches_per_epoch
+ss_num_epochs ss_gradient_checkpointing ss_gradient_accumulation_steps ss_max_train_steps ss_lr_warmup_steps
+ss_lr_scheduler ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_dropout
+ss_network_args ss_mixed_precision ss_seed ss_training_comment ss_optimizer ss_max_grad_norm ss_fp8_base ss_fp8_scaled
+ss_fp8_fast ss_fp8_llm ss_weighting_scheme ss_logit_mean ss_logit_std ss_mode_scale ss_guidance_scale
+ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift ss_datasets ss_sd_model_name ss_vae_name
+ss_training_finished_at ss_steps ss_epoch
+"""
+
+
+def arguments(**changed) -> argparse.Namespace:
+    values = {
+        "output_name": "zorp",
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+        "lr_warmup_steps": "10%",
+        "lr_scheduler": "cosine",
+        "network_module": "networks.lora",
+        "network_dim": None,
+        "network_alpha": 1.0,
+        "network_dropout": None,
+        "mixed_precision": None,
+        "seed": 42,
+        "training_comment": "a stripéd star",
+        "max_grad_norm": 1.0,
+        "fp8_base": False,
+        "fp8_scaled": True,
+        "fp8_fast": False,
+        "fp8_llm": True,
+        "weighting_scheme": "none",
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
+        "mode_scale": 1.29,
+        "guidance_scale": 1.0,
+        "timestep_sampling": "sigmoid",
+        "sigmoid_scale": 1.0,
+        "discrete_flow_shift": 1.0,
+        "dit": "/models/some folder/dit.safetensors",
+        "vae": "/models/vae.pt",
+        "no_metadata": False,
+        "min_timestep": None,
+        "max_timestep": None,
+    }
+    return argparse.Namespace(**values | changed)
+
+
+@pytest.fixture
+def facts() -> TrainingFacts:
+    return TrainingFacts(
+        data=DataFacts(12, (960, 544), ({"num_repeats": 1, "resolution": (960, 544), "caption": "é"},)),
+        batches_per_epoch=6,
+        epochs=16,
+        steps=48,
+        optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
+        started_at=1700000000.5,
+        network_dim=4,
+        mixed_precision="bf16",
+    )
+
+
+def test_every_key_is_there_and_is_text(facts):
+    start = training_metadata(arguments(), facts, {"loraplus_lr_ratio": "4"})
+    metadata = finished_metadata(start, steps=48, epoch=16, now=1700000100.0)
+    assert {key for key in metadata if key.startswith("ss_")} == set(SS_KEYS.split())
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["ss_base_model_version"] == "hunyuan_video"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_network_dropout"]) == ("4", "1.0", "None")
+    assert (metadata["ss_sd_model_name"], metadata["ss_vae_name"]) == ("dit.safetensors", "vae.pt")
+    assert (metadata["ss_mixed_precision"], metadata["ss_gradient_checkpointing"]) == ("bf16", "True")
+    assert json.loads(metadata["ss_network_args"]) == {"loraplus_lr_ratio": "4"}
+    assert json.loads(metadata["ss_datasets"]) == [{"num_repeats": 1, "resolution": [960, 544], "caption": "é"}]
+    assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_training_finished_at"]) == ("48", "16", "1700000100.0")
+
+
+def test_modelspec_keys(facts):
+    args = arguments(metadata_title=None, metadata_author="Ann", metadata_tags="a, b", metadata_license=None, min_timestep=100)
+    metadata = finished_metadata(training_metadata(args, facts), steps=1, epoch=1, now=1700000000)
+    spec = {key.removeprefix("modelspec."): value for key, value in metadata.items() if key.startswith("modelspec.")}
+    assert spec == {
+        "sai_model_spec": "1.0.0",
+        "architecture": "hunyuan-video/lora",
+        "implementation": "https://github.com/Tencent/HunyuanVideo",
+        "title": "zorp",
+        "resolution": "960x544",
+        "author": "Ann",
+        "tags": "a, b",
+        "timestep_range": "100,1000",
+        "date": "2023-11-14T22:13:20+00:00",
+    }
+
+
+def test_no_metadata_keeps_what_loaders_need(facts):
+    start = training_metadata(arguments(no_metadata=True), facts)
+    kept = {"ss_base_model_version", *(f"ss_network_{name}" for name in ("module", "dim", "alpha", "dropout", "args"))}
+    assert set(start) == kept
+    assert finished_metadata(start, steps=3, epoch=1, now=0.0) == start
+
+
+def test_flags_that_training_does_not_have_are_left_out(facts):
+    args = arguments()
+    del args.fp8_llm, args.vae
+    metadata = training_metadata(args, facts)
+    assert "ss_fp8_llm" not in metadata and "ss_vae_name" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "cosine"),
+        ({"lr_scheduler_type": ""}, "cosine"),
+        ({"lr_scheduler_type": None}, "cosine"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR"}, "torch.optim.lr_scheduler.StepLR"),
+    ],
+)
+def test_the_schedule_is_the_class_where_one_is_given(facts, changed, expected):
+    assert training_metadata(arguments(**changed), facts)["ss_lr_scheduler"] == expected
+
+
+def test_session_id_leaves_the_seeded_generators_alone(facts):
+    random.seed(1)
+    state = random.getstate()
+    first, second = (training_metadata(arguments(), facts)["ss_session_id"] for _ in range(2))
+    assert random.getstate() == state and first != second
+
+
+def test_metadata_survives_saving(tmp_path, facts):
+    block = type("MMDoubleStreamBlock", (torch.nn.Module,), {})()
+    block.img_attn_qkv = torch.nn.Linear(4, 12)
+    network = create_network(1.0, 2, 1.0, None, None, torch.nn.ModuleDict({"double_blocks": torch.nn.ModuleList([block])}))
+    metadata = finished_metadata(training_metadata(arguments(), facts), steps=3, epoch=1, now=1700000100.0)
+    network.save_weights(tmp_path / "lora.safetensors", torch.bfloat16, metadata)
+    stored = read_header(tmp_path / "lora.safetensors").metadata
+    assert metadata.items() <= stored.items() and stored["ss_training_comment"] == "a stripéd star"
+    assert set(stored) - set(metadata) == {"sshs_model_hash", "sshs_legacy_hash"}
+
+
+def test_hashes_follow_the_tensors_and_not_the_metadata():
+    tensors = {"a": torch.arange(6.0)}
+    first = tensor_hashes(tensors, {})
+    assert tensor_hashes({"a": torch.arange(6.0)}, {"ss_seed": "1"})["sshs_model_hash"] == first["sshs_model_hash"]
+    assert tensor_hashes({"a": torch.arange(6.0) + 1}, {})["sshs_model_hash"] != first["sshs_model_hash"]
+    assert first["sshs_legacy_hash"] == "e3b0c442"  # SHA-256 of nothing: the file ends before 1 MiB

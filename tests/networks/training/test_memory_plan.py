@@ -1,0 +1,239 @@
+"""What a run needs, what would make it fit, and how that is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.card_table import card_table, training_plan
+from hunyuan_model.runtime.block_swap import max_blocks_to_swap
+from hunyuan_model.runtime.memory import BatchSize
+from hunyuan_model.transformer.config import TransformerConfig
+from networks.training import memory_report
+from networks.training.memory_plan import MemoryPlan
+from networks.training.memory_report import advice, batch_name, names_the_batch, plan_table, verdict
+from networks.training.saving.disk_space import NetworkSize
+from utils.devices import out_of_memory_says
+from utils.errors import UserError
+
+GB = 10**9
+PICTURE, CLIP = (544, 960, 1), (544, 960, 33)
+PLENTY = 10**15
+
+
+@pytest.fixture(scope="module")
+def picture() -> MemoryPlan:
+    """A LoRA of rank 32 for the published model on a card, one picture of 960x544 a batch, no flags."""
+    return training_plan(PICTURE)
+
+
+@pytest.fixture(scope="module")
+def clip() -> MemoryPlan:
+    return training_plan(CLIP)
+
+
+def offering(plan: MemoryPlan, *flags: str, **settings: object) -> MemoryPlan:
+    return plan.changed(offers=frozenset(flags), **settings)
+
+
+def test_the_full_model_needs_what_is_known_of_it(picture: MemoryPlan, clip: MemoryPlan) -> None:
+    parts = picture.need().device
+    assert parts["weights of the transformer"] == 2 * 12_821_012_544
+    assert picture.network == NetworkSize(117_964_800, picture.network.tensors)
+    assert parts["trained network, float32"] == parts["its gradients"] == 4 * 117_964_800
+    assert parts["state of the optimiser"] == 8 * 117_964_800
+    assert picture.need().host == {}
+    # Pictures of 960x544 take 2040 tokens, clips of 33 frames nine times as many; the captions come on top.
+    kept = "activations kept by the blocks"
+    assert clip.need().device[kept] / parts[kept] == pytest.approx((9 * 2040 + 256) / (2040 + 256), rel=0.02)
+
+
+def test_narrow_weights_and_swapping_move_what_they_say(picture: MemoryPlan) -> None:
+    narrow = picture.changed(storage=replace(picture.settings.storage, fp8=True))
+    assert picture.need().on_device - narrow.need().on_device == pytest.approx(9_059_696_640, rel=0.03)
+    swapped = narrow.with_blocks(40)
+    assert swapped.need().host["blocks and embedders that come in turn"] == pytest.approx(9.1e9, rel=0.01)
+    assert narrow.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
+
+
+@pytest.mark.parametrize("gigabytes", [8, 12, 16, 20, 24])
+def test_auto_swaps_as_few_blocks_as_fit(picture: MemoryPlan, gigabytes: int) -> None:
+    plan = picture.changed(checkpointing=True, storage=replace(picture.settings.storage, fp8=True, scaled=True))
+    count = plan.blocks_that_fit(gigabytes * GB)
+    assert 0 <= count < max_blocks_to_swap(plan.config)
+    assert plan.with_blocks(count).need().on_device <= gigabytes * GB
+    assert count == 0 or plan.with_blocks(count - 1).need().on_device > gigabytes * GB
+
+
+def test_auto_swaps_all_it_can_where_nothing_suffices_and_none_on_the_processor(picture: MemoryPlan) -> None:
+    assert picture.blocks_that_fit(GB) == 58
+    assert picture.blocks_that_fit(PLENTY) == 0
+    assert picture.blocks_that_fit(None) == 0
+    assert replace(picture, device=torch.device("cpu")).blocks_that_fit(GB) == 0
+
+
+def test_what_to_give_next_follows_from_what_is_given(picture: MemoryPlan, clip: MemoryPlan) -> None:
+    flags = (
+        "gradient_checkpointing",
+        "fp8_base",
+        "gradient_checkpointing_cpu_offload",
+        "blocks_to_swap",
+        "img_in_txt_in_offloading",
+    )
+    plan, seen = offering(picture, *flags), []
+    while (remedy := plan.next_remedy()) is not None:
+        assert remedy.saves == plan.need().on_device - remedy.plan.need().on_device > 0
+        plan = remedy.plan
+        seen.append(remedy.text)
+    assert seen[:3] == ["--gradient_checkpointing", "--fp8_base --fp8_scaled", "--blocks_to_swap 15"]
+    assert "--blocks_to_swap 58" in seen and len(seen) == len(set(seen))
+    # Of a clip the block inputs are large enough to come before the weights.
+    long = offering(clip, *flags, checkpointing=True, storage=replace(clip.settings.storage, fp8=True))
+    assert long.next_remedy().text == "--gradient_checkpointing_cpu_offload"
+
+
+def test_a_batch_of_several_may_become_smaller(picture: MemoryPlan) -> None:
+    plan = offering(replace(picture, batch=replace(picture.batch, samples=4)), checkpointing=True)
+    assert "give batch_size = 2 in the dataset config next, which saves about" in advice(plan)
+    plan = offering(picture, checkpointing=True)
+    assert advice(plan) == "use fewer frames or a smaller resolution: every flag that saves memory is in use"
+
+
+@pytest.mark.parametrize("gigabytes", [6, 10, 16, 24, 40])
+@pytest.mark.parametrize("size", [PICTURE, CLIP], ids=["picture", "clip"])
+def test_what_is_named_makes_it_fit(picture, clip, size, gigabytes) -> None:
+    plan = picture if size is PICTURE else clip
+    fitting = plan.until_it_fits(gigabytes * GB)
+    assert fitting.enough == (fitting.plan.need().on_device <= gigabytes * GB)
+    if not fitting.enough:
+        assert fitting.plan.next_remedy() is None
+    assert len({flag.split()[0] for flag in fitting.flags}) == len(fitting.flags), "a flag is named twice"
+
+
+def test_the_table_tells_parts_sum_and_verdict(picture: MemoryPlan, monkeypatch) -> None:
+    table = plan_table(picture, 24 * GB, 64 * GB)
+    assert table.startswith("memory on cuda for the largest batch, 1 x 960x544 (2296 tokens):")
+    assert "weights of the transformer" in table and "25.6 GB" in table
+    assert " of 24.0 GB free" in table and "are missing: give --gradient_checkpointing" in table
+    assert "It fits." in plan_table(picture, 200 * GB, None)
+    assert "free" not in plan_table(picture, None, None)
+
+
+def test_main_memory_that_does_not_suffice_for_swapping_is_told(picture: MemoryPlan) -> None:
+    swapped = picture.with_blocks(58)
+    assert "main memory holds 24.9 GB of it." in plan_table(swapped, 200 * GB, 64 * GB)
+    assert "but only 16.0 GB are free" in plan_table(swapped, 200 * GB, 16 * GB)
+
+
+def test_on_the_processor_everything_is_in_main_memory(picture: MemoryPlan) -> None:
+    plan = replace(picture, device=torch.device("cpu")).with_blocks(58)
+    need, table = plan.need(), plan_table(plan, 32 * GB, 32 * GB)
+    assert "memory in main memory" not in table and "main memory for the largest batch" in table
+    assert f"{(need.on_device + need.on_host) / GB:.1f} GB of 32.0 GB free" in table
+    assert not any("guess" in part for part in need.device)
+    assert f"{(need.on_device + need.on_host - 32 * GB) / GB:.1f} GB are missing" in table
+
+
+def test_a_network_of_unknown_size_is_said_to_be_missing(picture: MemoryPlan) -> None:
+    assert "without what is trained" in plan_table(replace(picture, network=None), 24 * GB, None)
+
+
+def test_a_large_sample_counts_where_it_needs_more_than_a_step(picture: MemoryPlan) -> None:
+    plan = picture.changed(checkpointing=True)
+    small, large = BatchSize(1, (1, 32, 32), 256), BatchSize(1, (33, 90, 160), 256)
+    assert replace(plan, sample=small).need() == plan.need()
+    more = replace(plan, sample=large).need()
+    assert more.device["more for sampling"] > GB and more.on_device > plan.need().on_device
+
+
+def test_verdict_without_a_flag_left(picture: MemoryPlan) -> None:
+    assert verdict(offering(picture), 10 * GB).endswith("are missing: use fewer frames or a smaller resolution.")
+
+
+def test_batches_are_named_by_their_pixels() -> None:
+    assert batch_name(BatchSize(2, (1, 68, 120), 9)) == "2 x 960x544"
+    assert batch_name(BatchSize(1, (9, 68, 120), 9)) == "1 x 960x544x33"
+
+
+def test_running_out_of_memory_names_the_batch_and_what_to_give(picture: MemoryPlan) -> None:
+    def batch(samples: int, frames: int, *names: str) -> dict[str, object]:
+        return {"latents": torch.zeros(samples, 16, frames, 4, 4), "text_states": torch.zeros(samples, 8, 3), "names": [*names]}
+
+    with pytest.raises(UserError) as caught, names_the_batch(picture, [batch(2, 1, "a", "b"), batch(1, 9, "c")], "training on"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert str(caught.value).startswith("out of memory while training on 1 x 32x32x33 (c); give --fp8_base --fp8_scaled next")
+    with pytest.raises(KeyError), names_the_batch(picture, [batch(1, 1, "a")], "training on"):
+        raise KeyError("something else")
+
+
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: ..."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_counts_as_out_of_memory(error: Exception, caught: bool) -> None:
+    with pytest.raises(UserError if caught else type(error)) as raised, out_of_memory_says("testing", "use less"):
+        raise error
+    if caught:
+        assert str(raised.value) == "out of memory while testing; use less."
+
+
+def test_a_card_tells_what_is_free_and_what_was_used(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300_000_000, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22_500_000_000)
+    with pytest.raises(UserError) as caught, out_of_memory_says("testing", lambda: "use less", torch.device("cuda", 0)):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "(0.3 of 24.0 GB are free on the card, and this process used up to 22.5 GB); use less." in str(caught.value)
+
+
+def test_training_prints_its_plan_and_auto_is_nothing_on_the_processor(train, caplog) -> None:
+    caplog.set_level("INFO")
+    ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
+    assert ended.status == 0 and "--blocks_to_swap auto: 0" in caplog.text
+    assert "for the largest batch, 2 x 32x32 (30 tokens):" in ended.stdout and "It fits." in ended.stdout
+
+
+def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(memory_report, "free_device_memory", lambda device: 0)
+    monkeypatch.setattr(MemoryPlan, "blocks_that_fit", lambda plan, free: 3 if free == 0 else 0)
+    ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
+    assert ended.status == 0
+    assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks come to the device" in caplog.text
+
+
+def test_neither_a_number_nor_auto_is_refused(train) -> None:
+    ended = train("--blocks_to_swap", "many")
+    assert ended.status == 2 and "'many' is not a whole number" in ended.stderr
+
+
+def test_generation_takes_auto(call_script, tiny_model, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    flags = ("--dit", tiny_model.dit, "--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    drawing = ("--prompt", "a", "--video_size", 32, 32, "--video_length", 1, "--infer_steps", 1, "--output_type", "latent")
+    ended = call_script("hv_generate_video", *flags, *drawing, "--save_path", tmp_path, "--blocks_to_swap", "auto")
+    assert ended.status == 0 and "--blocks_to_swap auto: 0" in caplog.text
+
+
+def test_the_table_of_cards_has_a_row_for_each(picture: MemoryPlan) -> None:
+    lines = card_table(picture, (4, 24, 200)).splitlines()
+    assert len(lines) == 5
+    assert lines[2].startswith("| 4 GB | too small") and "none needed" in lines[4]
+    assert "`--gradient_checkpointing --fp8_base --fp8_scaled" in lines[3]
+
+
+def test_a_config_without_single_blocks_has_a_plan() -> None:
+    config = TransformerConfig(hidden_size=128, heads=1, double_depth=3, single_depth=0, mlp_size=512)
+    plan = training_plan(PICTURE, rank=1)
+    plan = replace(plan, config=config, network=None)
+    assert plan.need().on_device > plan.changed(checkpointing=True).need().on_device

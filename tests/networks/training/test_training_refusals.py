@@ -1,0 +1,196 @@
+"""hv_train_network.py: what it refuses, before minutes are spent, in one sentence and with status 2."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hunyuan_model
+import hv_train_network
+from utils.safetensors_io import read_tensors
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_an_output_folder_that_cannot_be_written_is_told_before_training(train, monkeypatch, tmp_path, place):
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setattr(hv_train_network, "train", lambda training: pytest.fail("training began"))
+    ended = train("--output_dir", tmp_path / place if not place.startswith("/") else place)
+    assert ended.status == 2 and "--output_dir" in ended.stderr and "cannot be written" in ended.stderr
+
+
+def test_a_broken_cache_is_one_sentence_from_a_worker(train, tmp_path):
+    path = next((tmp_path / "clips").glob("clip_0*"))
+    file = read_tensors(path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in file.tensors.items()}, path, file.metadata)
+    ended = train("--max_train_epochs", 1, "--max_data_loader_n_workers", 1)
+    assert ended.status == 2 and path.name in ended.stderr
+    assert "Traceback" not in ended.stderr and "\nerror: " in ended.stderr
+
+
+def test_lycoris_over_float8_is_refused_before_loading(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lycoris", types.ModuleType("lycoris"))
+    monkeypatch.setitem(sys.modules, "lycoris.kohya", types.ModuleType("lycoris.kohya"))
+    ended = train("--network_module", "lycoris.kohya", "--fp8_base")
+    assert ended.status == 2 and "leave --fp8_base out" in ended.stderr
+
+
+def test_out_of_memory_names_the_flags(train, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(hv_train_network, "train_step", full)
+    ended = train()
+    assert ended.status == 2
+    assert "out of memory while training on 2 x 32x32 (" in ended.stderr or "training on 1 x " in ended.stderr
+    assert "; give --fp8_base --fp8_scaled next, which saves about" in ended.stderr
+
+
+def test_weights_of_another_rank_are_refused_before_loading(train, monkeypatch, tmp_path):
+    assert train("--max_train_steps", 1, "--network_dim", 3).status == 0
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train("--network_weights", tmp_path / "out" / "lora.safetensors", "--network_dim", 5)
+    assert ended.status == 2 and "has rank 3, not 5" in ended.stderr
+
+
+@pytest.mark.parametrize("missing", ["--dit", "--dataset_config", "--output_dir", "--output_name"])
+def test_missing_flags_are_named(call_script, missing):
+    flags = {"--dit": "d", "--dataset_config": "t", "--output_dir": "o", "--output_name": "n"}
+    del flags[missing]
+    ended = call_script("hv_train_network", *[word for pair in flags.items() for word in pair])
+    assert ended.status == 2 and missing in ended.stderr
+
+
+def test_a_model_that_gives_nan_stops_before_anything_is_saved(train, tiny_model, tmp_path):
+    tensors = load_file(tiny_model.dit)
+    tensors["final_layer.linear.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "broken.safetensors")
+    ended = train("--max_train_steps", 20, dit=tmp_path / "broken.safetensors")
+    assert ended.status == 1 and "the loss is nan" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--sage_attn"], "cannot train"),
+        (["--sdpa", "--xformers"], "exclude each other"),
+        (["--min_timestep", 600, "--max_timestep", 500], "are no range"),
+        (["--max_timestep", 1200], "are no range"),
+        (["--min_timestep", 1000], "are no range"),
+        (["--seed", -1], "outside 0 to"),
+        (["--max_grad_norm", -1], "is negative"),
+        (["--max_grad_norm", "nan"], "not a finite number"),
+        (["--scale_weight_norms", 0], "not above 0"),
+        (["--network_dropout", 1.5], "not between 0 and 1"),
+        (["--dim_from_weights"], "--network_weights, which is missing"),
+        (["--base_weights_multiplier", 0.5], "1 values for 0 --base_weights"),
+        (["--learning_rate", 0], "not above 0"),
+        (["--network_module", "networks.nothing"], "cannot be imported"),
+        (["--network_module", "json"], "no network module"),
+        (["--network_args", "rank_dropout"], "key=value"),
+        (["--network_args", "rank_drop=0.1"], "Did you mean 'rank_dropout'"),
+        (["--optimizer_type", "adamw9bit"], "adamw9bit"),
+        (["--optimizer_args", "nonsense=1"], "nonsense"),
+        (["--lr_scheduler", "cosinus"], "cosinus"),
+        (["--dit_dtype", "int4"], "--dit_dtype"),
+        (["--network_module", "..x"], "cannot be imported"),
+        (["--network_module", ""], "cannot be imported"),
+        (["--lr_scheduler", "inverse_sqrt", "--lr_scheduler_timescale", 0], "at least 1"),
+        (["--lr_scheduler_type", "torch.optim.lr_scheduler.LRScheduler"], "schedule"),
+        (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 9, "--max_train_epochs", 1], "the training has 4"),
+        (["--optimizer_type", "LBFGS"], "cannot take a plain training step"),
+        (["--optimizer_type", "builtins.dict"], "not a torch.optim"),
+        (["--optimizer_type", "..x"], "no dotted path"),
+        (["--lr_scheduler_type", "torch.optim.SGD"], "not a torch.optim.lr_scheduler"),
+        (["--output_name", "a/b"], "path separator"),
+        (["--output_name", ""], "no file name"),
+        (["--output_name", "x" * 300], "too long"),
+        (["--network_weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--max_train_steps", 0], "at least 1"),
+        (["--lerning_rate", 1], "--lerning_rate"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_sentence_and_status_2(train, tmp_path, flags, says):
+    ended = train("--max_train_steps", 1, *flags)
+    assert ended.status == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("flags", [["--flash_attn"], ["--xformers"], ["--mixed_precision", "fp16"]], ids=" ".join)
+def test_cuda_flags_without_cuda(train, flags):
+    ended = train(*flags)
+    assert ended.status == 2 and "needs a CUDA device" in ended.stderr
+
+
+def test_a_package_for_halves_only_is_refused_before_anything_is_loaded(train, monkeypatch):
+    monkeypatch.setattr(hv_train_network, "attention_mode", lambda args: "flash")
+    monkeypatch.setattr("hunyuan_model.load_transformer", None)
+    ended = train("--dit_dtype", "float32", "--mixed_precision", "no")
+    assert ended.status == 2 and "float16 or bfloat16 only" in ended.stderr
+
+
+def test_wrong_and_missing_models(train, tiny_model, tmp_path):
+    vae = train(dit=tiny_model.vae)
+    assert vae.status == 2 and "HunyuanVideo VAE" in vae.stderr and "--dit" in vae.stderr
+    missing = train(dit=tmp_path / "none.safetensors")
+    assert missing.status == 2 and "does not exist" in missing.stderr
+
+
+def test_missing_caches_name_the_command(train, cached, tmp_path):
+    next((tmp_path / "pictures").glob("b_1_hv_te*")).unlink()
+    ended = train()
+    assert ended.status == 2 and "cache_text_encoder_outputs.py" in ended.stderr and "b_1" in ended.stderr
+    for path in (tmp_path / "pictures").glob("*x*_hv.safetensors"):
+        path.unlink()
+    ended = train()
+    assert ended.status == 2 and "cache_latents.py" in ended.stderr
+
+
+@pytest.mark.parametrize("what", ["channels", "text", "pooled", "odd"])
+def test_caches_of_another_model_are_refused_before_loading(train, monkeypatch, tmp_path, what):
+    latents, text = next((tmp_path / "pictures").glob("b_1_0*")), tmp_path / "pictures" / "b_1_hv_te.safetensors"
+    path = text if what in ("text", "pooled") else latents
+    file = read_tensors(path)
+    changed = {
+        "channels": lambda name, tensor: tensor[:4],
+        "odd": lambda name, tensor: tensor[:, :, :3],
+        "text": lambda name, tensor: tensor[:, :8] if name.startswith("llm_f") else tensor,
+        "pooled": lambda name, tensor: tensor[:8] if name.startswith("clipL_f") else tensor,
+    }[what]
+    save_file({name: changed(name, tensor).contiguous() for name, tensor in file.tensors.items()}, path, file.metadata)
+    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
+    ended = train()
+    assert ended.status == 2 and path.name in ended.stderr
+    assert ("cache_text_encoder_outputs.py" if path is text else "cache_latents.py") in ended.stderr
+
+
+def test_lora_of_another_model_is_refused(train, tmp_path):
+    tensors = {
+        "lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight": torch.zeros(2, 128),
+        "lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight": torch.zeros(384, 2),
+    }
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    ended = train("--base_weights", tmp_path / "foreign.safetensors")
+    assert ended.status == 2 and "double_blocks_7" in ended.stderr and "match" in ended.stderr
+
+
+def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("loaded"))
+    ended = train("--max_train_steps", 1)
+    assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
+    fitting = types.SimpleNamespace(mixed_precision="fp8")  # as where a package for it is installed
+    monkeypatch.setattr("networks.training.accelerator.Accelerator", lambda **_: fitting)
+    ended = train("--max_train_steps", 1)
+    assert ended.status == 2 and "Use bf16" in ended.stderr

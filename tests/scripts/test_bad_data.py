@@ -1,0 +1,215 @@
+"""Data sets, captions, media and caches that cannot be used, met by the scripts: one sentence that names the culprit, status 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import wave
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bench import picture, refused
+from PIL import Image
+
+from dataset.media.decoding import IMAGE_EXTENSIONS
+from utils.media_writing import save_video
+
+LISTS = {
+    "empty": ("", ["holds no lines"]),
+    "UTF-16": ('{"image_path": "a.png"}'.encode("utf-16"), ["items.jsonl is not UTF-8"]),
+    "a picture": (picture(), ["items.jsonl is not UTF-8"]),
+    "one JSON list": ('[\n{"image_path": "a.png", "caption": "x"}\n]', ["items.jsonl:1", "one object a line"]),
+    "two objects on a line": ('{"image_path": "a.png"}{"image_path": "b.png"}', ["items.jsonl:1", "not valid JSON"]),
+    "Windows path": ('{"image_path": "C:\\train\\new.png", "caption": "x"}', ["items.jsonl:1", "control characters", "C:/folder"]),
+    "path is a folder": ('{"image_path": "/", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
+    "path is another folder": ('{"image_path": ".", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
+    "path of blanks": ('{"image_path": "  ", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
+    "caption a number": ('{"image_path": "a.png", "caption": 5}', ["items.jsonl:1", "'caption' must be text"]),
+    "no caption": ('{"image_path": "a.png"}', ["1 item(s) have no caption", "a.png"]),
+    "huge number": ('{"image_path": ' + "9" * 5000 + "}", ["items.jsonl:1"]),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_pictures_that_cannot_be_read(bench, name):
+    content, says = LISTS[name]
+    refused(bench.texts(bench.jsonl(content)), *says)
+
+
+def test_a_line_that_names_a_folder(bench):
+    line = json.dumps({"image_path": str(bench.folder / "pictures"), "caption": "x"})
+    refused(bench.texts(bench.jsonl(line)), "items.jsonl:1", "pictures is a folder")
+
+
+CAPTIONS = {
+    "UTF-16": ("a caption".encode("utf-16"), "a.txt is not UTF-8 text (byte 0)"),
+    "Latin-1": (b"caf\xe9", "a.txt is not UTF-8 text (byte 3)"),
+    "a picture": (picture(), "a.txt is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_caption_that_is_no_text(bench, name):
+    toml = bench.media("image", a_png=picture())
+    bench.write("media/a.txt", CAPTIONS[name][0])
+    for script in (bench.texts, bench.latents):
+        refused(script(toml), CAPTIONS[name][1], "save it as UTF-8")
+
+
+def test_a_caption_that_is_a_folder_is_none(bench):
+    toml = bench.media("image", a_png=picture())
+    (bench.folder / "media" / "a.txt").unlink()
+    (bench.folder / "media" / "a.txt").mkdir()
+    refused(bench.texts(toml), "1 item(s) have no caption", "a.png")
+
+
+DATASETS = {
+    "UTF-16": ("[general]".encode("utf-16"), ["not UTF-8"]),
+    "character zero": ("[general]\nx = '\0'", ["not valid TOML", "line 2"]),
+    "nested without end": ("x = " + "[" * 50_000, ["not valid TOML"]),
+    "sections as numbers": ("general = 1\n[[datasets]]\nimage_directory = '.'", ["[general]", "single brackets"]),
+    "a list of numbers": ("datasets = [1, 2]", ["[[datasets]]", "double brackets"]),
+    "a date": ("[[datasets]]\nimage_directory = '.'\nbatch_size = 2025-01-01", ["batch_size", "whole number"]),
+    "not a number": ("[[datasets]]\nimage_directory = '.'\nresolution = nan", ["resolution", "[width, height]"]),
+    "several folders": ("[[datasets]]\nimage_directory = ['.', 'x']", ["image_directory", "path in quotes"]),
+    "extension a number": ("[[datasets]]\nimage_directory = '.'\ncaption_extension = 1", ["caption_extension", '".txt"']),
+    "training flags": ("[optimizer]\nlearning_rate = 1", ["unknown section 'optimizer'", "[[datasets]]"]),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_dataset_config_that_cannot_be_read(bench, name):
+    content, says = DATASETS[name]
+    path = bench.write("bad.toml", content)
+    refused(bench.train("--dataset_config", path), "bad.toml", *says)
+    refused(bench.latents(path), "bad.toml", *says)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="making links needs rights there")
+def test_a_cache_directory_of_links_in_a_circle(bench):
+    (bench.folder / "cache").symlink_to("cache")
+    refused(bench.latents(bench.media("image", a_png=picture())), "cache_directory", "cannot be")
+
+
+def sound() -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(16000))
+    return buffer.getvalue()
+
+
+def clip(folder: Path) -> bytes:
+    save_video(folder / "clip.mp4", np.zeros((5, 32, 32, 3), np.uint8), 24)
+    return (folder / "clip.mp4").read_bytes()
+
+
+def huge_png() -> bytes:
+    """A PNG whose header says 60000 x 60000."""
+    whole = picture()
+    chunk = b"IHDR" + (60000).to_bytes(4, "big") * 2 + whole[24:29]
+    return whole[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[33:]
+
+
+MEDIA = {
+    "picture empty": ("image", "a_png", lambda folder: b"", "a.png cannot be decoded"),
+    "picture cut": ("image", "a_png", lambda folder: picture()[:500], "a.png cannot be decoded"),
+    "JPEG cut": ("image", "a_jpg", lambda folder: picture("JPEG")[:300], "a.jpg cannot be decoded"),
+    "picture too large": ("image", "a_png", lambda folder: huge_png(), "a.png is too large to open safely"),
+    "text called a picture": ("image", "a_webp", lambda folder: b"hello", "a.webp cannot be decoded"),
+    "web page called a picture": ("image", "a_jpg", lambda folder: b"<!DOCTYPE html>", "a.jpg cannot be decoded"),
+    "drawing called a picture": ("image", "a_png", lambda folder: b"<svg xmlns='x'/>", "a.png cannot be decoded"),
+    "clip called a picture": ("image", "a_png", clip, "a.png cannot be decoded"),
+    "video empty": ("video", "a_mp4", lambda folder: b"", "a.mp4 cannot be decoded"),
+    "video cut": ("video", "a_mp4", lambda folder: clip(folder)[:-200], "a.mp4 is cut short"),
+    "video of one byte": ("video", "a_mkv", lambda folder: b"\x1a", "a.mkv cannot be decoded"),
+    "sound called a video": ("video", "a_mp4", lambda folder: sound(), "a.mp4 holds no video stream"),
+    "text called a video": ("video", "a_mov", lambda folder: b"hello" * 50, "a.mov cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_media_that_cannot_be_read(bench, name):
+    kind, file, content, says = MEDIA[name]
+    ended = bench.latents(bench.media(kind, **{file: content(bench.folder)}))
+    assert "1 failure(s):" in ended.stderr and says in ended.stderr
+    refused(ended, "nothing to train on", "1 of 1 file(s) could not be cached")
+    assert not list((bench.folder / "cache").glob("*")) if (bench.folder / "cache").exists() else True
+
+
+def test_the_first_picture_of_an_animation_is_taken(bench):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="WEBP", save_all=True, append_images=frames[1:])
+    assert bench.latents(bench.media("image", a_webp=buffer.getvalue())).status == 0
+    assert len(list((bench.folder / "cache").glob("a_0032x0032_hv.safetensors"))) == 1
+
+
+def test_every_known_picture_ending_gives_a_sentence(bench):
+    """No reader of any format lets an error of its own through."""
+    toml = bench.media(
+        "image", **{f"p{number}_{ending[1:]}": b"no picture" for number, ending in enumerate(sorted(IMAGE_EXTENSIONS))}
+    )
+    ended = bench.latents(toml)
+    assert f"{len(IMAGE_EXTENSIONS)} failure(s):" in ended.stderr
+    refused(ended, "nothing to train on")
+
+
+def text_cache(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "llm_float32": torch.ones(32, 64),
+        "llm_mask": torch.ones(32, dtype=torch.int64),
+        "clipL_float32": torch.ones(48),
+    } | tensors
+
+
+LATENTS, TEXT = "a_0032x0032_hv.safetensors", "a_hv_te.safetensors"
+KEY = "latents_1x4x4_float32"
+CACHES = {
+    "latents of nothing": (LATENTS, lambda t: (t.clear(), t.update(x=torch.ones(1))), ["0 tensors called latents_"]),
+    "latents flat": (LATENTS, lambda t: t.update({KEY: torch.ones(16, 4, 4)}), ["(16, 4, 4)", "cache_latents.py"]),
+    "latents empty": (LATENTS, lambda t: t.update({KEY: torch.ones(16, 0, 4, 4)}), ["(16, 0, 4, 4)"]),
+    "latents infinite": (LATENTS, lambda t: t[KEY].view(-1)[3:4].fill_(-torch.inf), ["NaN or infinity", "cache_latents.py"]),
+    "latents whole numbers": (LATENTS, lambda t: t.update({KEY: t[KEY].long()}), ["int64", "cache_latents.py"]),
+    "latents float8": (LATENTS, lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), ["float8_e4m3fn"]),
+    "text without mask": (TEXT, lambda t: t.pop("llm_mask"), ["no llm_mask", "cache_text_encoder_outputs.py"]),
+    "text without states": (TEXT, lambda t: t.pop("llm_float32"), ["0 tensors called llm_"]),
+    "text without pooled": (TEXT, lambda t: t.pop("clipL_float32"), ["0 tensors called clipL_"]),
+    "text in a batch": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.ones(1, 32, 64))), ["(1, 32, 64)", "(L, D)"]),
+    "text a number": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.tensor(1.0))), ["shapes ()", "(L, D)"]),
+    "mask a number": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.tensor(1))), ["no entries for 32 rows"]),
+    "mask short": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.ones(31))), ["31 entries for 32 rows"]),
+    "text NaN": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.full((32, 64), torch.nan))), ["NaN or infinity"]),
+    "pooled NaN": (TEXT, lambda t: t.update(text_cache(clipL_float32=torch.full((48,), torch.nan))), ["NaN or infinity"]),
+    "text whole numbers": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.ones(32, 64).int())), ["int32"]),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_cannot_be_trained_on(bench, name):
+    file, change, says = CACHES[name]
+    bench.spoil(file, change)
+    refused(bench.train(), file, *says)
+
+
+@pytest.mark.parametrize("damage", ["cut", "folder", "lost link"])
+@pytest.mark.parametrize("file", [LATENTS, TEXT])
+def test_a_cache_that_is_no_file(bench, file, damage):
+    path = bench.folder / "pictures" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "folder":
+        path.mkdir()
+    elif sys.platform == "win32":
+        pytest.skip("making links needs rights there")
+    else:
+        path.symlink_to(bench.folder / "moved away")
+    refused(bench.train(), file, {"cut": "cut short", "folder": "is a folder", "lost link": "does not exist"}[damage])

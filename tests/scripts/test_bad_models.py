@@ -1,0 +1,189 @@
+"""Models, LoRA and latents that cannot be used, met by the scripts: one sentence that names the culprit, status 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bench import ALPHA, DOWN, MODULE, UP, refused
+from safetensors.torch import save
+
+LORA = Path(__file__).resolve().parents[1] / "goldens" / "lora.safetensors"
+
+
+def header(content: object, data: bytes = bytes(8), length: int | None = None) -> bytes:
+    """A safetensors file with this header, whatever it is."""
+    encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
+
+
+def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+class Opens:
+    """A pickle of this would make a file."""
+
+    def __reduce__(self):
+        return (open, ("made_by_a_pickle", "w"))
+
+
+def torch_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"x": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+SAFETENSORS = {
+    "empty": (b"", "it is empty"),
+    "cut in its length": (b"\x10\0\0", "cut short"),
+    "cut in its header": (LORA.read_bytes()[:200], "cut short"),
+    "cut in its data": (LORA.read_bytes()[:-1], "cut short"),
+    "longer than its header says": (LORA.read_bytes() + b"\0", "not a readable"),
+    "length of the header lies": (header({"x": tensor()}, length=7), "not a readable"),
+    "huge length of the header": (header({"x": tensor()}, length=2**62), "not a readable"),
+    "header not JSON": (header(b"{not json}"), "not a readable"),
+    "header not UTF-8": (header(b'{"\xff": 1}'), "not a readable"),
+    "header a list": (header([1, 2]), "not a readable"),
+    "header of depth": (header(b"[" * 100_000), "not a readable"),
+    "dtype unknown": (header({"x": tensor("Q7")}), "not a readable"),
+    "shape and bytes differ": (header({"x": tensor(shape=[3])}), "not a readable"),
+    "shape beyond all bytes": (header({"x": tensor(shape=[2**40, 2**40])}), "not a readable"),
+    "negative shape": (header({"x": tensor(shape=[-2])}), "not a readable"),
+    "tensors overlap": (header({"x": tensor(), "y": tensor()}), "not a readable"),
+    "data beyond the end": (header({"x": tensor(offsets=[64, 72])}), "not a readable"),
+    "metadata not text": (header({"__metadata__": {"a": 1}, "x": tensor()}), "not a readable"),
+    "no tensors": (header({}, b""), "holds no tensors"),
+    "torch file": (torch_file(), "Save it as safetensors"),
+    "pickle of code": (pickle.dumps(Opens()), "Save it as safetensors"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+    "text": (b"a LoRA, surely", "not a readable"),
+}
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_a_damaged_safetensors_file(bench, monkeypatch, name):
+    content, says = SAFETENSORS[name]
+    monkeypatch.chdir(bench.folder)
+    path = bench.write("lora.safetensors", content)
+    refused(bench.convert(path), path, says)
+    refused(bench.train("--base_weights", path), path, says)
+    assert not (bench.folder / "made_by_a_pickle").exists() and not (bench.folder / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in SAFETENSORS if name not in ("torch file", "no tensors")])
+def test_a_damaged_transformer(bench, monkeypatch, name):
+    monkeypatch.chdir(bench.folder)
+    path = bench.write("dit.safetensors", SAFETENSORS[name][0])
+    refused(bench.train("--dit", path), "--dit", path)
+    assert not (bench.folder / "made_by_a_pickle").exists()
+
+
+NORM, PATCH = "double_blocks.0.img_attn_q_norm.weight", "img_in.proj.weight"
+MODELS = {
+    "norm a matrix": (lambda t: t.update({NORM: torch.ones(4, 8)}), [NORM, "(4, 8)", "1 dimension"]),
+    "norm empty": (lambda t: t.update({NORM: torch.ones(0)}), [NORM, "(0,)"]),
+    "patch a matrix": (lambda t: t.update({PATCH: torch.ones(128, 64)}), [PATCH, "(128, 64)", "5 dimension"]),
+    "text a vector": (lambda t: t.update({"txt_in.input_embedder.weight": torch.ones(64)}), ["txt_in.input_embedder.weight"]),
+    "final a number": (lambda t: t.update({"final_layer.linear.weight": torch.tensor(1.0)}), ["final_layer.linear.weight", "()"]),
+    "whole numbers": (
+        lambda t: t.update({"single_blocks.3.linear2.weight": t["single_blocks.3.linear2.weight"].to(torch.int8)}),
+        ["whole numbers", "single_blocks.3.linear2.weight (int8)"],
+    ),
+    "a layer missing": (lambda t: t.pop("single_blocks.3.linear2.weight"), ["single_blocks.3.linear2.weight", "missing"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformer_with_impossible_tensors(bench, name):
+    change, says = MODELS[name]
+    refused(bench.train("--dit", bench.changed(bench.model.dit, change)), "changed.safetensors", *says)
+
+
+def test_a_vae_that_is_not_whole_is_told_before_hours_of_sampling(bench, monkeypatch):
+    monkeypatch.setattr("hv_generate_video.sample", None)
+    source = next(Path(bench.model.vae).glob("*.safetensors"))
+    name = "decoder.conv_out.conv.bias"
+    refused(bench.generate("--vae", bench.changed(source, lambda t: t.pop(name))), "--vae", name, "missing")
+    flat = bench.changed(source, lambda t: t.update({"post_quant_conv.weight": torch.ones(4)}))
+    refused(bench.generate("--vae", flat), "--vae", "post_quant_conv.weight", "(4,)")
+
+
+CONFIGS = {
+    "layers as text": ("text_encoder1", {"num_hidden_layers": "many"}),
+    "no heads": ("text_encoder1", {"num_attention_heads": 0}),
+    "rope a number": ("text_encoder1", {"rope_parameters": 5}),
+    "negative width": ("text_encoder1", {"hidden_size": -64}),
+    "no heads of CLIP": ("text_encoder2", {"num_attention_heads": 0}),
+    "unknown activation": ("text_encoder2", {"hidden_act": "nothing"}),
+    "width of another model": ("text_encoder2", {"hidden_size": 96}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_text_encoder_with_an_impossible_config(bench, name):
+    flag, entries = CONFIGS[name]
+    folder = bench.folder / "encoder"
+    shutil.copytree(getattr(bench.model, flag), folder)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(stored | entries), encoding="utf-8")
+    refused(bench.generate(f"--{flag}", folder), f"--{flag} {folder}")
+
+
+LORAS = {
+    "ranks differ": (lambda t: t.update({DOWN: torch.ones(3, 128)}), [DOWN, "not the factors of one update"]),
+    "down missing": (lambda t: t.pop(DOWN), ["a factor is missing", "double_blocks_0_img_attn_qkv"]),
+    "up missing": (lambda t: t.pop(UP), ["a factor is missing"]),
+    "alpha alone": (lambda t: (t.pop(UP), t.pop(DOWN)), ["a factor is missing"]),
+    "foreign keys": (lambda t: t.update({"text_model.weight": torch.ones(1)}), ["keys are unknown", "text_model.weight"]),
+    "LyCORIS": (lambda t: t.update({f"{MODULE}.hada_w1_a": torch.ones(1)}), ["not a plain LoRA", "hada_w1_a", "lycoris"]),
+    "NaN": (lambda t: t[UP].view(-1)[0:1].fill_(torch.nan), ["NaN or infinity", UP, "earlier save"]),
+    "infinity": (lambda t: t[DOWN].view(-1)[0:1].fill_(torch.inf), ["NaN or infinity", DOWN]),
+    "alpha NaN": (lambda t: t.update({ALPHA: torch.tensor(torch.nan)}), ["alpha of double_blocks_0_img_attn_qkv", "finite"]),
+    "whole numbers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), ["int8", "floating point"]),
+    "size of another model": (lambda t: t.update({DOWN: torch.ones(4, 99)}), ["do not match the model", "another size"]),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_that_cannot_be_used(bench, name):
+    change, says = LORAS[name]
+    path = bench.changed(bench.lora(), change)
+    refused(bench.generate("--lora_weight", path), path.name, *says)
+    refused(bench.train("--network_weights", path, "--dim_from_weights"), path.name, *says)
+
+
+LATENT_FILES = {
+    "another name": ({"latents": torch.ones(16, 1, 4, 4)}, "no tensor named latent"),
+    "another shape": ({"latent": torch.ones(1, 16, 1, 4, 4)}, "(16, frames, height, width)"),
+    "no frames": ({"latent": torch.ones(16, 0, 4, 4)}, "(16, 0, 4, 4)"),
+    "NaN": ({"latent": torch.full((16, 1, 4, 4), torch.nan)}, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", LATENT_FILES)
+def test_a_latent_that_cannot_be_decoded(bench, name):
+    tensors, says = LATENT_FILES[name]
+    refused(bench.decode(bench.write("l.safetensors", save(tensors))), "--latent_path", "l.safetensors", says)
+    assert not (bench.folder / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+@pytest.mark.parametrize("what", ["picture", "--dit", "--vae", "--lora_weight", "--latent_path"])
+def test_a_pipe_does_not_make_a_script_wait(bench, what):
+    pipe = bench.folder / "pipe.png"
+    os.mkfifo(pipe)
+    if what == "picture":
+        ended = bench.latents(bench.jsonl(json.dumps({"image_path": str(pipe), "caption": "x"})))
+        assert "pipe.png is a folder or a device" in ended.stderr
+        return refused(ended, "nothing to train on")
+    if what == "--latent_path":
+        return refused(bench.decode(pipe), what, "not a regular file")
+    refused(bench.generate(what, pipe), "pipe.png", "not a regular file")

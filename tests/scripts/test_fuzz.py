@@ -1,0 +1,259 @@
+"""Random damage to what users write and copy (TOML, JSONL, captions, prompts, safetensors): nothing but UserError comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from dataset import load_dataset_config
+from dataset.cache.files import read_latent_shape, read_latents, read_text, read_text_widths
+from dataset.config import COMMON_KEYS, SOURCE_KEYS, VIDEO_KEYS, DatasetConfig
+from dataset.items import list_items, require_captions
+from hunyuan_model.checkpoints.reading import open_checkpoint
+from networks.lora_files import check_lora_file, read_lora
+from networks.training.arguments import build_training_parser
+from networks.training.samples.prompts import PROMPT_OPTIONS, read_sample_prompts
+from utils.cli.config_files import parse_with_config
+from utils.errors import UserError
+from utils.safetensors_io import read_header, read_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+# The same examples every time: a failure here is one that anybody can repeat.
+FUZZ = settings(
+    max_examples=60,
+    deadline=20_000,  # milliseconds; a busy machine takes some time for anything
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+text = st.text(max_size=12)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-4, 200),
+    st.floats(),
+    text,
+    st.sampled_from(["", ".", "a.png", "~x", "\0"]),
+)
+json_values = st.recursive(
+    scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)), max_leaves=6
+)
+
+
+@contextlib.contextmanager
+def only_user_errors():
+    """Let a UserError pass if it is one line that says something."""
+    try:
+        yield
+    except UserError as error:
+        assert str(error).strip() and len(str(error).splitlines()) == 1, str(error)
+
+
+def toml_value(value: object) -> str:
+    """``value`` as TOML, or as what looks like it."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value)
+
+
+known_keys = st.sampled_from([*COMMON_KEYS, *SOURCE_KEYS, *VIDEO_KEYS, "cache_directory", "image_directry"])
+tables = st.dictionaries(known_keys, json_values, max_size=4)
+
+
+@st.composite
+def dataset_files(draw) -> str:
+    """A TOML file with sections and keys that are near to right, with values that are not."""
+    lines = []
+    if draw(st.booleans()):
+        lines.append(draw(st.sampled_from(["[general]", "[general]", "[[general]]", "general = 1", "[general.x]"])))
+        lines += [f"{key} = {toml_value(value)}" for key, value in draw(tables).items()]
+    for _ in range(draw(st.integers(0, 2))):
+        lines.append(draw(st.sampled_from(["[[datasets]]", "[[datasets]]", "[datasets]", "[[dataset]]"])))
+        table = draw(tables) | ({"image_directory": "."} if draw(st.booleans()) else {})
+        lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
+    written = "\n".join(lines)
+    if draw(st.booleans()):
+        return written
+    cut = draw(st.integers(0, len(written)))
+    return written[:cut] + draw(text) + written[cut:]
+
+
+@FUZZ
+@given(content=dataset_files())
+def test_dataset_files(tmp_path, content):
+    path = tmp_path / "d.toml"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with only_user_errors():
+        load_dataset_config(path)
+
+
+training_keys = st.sampled_from(
+    [option[2:] for option in build_training_parser()._option_string_actions if option.startswith("--")]
+)
+
+
+@FUZZ
+@given(content=st.dictionaries(st.one_of(training_keys, training_keys, text), json_values, max_size=5))
+def test_config_files(tmp_path, content):
+    path = tmp_path / "c.toml"
+    lines = [f"{json.dumps(key)} = {toml_value(value)}" for key, value in content.items()]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    with only_user_errors():
+        parse_with_config(build_training_parser(), ["--config_file", str(path)])
+
+
+lines_of_jsonl = st.one_of(
+    st.dictionaries(st.sampled_from(["image_path", "caption", "video_path", "x"]), json_values, max_size=3).map(json.dumps),
+    st.fixed_dictionaries({"image_path": st.text(max_size=300), "caption": text}).map(json.dumps),
+    json_values.map(json.dumps),
+    text,
+)
+
+
+@FUZZ
+@given(lines=st.lists(lines_of_jsonl, max_size=4), tail=st.binary(max_size=3))
+def test_jsonl_lines(tmp_path, lines, tail):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
+    with only_user_errors():
+        require_captions(list_items(DatasetConfig(0, "image", None, path, tmp_path / "cache")))
+
+
+options = st.sampled_from([*PROMPT_OPTIONS, "--n", "--", "---w", "--w=", "#"])
+prompt_words = st.lists(st.one_of(text, options, scalars.map(str), st.integers(-20, 600).map(str)), max_size=8)
+
+
+@FUZZ
+@given(lines=st.lists(prompt_words.map(" ".join), max_size=4), tail=st.binary(max_size=3))
+def test_prompt_lines(tmp_path, lines, tail):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
+    with only_user_errors():
+        assert all(prompt.width % 16 == 0 for prompt in read_sample_prompts(path))
+
+
+@FUZZ
+@given(
+    document=st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.dictionaries(
+                st.one_of(text, st.sampled_from(["prompt", "prompts", "subset", "width", "frame_count", "seed"])), inner, max_size=4
+            ),
+        ),
+        max_leaves=8,
+    )
+)
+def test_prompt_tables(tmp_path, document):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with only_user_errors():
+        assert read_sample_prompts(path)
+
+
+@FUZZ
+@given(caption=st.binary(max_size=20))
+def test_captions(tmp_path, caption):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_bytes(caption)
+    with only_user_errors():
+        require_captions(list_items(DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")))
+
+
+DTYPES = ["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "U16", "Q4", "", 7]
+names = st.sampled_from(
+    [
+        "latents_1x2x2_float32",
+        "llm_float32",
+        "llm_mask",
+        "clipL_float32",
+        "lora_unet_double_blocks_0_img_mod_linear.lora_down.weight",
+        "lora_unet_double_blocks_0_img_mod_linear.lora_up.weight",
+        "lora_unet_double_blocks_0_img_mod_linear.alpha",
+        "diffusion_model.single_blocks.0.linear1.lora_A.weight",
+        "x",
+        "",
+    ]
+)
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(DTYPES),
+        "shape": st.one_of(st.lists(st.integers(0, 4), max_size=5), st.lists(st.integers(-1, 2**64), max_size=3), json_values),
+        "data_offsets": st.one_of(st.tuples(st.integers(0, 64), st.integers(0, 64)), st.lists(st.integers(-1, 2**64), max_size=3)),
+    },
+)
+SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U16": 2}
+
+
+@st.composite
+def safetensors_files(draw) -> bytes:
+    """A file whose header is right, nearly right or nonsense, perhaps cut or with a wrong length."""
+    if draw(st.booleans()):  # tensors in a row, as the format wants them, of any dtype and shape
+        header, offset = {}, 0
+        for name in draw(st.lists(names, max_size=4, unique=True)):
+            dtype = draw(st.sampled_from(DTYPES[:-2]))
+            shape = draw(st.lists(st.integers(0, 3), max_size=4))
+            size = SIZES.get(dtype, 1) * torch.Size(shape).numel()
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+        data = draw(st.sampled_from([b"\0", b"\x7f", b"\xff"])) * offset
+    else:
+        header, data = draw(st.dictionaries(names, entries, max_size=4)), bytes(draw(st.integers(0, 64)))
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(json_values)
+    encoded = json.dumps(header).encode()
+    length = draw(st.sampled_from([len(encoded), len(encoded), len(encoded), 0, 2**63, 10**8, len(encoded) - 1]))
+    content = max(length, 0).to_bytes(8, "little") + encoded + data
+    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 4)) == 0 else content
+
+
+READERS = (
+    read_header,
+    read_tensors,
+    read_latent_shape,
+    read_latents,
+    read_text_widths,
+    read_text,
+    check_lora_file,
+    read_lora,
+    lambda path: open_checkpoint(path, "model"),
+)
+
+
+def read_in_every_way(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)  # what an earlier example left mapped must not shrink
+    path.write_bytes(content)
+    for reader in READERS:
+        with only_user_errors():
+            reader(path)
+
+
+@settings(FUZZ, max_examples=150)
+@given(content=safetensors_files())
+def test_safetensors_files(tmp_path, content):
+    read_in_every_way(tmp_path / "x.safetensors", content)
+
+
+WHOLE = save({"latents_1x2x2_float32": torch.ones(16, 1, 2, 2), "llm_mask": torch.ones(4)}, {"architecture": "hunyuan_video"})
+
+
+@FUZZ
+@given(position=st.integers(0, 300), put=st.binary(min_size=1, max_size=8), cut=st.integers(0, len(WHOLE)))
+def test_a_safetensors_file_with_some_bytes_changed(tmp_path, position, put, cut):
+    changed = WHOLE[:position] + put + WHOLE[position + len(put) :]
+    read_in_every_way(tmp_path / "x.safetensors", changed[: max(cut, position)])

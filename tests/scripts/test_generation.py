@@ -1,0 +1,352 @@
+"""hv_generate_video.py: what it writes, that LoRA and seeds act, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import hunyuan_model
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.lora import create_network
+from utils.safetensors_io import read_header
+
+SIZE = (32, 48)
+
+
+@pytest.fixture
+def generate(call_script, tiny_model, tmp_path):
+    """``generate(*flags)`` draws 5 frames of 32 x 48 in 3 steps into tmp_path/out; later flags win."""
+
+    def run(*flags: object, folder: str = "out"):
+        models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae)
+        encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+        picture = ("--video_size", *SIZE, "--video_length", 5, "--infer_steps", 3, "--seed", 1234, "--prompt", "a red ball")
+        return call_script("hv_generate_video", *models, *encoders, *picture, "--save_path", tmp_path / folder, *flags)
+
+    return run
+
+
+def latent_of(tmp_path: Path, folder: str = "out") -> torch.Tensor:
+    (path,) = (tmp_path / folder).glob("*_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+@pytest.fixture
+def lora(tiny_model, tmp_path) -> Path:
+    """A LoRA with both factors non-zero."""
+    torch.manual_seed(0)
+    transformer = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32)
+    network = create_network(1.0, 4, 4.0, None, None, transformer)
+    for module in network.loras():
+        torch.nn.init.normal_(module.lora_up.weight, std=0.05)
+    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_output_name": "lora"})
+    return tmp_path / "lora.safetensors"
+
+
+def test_both_writes_latent_and_video(generate, tmp_path):
+    ended = generate("--output_type", "both", "--fps", 12)
+    assert ended.status == 0, ended.stderr
+    written = sorted((tmp_path / "out").iterdir())
+    assert [path.suffix for path in written] == [".mp4", ".safetensors"]
+    assert all(str(path) in ended.stdout for path in written)
+    assert all("_1234" in path.name for path in written)
+    metadata = read_header(written[1]).metadata
+    assert metadata["prompt"] == "a red ball" and metadata["seed"] == "1234" and metadata["infer_steps"] == "3"
+    assert latent_of(tmp_path).shape == (16, 2, 4, 6)
+    with av.open(str(written[0])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 12
+        assert "a red ball" in container.metadata["comment"]
+    assert len(frames) == 5 and frames[0].shape == (*SIZE, 3)
+
+
+def test_images_equal_decoding_the_latent_later(generate, call_script, tiny_model, tmp_path):
+    assert generate("--output_type", "images").status == 0
+    assert generate("--output_type", "latent", folder="latents").status == 0
+    (latent,) = (tmp_path / "latents").iterdir()
+    decoded = call_script(
+        "hv_generate_video",
+        "--latent_path",
+        latent,
+        "--vae",
+        tiny_model.vae,
+        "--save_path",
+        tmp_path / "late",
+        "--output_type",
+        "images",
+    )
+    assert decoded.status == 0, decoded.stderr
+    (now,) = (tmp_path / "out").iterdir()
+    (late,) = (tmp_path / "late").iterdir()
+    assert [path.name for path in sorted(now.iterdir())] == [f"{index:05d}.png" for index in range(5)]
+    for path in now.iterdir():
+        with Image.open(path) as first, Image.open(late / path.name) as second:
+            np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+            assert first.text["prompt"] == second.text["prompt"] == "a red ball"
+
+
+def test_no_metadata(generate, tmp_path):
+    assert generate("--output_type", "both", "--no_metadata").status == 0
+    video, latent = sorted((tmp_path / "out").iterdir())
+    assert read_header(latent).metadata == {}
+    with av.open(str(video)) as container:
+        assert "comment" not in container.metadata
+
+
+def test_seed_prompt_and_settings_decide_the_picture(generate, tmp_path):
+    def drawn(folder: str, *flags: object) -> torch.Tensor:
+        ended = generate("--output_type", "latent", *flags, folder=folder)
+        assert ended.status == 0, ended.stderr
+        return latent_of(tmp_path, folder)
+
+    first = drawn("first")
+    assert torch.equal(first, drawn("again"))
+    assert torch.equal(first, drawn("sdpa", "--attn_mode", "sdpa", "--split_attn"))
+    for folder, flags in {
+        "seed": ("--seed", 5),
+        "prompt": ("--prompt", "a blue square"),
+        "guidance": ("--embedded_cfg_scale", 1),
+        "shift": ("--flow_shift", 1),
+        "steps": ("--infer_steps", 4),
+    }.items():
+        assert not torch.allclose(first, drawn(folder, *flags), atol=1e-4), folder
+    fp8 = drawn("fp8", "--fp8")
+    relative = ((fp8 - first).norm() / first.norm()).item()
+    assert 1e-4 < relative < 0.2
+
+
+def test_sampling_equals_the_scheduler_of_diffusers(generate, tiny_model, tmp_path):
+    """The same noise, network and conditions through diffusers' flow-matching Euler scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    assert generate("--output_type", "latent").status == 0
+    load = {"device": torch.device("cpu"), "dtype": torch.float32}
+    states, mask = hunyuan_model.load_text_encoder_1(tiny_model.text_encoder1, **load).encode(["a red ball"])
+    pooled = hunyuan_model.load_text_encoder_2(tiny_model.text_encoder2, **load).encode(["a red ball"])
+    transformer = hunyuan_model.load_transformer(tiny_model.dit, **load)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, 4)[:-1])
+    generator = torch.Generator().manual_seed(1234)
+    latents = torch.cat([torch.randn(1, 16, 1, 4, 6, generator=generator) for _ in range(2)], dim=2)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            velocity = transformer(latents, t[None], states, mask, pooled, torch.tensor([6000.0]))
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    torch.testing.assert_close(latent_of(tmp_path), latents[0], atol=1e-4, rtol=1e-4)
+
+
+def test_lora_is_merged_while_loading_and_into_a_file(generate, call_script, tiny_model, lora, tmp_path):
+    def drawn(folder: str, *flags: object) -> torch.Tensor:
+        ended = generate("--output_type", "latent", *flags, folder=folder)
+        assert ended.status == 0, ended.stderr
+        return latent_of(tmp_path, folder)
+
+    plain, with_lora = drawn("plain"), drawn("lora", "--lora_weight", lora)
+    assert (with_lora - plain).abs().max() > 1e-2
+    assert torch.equal(plain, drawn("zero", "--lora_weight", lora, "--lora_multiplier", 0))
+    twice = drawn("twice", "--lora_weight", lora, lora, "--lora_multiplier", 0.5)  # 0.5 and 1.0
+    torch.testing.assert_close(twice, drawn("more", "--lora_weight", lora, "--lora_multiplier", 1.5), atol=1e-4, rtol=1e-4)
+
+    merged = tmp_path / "merged" / "dit.safetensors"
+    ended = call_script("hv_generate_video", "--dit", tiny_model.dit, "--lora_weight", lora, "--save_merged_model", merged)
+    assert ended.status == 0, ended.stderr
+    assert load_file(merged).keys() == load_file(tiny_model.dit).keys()
+    torch.testing.assert_close(drawn("merged_file", "--dit", merged), with_lora, atol=1e-5, rtol=1e-5)
+
+    other = tmp_path / "other.safetensors"
+    assert call_script("convert_lora", "--input", lora, "--output", other, "--target", "other").status == 0
+    torch.testing.assert_close(drawn("converted", "--lora_weight", other), with_lora, atol=1e-4, rtol=1e-4)
+
+
+def test_tiles_and_chunks_are_applied(generate, monkeypatch, tmp_path):
+    assert generate("--output_type", "images", "--video_length", 1).status == 0
+    assert generate("--output_type", "images", "--video_length", 1, "--vae_chunk_size", 8, folder="chunked").status == 0
+    tiled = ("--video_size", 64, 96, "--vae_spatial_tile_sample_min_size")
+    assert generate("--output_type", "images", "--video_length", 1, *tiled, 32, folder="tiled").status == 0
+    assert generate("--output_type", "images", "--video_length", 1, *tiled, 128, folder="one_tile").status == 0
+
+    def picture(folder: str) -> np.ndarray:
+        (path,) = (tmp_path / folder).glob("*/00000.png")
+        return np.asarray(Image.open(path)).astype(int)
+
+    assert np.abs(picture("out") - picture("chunked")).max() <= 1
+    assert np.abs(picture("tiled") - picture("one_tile")).max() > 1
+
+
+def test_command_of_the_readme(run_script, tiny_model, lora, tmp_path):
+    """In a process of its own, with every flag at once."""
+    flags = (
+        "--fp8 --video_size 32 48 --video_length 5 --infer_steps 2 --output_type both --attn_mode sdpa --split_attn "
+        "--vae_chunk_size 32 --vae_spatial_tile_sample_min_size 128 --seed 1234 --lora_multiplier 1.0"
+    )
+    ended = run_script(
+        "hv_generate_video.py",
+        *("--dit", tiny_model.dit, "--vae", tiny_model.vae, "--prompt", "a cat walks, realistic style"),
+        *("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2),
+        *("--save_path", tmp_path / "Ausgabe ü", "--lora_weight", lora, *flags.split()),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "Ausgabe ü").iterdir())) == 2
+
+
+def test_nan_is_not_written(generate, tiny_model, tmp_path):
+    tensors = load_file(tiny_model.dit)
+    tensors["final_layer.linear.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "broken.safetensors")
+    ended = generate("--dit", tmp_path / "broken.safetensors")
+    assert ended.status == 2 and "NaN" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(generate, monkeypatch, tmp_path):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.media_writing.av.open", full)
+    ended = generate()
+    assert ended.status == 2 and "No space left" in ended.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--video_size", 250, 256], "use 256 x 256"),
+        (["--video_length", 4], "not 4n + 1"),
+        (["--dit", "nowhere.safetensors"], "does not exist"),
+        (["--lora_weight", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--lora_multiplier", 0.5, 0.7], "2 values for 0 --lora_weight"),
+        (["--vae_spatial_tile_sample_min_size", 100], "multiple of 32"),
+        (["--seed", -1], "outside 0"),
+        (["--flow_shift", 0], "not above 0"),
+        (["--embedded_cfg_scale", "nan"], "not a finite number"),
+        (["--lora_multiplier", "inf"], "not a finite number"),
+        (["--text_encoder_dtype", "int8"], "--text_encoder_dtype"),
+        (["--dit_dtype", "int8"], "--dit_dtype"),
+        (["--output_type", "gif"], "gif"),
+        (["--infer_steps", 0], "at least 1"),
+        (["--device", "tpu"], "--device"),
+        (["--device", "mps"], "not supported"),
+        (["--fps", 99999999], "above 1000"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_sentence_and_status_2(generate, monkeypatch, tmp_path, flags, says):
+    def loaded(*_args, **_kwargs):
+        raise AssertionError("a model was loaded before the flags were checked")
+
+    monkeypatch.setattr(HYVideoDiffusionTransformer, "__init__", loaded)
+    ended = generate(*flags)
+    assert ended.status == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["--dit", "--vae", "--text_encoder1", "--text_encoder2", "--prompt", "--save_path"])
+def test_missing_flags_are_named(call_script, tiny_model, tmp_path, missing):
+    flags = {
+        "--dit": tiny_model.dit,
+        "--vae": tiny_model.vae,
+        "--text_encoder1": tiny_model.text_encoder1,
+        "--text_encoder2": tiny_model.text_encoder2,
+        "--prompt": "x",
+        "--save_path": tmp_path / "out",
+    }
+    del flags[missing]
+    ended = call_script("hv_generate_video", *[word for pair in flags.items() for word in pair])
+    assert ended.status == 2 and missing in ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--attn_mode", "flash"], ["--attn_mode", "sageattn"]], ids=" ".join)
+def test_cuda_flags_without_cuda(generate, flags):
+    ended = generate(*flags)
+    assert ended.status == 2 and "CUDA" in ended.stderr
+
+
+def test_swapped_models_are_told_apart(generate, tiny_model):
+    swapped = generate("--vae", tiny_model.dit)
+    assert swapped.status == 2 and "--vae" in swapped.stderr and "a HunyuanVideo transformer" in swapped.stderr
+    swapped = generate("--text_encoder1", tiny_model.text_encoder2)
+    assert swapped.status == 2 and "--text_encoder1" in swapped.stderr and "CLIP" in swapped.stderr
+
+
+def test_latents_that_are_none(call_script, tiny_model, tmp_path, lora):
+    def decode(path: Path):
+        return call_script("hv_generate_video", "--latent_path", path, "--vae", tiny_model.vae, "--save_path", tmp_path / "out")
+
+    assert "no tensor named latent" in decode(lora).stderr
+    save_file({"latent": torch.zeros(4, 4)}, tmp_path / "flat.safetensors")
+    ended = decode(tmp_path / "flat.safetensors")
+    assert ended.status == 2 and "(16, frames, height, width)" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_latents_are_decoded_under_names_of_their_own(generate, call_script, tiny_model, tmp_path):
+    assert generate("--output_type", "latent", "--video_length", 1).status == 0
+    (first,) = (tmp_path / "out").iterdir()
+    second = first.with_name("second.safetensors")
+    second.write_bytes(first.read_bytes())
+    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "videos", "--fp8")
+    ended = call_script("hv_generate_video", "--latent_path", first, second, *flags)
+    assert ended.status == 0 and len(list((tmp_path / "videos").iterdir())) == 2
+    (tmp_path / "elsewhere").mkdir()
+    twin = tmp_path / "elsewhere" / "second_latent.safetensors"
+    twin.write_bytes(second.read_bytes())
+    ended = call_script("hv_generate_video", "--latent_path", second, twin, *flags)
+    assert ended.status == 0 and len(set(ended.stdout.split())) == 2
+    assert len(list((tmp_path / "videos").iterdir())) == 4
+
+
+def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr("hv_generate_video.time.strftime", lambda _format: "20260101-000000")
+    for _ in range(2):
+        assert generate("--output_type", "latent", "--video_length", 1).status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["20260101-000000_1234-2_latent.safetensors", "20260101-000000_1234_latent.safetensors"]
+
+
+def test_out_of_memory_names_the_flags(generate, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("hv_generate_video.sample_latents", full)
+    ended = generate()
+    assert (
+        ended.status == 2
+        and "out of memory while sampling 1 x 48x32x5; give --fp8 --fp8_scaled next, which saves about" in ended.stderr
+    )
+
+
+@pytest.mark.parametrize("output_type", ["video", "images"])
+def test_nothing_is_overwritten(call_script, tiny_model, tmp_path, output_type):
+    for frames in (2, 1):
+        save_file({"latent": torch.zeros(16, frames, 2, 2)}, tmp_path / "a.safetensors")
+        flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", output_type)
+        assert call_script("hv_generate_video", "--latent_path", tmp_path / "a.safetensors", *flags).status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == (["a", "a-2"] if output_type == "images" else ["a-2.mp4", "a.mp4"])
+
+
+def test_flags_without_effect_are_told(run_script, tiny_model, tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a.safetensors")
+    decoding = ("--latent_path", tmp_path / "a.safetensors", "--vae", tiny_model.vae, "--save_path", tmp_path / "out")
+    ended = run_script("hv_generate_video.py", *decoding, "--lora_weight", "x.safetensors", "--fp8")
+    assert ended.returncode == 0 and "--fp8, --lora_weight: no effect with --latent_path" in ended.stderr
+
+
+def test_lora_that_does_not_fit(generate, tmp_path):
+    tensors = {
+        "lora_unet_single_blocks_39_linear1.lora_down.weight": torch.zeros(2, 128),
+        "lora_unet_single_blocks_39_linear1.lora_up.weight": torch.zeros(896, 2),
+    }
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    ended = generate("--lora_weight", tmp_path / "foreign.safetensors")
+    assert ended.status == 2 and "single_blocks_39" in ended.stderr

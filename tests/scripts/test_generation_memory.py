@@ -1,0 +1,88 @@
+"""What is in memory while a video is made: one network at a time, and nothing of a LoRA beside the weights it was merged into."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from flag_rows import write_lora
+
+import hunyuan_model
+import hv_generate_video
+from hunyuan_model.text import encoding as prompt_encoding
+from networks import lora_merging
+
+
+@pytest.fixture
+def generate(bench, tmp_path):
+    def run(*flags: object) -> None:
+        ended = bench.generate("--output_type", "images", *flags)
+        assert ended.status == 0, ended.stderr
+
+    return run
+
+
+def keep_track(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, alive: dict[str, weakref.ref], expected: set[str]
+) -> None:
+    """Add what a loader returns to ``alive``, once it was seen that of those before only ``expected`` are left."""
+    plain: Callable = getattr(owner, name)
+
+    def load(*arguments: object, **options: object) -> torch.nn.Module:
+        left = {loaded for loaded, model in alive.items() if model() is not None}
+        assert left == expected, f"{name} begins while {left} are in memory"
+        model = plain(*arguments, **options)
+        alive[name] = weakref.ref(next(model.parameters() if isinstance(model, torch.nn.Module) else model.model.parameters()))
+        return model
+
+    monkeypatch.setattr(owner, name, load)
+
+
+def test_one_network_at_a_time(generate, monkeypatch):
+    """Its first weight stands for a network."""
+    alive: dict[str, weakref.ref] = {}
+    for owner, name in (
+        (prompt_encoding, "load_text_encoder_2"),
+        (prompt_encoding, "load_text_encoder_1"),
+        (hunyuan_model, "load_transformer"),
+        (hunyuan_model, "load_vae"),
+    ):
+        keep_track(monkeypatch, owner, name, alive, set())
+    generate("--step_cache", 0.1, "--infer_steps", 4)
+    assert list(alive) == ["load_text_encoder_2", "load_text_encoder_1", "load_transformer", "load_vae"]
+
+
+def test_a_network_that_is_still_there_would_be_noticed(generate, monkeypatch):
+    alive = {"another": weakref.ref(torch.nn.Parameter(torch.zeros(1)))}
+    kept = torch.nn.Parameter(torch.zeros(1))
+    alive["kept"] = weakref.ref(kept)
+    keep_track(monkeypatch, prompt_encoding, "load_text_encoder_2", alive, {"kept"})
+    generate()
+    assert "load_text_encoder_2" in alive
+
+
+def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeypatch, tmp_path):
+    write_lora(tiny_model.dit, tmp_path / "lora.safetensors")
+    read, found = [], []
+    plain_read, plain_sample = lora_merging.read_lora, hv_generate_video.sample_latents
+
+    def read_lora(path):
+        lora = plain_read(path)
+        read.extend(weakref.ref(tensor) for tensor in lora.tensors.values())
+        return lora
+
+    def sample_latents(transformer, *arguments, **options):
+        assert read and all(tensor() is None for tensor in read), "the LoRA's own tensors are still in memory"
+        assert not any("forward" in vars(module) or module._forward_hooks for module in transformer.modules())
+        found.append({name: weight.clone() for name, weight in transformer.state_dict().items()})
+        return plain_sample(transformer, *arguments, **options)
+
+    monkeypatch.setattr(lora_merging, "read_lora", read_lora)
+    monkeypatch.setattr(hv_generate_video, "sample_latents", sample_latents)
+    generate("--lora_weight", tmp_path / "lora.safetensors")
+    base = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32).state_dict()
+    changed = {name for name in base if not torch.equal(base[name], found[0][name])}
+    assert found[0].keys() == base.keys() and changed
+    assert all(name.endswith("weight") for name in changed)

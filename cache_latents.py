@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
+from dataset.arguments import add_dataset_arguments
 from dataset.batches.report import (
     CachingOutcome,
     DatasetReport,
@@ -38,21 +39,12 @@ from dataset.cache.records import latent_record
 from dataset.cache.sizes import missing_latents_bytes
 from dataset.items import Item, list_items, settle_captions
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, vae_settings_given, vae_tile_size
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
 from hunyuan_model.vae.memory import WHOLE, Clip, VAEFit
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
 from networks.training.saving.disk_space import require_room
-from utils.cli.arguments import (
-    add_dataset_arguments,
-    add_device_argument,
-    add_vae_arguments,
-    int_up_to,
-    next_vae_settings,
-    positive_int,
-    script_parser,
-    vae_settings_given,
-    vae_tile_size,
-)
+from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script

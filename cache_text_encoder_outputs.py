@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
+from dataset.arguments import add_dataset_arguments
 from dataset.batches.report import (
     CachingOutcome,
     DatasetReport,
@@ -35,9 +36,10 @@ from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.sizes import text_bytes
 from dataset.items import Item, list_items, name_some, settle_captions
 from hunyuan_model.checkpoints.fingerprint import fingerprint_tokenizer, fingerprint_weights
+from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.text.template import TEXT_LENGTH
 from networks.training.saving.disk_space import require_room
-from utils.cli.arguments import add_dataset_arguments, add_device_argument, add_text_encoder_arguments, script_parser
+from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script

@@ -19,11 +19,16 @@ from tqdm import tqdm
 
 import hunyuan_model
 from hunyuan_model.runtime.arguments import (
+    AUTO,
     add_compile_arguments,
+    add_fp8_arguments,
     add_kernel_arguments,
+    add_swap_arguments,
     apply_kernel_arguments,
     check_compile_arguments,
+    check_fp8_arguments,
     compile_settings,
+    swap_settings,
 )
 from hunyuan_model.runtime.block_swap import check_blocks_to_swap
 from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
@@ -31,31 +36,22 @@ from hunyuan_model.runtime.loading import check_transformer_file
 from hunyuan_model.sampling.euler import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
+from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, check_attention_dtype, make_attention
+from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, vae_settings_given, vae_tile_size
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
 from hunyuan_model.vae.memory import Clip, VAEFit
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from networks.training.memory_report import advice, batch_name, plan_sampling
 from utils.cli.arguments import (
-    AUTO,
     add_device_argument,
-    add_fp8_arguments,
-    add_swap_arguments,
-    add_text_encoder_arguments,
-    add_vae_arguments,
-    check_fp8_arguments,
     drawn_seed,
     finite_float,
     int_up_to,
-    next_vae_settings,
     non_negative_float,
     positive_float,
     script_parser,
     seed,
-    swap_settings,
-    text_encoder_settings,
-    vae_settings_given,
-    vae_tile_size,
     whole_number,
 )
 from utils.cli.config_files import add_config_file_argument, parse_with_config

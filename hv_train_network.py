@@ -38,7 +38,7 @@ from dataset.batches.reading import EpochReader, HeldOut
 from dataset.batches.report import format_table, report_cached_group, require_batches
 from dataset.items import name_some
 from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.arguments import apply_kernel_arguments, check_compile_arguments, compile_settings
+from hunyuan_model.runtime.arguments import apply_kernel_arguments, check_compile_arguments, compile_settings, swap_settings
 from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.shared_memory import SharedMemory
@@ -81,7 +81,7 @@ from networks.training.saving.state import LATEST, Progress, check_state_can_be_
 from networks.training.shared_weights import shared_host_memory
 from networks.training.skipped_steps import TrainingBroken, count_skipped
 from networks.training.step import Step, train_step
-from utils.cli.arguments import drawn_seed, swap_settings
+from utils.cli.arguments import drawn_seed
 from utils.cli.config_files import parse_with_config
 from utils.devices import out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script

@@ -1,4 +1,4 @@
-"""Flags that have the same computed faster: compiled blocks, and which kernels a card may use."""
+"""The flags of what is put on the transformer: weights in one byte, block swap, compiled blocks, kernels of a GPU."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
+from utils.cli.arguments import non_negative_int
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from hunyuan_model.runtime.block_swap import SwapSettings
     from hunyuan_model.runtime.compilation import CompileSettings
+    from hunyuan_model.runtime.shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -94,3 +97,77 @@ def apply_kernel_arguments(args: argparse.Namespace, device: torch.device) -> No
         torch.backends.cudnn.allow_tf32 = True  # so it is in torch by default
     if args.cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
+
+
+AUTO = "auto"
+
+
+def count_or_auto(text: str) -> int | str:
+    """argparse type: a whole number of at least 0, or auto."""
+    return AUTO if text == AUTO else non_negative_int(text)
+
+
+def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
+    """What of the transformer lives in main memory; ``swap_settings`` reads it."""
+    group.add_argument(
+        "--blocks_to_swap",
+        type=count_or_auto,
+        default=0,
+        metavar="N",
+        help="hold N of the transformer's blocks less on the card: they come from main memory in turn; up to all but two; "
+        "auto: as few as the free memory of the card allows (default: 0)",
+    )
+    group.add_argument(
+        "--img_in_txt_in_offloading",
+        action="store_true",
+        help="hold img_in and txt_in in main memory too, and on the card only while they compute (default: off)",
+    )
+    group.add_argument(
+        "--no_pinned_swap_memory",
+        action="store_true",
+        help="do not page-lock the main memory that the card copies from and to: the system may move it to disk, and copies "
+        "are slower (default: off)",
+    )
+
+
+def swap_settings(args: argparse.Namespace, *, recomputed: bool, shared: SharedMemory | None = None) -> SwapSettings:
+    """As the flags of ``add_swap_arguments`` say, once a number of blocks stands for auto.
+
+    Args:
+        recomputed: whether gradient checkpointing wraps the blocks.
+        shared: see ``SwapSettings``.
+    """
+    from hunyuan_model.runtime.block_swap import SwapSettings  # here, as parsing alone does not need torch
+
+    return SwapSettings(
+        blocks=args.blocks_to_swap,
+        embedders=args.img_in_txt_in_offloading,
+        pinned=not args.no_pinned_swap_memory,
+        recomputed=recomputed,
+        shared=shared,
+    )
+
+
+def add_fp8_arguments(group: argparse._ArgumentGroup, base: str) -> None:
+    """--fp8_scaled and --fp8_fast, which say how the flag ``base`` is done."""
+    group.add_argument(
+        "--fp8_scaled", action="store_true", help=f"with {base}, give the weights scales: far less rounding (default: off)"
+    )
+    group.add_argument(
+        "--fp8_fast", action="store_true", help=f"with {base}, multiply in float8 on cards that can: faster, coarser (default: off)"
+    )
+
+
+def check_fp8_arguments(args: argparse.Namespace, base: str, device: torch.device) -> None:
+    """Refuse what ``add_fp8_arguments`` adds without the flag ``base``, or on a device that cannot do it.
+
+    Raises:
+        UserError: with what to give or to leave out.
+    """
+    from hunyuan_model.quantization.scaled_mm import check_fp8_products  # with torch, which the help does without
+
+    for flag in ("fp8_scaled", "fp8_fast"):
+        if getattr(args, flag) and not getattr(args, base):
+            raise UserError(f"--{flag} says how --{base} is done; give --{base} as well, or leave --{flag} out.")
+    if args.fp8_fast:
+        check_fp8_products(device, "--fp8_fast")

@@ -8,24 +8,20 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.runtime.arguments import add_compile_arguments, add_kernel_arguments, compile_settings
+from hunyuan_model.runtime.arguments import (
+    add_compile_arguments,
+    add_fp8_arguments,
+    add_kernel_arguments,
+    add_swap_arguments,
+    check_fp8_arguments,
+    compile_settings,
+)
+from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import TRAINABLE_MODES, check_attention_device, make_attention
+from hunyuan_model.vae.arguments import add_vae_arguments
 from networks.training.logging.loss_log import check_loss_log
 from networks.training.saving.files import SaveRules, final_name, state_name, step_name
-from utils.cli.arguments import (
-    add_fp8_arguments,
-    add_swap_arguments,
-    add_text_encoder_arguments,
-    add_vae_arguments,
-    check_fp8_arguments,
-    finite_float,
-    non_negative_float,
-    positive_float,
-    positive_int,
-    script_parser,
-    seed,
-    whole_number,
-)
+from utils.cli.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
 from utils.cli.config_files import add_config_file_argument
 from utils.devices import pick_device
 from utils.errors import UserError

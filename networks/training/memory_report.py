@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hunyuan_model.runtime.arguments import AUTO
 from hunyuan_model.runtime.block_swap import SwapSettings
 from hunyuan_model.runtime.memory import BatchSize, Storage
 from hunyuan_model.sampling.euler import latent_size
@@ -18,7 +19,6 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from networks.training.memory_plan import MemoryPlan, MemorySettings
 from networks.training.saving.disk_space import NetworkSize, readable
-from utils.cli.arguments import AUTO
 from utils.devices import out_of_memory_says
 from utils.free_memory import free_device_memory, free_host_memory
 

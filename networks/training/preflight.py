@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import networks.lora
+from hunyuan_model.runtime.arguments import AUTO
 from hunyuan_model.runtime.block_swap import check_blocks_to_swap
 from hunyuan_model.runtime.loading import check_transformer_file
 from hunyuan_model.transformer.config import TransformerConfig
@@ -21,7 +22,6 @@ from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
 from networks.training.saving.disk_space import NetworkSize
-from utils.cli.arguments import AUTO
 from utils.errors import UserError, first_line
 from utils.files import require_file
 from utils.key_values import parse_key_values

@@ -19,13 +19,15 @@ from tqdm import tqdm
 import hunyuan_model
 from hunyuan_model.sampling.euler import decode_latents, initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.text.arguments import text_encoder_settings
 from hunyuan_model.transformer.config import TransformerConfig
+from hunyuan_model.vae.arguments import next_vae_settings, vae_settings_given, vae_tile_size
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
 from hunyuan_model.vae.memory import Clip, VAEFit
 from networks.training.arguments import MAX_NAME_BYTES
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
-from utils.cli.arguments import drawn_seed, next_vae_settings, text_encoder_settings, vae_settings_given, vae_tile_size
+from utils.cli.arguments import drawn_seed
 from utils.devices import choose_dtype, free_memory, out_of_memory_says, parse_dtype
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder

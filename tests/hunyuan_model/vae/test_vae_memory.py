@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 import cache_latents
 import hunyuan_model.vae.layers as vae_layers
 import hunyuan_model.vae.memory as vae_memory
+from hunyuan_model.vae.arguments import next_vae_settings, vae_settings_given
 from hunyuan_model.vae.loading import configure_vae
 from hunyuan_model.vae.memory import CHOICES, WHOLE, Clip, VAEFit, VAESettings, choose_settings, working_bytes
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
-from utils.cli.arguments import next_vae_settings, vae_settings_given
 from utils.errors import UserError
 
 NARROW = VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8)

@@ -1,0 +1,55 @@
+"""The flags of the text encoders."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+
+def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool) -> None:
+    """--text_encoder1/2 with their tokenizers and precision."""
+    group.add_argument(
+        "--text_encoder1",
+        metavar="PATH",
+        required=required,
+        help="Llama-type text encoder: a Hugging Face folder or one .safetensors file",
+    )
+    group.add_argument(
+        "--text_encoder2",
+        metavar="PATH",
+        required=required,
+        help="CLIP-type text encoder: a Hugging Face folder or one .safetensors file",
+    )
+    group.add_argument(
+        "--tokenizer1", metavar="PATH", help="tokenizer folder or hub id for --text_encoder1 (default: the one beside the weights)"
+    )
+    group.add_argument(
+        "--tokenizer2", metavar="PATH", help="tokenizer folder or hub id for --text_encoder2 (default: the one beside the weights)"
+    )
+    group.add_argument(
+        "--text_encoder_dtype",
+        metavar="DTYPE",
+        help="precision of the text encoders (default: float16 on CUDA, float32 on the CPU)",
+    )
+    group.add_argument(
+        "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: half the memory (default: off)"
+    )
+
+
+def text_encoder_settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What ``hunyuan_model.encode_prompts`` is told beside the prompts, as the flags of ``add_text_encoder_arguments`` say."""
+    import torch  # here, as parsing alone does not need it
+
+    from utils.devices import choose_dtype
+
+    return {
+        "text_encoder_1": args.text_encoder1,
+        "text_encoder_2": args.text_encoder2,
+        "tokenizer_1": args.tokenizer1,
+        "tokenizer_2": args.tokenizer2,
+        "device": device,
+        "dtype": choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
+        "fp8_llm": args.fp8_llm,
+    }

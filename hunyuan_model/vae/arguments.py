@@ -1,0 +1,57 @@
+"""The flags of the VAE."""
+
+from __future__ import annotations
+
+import argparse
+
+from utils.cli.arguments import positive_int
+
+VAE_TILE_SIZE = 256
+
+
+def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:
+    """--vae and how it runs. ``hunyuan_model.vae.loading`` reads the file; ``configure_vae`` applies the rest."""
+    group.add_argument("--vae", metavar="PATH", required=required, help="VAE checkpoint: a .pt or .safetensors file, or a folder")
+    group.add_argument(
+        "--vae_dtype",
+        metavar="DTYPE",
+        help="precision of the VAE (default: float16 on CUDA, float32 on the CPU, where half is slow)",
+    )
+    if tiling_switch:
+        group.add_argument(
+            "--vae_tiling",
+            action="store_true",
+            help="run the VAE in overlapping spatial tiles: less memory, slower (default: only where memory is short)",
+        )
+    group.add_argument(
+        "--vae_chunk_size",
+        type=positive_int,
+        metavar="N",
+        help="run the VAE's 3D convolutions in chunks of N, with the same result in less memory "
+        "(default: whole, or 32 where memory is short)",
+    )
+    group.add_argument(
+        "--vae_spatial_tile_sample_min_size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="side of a spatial tile, a multiple of 32; implies tiling (default: 256 with tiling, else as free memory asks)",
+    )
+
+
+def vae_tile_size(args: argparse.Namespace) -> int | None:
+    """Side of the VAE's spatial tiles in pixels, as the flags of ``add_vae_arguments`` say; None without tiling."""
+    return args.vae_spatial_tile_sample_min_size or (VAE_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
+
+
+def vae_settings_given(args: argparse.Namespace) -> bool:
+    """Whether the flags of ``add_vae_arguments`` say how the VAE works; else ``vae_memory.VAEFit`` goes by what is free."""
+    return args.vae_chunk_size is not None or vae_tile_size(args) is not None
+
+
+def next_vae_settings(args: argparse.Namespace) -> str:
+    """Flags with which the VAE takes less memory than with those given, lightest last; empty where there are none."""
+    tile = vae_tile_size(args)
+    lighter = [] if args.vae_chunk_size is not None and args.vae_chunk_size <= 32 else ["--vae_chunk_size 32"]
+    if tile is None or tile > 64:
+        lighter.append(f"--vae_spatial_tile_sample_min_size {128 if tile is None or tile > 128 else 64}")
+    return " and ".join(lighter)

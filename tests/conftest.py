@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage() -> None:
+    """The product collects garbage after each model, which takes long where pytest and the libraries hold much: that is left out."""
+    gc.freeze()
+
+
 @dataclass(frozen=True)
 class RealMedia:
     """Photographs and film clips that installed packages carry."""
@@ -77,7 +83,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
     """Paths of a tiny random-weight model in the official layouts: .dit, .vae, .text_encoder1, .text_encoder2."""
     from tiny.make_model import make_model
 
-    return make_model(tmp_path_factory.mktemp("tiny_model"))
+    made = make_model(tmp_path_factory.mktemp("tiny_model"))
+    gc.freeze()  # with what was imported for it
+    return made
 
 
 @pytest.fixture
@@ -125,12 +133,8 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         script = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
-        gc.freeze()  # the scripts collect garbage often, and what the test session holds is a lot to look through each time
-        try:
-            with pytest.raises(SystemExit) as ended:
-                run_main(script.main)
-        finally:
-            gc.unfreeze()
+        with pytest.raises(SystemExit) as ended:
+            run_main(script.main)
         return Finished(ended.value.code or 0, *capsys.readouterr())
 
     return call

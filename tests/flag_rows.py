@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from watching import HubStandIn, Seen, counting, little_garbage, logged, watched
+from watching import HubStandIn, Seen, counting, logged, watched
 
 import hunyuan_model
 from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
@@ -109,7 +109,7 @@ class Run:
         self.bench.prepare(self.out)
         script = importlib.import_module(self.bench.script)
         output, errors, told = io.StringIO(), io.StringIO(), io.StringIO()
-        with watched() as (seen, patch), little_garbage(), logged(told), redirect_stdout(output), redirect_stderr(errors):
+        with watched() as (seen, patch), logged(told), redirect_stdout(output), redirect_stderr(errors):
             patch.setattr(sys, "argv", [f"{self.bench.script}.py", *self.words])
             patch.syspath_prepend(str(self.bench.places["data"]))
             patch.setattr(hub, "_hub_api", lambda token: HubStandIn(seen.hub, token, self.bench.places["data"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import os
@@ -158,16 +157,6 @@ def counting(seen: Seen) -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor.detach()
 
     return pack
-
-
-@contextmanager
-def little_garbage() -> Iterator[None]:
-    """Keep what the scripts look through between two models to what they made: pytest and the libraries hold much more."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def zorps(model: ToyModel) -> int:
     return sum(read(picture).zorp for picture in pictures)
 
 
+@pytest.mark.slow
 def test_zorps_appear_with_the_lora_and_never_without(zorp_lora: Path) -> None:
     assert zorps(ToyModel.load()) == 0
     assert zorps(ToyModel.load(lora=[zorp_lora])) >= NUMBER // 2

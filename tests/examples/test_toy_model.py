@@ -64,6 +64,7 @@ def test_it_is_the_prompt_that_decides(clips, prompts):
     assert all(scores[word] <= 0.5 * NUMBER for word in WORDS), scores
 
 
+@pytest.mark.slow
 def test_pictures_and_longer_clips_are_drawn_too():
     model = ToyModel.load()
     for frames, number in ((1, 16), (17, 6)):
@@ -74,6 +75,7 @@ def test_pictures_and_longer_clips_are_drawn_too():
         assert frames > 1 or sum(reading["shape"] for reading in readings) >= 0.7 * number
 
 
+@pytest.mark.slow
 def test_float8_weights_draw_as_well(clips, prompts):
     wide, narrow = right(clips, prompts), right(drawn(ToyModel.load(fp8=True), prompts), prompts)
     assert all(abs(wide[word] - narrow[word]) <= 2 for word in WORDS), (wide, narrow)

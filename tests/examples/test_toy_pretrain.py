@@ -94,6 +94,7 @@ def test_a_run_that_is_given_more_steps_rises_at_once_and_falls_at_its_new_end()
     assert set(rates[:41]) == {1.0} and rates[50] == pytest.approx(0.5) and 0 < rates[59] < 0.1
 
 
+@pytest.mark.slow
 def test_the_vae_begins_with_a_straight_path_and_learns(tmp_path):
     vae = pretrain_vae.new_vae()
     losses = pretrain_vae.VAELosses(vae)
@@ -189,6 +190,7 @@ def small_recipes(monkeypatch):
     monkeypatch.setattr(pretrain_transformer, "BATCH_SIZE", 4)
 
 
+@pytest.mark.slow
 def test_all_stages_write_what_the_library_loads(tmp_path, small_recipes, monkeypatch, capsys):
     command = ["pretrain", "--output", str(tmp_path), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", [*command, "--minutes", "1e-9"])

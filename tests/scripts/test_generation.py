@@ -179,6 +179,7 @@ def test_tiles_and_chunks_are_applied(generate, monkeypatch, tmp_path):
     assert np.abs(picture("tiled") - picture("one_tile")).max() > 1
 
 
+@pytest.mark.slow
 def test_command_of_the_readme(run_script, tiny_model, lora, tmp_path):
     """In a process of its own, with every flag at once."""
     flags = (

@@ -255,6 +255,7 @@ def kill_when(arguments: list[object], ready, limit: float = 120.0) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_killed_runs_leave_whole_files_and_a_rerun_completes_the_work(tiny_model, tiny_dataset, cache_latents, cache_text):
     """Each script once, in a process of its own; ``test_kills`` kills them many times."""
     media = tiny_dataset.parent

@@ -88,6 +88,7 @@ def assert_close(first: list[torch.Tensor], second: list[torch.Tensor], within: 
 # Graphs
 
 
+@pytest.mark.slow
 def test_a_few_graphs_serve_all_blocks_and_sizes() -> None:
     transformer, plain = make(3, 4), make(3, 4)
     enable_compile(transformer, TRACED)
@@ -121,8 +122,10 @@ def test_a_few_graphs_serve_all_blocks_and_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("swapped", "checkpointing", "fp8"),
-    [(2, True, True), (2, False, False)],
-    ids=["swap, checkpointing, float8", "swap"],
+    [
+        pytest.param(2, True, True, id="swap, checkpointing, float8"),
+        pytest.param(2, False, False, id="swap", marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_eager_blocks(swapped: int, checkpointing: bool, fp8: bool) -> None:
     def live(settings: CompileSettings | None, swap: int) -> list[torch.Tensor]:
@@ -290,6 +293,7 @@ def test_no_widened_weight_is_kept_for_the_backward_pass() -> None:
 # Scripts
 
 
+@pytest.mark.slow
 def test_the_time_of_steps_that_compile_is_told(train, monkeypatch, caplog) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     caplog.set_level(logging.INFO)

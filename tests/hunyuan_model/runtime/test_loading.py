@@ -241,6 +241,7 @@ def test_package_exports_are_lazy():
         _ = hunyuan_model.load_everything
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_the_final_weights_and_a_little(tmp_path):
     spec = importlib.util.spec_from_file_location("load_memory", ROOT / "benchmarks" / "load_memory.py")

@@ -61,6 +61,7 @@ def loss_at_fixed_noise(dit: Path, dataset: Path, lora: Path | None) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 def test_real_media_are_learnt_through_the_scripts(call_script, tiny_model, real_media, tmp_path):
     """Two photographs and a film clip: cached, trained for 200 steps; the loss at fixed noise falls by at least 30 %."""
     chosen = {path.stem: path for path in (*real_media.pictures, *real_media.clips)}
@@ -228,6 +229,7 @@ def test_fp8_base_in_bf16_trains_close_to_float32(train, tmp_path):
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.8
 
 
+@pytest.mark.slow
 def test_command_of_the_readme_trains(tiny_model, cached, tmp_path):
     """accelerate launch, bf16, fp8 weights, an 8-bit optimiser, checkpointing and worker processes together."""
     import os

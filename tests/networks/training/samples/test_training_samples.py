@@ -332,6 +332,7 @@ def test_only_the_main_process_draws_and_all_wait(sampling_args, tiny_model, mon
     assert not Path(args.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_tiles_chunks_and_dtype_of_the_vae_are_those_of_the_flags(sampling_args, tiny_model, monkeypatch):
     seen = []
     plain = training_samples.configure_vae

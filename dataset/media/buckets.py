@@ -18,28 +18,20 @@ def _round_down(side: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _bucket_resolutions(resolution: Size, enable_bucket: bool) -> tuple[Size, ...]:
+def bucket_resolutions(resolution: Size, enable_bucket: bool) -> tuple[Size, ...]:
+    """Every size that items of a dataset of this ``resolution`` (sides of at least 16) can get, sorted.
+
+    With buckets: widths in steps of 16 from half the square root of the area to the first step at or past the root, each with
+    the tallest height that keeps the area, and the transposes. Without: the one resolution, rounded down to steps of 16.
+    """
     width, height = resolution
     if not enable_bucket:
         return ((_round_down(width), _round_down(height)),)
     area = width * height
-    longest_width = math.isqrt(area)
-    shortest_width = _round_down(longest_width // 2)
-    sizes: set[Size] = set()
-    for bucket_width in range(shortest_width, longest_width + 1, BUCKET_STEP):
-        bucket_height = _round_down(area // bucket_width)
-        sizes.add((bucket_width, bucket_height))
-        sizes.add((bucket_height, bucket_width))
-    return tuple(sorted(sizes))
-
-
-def bucket_resolutions(resolution: Size, enable_bucket: bool) -> list[Size]:
-    """Every size that items of a dataset of this ``resolution`` (sides of at least 16) can get, sorted.
-
-    With buckets: widths from half the square root of the area to the root in steps of 16, each with the tallest height
-    that keeps the area, and the transposes. Without: the one resolution, rounded down to steps of 16.
-    """
-    return list(_bucket_resolutions(tuple(resolution), enable_bucket))
+    root = math.isqrt(area)
+    widths = range(_round_down(root // 2), root + BUCKET_STEP, BUCKET_STEP)
+    sizes = {(width, area // width // BUCKET_STEP * BUCKET_STEP) for width in widths if area // width >= BUCKET_STEP}
+    return tuple(sorted(sizes | {(height, width) for width, height in sizes}))
 
 
 def choose_bucket(size: Size, resolution: Size, enable_bucket: bool, no_upscale: bool) -> Size:
@@ -49,7 +41,7 @@ def choose_bucket(size: Size, resolution: Size, enable_bucket: bool, no_upscale:
     side rounded down to a multiple of 16 and at least 16.
     """
     width, height = size
-    buckets = _bucket_resolutions(tuple(resolution), enable_bucket)
+    buckets = bucket_resolutions(tuple(resolution), enable_bucket)
     if not enable_bucket:
         return buckets[0]
     if no_upscale and width * height <= resolution[0] * resolution[1]:

@@ -36,7 +36,6 @@ from dataset.batches.data_facts import data_facts
 from dataset.batches.largest_batch import largest_batch
 from dataset.batches.reading import EpochReader, HeldOut
 from dataset.batches.report import format_table, report_cached_group, require_batches
-from dataset.items import name_some
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.arguments import apply_kernel_arguments, check_compile_arguments, compile_settings, swap_settings
 from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
@@ -84,7 +83,7 @@ from networks.training.step import Step, train_step
 from utils.cli.arguments import drawn_seed
 from utils.cli.config_files import parse_with_config
 from utils.devices import out_of_memory_says
-from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, run_script
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig
 from dataset.media.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.toml_files import has_escaped_backslash_accident
 
 FILE_NAME_BYTES = 255  # what the common file systems allow
 # The longest that follows the stem in the name of a cache file, with room for long clips and large sources. cache_files.py
 # makes these names.
 LONGEST_CACHE_SUFFIX = {"image": "_00000x00000_hv.safetensors", "video": "_000000-0000_00000x00000_hv.safetensors"}
-NAMED_ITEMS = 5  # how many files an error lists before it says "and N more"
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,6 @@ def require_captions(items: Iterable[Item]) -> None:
         f"{len(missing)} item(s) have no caption: {name_some([item.path for item in missing])}; {remedy}, "
         "or run both caching scripts with --missing_caption skip or empty."
     )
-
-
-def name_some(paths: Iterable[Path | str]) -> str:
-    """``"a, b, c and 7 more"``: at most ``NAMED_ITEMS`` names."""
-    names = [str(path) for path in paths]
-    rest = len(names) - NAMED_ITEMS
-    return ", ".join(names[:NAMED_ITEMS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _items_of_folder(dataset: DatasetConfig) -> list[Item]:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.quantization.linear import replace_weight, true_weight
-from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, some, tensor_hashes, to_default
+from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, tensor_hashes, to_default
 from networks.lora_merging import LoraToMerge, MergePatch
 from networks.lora_options import NetworkOptions
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.safetensors_io import save_tensors
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,8 @@ class LoRANetwork(nn.Module):
         if fresh or foreign:
             raise UserError(
                 f"{file} holds a LoRA whose modules do not match the network: {len(foreign)} keys are not in the network "
-                f"({some(foreign) or 'none'}), {len(fresh)} keys are not in the file ({some(fresh) or 'none'}). "
+                f"({name_some(sorted(foreign), 3) or 'none'}), {len(fresh)} keys are not in the file "
+                f"({name_some(sorted(fresh), 3) or 'none'}). "
                 "Use the --network_args it was trained with, or --dim_from_weights to take the modules from the file."
             )
         unlike = [name for name in own if own[name].shape != weights[name].shape]

@@ -15,13 +15,13 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
 
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.safetensors_io import read_header, read_tensors
 
 DEFAULT = "default"
@@ -124,13 +124,6 @@ def module_path(flat: str) -> str:
     raise UserError(f"{DEFAULT_PREFIX}{flat} names no linear layer of a HunyuanVideo transformer, so its keys cannot be converted.")
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few names for a message: ``a, b, c and 4 more``."""
-    listed = sorted(names)
-    text = ", ".join(listed[:count])
-    return f"{text} and {len(listed) - count} more" if len(listed) > count else text
-
-
 def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict[str, str]]]:
     """Tell the layout of LoRA keys and sort them by module; needs no tensors.
 
@@ -144,7 +137,7 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
     foreign = [name for name in names if any(part in name for part in _FOREIGN_PARTS)]
     if foreign:
         raise UserError(
-            f"{source} is not a plain LoRA: it holds keys such as {some(foreign, 1)}. "
+            f"{source} is not a plain LoRA: it holds keys such as {name_some(sorted(foreign), 1)}. "
             "Files made by LyCORIS need the network module that made them (for example lycoris.kohya)."
         )
     groups: dict[str, dict[str, dict[str, str]]] = {DEFAULT: {}, OTHER: {}}
@@ -162,7 +155,7 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown ({some(unknown)}). "
+            f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown ({name_some(sorted(unknown), 3)}). "
             "Keys like lora_unet_*.lora_down.weight or diffusion_model.*.lora_A.weight are expected."
         )
     if not names:
@@ -172,7 +165,9 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
     layout = DEFAULT if groups[DEFAULT] else OTHER
     broken = [module for module, parts in groups[layout].items() if not {"down", "up"} <= parts.keys()]
     if broken:
-        raise UserError(f"{source} is incomplete: a factor is missing for {some(broken)}. Copy or make the file again.")
+        raise UserError(
+            f"{source} is incomplete: a factor is missing for {name_some(sorted(broken), 3)}. Copy or make the file again."
+        )
     return layout, groups[layout]
 
 
@@ -287,7 +282,7 @@ def match_weights(
     if absent:
         raise UserError(
             f"{source} holds a LoRA whose modules do not match the model: {len(absent)} of {len(sizes)} are not in it "
-            f"({some(absent)}). It was made for another model or by a tool with other names."
+            f"({name_some(sorted(absent), 3)}). It was made for another model or by a tool with other names."
         )
     unlike = [flat for flat, size in sizes.items() if tuple(weight_shapes[matrices[flat]]) != tuple(size)]
     if unlike:

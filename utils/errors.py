@@ -6,9 +6,10 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 SHOWN_CHARACTERS = 80
+SHOWN_NAMES = 5
 STATUS_FAILED = 1
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 130
@@ -31,6 +32,13 @@ def shown(value: object) -> str:
     """``repr(value)`` for a sentence, cut where it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def name_some(names: Iterable[object], count: int = SHOWN_NAMES) -> str:
+    """``"a, b, c and 7 more"``: at most ``count`` names, for a sentence."""
+    listed = [str(name) for name in names]
+    rest = len(listed) - count
+    return ", ".join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def run_script(main: Callable[[], int | None]) -> None:

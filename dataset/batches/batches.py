@@ -6,7 +6,6 @@ the one in the cache file: nothing here computes a bucket.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,22 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from dataset.cache.files import (
-    CacheKey,
-    CacheListing,
+    CachedItem,
     LatentShape,
     list_caches,
-    newest,
+    newest_latents,
     read_latent_shape,
     read_latents,
     read_text,
     read_text_widths,
 )
 from dataset.config import DatasetConfig, DatasetGroup
-from dataset.items import name_some
-from dataset.media.frames import Window
-from utils.errors import UserError
-
-logger = logging.getLogger(__name__)
+from utils.errors import UserError, name_some
 
 
 class Batch(TypedDict):
@@ -54,18 +48,6 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
-class CachedItem:
-    """One picture or one window of a clip, ready for training."""
-
-    stem: str
-    window: Window | None
-    latents_path: Path
-    text_path: Path
-    shape: LatentShape
-    prior_preservation: bool = False
-
-
-@dataclass(frozen=True)
 class CachedGroup:
     """The cached items of one dataset, sorted by name."""
 
@@ -78,20 +60,6 @@ class CachedGroup:
         for index, item in enumerate(self.items):
             positions.setdefault(item.shape, []).extend([index] * self.dataset.num_repeats)
         return dict(sorted(positions.items()))
-
-
-def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
-    """The latent cache of each (stem, window), sorted. Where several files stand for one, the newest is taken, with a warning.
-
-    That happens when a source was replaced by one of another size, or when another tool named its files by the bucket.
-    """
-    chosen = {}
-    for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
-        chosen[key] = newest(paths)
-        if len(paths) > 1:
-            others = name_some(path.name for path in paths if path != chosen[key])
-            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", chosen[key], others)
-    return chosen
 
 
 def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:

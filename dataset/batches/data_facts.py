@@ -1,17 +1,32 @@
-"""What a trained file says of the data it was trained on."""
+"""What the metadata of a trained file says about its data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dataset.batches.batches import CachedGroup
-from networks.training.saving.metadata import DataFacts
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a training knows about its data.
+
+    Attributes:
+        items: in all data sets, repeats included.
+        resolution: (width, height) of the largest data set, for ModelSpec.
+        datasets: one JSON-ready description for each.
+    """
+
+    items: int
+    resolution: tuple[int, int]
+    datasets: Sequence[Mapping[str, Any]] = ()
 
 
 def data_facts(groups: Sequence[CachedGroup]) -> DataFacts:
-    """What the metadata tells of these data sets, of which there is at least one."""
+    """The facts about these data sets, of which there is at least one."""
     return DataFacts(
         items=sum(len(group.items) * group.dataset.num_repeats for group in groups),
         resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataset.batches.batches import Batch, CachedDataset, CachedGroup, CachedItem, collate
-from dataset.cache.files import read_text_length
+from dataset.batches.batches import Batch, CachedDataset, CachedGroup, collate
+from dataset.cache.files import CachedItem, read_text_length
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.transformer.config import TransformerConfig
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.batches.batches import Batch, CachedDataset, CachedGroup, CachedItem, Sample, ShapeBatchSampler, collate
-from dataset.items import name_some
-from utils.errors import UserError
+from dataset.batches.batches import Batch, CachedDataset, CachedGroup, Sample, ShapeBatchSampler, collate
+from dataset.cache.files import CachedItem
+from utils.errors import UserError, name_some
 
 
 class _ErrorsAsValues(Dataset):

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.batches.batches import CachedGroup, newest_latents
-from dataset.cache.files import LatentShape, bucket_of, list_caches, read_latent_shape
+from dataset.batches.batches import CachedGroup
+from dataset.cache.files import LatentShape, bucket_of, list_caches, newest_latents, read_latent_shape
 from dataset.cache.freshness import NEW, check_caches
 from dataset.cache.orphans import remove_files
 from dataset.config import DatasetConfig
-from dataset.items import Item, list_items, name_some
-from utils.errors import UserError
+from dataset.items import Item, list_items
+from utils.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
 

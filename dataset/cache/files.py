@@ -9,6 +9,7 @@ are parsed from their end. What made a file stands in its metadata, see ``record
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -21,9 +22,11 @@ from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.frames import Window
 from utils.devices import dtype_name
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 from utils.files import is_temporary
 from utils.safetensors_io import read_header, read_tensor, read_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "hunyuan_video"
 FORMAT_VERSION = "1.0.0"
@@ -71,6 +74,18 @@ class CacheListing:
 
     latents: dict[CacheKey, list[Path]] = field(default_factory=dict)
     texts: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One picture or one window of a clip, ready for training."""
+
+    stem: str
+    window: Window | None
+    latents_path: Path
+    text_path: Path
+    shape: LatentShape
+    prior_preservation: bool = False
 
 
 def latent_cache_path(item: Item, original_size: tuple[int, int], window: Window | None = None) -> Path:
@@ -124,6 +139,20 @@ def _safetensors_files(directory: Path) -> Iterator[Path]:
 def newest(paths: Collection[Path]) -> Path:
     """Of several caches of one thing, the one that training uses."""
     return max(paths, key=lambda path: (_modified(path), path.name))
+
+
+def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
+    """The latent cache of each (stem, window), sorted. Where several files stand for one, the newest is taken, with a warning.
+
+    That happens when a source was replaced by one of another size, or when another tool named its files by the bucket.
+    """
+    chosen = {}
+    for key, paths in sorted(listing.latents.items(), key=lambda entry: (entry[0][0], entry[0][1] or (0, 0))):
+        chosen[key] = newest(paths)
+        if len(paths) > 1:
+            others = name_some(path.name for path in paths if path != chosen[key])
+            logger.warning("%s is the newest of its kind and is used; delete %s beside it.", chosen[key], others)
+    return chosen
 
 
 def _modified(path: Path) -> int:

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.batches.batches import CachedItem
 from dataset.cache.files import (
     CAPTION,
+    CachedItem,
     CacheListing,
     bucket_of,
     latent_cache_path,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 BASE_MODEL_VERSION = "hunyuan_video"
 ARCHITECTURE = "hunyuan-video/lora"
@@ -50,9 +50,8 @@ _FROM_FLAGS = {
 _KEPT_WITHOUT_METADATA = ("ss_base_model_version", "ss_network_")
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """What a run knows of its data, see ``dataset.batches.data_facts``.
+class DataFacts(Protocol):
+    """What the metadata needs to know about the data; ``dataset.batches.data_facts.DataFacts`` is one.
 
     Attributes:
         items: in all data sets, repeats included.
@@ -62,7 +61,7 @@ class DataFacts:
 
     items: int
     resolution: tuple[int, int]
-    datasets: Sequence[Mapping[str, Any]] = ()
+    datasets: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import random
 import pytest
 import torch
 
+from dataset.batches.data_facts import DataFacts
 from networks.lora import create_network
 from networks.lora_files import tensor_hashes
-from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata, training_metadata
+from networks.training.saving.metadata import TrainingFacts, finished_metadata, training_metadata
 from utils.safetensors_io import read_header
 
 SS_KEYS = """

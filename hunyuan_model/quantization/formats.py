@@ -1,25 +1,117 @@
-"""The forms in which the weights of the blocks' linear layers may be stored."""
+"""How the Linear weights of the blocks are stored: full precision, or one byte for each weight with or without scales.
+
+Codes have the weight's shape (out, in). Scales have the shape (out or 1, groups of inputs); a weight is its codes times its scales.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from enum import Enum
+
+import torch
 
 
 class WeightFormat(str, Enum):
-    """How the weights of the double and single stream blocks are stored; all other parameters stay in the compute dtype."""
+    """Storage of the Linear weights of the transformer's blocks; everything else keeps full precision.
+
+    PLAIN: as loaded. FP8: cast to float8_e4m3fn. FP8_SCALED: float8_e4m3fn with a float32 scale for each output channel.
+    INT8: whole numbers -127..127 with a bfloat16 scale for each 64 inputs of an output channel, the closest to the original.
+    """
 
     PLAIN = "plain"
-    """The compute dtype."""
-
     FP8 = "fp8"
-    """float8_e4m3fn, a plain cast."""
-
     FP8_SCALED = "fp8_scaled"
-    """float8_e4m3fn codes with scales."""
-
     INT8 = "int8"
-    """int8 codes with a bfloat16 scale for every 64 inputs of a row."""
 
     @property
-    def is_fp8(self) -> bool:
+    def is_float8(self) -> bool:
         return self in (WeightFormat.FP8, WeightFormat.FP8_SCALED)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What makes codes and scales from a weight (out, in)."""
+        return {WeightFormat.INT8: quantize_groups, WeightFormat.FP8_SCALED: quantize_channels}.get(self, cast_to_float8)
+
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_MAX = torch.finfo(FP8_DTYPE).max
+INT8_MAX = 127
+GROUP = 64  # inputs that share a scale of INT8
+SCALE_SUFFIX = "_scale"
+SLICE_ELEMENTS = 1 << 18  # what is quantized at once: its float32 copy stays in the cache
+
+Quantized = tuple[torch.Tensor, torch.Tensor | None]
+"""Codes of the weight's shape (out, in), and scales (out or 1, blocks of inputs), with which the codes are multiplied."""
+Quantizer = Callable[[torch.Tensor], Quantized]
+
+# The modulation layers steer every token at once and the norms are tiny: both keep the wide dtype.
+_QUANTIZED = re.compile(r"(double|single)_blocks\.\d+\.(?!.*(_mod|modulation|norm)\.).+\.weight")
+
+
+def is_quantized_name(name: str) -> bool:
+    """Whether the transformer parameter ``name`` is stored as float8: Linear weights of the blocks, modulation excepted."""
+    return _QUANTIZED.fullmatch(name) is not None
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` as ``dtype``; values beyond the range of a float8 dtype become its largest instead of NaN."""
+    if tensor.dtype == dtype or dtype not in FP8_DTYPES or not tensor.numel():
+        return tensor.to(dtype)
+    wide = tensor.float() if tensor.dtype in FP8_DTYPES else tensor
+    # Older torch versions turn what is out of range into NaN. Weights seldom need the clamp, and it would cost a copy.
+    low, high = torch.aminmax(wide)
+    limit = torch.finfo(dtype).max
+    return (wide.clamp(-limit, limit) if low < -limit or high > limit else wide).to(dtype)
+
+
+def cast_to_float8(weight: torch.Tensor) -> Quantized:
+    """``weight`` cast to float8, without scales."""
+    return cast(weight, FP8_DTYPE), None
+
+
+def quantize_channels(weight: torch.Tensor) -> Quantized:
+    """``weight`` (out, in) as float8 with a float32 scale (out, 1) for each output channel, as fp8 products take them."""
+    codes = torch.empty(weight.shape, dtype=FP8_DTYPE, device=weight.device)
+    scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+    for rows in _row_slices(weight):
+        part = weight[rows].float()
+        largest = torch.linalg.vector_norm(part, torch.inf, dim=1, keepdim=True)
+        scale[rows] = torch.where(largest == 0, 1.0, largest / FP8_MAX)
+        codes[rows] = (part / scale[rows]).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    return codes, scale
+
+
+def quantize_groups(weight: torch.Tensor, block: int = GROUP) -> Quantized:
+    """``weight`` (out, in) as int8 with a bfloat16 scale for each ``block`` inputs of a channel (all, if they do not divide).
+
+    The codes are rounded with the scale as it is stored: that it has few digits costs nothing.
+    """
+    blocks = weight.shape[1] // block if weight.shape[1] % block == 0 else 1
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), blocks, dtype=torch.bfloat16, device=weight.device)
+    for rows in _row_slices(weight):
+        part = weight[rows].float().unflatten(1, (blocks, -1))
+        scale[rows] = (part.abs().amax(2) / INT8_MAX).to(scale.dtype)
+        steps = scale[rows].float()[:, :, None]
+        steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
+        codes[rows] = (part / steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
+    return codes, scale
+
+
+def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
+    count = max(1, SLICE_ELEMENTS // weight.shape[1])
+    return (slice(start, start + count) for start in range(0, len(weight), count))
+
+
+def dequantize(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """A stored weight (out, in) as the wide dtype it is computed in; ``scale`` is (out or 1, blocks of inputs) or None."""
+    if scale is None:
+        return weight.to(dtype)
+    # Scales may be too small for float16.
+    exact = torch.float32 if dtype == torch.float16 else dtype
+    scale = scale.to(exact)[:, :, None]
+    if weight.dtype in FP8_DTYPES:  # which no arithmetic takes
+        return weight.to(exact).unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1).to(dtype)
+    return weight.unflatten(1, (scale.shape[1], -1)).mul(scale).flatten(1).to(dtype)

@@ -49,14 +49,21 @@ from networks.optional_methods import call_if_there
 from networks.training.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
 from networks.training.arguments import attention_mode, build_training_parser, check_training_arguments
 from networks.training.dry_step import dry_step, wants_dry_step
-from networks.training.logging.logs import TrainingLogs, check_logs, learning_rates, open_logs
+from networks.training.logging.logs import TrainingLogs, check_logs, open_logs
 from networks.training.logging.loss_log import LossLog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_preview import show_timesteps
 from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
 from networks.training.memory_report import advice, names_the_batch, plan_training
-from networks.training.optim.lr_schedules import check_lr_scheduler, make_lr_scheduler
-from networks.training.optim.optimizers import check_optimizer, make_optimizer, set_optimizer_mode, state_bytes_per_value
+from networks.training.optim.lr_schedules import ScheduleSettings, check_lr_scheduler, make_lr_scheduler
+from networks.training.optim.optimizers import (
+    OptimizerSettings,
+    check_optimizer,
+    learning_rates,
+    make_optimizer,
+    set_optimizer_mode,
+    state_bytes_per_value,
+)
 from networks.training.preflight import check_model_and_network
 from networks.training.requests import Request, TrainingRequests
 from networks.training.run import (
@@ -82,6 +89,7 @@ from networks.training.skipped_steps import TrainingBroken, count_skipped
 from networks.training.step import Step, train_step
 from utils.cli.arguments import drawn_seed
 from utils.cli.config_files import parse_with_config
+from utils.cli.settings import settings_from
 from utils.devices import out_of_memory_says
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
 from utils.hub import HubUploads
@@ -288,8 +296,9 @@ def prepare(
     if any(group.dataset.prior_preservation for group in groups):
         require_switch(network, args.network_module)
     optimizer_groups, group_names = parameter_groups(network, args.learning_rate)
-    optimizer = make_optimizer(args.optimizer_type, optimizer_groups, args.learning_rate, args.optimizer_args)
-    lr_scheduler = make_lr_scheduler(args, optimizer, steps)  # first: it watches the method that accelerate calls
+    optimizer = make_optimizer(settings_from(OptimizerSettings, args), optimizer_groups)
+    # Before accelerate wraps the optimiser: the schedule watches the method that accelerate calls.
+    lr_scheduler = make_lr_scheduler(settings_from(ScheduleSettings, args), optimizer, steps)
     rank_seed = args.seed + accelerator.process_index
     progress = Progress(started_at=time.time(), session_id=new_session_id())
     training = Training(
@@ -304,7 +313,7 @@ def prepare(
         flow_matching=FlowMatching(
             transformer,
             accelerator,
-            TimestepSampler.from_args(args, torch.Generator().manual_seed(rank_seed)),
+            TimestepSampler(settings_from(TimestepSettings, args), torch.Generator().manual_seed(rank_seed)),
             noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
             dtype=dtype,
             guidance_scale=args.guidance_scale,
@@ -327,12 +336,14 @@ def prepare(
 def main() -> int:
     args = parse_with_config(build_parser())
     if args.show_timesteps:
-        show_timesteps(args)
+        show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
         return 0
     check_training_arguments(args)
     prompts = check_samples(args)
     check_logs(args)
-    TimestepSettings.from_args(args)
+    for settings in (settings_from(TimestepSettings, args), settings_from(ScheduleSettings, args)):
+        for sentence in settings.without_effect():
+            logger.warning(sentence)
     planned = check_model_and_network(args)
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
@@ -362,10 +373,8 @@ def main() -> int:
     sampler = ShapeBatchSampler(groups, args.seed, accelerator.process_index, accelerator.num_processes)
     reader = EpochReader(groups, sampler, args.max_data_loader_n_workers, args.persistent_data_loader_workers)
     steps = args.max_train_epochs * steps_per_epoch(args, reader) if args.max_train_epochs else args.max_train_steps
-    optimizer = check_optimizer(
-        args.optimizer_type, args.learning_rate, args.optimizer_args, accelerator.device, planned.group_rates
-    )
-    lr_scheduler = check_lr_scheduler(args, optimizer, steps)
+    optimizer = check_optimizer(settings_from(OptimizerSettings, args), accelerator.device, planned.group_rates)
+    lr_scheduler = check_lr_scheduler(settings_from(ScheduleSettings, args), optimizer, steps)
     check_state_can_be_saved(optimizer, lr_scheduler, wanted=args.save_state or args.save_state_on_train_end)
     if resumed is not None:
         check_resumed(args, resumed, state_identity(args, planned.network, optimizer), steps)

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 import hv_train_network
 from dataset.cache.files import read_latents, read_text
-from networks.training.loss.timestep_sampling import TimestepSampler
+from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
 from networks.training.optim.lr_schedules import make_lr_scheduler, step_schedule
+from utils.cli.settings import settings_from
 from utils.safetensors_io import read_header
 
 
@@ -238,7 +239,7 @@ def rates(run: Run) -> list[float]:
 
 def drawn(run: Run, count: int = 1 << 16) -> torch.Tensor:
     """Timesteps t in [0, 1], without a training."""
-    return TimestepSampler.from_args(run.args, torch.Generator().manual_seed(5)).draw(count)
+    return TimestepSampler(settings_from(TimestepSettings, run.args), torch.Generator().manual_seed(5)).sample(count)
 
 
 def quantile(share: float, expected: float) -> Callable[[Run, Run], None]:

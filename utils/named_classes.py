@@ -19,9 +19,9 @@ def import_class(path: str, flag: str, base: type) -> type:
     package = module_name.partition(".")[0]
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # a build that does not fit the machine raises many things besides ImportError
         raise UserError(
-            f"{flag} {path} cannot be imported ({error}). If it is a package, install it: pip install {package}"
+            f"{flag} {path} cannot be imported ({first_line(error)}). If it is a package, install it: pip install {package}"
         ) from error
     found = getattr(module, name, None)
     if inspect.isclass(found) and not issubclass(found, base):

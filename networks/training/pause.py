@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from networks.training.optim.optimizers import set_optimizer_mode
+from networks.training.optim.optimizers import set_optimizer_mode, without_wrapper
 
 
 @contextmanager
@@ -32,8 +32,7 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     Their way back to the weights of training rounds, so those are kept in host memory and put back bit by bit.
     The optimiser is in training mode before and after.
     """
-    while hasattr(optimizer, "optimizer"):  # what accelerate wraps
-        optimizer = optimizer.optimizer
+    optimizer = without_wrapper(optimizer)
     if not callable(getattr(optimizer, "eval", None)):
         yield
         return

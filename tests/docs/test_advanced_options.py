@@ -14,6 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from networks.training.arguments import build_training_parser
 from networks.training.loss.timestep_sampling import TimestepSettings, loss_weights, timesteps_from_uniform
+from utils.cli.settings import settings_from
 
 TEXT = (ROOT / "docs" / "advanced_options.md").read_text(encoding="utf-8")
 RECIPES = [line for block in re.findall(r"^```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
@@ -58,7 +59,7 @@ def test_the_table_of_timesteps():
     tenths = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     for flags, *stated in rows:
-        drawn = timesteps_from_uniform(u, TimestepSettings.from_args(parse(flags))).double() * 1000
+        drawn = timesteps_from_uniform(u, settings_from(TimestepSettings, parse(flags))).double() * 1000
         assert drawn.quantile(tenths).tolist() == pytest.approx([int(value) for value in stated], abs=1.1), flags
 
 

@@ -16,7 +16,6 @@ from networks.training.logging.tensorboard import TensorBoardTracker, import_sum
 from networks.training.logging.tracker_config import TABLES, read_tracker_config
 from networks.training.logging.trackers import RunStart, Tracker
 from networks.training.logging.wandb import WandbTracker, import_wandb
-from networks.training.optim.optimizers import own_learning_rate
 from networks.training.pause import kept_random_state
 from utils.cli.arguments import public_flags
 from utils.errors import UserError, first_line
@@ -122,29 +121,6 @@ def hide_secret(words: list[str], secret: str | None) -> None:
     """Replace ``secret`` in the words of a command line by stars: W&B stores the command line of a run."""
     if secret:
         words[:] = ["***" if word == secret else word.replace(f"={secret}", "=***") for word in words]
-
-
-def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) -> dict[str, float]:
-    """The learning rate of each parameter group that has one, by its name.
-
-    For optimisers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use;
-    for Adafactor with relative_step it is the rate of the group's first parameter in the next step.
-
-    Args:
-        names: of the groups, as ``networks.network_module.parameter_groups`` returns them; missing and doubled ones get a number.
-    """
-    rates: dict[str, float] = {}
-    for number, group in enumerate(optimizer.param_groups, 1):
-        name = names[number - 1] if number <= len(names) else f"group {number}"
-        name = name if name not in rates else f"{name} {number}"
-        rate = own_learning_rate(optimizer, group)
-        if rate is None:
-            rate = group.get("lr")
-        if rate is not None:
-            rates[name] = float(rate)
-            if group.get("d") is not None:
-                rates[f"d*lr {name}"] = float(group["d"]) * rates[name]
-    return rates
 
 
 class TrainingLogs:

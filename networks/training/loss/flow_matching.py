@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from hunyuan_model.sampling.flow import GUIDANCE_UNIT, TIMESTEPS
 from hunyuan_model.vae.model import SCALING_FACTOR
-from networks.training.loss.timestep_sampling import TimestepSampler, noisy_latents, timesteps_from_uniform
+from networks.training.loss.timestep_sampling import TimestepSampler, loss_weights, noisy_latents, timesteps_from_uniform
 from utils.devices import to_device
 
 VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally likely parts of the distribution
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """The flag of the distilled guidance, as a user writes it: the transformer gets 1000 times as much."""
+
+    guidance_scale: float = 1.0
 
 
 @dataclass
@@ -24,9 +31,9 @@ class FlowMatching:
     """The losses of a transformer on batches of ``dataset.batches.batches.collate``.
 
     Attributes:
-        noise: what noise is drawn with; on the accelerator's device.
+        noise: generator of the noise, on the accelerator's device.
         dtype: what the transformer computes in.
-        guidance_scale: the distilled guidance that it is told.
+        guidance_scale: distilled guidance.
         network_off: inside it the transformer predicts as if no network were hooked into it.
     """
 
@@ -39,17 +46,18 @@ class FlowMatching:
     network_off: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of a batch at timesteps and noise drawn for it, and these timesteps t (B,) in [0, 1]."""
-        shape = batch["latents"].shape
-        noise = torch.randn(shape, generator=self.noise, device=self.accelerator.device)
-        t = self.timesteps.draw(len(noise))
+        """The loss of a batch (a scalar) at random noise and timesteps, and these timesteps t (B,) in [0, 1]."""
+        noise = torch.randn(batch["latents"].shape, generator=self.noise, device=self.accelerator.device)
+        t = self.timesteps.sample(len(noise))
         return self.loss_at(batch, noise, t), t
 
     def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted mean squared error between the predicted and the true velocity, noise - latents; t (B,) in [0, 1].
+        """Weighted mean squared error between the predicted and the true velocity, noise - latents. The device is not waited for.
 
-        With ``prior_preservation`` what the transformer predicts without the network takes the place of the true velocity. The
-        device is not waited for.
+        Args:
+            batch: with ``prior_preservation`` the target is what the transformer predicts without the network.
+            noise: (B, 16, F, H, W), float32.
+            t: (B,) in [0, 1].
         """
         device = self.accelerator.device
         latents, t = to_device(batch["latents"], device, torch.float32) * SCALING_FACTOR, to_device(t, device)
@@ -60,9 +68,10 @@ class FlowMatching:
         else:
             target = noise - latents
         velocity = self._predict(batch, noisy, t).float()
-        loss = nn.functional.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)
-        weight = self.timesteps.loss_weight(t)
-        return (loss if weight is None else loss * weight).mean()
+
+        errors = nn.functional.mse_loss(velocity, target, reduction="none")  # (B, 16, F, H, W), one for each element
+        losses = errors.flatten(1).mean(1)  # (B,)
+        return (losses * loss_weights(t, self.timesteps.settings.weighting_scheme)).mean()
 
     def _predict(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
         """The velocity that the transformer predicts at noisy latents, for the captions of a batch."""

@@ -1,9 +1,9 @@
-"""Optimisers by the names users give: adamw, adamw8bit, adafactor, a class of torch.optim, or any dotted class path."""
+"""Optimisers by the names users give: one of ``NAMED``, a class of torch.optim, or any dotted class path."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,47 +12,53 @@ from utils.errors import UserError, first_line
 from utils.key_values import literal_key_values, nearest_name
 from utils.named_classes import construct, import_class
 
-NAMED = ("adamw", "adamw8bit", "adafactor")
+# A name here, in lower case, is a name for --optimizer_type.
+NAMED = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "transformers.optimization.Adafactor",
+}
 SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimisers
 
 
-def make_optimizer(
-    optimizer_type: str,
-    params: Iterable[Any],
-    learning_rate: float,
-    optimizer_args: Sequence[str] | None = None,
-) -> torch.optim.Optimizer:
-    """The optimiser called ``optimizer_type``.
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimiser flags.
+
+    Attributes:
+        optimizer_type: one of ``NAMED`` in any case; a class of torch.optim such as ``SGD``; or a dotted class path such as
+            ``prodigyopt.Prodigy``.
+        optimizer_args: ``key=value`` words whose values are Python literals.
+        max_grad_norm: 0 for no clipping.
+    """
+
+    optimizer_type: str = "adamw"
+    optimizer_args: Sequence[str] = ()
+    learning_rate: float = 2e-6
+    max_grad_norm: float = 1.0
+
+
+def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimiser of the settings.
 
     Args:
-        optimizer_type: ``adamw``, ``adamw8bit``, ``adafactor`` in any case; a class of torch.optim such as ``SGD``; or a
-            dotted class path such as ``prodigyopt.Prodigy``.
         params: parameters or parameter groups; a group may have its own ``lr``.
-        optimizer_args: ``key=value`` words whose values are Python literals.
 
     Raises:
-        UserError: unknown, not installed, arguments that the class does not take, or no kernel for the device of the parameters.
+        UserError: unknown, not installed, or arguments that the class does not take.
     """
-    params = list(params)
-    options = literal_key_values(optimizer_args, "--optimizer_args")
-    kind = optimizer_type.lower()
-    optimizer_class = _adamw8bit_class() if kind == "adamw8bit" else _optimizer_class(optimizer_type)
-    if kind == "adafactor":
-        params, options = _adafactor_options(params, options, learning_rate)
+    name, params = settings.optimizer_type, list(params)
+    options = literal_key_values(settings.optimizer_args, "--optimizer_args")
+    optimizer_class = import_class(_class_path(name), "--optimizer_type", torch.optim.Optimizer)
+    if name.lower() == "adafactor":
+        params, options = _adafactor_options(params, options, settings.learning_rate)
     else:
-        options.setdefault("lr", learning_rate)
-    optimizer = construct(optimizer_class, params, options, f"the optimiser {optimizer_type}", "--optimizer_args")
-    if kind == "adamw8bit":
-        _require_kernel(optimizer_class, optimizer.param_groups[0]["params"][0].device)
-    return optimizer
+        options.setdefault("lr", settings.learning_rate)
+    return construct(optimizer_class, params, options, f"the optimiser {name}", "--optimizer_args")
 
 
 def check_optimizer(
-    optimizer_type: str,
-    learning_rate: float,
-    optimizer_args: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
-    group_rates: Sequence[float] | None = None,
+    settings: OptimizerSettings, device: torch.device | str = "cpu", group_rates: Sequence[float] | None = None
 ) -> torch.optim.Optimizer:
     """The optimiser over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
 
@@ -61,12 +67,11 @@ def check_optimizer(
         group_rates: the learning rates of the parameter groups that training will have, where it has several.
 
     Raises:
-        UserError: as ``make_optimizer``; or an optimiser that wants more of a step than a gradient, such as LBFGS.
+        UserError: as ``make_optimizer``; or a step fails: no kernel for the device, or more is needed than a gradient (LBFGS).
     """
-    rates = [learning_rate] if group_rates is None else group_rates
+    rates = [settings.learning_rate] if group_rates is None else group_rates
     scratch = [torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device)) for _ in rates]
-    params = [{"params": [parameter], "lr": rate} for parameter, rate in zip(scratch, rates)]
-    optimizer = make_optimizer(optimizer_type, params, learning_rate, optimizer_args)
+    optimizer = make_optimizer(settings, [{"params": [parameter], "lr": rate} for parameter, rate in zip(scratch, rates)])
     for parameter in scratch:
         parameter.grad = torch.ones_like(parameter)
     set_optimizer_mode(optimizer, training=True)
@@ -74,7 +79,8 @@ def check_optimizer(
         optimizer.step()
     except Exception as error:  # third-party optimisers fail in ways of their own
         raise UserError(
-            f"--optimizer_type {optimizer_type} cannot take a plain training step ({first_line(error)}). Use adamw, say."
+            f"--optimizer_type {settings.optimizer_type} cannot make a training step on {torch.device(device).type} "
+            f"({first_line(error)}). Use --optimizer_type adamw."
         ) from error
     return optimizer
 
@@ -87,7 +93,7 @@ def state_bytes_per_value(optimizer: torch.optim.Optimizer) -> float:
 
 def _tensor_bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
+        return value.nbytes
     if isinstance(value, dict | list | tuple):
         return sum(map(_tensor_bytes, value.values() if isinstance(value, dict) else value))
     return 0
@@ -95,13 +101,20 @@ def _tensor_bytes(value: Any) -> int:
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequence[str] | None = None) -> str:
     """Class and arguments as training metadata records them: ``torch.optim.adamw.AdamW(weight_decay=0.1)``."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
+    kind = type(without_wrapper(optimizer))
     arguments = f"({','.join(optimizer_args)})" if optimizer_args else ""
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}{arguments}"
+    return f"{kind.__module__}.{kind.__qualname__}{arguments}"
+
+
+def without_wrapper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser inside accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Tell optimisers that keep other weights while training (schedule-free ones) which are wanted; others are left alone.
+    """Call ``train`` or ``eval`` of optimisers that have them: schedule-free ones keep other weights while they train.
 
     Call it with False before saving or sampling and with True before the next step.
     """
@@ -115,65 +128,50 @@ def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("relative_step", False) for group in optimizer.param_groups)
 
 
-@torch.no_grad()
-def own_learning_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | None:
-    """The rate that an Adafactor with relative_step will use in its next step; None for others, whose groups tell it.
+def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) -> dict[str, float]:
+    """The learning rate of each parameter group that has one, by its name.
 
-    With scale_parameter, its default, each parameter has a rate of its own; this is that of the group's first one, as
-    ``transformers.optimization.AdafactorSchedule`` has it.
+    For optimisers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use;
+    for Adafactor with relative_step it is the rate of the group's first parameter in the next step.
 
     Args:
-        group: of ``optimizer.param_groups``.
+        names: of the groups, as ``networks.network_module.parameter_groups`` returns them; missing and equal ones get a number.
     """
-    while hasattr(optimizer, "optimizer"):  # what accelerate wraps
-        optimizer = optimizer.optimizer
-    if not group.get("relative_step", False) or not hasattr(optimizer, "_get_lr"):
-        return None
+    rates: dict[str, float] = {}
+    for number, group in enumerate(optimizer.param_groups, 1):
+        name = names[number - 1] if number <= len(names) else f"group {number}"
+        name = name if name not in rates else f"{name} {number}"
+        rate = _adafactor_rate(optimizer, group) if group.get("relative_step", False) else group.get("lr")
+        if rate is not None:
+            rates[name] = float(rate)
+            if group.get("d") is not None:
+                rates[f"d*lr {name}"] = float(group["d"]) * rates[name]
+    return rates
+
+
+@torch.no_grad()
+def _adafactor_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | None:
+    """What ``transformers.optimization.AdafactorSchedule`` reports of a group: the next rate of its first parameter."""
+    optimizer = without_wrapper(optimizer)
+    if not hasattr(optimizer, "_get_lr"):
+        return group.get("lr")
     parameter = group["params"][0]
-    made = optimizer.state.get(parameter, {}).get("step", 0)
+    steps = optimizer.state.get(parameter, {}).get("step", 0)
     root_mean_square = parameter.float().norm() / parameter.numel() ** 0.5
-    return float(optimizer._get_lr(group, {"step": made + 1, "RMS": root_mean_square}))
+    return float(optimizer._get_lr(group, {"step": steps + 1, "RMS": root_mean_square}))
 
 
-def _optimizer_class(optimizer_type: str) -> type:
-    kind = optimizer_type.lower()
-    if kind == "adamw":
-        return torch.optim.AdamW
-    if kind == "adafactor":
-        return import_class("transformers.optimization.Adafactor", "--optimizer_type", torch.optim.Optimizer)
-    if "." in optimizer_type:
-        return import_class(optimizer_type, "--optimizer_type", torch.optim.Optimizer)
-    found = getattr(torch.optim, optimizer_type, None)
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+def _class_path(name: str) -> str:
+    if name.lower() in NAMED:
+        return NAMED[name.lower()]
+    if "." in name:
+        return name
+    if not isinstance(getattr(torch.optim, name, None), type):
         raise UserError(
-            f"--optimizer_type {optimizer_type} is not known.{nearest_name(optimizer_type, (*NAMED, *vars(torch.optim)))} "
+            f"--optimizer_type {name} is not known.{nearest_name(name, (*NAMED, *vars(torch.optim)))} "
             f"Use {', '.join(NAMED)}, a class of torch.optim, or a dotted class path such as prodigyopt.Prodigy."
         )
-    return found
-
-
-def _adamw8bit_class() -> type:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # a build that does not fit the machine raises many things besides ImportError
-        raise UserError(
-            f"--optimizer_type adamw8bit needs bitsandbytes, which cannot be imported here ({type(error).__name__}: {error}). "
-            "Install it with: pip install bitsandbytes; or use --optimizer_type adamw."
-        ) from error
-    return AdamW8bit
-
-
-def _require_kernel(optimizer_class: type, device: torch.device | str) -> None:
-    """Take one step on a scratch tensor: whether an 8-bit kernel exists for a device shows only there."""
-    scratch = torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device))
-    scratch.grad = torch.ones_like(scratch)
-    try:
-        optimizer_class([scratch], lr=1e-3).step()
-    except Exception as error:
-        raise UserError(
-            f"--optimizer_type adamw8bit does not run on {torch.device(device).type} with the bitsandbytes installed here "
-            f"({first_line(error)}). Use --optimizer_type adamw."
-        ) from error
+    return f"torch.optim.{name}"
 
 
 def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate: float) -> tuple[list[Any], dict[str, Any]]:

@@ -11,14 +11,13 @@ import torch
 from accelerate import Accelerator
 
 import hunyuan_model
-import hv_train_network
 from dataset import load_dataset_config
 from dataset.batches.batches import CachedDataset, ShapeBatchSampler, collate, find_cached_items, hold_out
 from dataset.batches.reading import EpochReader
 from networks import lora
 from networks.network_module import create_network, network_off, require_switch
 from networks.training.loss.flow_matching import FlowMatching
-from networks.training.loss.timestep_sampling import TimestepSampler
+from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -46,8 +45,7 @@ def setting(tiny_model):
     with torch.no_grad():
         for module in network.loras():
             module.lora_up.weight.copy_(torch.randn(module.lora_up.weight.shape, generator=generator) * 0.1)
-    words = ["--dit", "x", "--dataset_config", "x", "--output_dir", "x", "--output_name", "x"]
-    sampler = TimestepSampler.from_args(hv_train_network.build_parser().parse_args(words), torch.Generator().manual_seed(1))
+    sampler = TimestepSampler(TimestepSettings(), torch.Generator().manual_seed(1))
     losses = FlowMatching(
         transformer,
         Accelerator(cpu=True),
@@ -101,10 +99,10 @@ def drift(dit: Path, cached: Path, weights: Path) -> float:
     transformer = hunyuan_model.load_transformer(dit, device=CPU, dtype=torch.float32)
     options = {"dim": None, "alpha": 1.0, "dropout": None, "network_args": {}, "dim_from_weights": True}
     network = create_network(lora, transformer, **options, weights=weights)
+    timesteps = TimestepSampler(TimestepSettings(), torch.Generator())
     losses = FlowMatching(
-        transformer, Accelerator(cpu=True), None, None, torch.float32, 1.0, partial(network_off, network)
+        transformer, Accelerator(cpu=True), timesteps, None, torch.float32, 1.0, partial(network_off, network)
     )  # fmt: skip
-    losses.timesteps = types.SimpleNamespace(loss_weight=lambda t: None)
     items = CachedDataset([group for group in groups_of(preserving(cached, 1)) if group.dataset.prior_preservation])
     batches, generator = [collate([items[index]]) for index in range(len(items))], torch.Generator().manual_seed(9)
     with torch.no_grad():

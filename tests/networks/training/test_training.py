@@ -22,6 +22,8 @@ from networks.lora import create_network_from_weights
 from networks.lora_files import read_lora
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.training.loss.flow_matching import FlowMatching
+from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
+from utils.cli.settings import settings_from
 from utils.safetensors_io import read_header, read_tensors
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_ROWS = 64, 48, 32
@@ -281,7 +283,7 @@ def test_what_the_model_is_told_and_compared_with(monkeypatch, cached, scheme):
     flow_matching = FlowMatching(
         Perfect(),
         hv_train_network.Accelerator(cpu=True),
-        hv_train_network.TimestepSampler.from_args(args, torch.Generator().manual_seed(1)),
+        TimestepSampler(settings_from(TimestepSettings, args), torch.Generator().manual_seed(1)),
         noise=torch.Generator().manual_seed(11),
         dtype=torch.float32,
         guidance_scale=args.guidance_scale,

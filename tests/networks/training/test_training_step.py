@@ -79,8 +79,8 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("batches_of_a_step", [1, 3])
 def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches_of_a_step) -> None:
     """Timesteps are drawn on the host, and the transformer reads the lengths of the texts there."""
-    draw = TimestepSampler.draw
-    monkeypatch.setattr(TimestepSampler, "draw", lambda sampler, count: draw(sampler, count).as_subclass(OnHost))
+    sample = TimestepSampler.sample
+    monkeypatch.setattr(TimestepSampler, "sample", lambda sampler, count: sample(sampler, count).as_subclass(OnHost))
     moved = hunyuan_model.transformer.model.HYVideoDiffusionTransformer.forward
 
     def forward(transformer, x, t, *texts):  # what it is given has come to the card, the mask excepted

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from networks.training.arguments import build_training_parser
@@ -24,13 +23,10 @@ from networks.training.logging.logs import (
     check_logs,
     chosen_trackers,
     hide_secret,
-    learning_rates,
     open_logs,
     stored_flags,
 )
 from networks.training.logging.tensorboard import animation
-from networks.training.optim.lr_schedules import ScheduleSettings, make_schedule
-from networks.training.optim.optimizers import make_optimizer
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import DrawnSample
 from utils.errors import UserError
@@ -257,38 +253,6 @@ def test_hiding_without_a_secret_changes_nothing():
     hide_secret(words, None)
     hide_secret(words, "")
     assert words == ["a", "--b=c"]
-
-
-def test_rates_are_named_by_group():
-    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(4)]
-    groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, (1.0, 2.0, 3.0, 4.0))]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    assert learning_rates(optimizer, ["unet", "unet plus"]) == {"unet": 1, "unet plus": 2, "group 3": 3, "group 4": 4}
-    assert learning_rates(optimizer, ["unet"] * 4) == {"unet": 1, "unet 2": 2, "unet 3": 3, "unet 4": 4}
-    optimizer.param_groups[0]["d"] = 0.25  # as Prodigy keeps its estimate
-    optimizer.param_groups[1]["lr"] = None  # as Adafactor with relative_step
-    optimizer.param_groups[2]["lr"] = torch.tensor(5.0)
-    assert learning_rates(optimizer, ["a", "b", "c", "d"]) == {"a": 1.0, "d*lr a": 0.25, "c": 5.0, "d": 4.0}
-
-
-def test_adafactor_with_its_own_schedule_is_logged_with_the_rate_it_uses(monkeypatch):
-    torch.manual_seed(0)
-    groups = [{"params": [torch.nn.Parameter(scale * torch.randn(4, 3)) for _ in range(2)]} for scale in (1e-6, 1.0)]
-    optimizer = make_optimizer("adafactor", groups, 1e-3)
-    schedule = make_schedule(ScheduleSettings("adafactor"), optimizer, 3)
-    used: list[float] = []
-    get = type(optimizer)._get_lr
-    monkeypatch.setattr(type(optimizer), "_get_lr", staticmethod(lambda *values: used.append(float(get(*values))) or get(*values)))
-    for _ in range(3):
-        told = learning_rates(Accelerator(cpu=True).prepare(optimizer), ["a", "b"])
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.randn(4, 3)
-        used.clear()
-        optimizer.step()
-        assert told == pytest.approx({"a": used[0], "b": used[2]}, rel=1e-6)
-        assert used[2] > used[0] > 0
-        schedule.step()
 
 
 def test_peak_memory_of_a_cuda_device(tensorboard, tmp_path, monkeypatch):

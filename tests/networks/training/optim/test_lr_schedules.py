@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
 
 import pytest
 import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from networks.training.optim.lr_schedules import ScheduleSettings, make_lr_scheduler, make_schedule, step_count, step_schedule
-from networks.training.optim.optimizers import make_optimizer
+from networks.training.optim.lr_schedules import ScheduleSettings, make_lr_scheduler, step_count, step_schedule
+from networks.training.optim.optimizers import OptimizerSettings, make_optimizer
 from utils.errors import UserError
 
 STEPS, RATE = 100, 0.5
@@ -24,7 +22,7 @@ def optimizer() -> torch.optim.Optimizer:
 def rates(**settings) -> list[float]:
     """Rate of every step, as a share of the base rate."""
     sgd = optimizer()
-    scheduler = make_schedule(ScheduleSettings(**settings), sgd, STEPS)
+    scheduler = make_lr_scheduler(ScheduleSettings(**settings), sgd, STEPS)
     found = []
     for _ in range(STEPS):
         found.append(sgd.param_groups[0]["lr"] / RATE)
@@ -46,44 +44,47 @@ def decayed(step: int, low: float = 0.0) -> float:
 
 FORMULAS = {
     "constant": ({}, lambda step: 1.0),
-    "constant_with_warmup": ({"warmup": 10}, warmed(lambda progress, step: 1.0)),
-    "linear": ({"warmup": "0.1"}, warmed(lambda progress, step: 1 - progress)),
-    "cosine": ({"warmup": "10%"}, warmed(lambda progress, step: (1 + math.cos(math.pi * progress)) / 2)),
+    "constant_with_warmup": ({"lr_warmup_steps": 10}, warmed(lambda progress, step: 1.0)),
+    "linear": ({"lr_warmup_steps": "0.1"}, warmed(lambda progress, step: 1 - progress)),
+    "cosine": ({"lr_warmup_steps": "10%"}, warmed(lambda progress, step: (1 + math.cos(math.pi * progress)) / 2)),
     "cosine_with_restarts": (
-        {"warmup": 10, "num_cycles": 3},
+        {"lr_warmup_steps": 10, "lr_scheduler_num_cycles": 3},
         warmed(lambda progress, step: (1 + math.cos(math.pi * ((3 * progress) % 1))) / 2),
     ),
-    "polynomial": ({"warmup": 10, "power": 2.0}, warmed(lambda progress, step: (1 - progress) ** 2)),
-    "inverse_sqrt": ({"warmup": 10, "timescale": 25}, warmed(lambda progress, step: (25 / (step + 15)) ** 0.5)),
+    "polynomial": ({"lr_warmup_steps": 10, "lr_scheduler_power": 2.0}, warmed(lambda progress, step: (1 - progress) ** 2)),
+    "inverse_sqrt": (
+        {"lr_warmup_steps": 10, "lr_scheduler_timescale": 25},
+        warmed(lambda progress, step: (25 / (step + 15)) ** 0.5),
+    ),
     "cosine_with_min_lr": (
-        {"warmup": 10, "min_lr_ratio": 0.2},
+        {"lr_warmup_steps": 10, "lr_scheduler_min_lr_ratio": 0.2},
         warmed(lambda progress, step: 0.2 + 0.8 * (1 + math.cos(math.pi * progress)) / 2),
     ),
-    "warmup_stable_decay": ({"warmup": 10, "decay": 20}, decayed),
+    "warmup_stable_decay": ({"lr_warmup_steps": 10, "lr_decay_steps": 20}, decayed),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_schedule_follows_its_formula(name):
     settings, formula = FORMULAS[name]
-    assert rates(name=name, **settings) == pytest.approx([formula(step) for step in range(STEPS)], abs=2e-6)
+    assert rates(lr_scheduler=name, **settings) == pytest.approx([formula(step) for step in range(STEPS)], abs=2e-6)
 
 
 def test_warmup_stable_decay_ends_at_the_lowest_rate():
-    found = rates(name="warmup_stable_decay", warmup=10, decay=20, min_lr_ratio=0.1)
+    found = rates(lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, lr_decay_steps=20, lr_scheduler_min_lr_ratio=0.1)
     assert found[10:] == pytest.approx([decayed(step, 0.1) for step in range(10, STEPS)], abs=2e-6)
 
 
 @pytest.mark.parametrize("name", sorted(kind.value for kind in TYPE_TO_SCHEDULER_FUNCTION))
 def test_every_schedule_of_transformers_runs(name):
-    found = rates(name=name)
+    found = rates(lr_scheduler=name)
     assert all(0 <= rate <= 1.0001 for rate in found) and found[0] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_plateau_watches_the_loss():
     sgd = optimizer()
-    settings = ScheduleSettings(name="reduce_lr_on_plateau", scheduler_args=("patience=2", "factor=0.5"))
-    scheduler = make_schedule(settings, sgd, STEPS)
+    settings = ScheduleSettings(lr_scheduler="reduce_lr_on_plateau", lr_scheduler_args=("patience=2", "factor=0.5"))
+    scheduler = make_lr_scheduler(settings, sgd, STEPS)
     for loss in (1.0, 0.9, 0.8, 0.9, 0.9):
         step_schedule(scheduler, loss)
     assert sgd.param_groups[0]["lr"] == RATE
@@ -93,8 +94,8 @@ def test_plateau_watches_the_loss():
 
 def test_a_dotted_class_is_used_with_its_arguments():
     sgd = optimizer()
-    settings = ScheduleSettings(scheduler_class="torch.optim.lr_scheduler.StepLR", scheduler_args=("step_size=3", "gamma=0.1"))
-    scheduler = make_schedule(settings, sgd, STEPS)
+    settings = ScheduleSettings(lr_scheduler_type="torch.optim.lr_scheduler.StepLR", lr_scheduler_args=("step_size=3", "gamma=0.1"))
+    scheduler = make_lr_scheduler(settings, sgd, STEPS)
     for _ in range(3):
         sgd.step()
         step_schedule(scheduler, 1.0)
@@ -121,60 +122,48 @@ def test_impossible_step_counts_are_user_errors(value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "cosin"}, "is not known. Did you mean 'cosine'"),
-        ({"name": "constant", "warmup": 5}, "has no warm-up.*Use constant_with_warmup"),
-        ({"name": "cosine", "decay": 5}, "only warmup_stable_decay has"),
-        ({"name": "warmup_stable_decay", "warmup": 60, "decay": 50}, "make 110 steps, but the training has 100"),
-        ({"name": "cosine", "scheduler_args": ("cycles=2",)}, "has no argument 'cycles'. Did you mean 'num_cycles'"),
-        ({"name": "polynomial", "scheduler_args": ("lr_end=0.6",)}, "refuses its arguments .*lr_end=0.6"),
-        ({"name": "adafactor"}, "needs --optimizer_type adafactor"),
-        ({"scheduler_class": "torch.optim.lr_scheduler.StepRL"}, "has no class StepRL"),
-        ({"scheduler_class": "torch.optim.lr_scheduler.StepLR"}, "refuses its arguments .none.: .*step_size"),
-        ({"scheduler_class": "no_such_package.Warm"}, "pip install no_such_package"),
+        ({"lr_scheduler": "cosin"}, "is not known. Did you mean 'cosine'"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "has no warm-up.*Use constant_with_warmup"),
+        ({"lr_scheduler": "cosine", "lr_decay_steps": 5}, "only warmup_stable_decay has"),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 60, "lr_decay_steps": 50},
+            "make 110 steps, but the training has 100",
+        ),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("cycles=2",)}, "has no argument 'cycles'. Did you mean 'num_cycles'"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=0.6",)}, "refuses its arguments .*lr_end=0.6"),
+        ({"lr_scheduler": "adafactor"}, "needs --optimizer_type adafactor"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepRL"}, "has no class StepRL"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR"}, "refuses its arguments .none.: .*step_size"),
+        ({"lr_scheduler_type": "no_such_package.Warm"}, "pip install no_such_package"),
     ],
 )
 def test_mistakes_are_user_errors(settings, message):
     with pytest.raises(UserError, match=message):
-        make_schedule(ScheduleSettings(**settings), optimizer(), STEPS)
+        make_lr_scheduler(ScheduleSettings(**settings), optimizer(), STEPS)
 
 
-def test_flags_without_effect_are_named(caplog):
-    with caplog.at_level(logging.WARNING):
-        rates(name="cosine", power=2.0, num_cycles=4, timescale=5, min_lr_ratio=0.1)
-    assert len(caplog.records) == 4
-    assert "--lr_scheduler_power has no effect with --lr_scheduler cosine; it belongs to polynomial" in caplog.text
+def test_flags_without_effect_are_named():
+    shape = {
+        "lr_scheduler_power": 2.0,
+        "lr_scheduler_num_cycles": 4,
+        "lr_scheduler_timescale": 5,
+        "lr_scheduler_min_lr_ratio": 0.1,
+    }
+    sentences = ScheduleSettings("cosine", **shape).without_effect()
+    assert sorted(sentence.partition(" ")[0] for sentence in sentences) == sorted(f"--{flag}" for flag in shape)
+    assert "--lr_scheduler_power has no effect with --lr_scheduler cosine; it belongs to polynomial." in sentences
+    assert rates(lr_scheduler="cosine", **shape) == rates(lr_scheduler="cosine")
+    assert not ScheduleSettings("polynomial", lr_scheduler_power=2.0).without_effect()
 
 
 def test_adafactor_has_its_own_schedule():
     weight = torch.nn.Parameter(torch.ones(4, 4))
-    own = make_optimizer("adafactor", [weight], 1e-3)
-    scheduler = make_schedule(ScheduleSettings(name="adafactor"), own, STEPS, initial_lr=1e-3)
-    assert scheduler.get_last_lr() == [1e-3]
+    own = make_optimizer(OptimizerSettings("adafactor"), [weight])
+    scheduler = make_lr_scheduler(ScheduleSettings(lr_scheduler="adafactor"), own, STEPS)
     for _ in range(3):
         weight.grad = torch.ones_like(weight)
         own.step()
         step_schedule(scheduler, 1.0)
     assert 0 < scheduler.get_lr()[0] <= 1e-2
     with pytest.raises(UserError, match="picks its own learning rate"):
-        make_schedule(ScheduleSettings(name="cosine"), own, STEPS)
-
-
-def test_training_flags_become_settings():
-    args = argparse.Namespace(
-        lr_scheduler="linear",
-        lr_warmup_steps="0.2",
-        lr_decay_steps="0",
-        lr_scheduler_num_cycles=1,
-        lr_scheduler_power=1.0,
-        lr_scheduler_timescale=None,
-        lr_scheduler_min_lr_ratio=None,
-        lr_scheduler_type="",
-        lr_scheduler_args=[],
-        learning_rate=RATE,
-    )
-    sgd = optimizer()
-    scheduler = make_lr_scheduler(args, sgd, STEPS)
-    for _ in range(10):
-        sgd.step()
-        scheduler.step()
-    assert sgd.param_groups[0]["lr"] == pytest.approx(RATE / 2)
+        make_lr_scheduler(ScheduleSettings(lr_scheduler="cosine"), own, STEPS)

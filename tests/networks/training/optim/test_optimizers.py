@@ -1,4 +1,4 @@
-"""Optimisers by name: what is made, that it learns, and what is refused."""
+"""Optimisers by name: what is made, that it learns, what is refused, and the rates that are logged."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import types
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from networks.training.optim.lr_schedules import ScheduleSettings, make_lr_scheduler
 from networks.training.optim.optimizers import (
+    NAMED,
+    OptimizerSettings,
     check_optimizer,
     describe_optimizer,
+    learning_rates,
     make_optimizer,
     picks_own_learning_rate,
     set_optimizer_mode,
+    state_bytes_per_value,
 )
 from utils.errors import UserError
 from utils.key_values import literal_key_values, parse_key_values
@@ -23,34 +29,38 @@ def parameter(size: int = 3) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.ones(size, size))
 
 
+def made(name: str, params: list | None = None, words: tuple[str, ...] = (), rate: float = 1e-3) -> torch.optim.Optimizer:
+    return make_optimizer(OptimizerSettings(name, words, rate), [parameter()] if params is None else params)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("adamw", torch.optim.AdamW),
-        ("AdamW", torch.optim.AdamW),
-        ("SGD", torch.optim.SGD),
-        ("torch.optim.RMSprop", torch.optim.RMSprop),
-    ],
+    [("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("torch.optim.RMSprop", torch.optim.RMSprop)],
 )
 def test_names_give_their_class(name, expected):
-    optimizer = make_optimizer(name, [parameter()], 0.125)
+    optimizer = made(name, rate=0.125)
     assert type(optimizer) is expected and optimizer.param_groups[0]["lr"] == 0.125
 
 
 def test_arguments_and_groups_reach_the_class():
     groups = [{"params": [parameter()], "lr": 1e-3}, {"params": [parameter()]}]
-    optimizer = make_optimizer("adamw", groups, 1e-4, ["betas=0.8,0.95", "weight_decay=0.25", "amsgrad=True"])
+    optimizer = made("adamw", groups, ("betas=0.8,0.95", "weight_decay=0.25", "amsgrad=True"), rate=1e-4)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4]
     group = optimizer.param_groups[1]
     assert (group["betas"], group["weight_decay"], group["amsgrad"]) == ((0.8, 0.95), 0.25, True)
     assert describe_optimizer(optimizer, ["weight_decay=0.25"]) == "torch.optim.adamw.AdamW(weight_decay=0.25)"
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "torch.optim.SGD"])
-def test_every_kind_learns(name):
-    weight = parameter()
-    arguments = ["relative_step=False", "scale_parameter=False"] if name == "adafactor" else []
-    optimizer = make_optimizer(name, [weight], 0.05, arguments)
+@pytest.mark.parametrize("name", [*NAMED, "torch.optim.SGD"])
+def test_every_kind_learns_or_is_refused_clearly(name):
+    words = ("relative_step=False", "scale_parameter=False") if name == "adafactor" else ()
+    weight = parameter(128)
+    try:
+        check_optimizer(OptimizerSettings(name, words, 0.05))
+    except UserError as error:
+        assert name == "adamw8bit" and ("pip install bitsandbytes" in str(error) or "--optimizer_type adamw." in str(error))
+        return
+    optimizer = made(name, [weight], words, rate=0.05)
     for _ in range(50):
         optimizer.zero_grad()
         weight.square().sum().backward()
@@ -58,52 +68,38 @@ def test_every_kind_learns(name):
     assert weight.abs().max() < 0.5
 
 
-def test_adafactor_picks_its_own_rate_unless_told_otherwise():
-    own = make_optimizer("AdaFactor", [{"params": [parameter()], "lr": 1e-3}], 1e-3)
+def test_adafactor_picks_its_own_rate_unless_relative_step_is_off():
+    own = made("AdaFactor", [{"params": [parameter()], "lr": 1e-3}])
     assert picks_own_learning_rate(own) and own.param_groups[0]["lr"] is None
-    given = make_optimizer("adafactor", [parameter()], 1e-3, ["relative_step=False"])
+    given = made("adafactor", words=("relative_step=False",))
     assert not picks_own_learning_rate(given) and given.param_groups[0]["lr"] == 1e-3
     groups = [{"params": [parameter()], "lr": 1e-3}, {"params": [parameter()], "lr": 1e-2}]
     with pytest.raises(UserError, match="loraplus_lr_ratio"):
-        make_optimizer("adafactor", groups, 1e-3)
-    assert not picks_own_learning_rate(make_optimizer("adafactor", groups, 1e-3, ["relative_step=False"]))
+        made("adafactor", groups)
+    assert not picks_own_learning_rate(made("adafactor", groups, ("relative_step=False",)))
     with pytest.raises(UserError, match="takes no lr"):
-        make_optimizer("adafactor", [parameter()], 1e-3, ["lr=0.1"])
+        made("adafactor", words=("lr=0.1",))
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "words", "message"),
     [
-        ("adamx", [], "is not known. Did you mean 'adamw'"),
-        ("Optimizer8", [], "Use adamw, adamw8bit, adafactor, a class of torch.optim"),
-        ("lr_scheduler", [], "is not known"),
-        ("no_such_package.Lion", [], "pip install no_such_package"),
-        ("torch.optim.AdamV", [], "torch.optim has no class AdamV. Did you mean 'Adam"),
-        ("torch.optim.lr_scheduler", [], "has no class lr_scheduler"),
-        ("adamw", ["weight_decai=0.1"], "has no argument 'weight_decai'. Did you mean 'weight_decay'"),
-        ("adamw", ["weight_decay=-1"], "refuses its arguments .*weight_decay=-1"),
-        ("adamw", ["amsgrad=true"], "amsgrad must be a Python literal"),
-        ("adamw", ["weight_decay"], "form key=value"),
-        ("adamw", ["eps=1e-8", "eps=1e-7"], "the key 'eps' twice"),
+        ("adamx", (), "is not known. Did you mean 'adamw'"),
+        ("Optimizer8", (), "Use adamw, adamw8bit, adafactor, a class of torch.optim"),
+        ("lr_scheduler", (), "is not known"),
+        ("no_such_package.Lion", (), "pip install no_such_package"),
+        ("torch.optim.AdamV", (), "torch.optim has no class AdamV. Did you mean 'Adam"),
+        ("torch.optim.lr_scheduler", (), "has no class lr_scheduler"),
+        ("adamw", ("weight_decai=0.1",), "has no argument 'weight_decai'. Did you mean 'weight_decay'"),
+        ("adamw", ("weight_decay=-1",), "refuses its arguments .*weight_decay=-1"),
+        ("adamw", ("amsgrad=true",), "amsgrad must be a Python literal"),
+        ("adamw", ("weight_decay",), "form key=value"),
+        ("adamw", ("eps=1e-8", "eps=1e-7"), "the key 'eps' twice"),
     ],
 )
-def test_mistakes_are_user_errors(name, arguments, message):
+def test_mistakes_are_user_errors(name, words, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(name, [parameter()], 1e-3, arguments)
-
-
-def fake_bitsandbytes(monkeypatch, step):
-    class AdamW8bit(torch.optim.SGD):
-        def step(self, closure=None):
-            return step(self)
-
-    optim = types.ModuleType("bitsandbytes.optim")
-    optim.AdamW8bit = AdamW8bit
-    package = types.ModuleType("bitsandbytes")
-    package.optim = optim
-    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    return AdamW8bit
+        made(name, words=words)
 
 
 class OneRate(torch.optim.SGD):
@@ -114,50 +110,45 @@ class OneRate(torch.optim.SGD):
             raise RuntimeError("one rate for all")
 
 
-def test_the_two_rates_of_lora_plus_are_tried_before_training():
-    check_optimizer(f"{__name__}.OneRate", 1e-3)
-    with pytest.raises(UserError, match="cannot take a plain training step"):
-        check_optimizer(f"{__name__}.OneRate", 1e-3, group_rates=[1e-3, 4e-3])
+def test_a_step_is_tried_with_the_rates_of_all_groups():
+    one_rate = OptimizerSettings(f"{__name__}.OneRate")
+    check_optimizer(one_rate)
+    with pytest.raises(UserError, match=r"cannot make a training step on cpu \(one rate for all\)\. Use --optimizer_type adamw\."):
+        check_optimizer(one_rate, group_rates=[1e-3, 4e-3])
     with pytest.raises(UserError, match="loraplus_lr_ratio"):
-        check_optimizer("adafactor", 1e-3, group_rates=[1e-3, 4e-3])
+        check_optimizer(OptimizerSettings("adafactor"), group_rates=[1e-3, 4e-3])
+    with pytest.raises(UserError, match="LBFGS cannot make a training step"):
+        check_optimizer(OptimizerSettings("LBFGS"))
 
 
-def test_adamw8bit_without_bitsandbytes_names_adamw(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match="pip install bitsandbytes; or use --optimizer_type adamw"):
-        make_optimizer("adamw8bit", [parameter()], 1e-3)
+@pytest.mark.parametrize("broken", ["missing", "raises"])
+def test_adamw8bit_without_a_working_bitsandbytes_says_what_to_install(monkeypatch, tmp_path, broken):
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    else:
+        (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('built for another CUDA')", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        made("adamw8bit")
 
 
 def test_adamw8bit_without_a_kernel_names_adamw(monkeypatch):
-    def step(self):
-        raise NotImplementedError("no 8-bit kernel for device type cpu")
+    class AdamW8bit(torch.optim.SGD):
+        def step(self, closure=None):
+            raise NotImplementedError("no 8-bit kernel for device type cpu")
 
-    fake_bitsandbytes(monkeypatch, step)
-    with pytest.raises(UserError, match=r"does not run on cpu .*no 8-bit kernel.* Use --optimizer_type adamw\."):
-        make_optimizer("AdamW8bit", [parameter()], 1e-3)
-
-
-def test_adamw8bit_with_a_kernel_is_used_and_its_parameters_stay(monkeypatch):
-    expected = fake_bitsandbytes(monkeypatch, lambda self: None)
-    weight = parameter()
-    optimizer = make_optimizer("adamw8bit", [weight], 1e-3)
-    assert type(optimizer) is expected and weight.grad is None and torch.equal(weight, torch.ones(3, 3))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    with pytest.raises(UserError, match=r"on cpu .*no 8-bit kernel.* Use --optimizer_type adamw\."):
+        check_optimizer(OptimizerSettings("AdamW8bit"))
 
 
-def test_the_real_adamw8bit_learns_or_is_refused_clearly():
-    pytest.importorskip("bitsandbytes")
-    weight = parameter(128)
-    try:
-        optimizer = make_optimizer("adamw8bit", [weight], 0.05)
-    except UserError as error:
-        assert "--optimizer_type adamw." in str(error)
-        return
-    for _ in range(30):
-        optimizer.zero_grad()
-        weight.square().sum().backward()
-        optimizer.step()
-    assert weight.abs().max() < 0.5
+@pytest.mark.parametrize(("name", "bytes_each"), [("adamw", 8), ("SGD", 0), ("adafactor", 0.1)])
+def test_what_an_optimiser_keeps_for_each_value(name, bytes_each):
+    optimizer = check_optimizer(OptimizerSettings(name), group_rates=[1e-3, 1e-3])
+    assert state_bytes_per_value(optimizer) == pytest.approx(bytes_each, abs=0.02)
 
 
 def test_mode_is_set_where_an_optimizer_has_modes():
@@ -176,6 +167,37 @@ def test_mode_is_set_where_an_optimizer_has_modes():
     set_optimizer_mode(optimizer, training=False)
     assert optimizer.mode == "eval"
     set_optimizer_mode(torch.optim.SGD([parameter()], lr=0.1), training=True)
+
+
+def test_rates_are_named_by_group():
+    groups = [{"params": [parameter()], "lr": rate} for rate in (1.0, 2.0, 3.0, 4.0)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    assert learning_rates(optimizer, ["unet", "unet plus"]) == {"unet": 1, "unet plus": 2, "group 3": 3, "group 4": 4}
+    assert learning_rates(optimizer, ["unet"] * 4) == {"unet": 1, "unet 2": 2, "unet 3": 3, "unet 4": 4}
+    optimizer.param_groups[0]["d"] = 0.25  # as Prodigy keeps its estimate
+    optimizer.param_groups[1]["lr"] = None
+    optimizer.param_groups[2]["lr"] = torch.tensor(5.0)
+    assert learning_rates(optimizer, ["a", "b", "c", "d"]) == {"a": 1.0, "d*lr a": 0.25, "c": 5.0, "d": 4.0}
+
+
+def test_adafactor_with_its_own_schedule_is_logged_with_the_rate_it_uses(monkeypatch):
+    torch.manual_seed(0)
+    groups = [{"params": [torch.nn.Parameter(scale * torch.randn(4, 3)) for _ in range(2)]} for scale in (1e-6, 1.0)]
+    optimizer = made("adafactor", groups)
+    schedule = make_lr_scheduler(ScheduleSettings("adafactor"), optimizer, 3)
+    used: list[float] = []
+    get = type(optimizer)._get_lr
+    monkeypatch.setattr(type(optimizer), "_get_lr", staticmethod(lambda *values: used.append(float(get(*values))) or get(*values)))
+    for _ in range(3):
+        logged = learning_rates(Accelerator(cpu=True).prepare(optimizer), ["a", "b"])
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.randn(4, 3)
+        used.clear()
+        optimizer.step()
+        assert logged == pytest.approx({"a": used[0], "b": used[2]}, rel=1e-6)
+        assert used[2] > used[0] > 0
+        schedule.step()
 
 
 def test_key_values_keep_text_and_read_literals():

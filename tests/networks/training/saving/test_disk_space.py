@@ -14,7 +14,6 @@ import hv_train_network
 from dataset.cache.sizes import HEADER_BYTES, missing_latents_bytes
 from dataset.config import load_dataset_config
 from dataset.items import list_items
-from networks.training.optim.optimizers import check_optimizer, state_bytes_per_value
 from networks.training.saving import disk_space
 from networks.training.saving.disk_space import check_room_to_save, free_bytes, readable, require_room
 from networks.training.saving.files import SaveRules, epoch_name, final_name, remove_outdated, state_name, step_name
@@ -166,11 +165,6 @@ def test_a_disk_that_does_not_say_is_not_judged(tmp_path, monkeypatch):
 
 def test_sizes_that_people_read():
     assert [readable(size) for size in (0, 1234, 9_876_543, 12_345_678_901)] == ["0.0 kB", "1.2 kB", "9.9 MB", "12.3 GB"]
-
-
-@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw", 8), ("SGD", 0), ("adafactor", 0.1)])
-def test_what_an_optimiser_keeps_for_each_value(optimizer, bytes_each):
-    assert state_bytes_per_value(check_optimizer(optimizer, 1e-3, group_rates=[1e-3, 1e-3])) == pytest.approx(bytes_each, abs=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,10 +43,10 @@ from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, va
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
 from hunyuan_model.vae.memory import WHOLE, Clip, VAEFit
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
-from networks.training.saving.disk_space import require_room
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, pick_device, warn_of_cpu
+from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
 

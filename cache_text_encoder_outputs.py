@@ -38,10 +38,10 @@ from dataset.items import Item, list_items, settle_captions
 from hunyuan_model.checkpoints.fingerprint import fingerprint_tokenizer, fingerprint_weights
 from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.text.template import TEXT_LENGTH
-from networks.training.saving.disk_space import require_room
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
+from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, name_some, run_script
 from utils.files import require_writable_folder
 

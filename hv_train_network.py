@@ -79,7 +79,7 @@ from networks.training.run import (
     training_facts,
 )
 from networks.training.samples.sampling import TrainingSamples, check_samples, prepare_samples
-from networks.training.saving.disk_space import check_room_to_save
+from networks.training.saving.disk_space import require_room_for_save
 from networks.training.saving.files import SaveRules, epoch_name, final_name, remove_leftovers, state_name, step_name
 from networks.training.saving.metadata import new_session_id, training_metadata
 from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
@@ -382,15 +382,10 @@ def main() -> int:
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
     if planned.size is not None and accelerator.is_main_process:
-        check_room_to_save(
+        require_room_for_save(
             Path(args.output_dir),
-            args.output_name,
-            SaveRules.from_args(args),
-            model_bytes=planned.size.model_bytes(save_dtype(args, accelerator)),
-            state_bytes=planned.size.state_bytes(state_bytes_per_value(optimizer), accelerator.num_processes),
-            steps=steps,
-            steps_per_epoch=steps_per_epoch(args, reader),
-            start=0 if resumed is None else resumed.state.progress.step,
+            planned.size.model_bytes(save_dtype(args, accelerator)),
+            planned.size.state_bytes(state_bytes_per_value(optimizer)) if SaveRules.from_args(args).state_at_end else 0,
         )
     largest = largest_batch(groups, planned.config)
     memory = plan_training(

@@ -100,27 +100,6 @@ class SaveRules:
             state_at_end=args.save_state or args.save_state_on_train_end,
         )
 
-    def most_at_once(self, steps: int, steps_per_epoch: int, start: int = 0) -> tuple[int, int]:
-        """How many models and states of a training lie on the disk at most, the one that is being written included.
-
-        The last step writes those without a number; before it, a new one is written before an old one is removed.
-
-        Args:
-            steps, start: of the whole training, and those that were made before (whose files are not counted).
-        """
-        epochs, before = (steps - 1) // steps_per_epoch, start // steps_per_epoch
-        every_n_steps, every_n_epochs = self.every_n_steps or steps, self.every_n_epochs or steps
-        by_steps = max(0, (steps - 1) // every_n_steps - start // every_n_steps)
-        by_epochs = max(0, epochs // every_n_epochs - before // every_n_epochs)
-
-        def kept(last_steps: int | None, last_epochs: int | None) -> int:
-            of_steps = by_steps if last_steps is None else min(by_steps, last_steps // every_n_steps + 1)
-            return of_steps + (by_epochs if last_epochs is None else min(by_epochs, last_epochs))
-
-        models = kept(self.keep_steps, self.keep_epochs) + 1
-        states = kept(self.keep_step_states, self.keep_epoch_states) if self.states else 0
-        return models, states + self.state_at_end
-
     def due_after_step(self, step: int) -> bool:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
@@ -163,22 +142,6 @@ def remove_outdated(
                 if before_removal is not None:
                     before_removal(path)
                 _remove(path, remove)
-
-
-def written_over(folder: Path, name: str, rules: SaveRules, start: int, steps_per_epoch: int) -> Iterator[Path]:
-    """The models and states in ``folder`` that a training from step ``start`` will replace or remove."""
-    if not folder.is_dir():
-        return
-    for pattern, every, before, limits in (
-        (r"-step(\d{8,})", rules.every_n_steps, start, (rules.keep_steps, rules.keep_step_states)),
-        (r"-(\d{6,})", rules.every_n_epochs, start // steps_per_epoch, (rules.keep_epochs, rules.keep_epoch_states)),
-    ):
-        for suffix, limit in zip((MODEL_SUFFIX, STATE_SUFFIX) if rules.states else (MODEL_SUFFIX,), limits):
-            for path, number in _numbered(folder, re.compile(re.escape(name) + pattern), suffix) if every else ():
-                if number % every == 0 and (number > before or limit is not None):
-                    yield path
-    finals = (final_name(name), state_name(final_name(name))) if rules.state_at_end else (final_name(name),)
-    yield from (folder / final for final in finals if (folder / final).exists())
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str], suffix: str) -> Iterator[tuple[Path, int]]:

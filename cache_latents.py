@@ -41,7 +41,7 @@ from dataset.items import Item, list_items, settle_captions
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, vae_settings_given, vae_tile_size
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
-from hunyuan_model.vae.memory import WHOLE, Clip, VAEFit
+from hunyuan_model.vae.memory import Clip, VAEFit
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
@@ -145,7 +145,7 @@ def encode(
     """
     if fit is not None:
         frames, height, width = batch[0].pixels.shape[:3]
-        if len(batch) > 1 and fit.settings(Clip(len(batch), frames, height, width)) != WHOLE:
+        if len(batch) > 1 and fit.must_split(Clip(len(batch), frames, height, width)):
             return [sample for prepared in batch for sample in encode(vae, [prepared], device, dtype, fit, lighter)]
         fit.fit(Clip(len(batch), frames, height, width))
     try:

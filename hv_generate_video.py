@@ -33,7 +33,8 @@ from hunyuan_model.runtime.arguments import (
 from hunyuan_model.runtime.block_swap import check_blocks_to_swap
 from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
 from hunyuan_model.runtime.loading import check_transformer_file
-from hunyuan_model.sampling.euler import LATENT_CHANNELS, decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.euler import LATENT_CHANNELS, initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
 from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
@@ -45,17 +46,17 @@ from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_f
 from networks.training.memory_report import advice, batch_name, plan_sampling
 from utils.cli.arguments import (
     add_device_argument,
-    drawn_seed,
     finite_float,
     int_up_to,
     non_negative_float,
     positive_float,
+    random_seed,
     script_parser,
     seed,
     whole_number,
 )
 from utils.cli.config_files import add_config_file_argument, parse_with_config
-from utils.devices import choose_dtype, free_memory, out_of_memory_says, pick_device, warn_of_cpu
+from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video, unused_stem
@@ -269,7 +270,7 @@ def _require(args: argparse.Namespace, purpose: str, *names: str) -> None:
 
 def encode_prompt(args: argparse.Namespace, device: torch.device) -> TextConditions:
     """The prompt as the transformer takes it; the encoders are gone afterwards."""
-    (text,) = hunyuan_model.encode_prompts([args.prompt], **text_encoder_settings(args, device))
+    (text,) = hunyuan_model.encode_prompts([args.prompt], text_encoder_settings(args, device), device)
     return text
 
 
@@ -280,7 +281,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     text = encode_prompt(args, device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
     plan = plan_sampling(args, check_transformer_file(args.dit, "--dit"), int(text.mask.sum()), device=device, dtype=dtype)
-    with out_of_memory_says(f"sampling {batch_name(plan.batch)}", lambda: advice(plan), device):
+    with explain_out_of_memory(f"sampling {batch_name(plan.batch)}", lambda: advice(plan), device):
         transformer = load_base_model(args, patch, device, dtype)
         del loras, patch  # merged: nobody needs their files any more
         latents = integrate(args, transformer, text, device, dtype)
@@ -431,7 +432,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device, dtype: torch.d
     """Decode every --latent_path; all are read first, so that a bad one is told before anything is written."""
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latent(path)) for path in args.latent_path]
     warn_of_cpu(args.device, device)
-    with out_of_memory_says("decoding", decoding_memory_advice(args), device):
+    with explain_out_of_memory("decoding", decoding_memory_advice(args), device):
         decode = load_decoder(args, device, dtype)
         for stem, latents, metadata in stored:
             frames = decode(latents)
@@ -452,17 +453,17 @@ def main() -> None:
         decode_stored(args, device, vae_dtype)
         return
     if args.seed is None:
-        args.seed = drawn_seed()
+        args.seed = random_seed()
         logger.info("seed %d", args.seed)
     warn_of_cpu(args.device, device)
-    with out_of_memory_says("encoding the prompt", "use --fp8_llm", device):
+    with explain_out_of_memory("encoding the prompt", "use --fp8_llm", device):
         latents = sample(args, device)
     free_memory(device)
     stem = unused_stem(Path(args.save_path), f"{time.strftime('%Y%m%d-%H%M%S')}_{args.seed}", endings=("", ".mp4", LATENT_ENDING))
     if args.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
         write_latent(args, stem, latents)
     if args.output_type != "latent":
-        with out_of_memory_says("decoding", decoding_memory_advice(args), device):
+        with explain_out_of_memory("decoding", decoding_memory_advice(args), device):
             frames = load_decoder(args, device, vae_dtype)(latents)
         write_frames(args, stem, frames, settings(args))
 

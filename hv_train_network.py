@@ -87,10 +87,10 @@ from networks.training.saving.state import LATEST, Progress, check_state_can_be_
 from networks.training.shared_weights import shared_host_memory
 from networks.training.skipped_steps import TrainingBroken, count_skipped
 from networks.training.step import Step, train_step
-from utils.cli.arguments import drawn_seed
+from utils.cli.arguments import random_seed
 from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
-from utils.devices import out_of_memory_says
+from utils.devices import explain_out_of_memory
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
@@ -363,7 +363,7 @@ def main() -> int:
     accelerator.wait_for_everyone()
     resumed = find_resumed(args)
     if args.seed is None:
-        args.seed = int(broadcast_object_list([drawn_seed()])[0])
+        args.seed = int(broadcast_object_list([random_seed()])[0])
         logger.info("seed %d", args.seed)
     set_seed(args.seed)
     held_out: list[CachedItem] = []
@@ -410,7 +410,7 @@ def main() -> int:
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
     logs = open_logs(args, accelerator.device, accelerator.is_main_process, resumed)
-    with logs, out_of_memory_says("training", lambda: advice(memory), accelerator.device):
+    with logs, explain_out_of_memory("training", lambda: advice(memory), accelerator.device):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
         training.held_out = HeldOut(held_out)

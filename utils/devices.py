@@ -105,7 +105,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def out_of_memory_says(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
     """Turn running out of memory into a UserError that says what was being done, what is free, and what to change.
 
     Args:

@@ -48,7 +48,7 @@ from utils.cli.arguments import (
     script_parser,
     seed,
 )
-from utils.devices import choose_dtype, out_of_memory_says, pick_device
+from utils.devices import choose_dtype, explain_out_of_memory, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder
 from utils.media_writing import save_picture
@@ -159,7 +159,7 @@ def draw_sheet(groups: Sequence[Drawn], numbers: Sequence[int]) -> np.ndarray:
 def draw_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Prompt], frames: int) -> Drawn:
     """The model's clips of the prompts, read, and their drawings read too."""
     started = time.perf_counter()
-    with out_of_memory_says("sampling", "use a smaller --batch_size or fewer --frames"):
+    with explain_out_of_memory("sampling", "use a smaller --batch_size or fewer --frames"):
         clips = model.generate(
             [prompt.text for prompt in prompts],
             [prompt.seed for prompt in prompts],

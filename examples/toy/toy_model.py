@@ -17,7 +17,8 @@ from tqdm import tqdm
 import hunyuan_model
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.world import to_pixels
-from hunyuan_model.sampling.euler import decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
 from hunyuan_model.text.clip import CLIPTextEncoder

@@ -1,6 +1,6 @@
-"""Sampling as functions: noise in, schedule in, latents out, pictures out.
+"""Sampling as functions: noise in, schedule in, latents out.
 
-Generation and the samples drawn during training call these with the same defaults.
+Generation and the samples during training call these with the same defaults.
 """
 
 from __future__ import annotations
@@ -96,15 +96,3 @@ def sample_latents(
         latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
         on_step(step + 1)
     return latents
-
-
-@torch.no_grad()
-def decode_latents(vae: torch.nn.Module, latents: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Latents in the network's scale (B, 16, F, H, W) -> pictures uint8 (B, T, H, W, 3) on the CPU."""
-    pixels = vae.decode((latents.float() / vae.scaling_factor).to(device, dtype))
-    batch, channels, *size = pixels.shape
-    out = torch.empty(batch, *size, channels, dtype=torch.uint8)
-    for index, frame in enumerate(pixels.unbind(2)):  # one by one: no float32 copy of the whole video
-        frame = frame.float().add_(1).mul_(127.5).round_().clamp_(0, 255)
-        out[:, index] = frame.to(torch.uint8).permute(0, 2, 3, 1)
-    return out

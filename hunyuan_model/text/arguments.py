@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from hunyuan_model.text.settings import TextEncoderSettings
+from utils.cli.settings import settings_from
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TextEncoderSettings", "add_text_encoder_arguments", "text_encoder_settings"]
 
 
 def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool) -> None:
@@ -38,18 +44,15 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
     )
 
 
-def text_encoder_settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What ``hunyuan_model.encode_prompts`` is told beside the prompts, as the flags of ``add_text_encoder_arguments`` say."""
+def text_encoder_settings(args: argparse.Namespace, device: torch.device) -> TextEncoderSettings:
+    """As the flags of ``add_text_encoder_arguments`` say.
+
+    Raises:
+        UserError: an unknown dtype.
+    """
     import torch  # here, as parsing alone does not need it
 
     from utils.devices import choose_dtype
 
-    return {
-        "text_encoder_1": args.text_encoder1,
-        "text_encoder_2": args.text_encoder2,
-        "tokenizer_1": args.tokenizer1,
-        "tokenizer_2": args.tokenizer2,
-        "device": device,
-        "dtype": choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16),
-        "fp8_llm": args.fp8_llm,
-    }
+    dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16)
+    return settings_from(TextEncoderSettings, args, text_encoder_dtype=dtype)

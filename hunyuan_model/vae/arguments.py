@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from hunyuan_model.vae.settings import DEFAULT_TILE_SIZE, VAESettings
 from utils.cli.arguments import positive_int
+from utils.cli.settings import settings_from
 
-VAE_TILE_SIZE = 256
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["VAESettings", "add_vae_arguments", "vae_settings"]
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:
@@ -38,9 +44,27 @@ def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_
     )
 
 
+def vae_settings(args: argparse.Namespace, device: torch.device) -> VAESettings:
+    """As the flags of ``add_vae_arguments`` say.
+
+    Raises:
+        UserError: an unknown dtype, or a tile size that the VAE cannot work with.
+    """
+    import torch  # here, as parsing alone does not need it
+
+    from utils.devices import choose_dtype
+
+    tile_size = args.vae_spatial_tile_sample_min_size or (DEFAULT_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
+    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
+    return settings_from(VAESettings, args, vae_dtype=dtype, vae_spatial_tile_sample_min_size=tile_size)
+
+
+# Until every script reads its flags once.
+
+
 def vae_tile_size(args: argparse.Namespace) -> int | None:
     """Side of the VAE's spatial tiles in pixels, as the flags of ``add_vae_arguments`` say; None without tiling."""
-    return args.vae_spatial_tile_sample_min_size or (VAE_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
+    return args.vae_spatial_tile_sample_min_size or (DEFAULT_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
 
 
 def vae_settings_given(args: argparse.Namespace) -> bool:

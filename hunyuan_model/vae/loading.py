@@ -20,8 +20,8 @@ from hunyuan_model.vae.model import (
     TIME_COMPRESSION,
     AutoencoderKLCausal3D,
     VAEConfig,
-    check_tile_size,
 )
+from hunyuan_model.vae.settings import check_tile_size
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import torch
 from hunyuan_model.vae.layers import PIECE_ELEMENTS
 from hunyuan_model.vae.loading import configure_vae
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D, VAEConfig
+from hunyuan_model.vae.settings import VAESettings
 from utils.free_memory import free_device_memory
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ LAYERS_OF_ATTENTION = 8  # tensors of its size: the input, its norm, query, key,
 
 
 @dataclass(frozen=True)
-class VAESettings:
+class Splitting:
     """How the VAE works through a clip.
 
     Attributes:
@@ -35,13 +36,13 @@ class VAESettings:
 
     @property
     def flags(self) -> str:
-        """The flags that say the same."""
+        """The flags that ask for it."""
         given = (("--vae_chunk_size", self.chunk_size), ("--vae_spatial_tile_sample_min_size", self.tile_size))
         return " ".join(f"{flag} {value}" for flag, value in given if value is not None)
 
 
-WHOLE = VAESettings()
-CHOICES = (WHOLE, VAESettings(32), VAESettings(32, 256), VAESettings(32, 128))
+WHOLE = Splitting()
+CHOICES = (WHOLE, Splitting(32), Splitting(32, 256), Splitting(32, 128))
 """From the fastest to the lightest; chunks come first, as they change no value."""
 
 
@@ -67,43 +68,56 @@ class Clip:
 
 
 class VAEFit:
-    """Lets a VAE encode or decode within what was free on its device at the start, with chunks and tiles only where it must.
+    """Splits the work of a VAE into chunks and tiles: as the settings say, else only as far as free memory demands.
 
-    The settings are those of the flags of the same names, and so are the results. They are said where they are not WHOLE, once.
+    Free memory is that of the VAE's device when this object is made. A choice other than ``WHOLE`` is logged once.
+
+    Args:
+        settings: how to split; where they are ``automatic``, or None, each clip decides.
+        encode: whether clips are encoded; else they are decoded.
     """
 
-    def __init__(self, vae: AutoencoderKLCausal3D, *, encode: bool) -> None:
+    def __init__(self, vae: AutoencoderKLCausal3D, settings: VAESettings | None = None, *, encode: bool) -> None:
         self.vae, self.encode = vae, encode
         weight = next(vae.parameters())
         self.dtype, self.device = weight.dtype, weight.device.type
+        self.fixed: Splitting | None = None
+        if settings is not None and not settings.automatic:
+            self.fixed = Splitting(settings.vae_chunk_size, settings.vae_spatial_tile_sample_min_size)
+            configure_vae(vae, chunk_size=self.fixed.chunk_size, tile_size=self.fixed.tile_size)
         self.free = free_device_memory(weight.device)
-        self._said: set[VAESettings] = set()
+        self._logged: set[Splitting] = set()
         self._warned = False
 
-    def settings(self, clip: Clip) -> VAESettings:
-        """Those for ``clip``."""
-        return choose_settings(self.vae.config, clip, self.dtype, self.device, self.free, encode=self.encode)
+    def must_split(self, clip: Clip) -> bool:
+        """Whether free memory demands that ``clip`` is split; False where the settings decide."""
+        return self.fixed is None and self._choose(clip) != WHOLE
 
-    def fit(self, clip: Clip) -> VAESettings:
-        """Put the settings for ``clip`` on the VAE."""
-        settings = self.settings(clip)
-        configure_vae(self.vae, chunk_size=settings.chunk_size, tile_size=settings.tile_size)
-        if settings != WHOLE and settings not in self._said:
-            self._said.add(settings)
-            self._say(clip, settings)
-        if settings == CHOICES[-1] and not self._warned and self._bytes(clip, settings) > self.free:
+    def fit(self, clip: Clip) -> Splitting:
+        """Prepare the VAE for ``clip``; returns how it will be split."""
+        if self.fixed is not None:
+            return self.fixed
+        splitting = self._choose(clip)
+        configure_vae(self.vae, chunk_size=splitting.chunk_size, tile_size=splitting.tile_size)
+        if splitting != WHOLE and splitting not in self._logged:
+            self._logged.add(splitting)
+            self._log(clip, splitting)
+        if splitting == CHOICES[-1] and not self._warned and self._bytes(clip, splitting) > self.free:
             self._warned = True
             logger.warning(
-                "%d frame(s) of %dx%d take more than is free, and no settings are lighter: memory may run out. Use fewer.",
+                "%d frame(s) of %dx%d take more than the free memory even in the smallest tiles; memory may run out. Use fewer.",
                 clip.frames,
                 clip.width,
                 clip.height,
             )
-        return settings
+        return splitting
 
-    def _say(self, clip: Clip, settings: VAESettings) -> None:
+    def _choose(self, clip: Clip) -> Splitting:
+        return choose_splitting(self.vae.config, clip, self.dtype, self.device, self.free, encode=self.encode)
+
+    def _log(self, clip: Clip, splitting: Splitting) -> None:
         logger.info(
-            "%s are free; %s %d x %d frame(s) of %dx%d would take %s. It is done as with %s, which takes %s.",
+            "%s are free; %s %d x %d frame(s) of %dx%d would take %s. %s is used, which takes %s.",
             _size(self.free),
             "encoding" if self.encode else "decoding",
             clip.batch,
@@ -111,43 +125,43 @@ class VAEFit:
             clip.width,
             clip.height,
             _size(self._bytes(clip, WHOLE)),
-            settings.flags,
-            _size(self._bytes(clip, settings)),
+            splitting.flags,
+            _size(self._bytes(clip, splitting)),
         )
 
-    def _bytes(self, clip: Clip, settings: VAESettings) -> int:
-        return working_bytes(self.vae.config, clip, self.dtype, self.device, settings, encode=self.encode)
+    def _bytes(self, clip: Clip, splitting: Splitting) -> int:
+        return working_bytes(self.vae.config, clip, self.dtype, self.device, splitting, encode=self.encode)
 
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def choose_settings(
+def choose_splitting(
     config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str, free: int | None, *, encode: bool
-) -> VAESettings:
+) -> Splitting:
     """The first of ``CHOICES`` that fits into ``free`` bytes, the last where none does; WHOLE where ``free`` is not known."""
     if free is None:
         return WHOLE
-    for settings in CHOICES:
-        if working_bytes(config, clip, dtype, device, settings, encode=encode) <= free * SHARE_OF_FREE:
-            return settings
+    for splitting in CHOICES:
+        if working_bytes(config, clip, dtype, device, splitting, encode=encode) <= free * SHARE_OF_FREE:
+            return splitting
     return CHOICES[-1]
 
 
-def working_bytes(config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str, settings: VAESettings, *, encode: bool) -> int:
+def working_bytes(config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str, splitting: Splitting, *, encode: bool) -> int:
     """Peak memory of encoding to or decoding from latents without gradients, the weights and the input excepted.
 
     Args:
         device: type of the device; the size of pieces depends on it.
     """
     tile, joined = clip, 0
-    if settings.tile_size is not None and max(clip.height, clip.width) > settings.tile_size:
-        tile = Clip(clip.batch, clip.frames, min(clip.height, settings.tile_size), min(clip.width, settings.tile_size))
-        edges = Clip(clip.batch, clip.frames, settings.tile_size * 2 // 3, clip.width)  # of this row of tiles and of the last one
+    if splitting.tile_size is not None and max(clip.height, clip.width) > splitting.tile_size:
+        tile = Clip(clip.batch, clip.frames, min(clip.height, splitting.tile_size), min(clip.width, splitting.tile_size))
+        edges = Clip(clip.batch, clip.frames, splitting.tile_size * 2 // 3, clip.width)  # of this row of tiles and of the last one
         joined = _output_values(config, clip, encode) + _output_values(config, edges, encode)
     piece = PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"])
-    busiest = max(_stages(config, tile, encode, piece, settings.chunk_size))
+    busiest = max(_stages(config, tile, encode, piece, splitting.chunk_size))
     widened = 0 if dtype == torch.float32 else piece * (torch.float32.itemsize + dtype.itemsize)
     return (joined + busiest) * dtype.itemsize + widened
 

@@ -21,12 +21,12 @@ from hunyuan_model.vae.layers import (
     Upsample,
     normalised,
 )
+from hunyuan_model.vae.settings import check_tile_size
 from hunyuan_model.vae.tiling import Run, TileSize, run_in_squares, run_in_stretches
 from utils.errors import UserError
 
 SPATIAL_COMPRESSION = 8
 TIME_COMPRESSION = 4
-TILE_STEP_PIXELS = 4 * SPATIAL_COMPRESSION
 TILE_STEP_FRAMES = 4 * TIME_COMPRESSION
 LOGVAR_RANGE = (-30.0, 20.0)
 SCALING_FACTOR = 0.476986  # latents times this have about unit variance
@@ -252,16 +252,6 @@ class AutoencoderKLCausal3D(nn.Module):
         if self.temporal_tile is not None:
             run = partial(run_in_stretches, run, tile=_tile(self.temporal_tile, TIME_COMPRESSION, in_pixels))
         return run(x)
-
-
-def check_tile_size(pixels: int, flag: str = "--vae_spatial_tile_sample_min_size") -> None:
-    """Raise a UserError naming ``flag`` unless ``pixels`` is a positive multiple of 32."""
-    if pixels <= 0 or pixels % TILE_STEP_PIXELS:
-        lower = max(pixels // TILE_STEP_PIXELS, 1) * TILE_STEP_PIXELS
-        raise UserError(
-            f"{flag} {pixels} is not a multiple of {TILE_STEP_PIXELS} pixels, which tiles of the VAE must be; "
-            f"use {lower} or {lower + TILE_STEP_PIXELS}."
-        )
 
 
 def _tile(length: int, compression: int, in_pixels: bool) -> TileSize:

@@ -19,7 +19,7 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from networks.training.memory_plan import MemoryPlan, MemorySettings
 from networks.training.saving.disk_space import NetworkSize, readable
-from utils.devices import out_of_memory_says
+from utils.devices import explain_out_of_memory
 from utils.free_memory import free_device_memory, free_host_memory
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def names_the_batch(plan: MemoryPlan, batches: Sequence[Mapping[str, Any]], doin
     largest = max(batches, key=lambda batch: size_of(batch).tokens(plan.config))
     size = size_of(largest)
     where = f"{doing} {batch_name(size)} ({', '.join(largest['names'])})"
-    return out_of_memory_says(where, lambda: advice(replace(plan, batch=size)), plan.device)
+    return explain_out_of_memory(where, lambda: advice(replace(plan, batch=size)), plan.device)
 
 
 def plan_training(

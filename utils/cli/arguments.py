@@ -130,8 +130,8 @@ def public_flags(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in vars(args).items() if value is not None and not name.endswith(SECRET_ENDINGS)}
 
 
-def drawn_seed() -> int:
-    """A seed for runs that were given none. Not drawn from the generators that it will seed."""
+def random_seed() -> int:
+    """A seed for runs that were given none. It does not come from the generators that it will seed."""
     return random.SystemRandom().randint(0, MAX_SEED)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hunyuan_model
-from hunyuan_model.sampling.euler import decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.text.arguments import text_encoder_settings
 from hunyuan_model.transformer.config import TransformerConfig
@@ -27,8 +28,8 @@ from hunyuan_model.vae.memory import Clip, VAEFit
 from networks.training.arguments import MAX_NAME_BYTES
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
-from utils.cli.arguments import drawn_seed
-from utils.devices import choose_dtype, free_memory, out_of_memory_says, parse_dtype
+from utils.cli.arguments import random_seed
+from utils.devices import choose_dtype, explain_out_of_memory, free_memory, parse_dtype
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
 from utils.media_writing import save_picture, save_video, unused_stem
@@ -139,8 +140,8 @@ def prepare_samples(
     encoded: list[EncodedPrompt] = []
     if prompts and accelerator.is_main_process:
         device = accelerator.device
-        with kept_random_state(device), out_of_memory_says("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], **text_encoder_settings(args, device))
+        with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
+            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], text_encoder_settings(args, device), device)
         encoded = [EncodedPrompt(prompt, text) for prompt, text in zip(prompts, texts)]
         _require_widths(encoded[0].text, config)
     if prompts:
@@ -255,7 +256,7 @@ def _sample_all(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[tupl
     sampled = []
     with tqdm(total=sum(entry.prompt.sample_steps for entry in prompts), desc="samples", unit="step", leave=False) as progress:
         for index, entry in enumerate(prompts):
-            seed = drawn_seed() if entry.prompt.seed is None else entry.prompt.seed
+            seed = random_seed() if entry.prompt.seed is None else entry.prompt.seed
             failed = f"sample {_called(index, entry.prompt)} was not drawn"
             latents = _or_warn(failed, drawing, _sample, drawing, entry, seed, progress)
             if latents is not None:

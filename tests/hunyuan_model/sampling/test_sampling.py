@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hunyuan_model.sampling.euler import decode_latents, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import euler_step, flow_sigmas
 from utils.errors import UserError
 

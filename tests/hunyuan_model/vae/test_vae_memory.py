@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves
 import cache_latents
 import hunyuan_model.vae.layers as vae_layers
 import hunyuan_model.vae.memory as vae_memory
-from hunyuan_model.vae.arguments import next_vae_settings, vae_settings_given
+from hunyuan_model.vae.arguments import vae_settings
 from hunyuan_model.vae.loading import configure_vae
-from hunyuan_model.vae.memory import CHOICES, WHOLE, Clip, VAEFit, VAESettings, choose_settings, working_bytes
+from hunyuan_model.vae.memory import CHOICES, WHOLE, Clip, Splitting, VAEFit, choose_splitting, working_bytes
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
 from utils.errors import UserError
 
 NARROW = VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8)
 PIECE = 2**14
-TILED = VAESettings(None, 32)
+TILED = Splitting(None, 32)
 
 
 class CountedMemory(TorchDispatchMode):
@@ -91,7 +91,7 @@ def test_what_counts_is_what_lives():
     assert memory.live == 0
 
 
-@pytest.mark.parametrize("settings", [WHOLE, VAESettings(16), TILED, VAESettings(16, 32)], ids=lambda given: given.flags or "whole")
+@pytest.mark.parametrize("settings", [WHOLE, Splitting(16), TILED, Splitting(16, 32)], ids=lambda given: given.flags or "whole")
 @pytest.mark.parametrize("clip", [Clip(1, 1, 64, 96), Clip(2, 9, 64, 48), Clip(1, 33, 48, 64)], ids=str)
 @pytest.mark.parametrize("encode", [True, False], ids=["encode", "decode"])
 def test_the_estimate_is_what_is_counted(settings, clip, encode):
@@ -132,14 +132,14 @@ def test_tiles_bound_the_memory_whatever_the_size_of_the_picture_and_the_length_
 def test_a_machine_with_room_or_that_does_not_say_tiles_nothing():
     clip = Clip(1, 33, 544, 960)
     for free in (None, 2**50):
-        assert choose_settings(VAEConfig(), clip, torch.float16, "cuda", free, encode=False) == WHOLE
+        assert choose_splitting(VAEConfig(), clip, torch.float16, "cuda", free, encode=False) == WHOLE
 
 
 @pytest.mark.parametrize("encode", [True, False], ids=["encode", "decode"])
 def test_less_free_memory_never_chooses_a_heavier_setting(encode):
     clip, chosen = Clip(1, 33, 544, 960), []
     for free in range(40, 0, -1):
-        settings = choose_settings(VAEConfig(), clip, torch.float16, "cuda", free * 10**9, encode=encode)
+        settings = choose_splitting(VAEConfig(), clip, torch.float16, "cuda", free * 10**9, encode=encode)
         needed = working_bytes(VAEConfig(), clip, torch.float16, "cuda", settings, encode=encode)
         assert needed <= 0.8 * free * 10**9 or settings == CHOICES[-1]
         chosen.append(CHOICES.index(settings))
@@ -155,9 +155,9 @@ def test_each_choice_takes_less_than_the_one_before():
 
 
 @pytest.mark.parametrize("encode", [True, False], ids=["encode", "decode"])
-@pytest.mark.parametrize("settings", [WHOLE, VAESettings(8), VAESettings(8, 32)], ids=lambda given: given.flags or "whole")
+@pytest.mark.parametrize("settings", [WHOLE, Splitting(8), Splitting(8, 32)], ids=lambda given: given.flags or "whole")
 def test_what_is_chosen_gives_what_its_flags_give(encode, settings, monkeypatch, caplog):
-    monkeypatch.setattr(vae_memory, "CHOICES", (WHOLE, VAESettings(8), VAESettings(8, 32)))
+    monkeypatch.setattr(vae_memory, "CHOICES", (WHOLE, Splitting(8), Splitting(8, 32)))
     clip = Clip(1, 5, 64, 64)
     needed = working_bytes(NARROW, clip, torch.float32, "cpu", settings, encode=encode)
     monkeypatch.setattr(vae_memory, "free_device_memory", lambda device: needed / vae_memory.SHARE_OF_FREE + 1)
@@ -183,7 +183,7 @@ def test_it_is_said_when_nothing_is_light_enough(monkeypatch, caplog):
     monkeypatch.setattr(vae_memory, "free_device_memory", lambda device: 1e5)
     with caplog.at_level("INFO"):
         assert VAEFit(make_vae(), encode=True).fit(Clip(1, 5, 64, 64)) == CHOICES[-1]
-    assert "0.1 MB are free" in caplog.messages[0] and "no settings are lighter" in caplog.messages[1]
+    assert "0.1 MB are free" in caplog.messages[0] and "even in the smallest tiles" in caplog.messages[1]
 
 
 def test_sizes_are_read_off_pixels_and_latents():
@@ -191,7 +191,9 @@ def test_sizes_are_read_off_pixels_and_latents():
 
 
 def flags(chunk_size: int | None = None, tile: int | None = None, tiling: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(vae_chunk_size=chunk_size, vae_spatial_tile_sample_min_size=tile, vae_tiling=tiling)
+    return argparse.Namespace(
+        vae=None, vae_dtype=None, vae_chunk_size=chunk_size, vae_spatial_tile_sample_min_size=tile, vae_tiling=tiling
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,12 +208,18 @@ def flags(chunk_size: int | None = None, tile: int | None = None, tiling: bool =
     ids=lambda value: value or "nothing" if isinstance(value, str) else "",
 )
 def test_the_next_flags_take_less_than_those_given(given, says):
-    assert next_vae_settings(given) == says
+    assert vae_settings(given, torch.device("cpu")).lighter_flags == says
+
+
+def test_a_tile_that_no_latent_fits_is_refused():
+    with pytest.raises(UserError, match=r"tile_sample_min_size 100 is not a multiple of 32 pixels.* use 96 or 128"):
+        vae_settings(flags(tile=100), torch.device("cpu"))
 
 
 def test_any_flag_turns_the_choice_off():
-    assert not vae_settings_given(flags())
-    assert all(map(vae_settings_given, (flags(chunk_size=8), flags(tile=64), flags(tiling=True))))
+    cpu = torch.device("cpu")
+    assert vae_settings(flags(), cpu).automatic
+    assert not any(vae_settings(given, cpu).automatic for given in (flags(chunk_size=8), flags(tile=64), flags(tiling=True)))
 
 
 # --- while caching

@@ -15,7 +15,7 @@ from networks.training import memory_report
 from networks.training.memory_plan import MemoryPlan
 from networks.training.memory_report import advice, batch_name, names_the_batch, plan_table, verdict
 from networks.training.saving.disk_space import NetworkSize
-from utils.devices import out_of_memory_says
+from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
 GB = 10**9
@@ -181,7 +181,7 @@ def test_running_out_of_memory_names_the_batch_and_what_to_give(picture: MemoryP
     ids=lambda value: type(value).__name__,
 )
 def test_what_counts_as_out_of_memory(error: Exception, caught: bool) -> None:
-    with pytest.raises(UserError if caught else type(error)) as raised, out_of_memory_says("testing", "use less"):
+    with pytest.raises(UserError if caught else type(error)) as raised, explain_out_of_memory("testing", "use less"):
         raise error
     if caught:
         assert str(raised.value) == "out of memory while testing; use less."
@@ -191,7 +191,7 @@ def test_a_card_tells_what_is_free_and_what_was_used(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300_000_000, 24 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22_500_000_000)
-    with pytest.raises(UserError) as caught, out_of_memory_says("testing", lambda: "use less", torch.device("cuda", 0)):
+    with pytest.raises(UserError) as caught, explain_out_of_memory("testing", lambda: "use less", torch.device("cuda", 0)):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "(0.3 of 24.0 GB are free on the card, and this process used up to 22.5 GB); use less." in str(caught.value)
 

@@ -155,8 +155,9 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown ({name_some(sorted(unknown), 3)}). "
-            "Keys like lora_unet_*.lora_down.weight or diffusion_model.*.lora_A.weight are expected."
+            f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown "
+            f"({name_some(sorted(unknown), 3)}). Keys like "
+            "lora_unet_*.lora_down.weight or diffusion_model.*.lora_A.weight are expected."
         )
     if not names:
         raise UserError(f"{source} holds no tensors.")

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="module")
 def little_garbage() -> None:
-    """The product collects garbage after each model, which takes long where pytest and the libraries hold much: that is left out."""
+    """The product collects garbage after each model; what pytest and the libraries hold is left out of that, as it takes long."""
     gc.freeze()
 
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
@@ -49,6 +48,7 @@ from utils.devices import choose_dtype, pick_device, warn_of_cpu
 from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.files import require_writable_folder
+from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
 
@@ -240,7 +240,7 @@ def cache_dataset(
     called_for: dict[CacheKey, Path] = {}
     outcome = report.outcome = CachingOutcome(skipped=report.found - len(items))
     report.decoded = report.too_short = 0
-    with tqdm(total=len(items), desc=report.dataset.label, unit="item") as progress:
+    with ProgressBar(total=len(items), desc=report.dataset.label, unit="item") as progress:
         for result in collect_batches(prepare(items, args.num_workers, wanted), batch_size):
             if isinstance(result, list):
                 for saved in save(result):

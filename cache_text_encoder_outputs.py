@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 import hunyuan_model
 from dataset import DatasetConfig, load_dataset_config
@@ -44,6 +43,7 @@ from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
 from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED, UserError, name_some, run_script
 from utils.files import require_writable_folder
+from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def encode_clip(
     """The pooled output (768,) for each caption, on the CPU. Encoder 2 is gone from the device afterwards."""
     encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=tokenizer)
     pooled = {}
-    for batch in tqdm(batches, desc="text encoder 2", unit="batch"):
+    for batch in ProgressBar(batches, desc="text encoder 2", unit="batch"):
         captions = [item.caption for item in batch]
         pooled |= dict(zip(captions, encode(encoder, captions).cpu()))
     del encoder
@@ -128,7 +128,7 @@ def encode_and_save(
     """Encode each batch with encoder 1 and write its cache files while the next one is computed; yields what failed."""
     with ThreadPoolExecutor(num_workers) as writers:
         writing: list[tuple[Item, Future]] = []
-        for batch in tqdm(batches, desc="text encoder 1", unit="batch"):
+        for batch in ProgressBar(batches, desc="text encoder 1", unit="batch"):
             states, masks = (output.cpu() for output in encode(encoder, [item.caption for item in batch]))
             yield from finish(writing)
             writing = [

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import hunyuan_model
 from hunyuan_model.runtime.arguments import (
@@ -60,6 +59,7 @@ from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pick
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
 from utils.media_writing import save_pictures, save_video, unused_stem
+from utils.progress import ProgressBar
 from utils.safetensors_io import read_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def integrate(
             compiling.tell(f"step {step}")
             progress.update()
 
-        with tqdm(total=args.infer_steps, desc=title, unit="step") as progress:
+        with ProgressBar(total=args.infer_steps, desc=title, unit="step") as progress:
             return sample_latents(
                 network,
                 noise,

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
-from tqdm import tqdm
 
 import hunyuan_model
 from dataset import load_dataset_config
@@ -94,6 +93,7 @@ from utils.devices import explain_out_of_memory
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
 from utils.hub import HubUploads
 from utils.key_values import parse_key_values
+from utils.progress import ProgressBar
 
 logger = logging.getLogger("train")
 
@@ -119,7 +119,7 @@ def train(training: Training) -> int:
     shown = training.accelerator.is_local_main_process
     loss_log = LossLog(args.loss_log if main_process else None, progress.step)
     requests = TrainingRequests(Path(args.output_dir), training.accelerator)
-    bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
+    bar = ProgressBar(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
         if training.dry_batch is not None:
             compiling = CompileWatch()
@@ -140,7 +140,7 @@ def train(training: Training) -> int:
     return 0
 
 
-def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: tqdm) -> Request:
+def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar) -> Request:
     """The rest of the epoch under way, up to the last step of the training; returns early with a request to stop."""
     args, progress, rules = training.args, training.progress, training.save_rules
     name, epoch = args.output_name, progress.epoch
@@ -184,12 +184,14 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     return Request.NOTHING
 
 
-def tell_of_step(training: Training, step: Step, rates: Mapping[str, float], seconds: float, loss_log: LossLog, bar: tqdm) -> None:
+def tell_of_step(
+    training: Training, step: Step, rates: Mapping[str, float], seconds: float, loss_log: LossLog, bar: ProgressBar
+) -> None:
     """Show and log the step that was just made, with the validation loss where it is due."""
     progress = training.progress
     average = sum(progress.losses) / max(1, len(progress.losses))
-    bar.update()
     bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
+    bar.update()
     held_out = training.validation_loss() if training.validation_due else None
     if held_out is not None:
         logger.info("step %d: validation loss %.6g", progress.step, held_out)

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
+
+from utils.progress import ProgressBar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -396,7 +397,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.machine()}, medians of {args.rounds} rounds\n")
     print("| | ours, seconds | beside it | its seconds | ours : beside it | bare : ours |")
     print("|---|---|---|---|---|---|")
-    for part in tqdm([part for part in parts if part in TIMED], leave=False):
+    for part in ProgressBar([part for part in parts if part in TIMED], leave=False):
         label, prepare = TIMED[part]
         seconds = alternating(prepare(), args.rounds, warm_up=0 if part in LONG else 1)
         peer = next(name for name in seconds if name not in ("ours", "bare"))

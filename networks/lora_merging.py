@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from hunyuan_model.checkpoints.reading import Checkpoint, true_value
 from hunyuan_model.quantization.linear import cast
@@ -16,6 +15,7 @@ from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
+from utils.progress import ProgressBar
 from utils.safetensors_io import save_tensor_stream
 
 
@@ -117,5 +117,5 @@ def merge_lora_into_file(
 def _merged_tensors(
     checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], patch: MergePatch
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in tqdm(checkpoint.shapes, desc="merging", unit="tensor"):
+    for name in ProgressBar(checkpoint.shapes, desc="merging", unit="tensor"):
         yield name, cast(patch(name, true_value(checkpoint.get(name), checkpoint.scales.get(name))), dtypes[name])

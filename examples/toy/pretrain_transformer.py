@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from examples.toy import world
 from examples.toy.pretrain_text import CLIP_WIDTH, LLAMA_WIDTH, random_caption
@@ -21,6 +20,7 @@ from hunyuan_model.text.llm import LlamaTextEncoder
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
+from utils.progress import ProgressBar
 from utils.safetensors_io import read_header, read_tensors, save_tensors
 
 HEAD_DIM, HEADS = 32, 6
@@ -113,7 +113,7 @@ def _encode_clips(vae: AutoencoderKLCausal3D, frames: int, count: int) -> tuple[
     device = next(vae.parameters()).device
     means, deviations, words = [], [], []
     step = max(1, 64 // frames)
-    for start in tqdm(range(0, count, step), desc=f"encoding clips of {frames} frames", unit="batch", leave=False):
+    for start in ProgressBar(range(0, count, step), desc=f"encoding clips of {frames} frames", unit="batch", leave=False):
         batch = world.draw_batch(world.generator(SEED, frames, start), min(step, count - start), frames)
         posterior = vae.encode(to_pixels(batch.clips, device))
         means.append((posterior.mean * vae.scaling_factor).half().cpu())

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import hunyuan_model
 from examples.toy.model_files import FOLDER, require_model
@@ -28,6 +27,7 @@ from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from networks.lora import create_network_from_weights
 from networks.lora_merging import merge_patch, read_lora_files
 from utils.errors import UserError
+from utils.progress import ProgressBar
 
 SIZE, FRAMES, STEPS, BATCH_SIZE = 64, 9, 20, 16
 GUIDANCE, FLOW_SHIFT = 6.0, 7.0  # as hv_generate_video.py has them where nothing is said
@@ -124,7 +124,7 @@ class ToyModel:
         clips = np.empty((len(prompts), frames, size, size, 3), np.uint8)
         texts = self._encode(prompts, batch_size)
         batches = _batches_of_one_length([int(mask.sum()) for _, mask, _ in texts], batch_size)
-        with tqdm(total=len(batches) * steps, desc=f"sampling {len(prompts)} clips", unit="step") as progress:
+        with ProgressBar(total=len(batches) * steps, desc=f"sampling {len(prompts)} clips", unit="step") as progress:
             for rows in batches:
                 latents = sample_latents(
                     StepCache(self.transformer, steps, step_cache) if step_cache else self.transformer,

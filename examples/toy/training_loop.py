@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from examples.toy.muon import Muon
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.progress import ProgressBar
 
 SAVE_EVERY_SECONDS = 60
 LOG_EVERY_STEPS = 25
@@ -94,7 +94,7 @@ class Run:
         """
         started, saved, before = time.monotonic(), time.monotonic(), self.seconds
         since_log: list[dict[str, float]] = []
-        bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
+        bar = ProgressBar(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step", smoothing=0.05)
         try:
             while not self.finished and time.monotonic() - started < 60 * minutes:
                 since_log.append(self._one_step())

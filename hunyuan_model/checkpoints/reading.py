@@ -19,7 +19,6 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 
 from hunyuan_model.checkpoints.mapped_file import MappedFile, safetensors_offsets, torch_maps_read_only
 from hunyuan_model.checkpoints.read_ahead import read_ahead
@@ -28,6 +27,7 @@ from hunyuan_model.runtime.host_weights import host_copy
 from utils.errors import UserError
 from utils.files import require_file, require_there
 from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
+from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ def load_weights(
     total = sum(_bytes(checkpoint, name) for name in checkpoint.shapes)
     description = progress or f"loading {checkpoint.what}"
     with (
-        tqdm(
+        ProgressBar(
             total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=total < PROGRESS_FROM_BYTES
         ) as bar,
         read_ahead(checkpoint.shapes, checkpoint.get) as tensors,

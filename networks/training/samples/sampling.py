@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hunyuan_model
 from hunyuan_model.sampling.decoding import decode_latents
@@ -33,6 +32,7 @@ from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pars
 from utils.errors import UserError, first_line
 from utils.files import require_writable_folder
 from utils.media_writing import save_picture, save_video, unused_stem
+from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from hunyuan_model.text.encoding import TextConditions
@@ -254,7 +254,9 @@ def draw_samples(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[Dra
 def _sample_all(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[tuple[int, EncodedPrompt, int, Tensor]]:
     """(index, prompt, seed, latents (1, 16, F, H, W) on the CPU) of every prompt that did not fail."""
     sampled = []
-    with tqdm(total=sum(entry.prompt.sample_steps for entry in prompts), desc="samples", unit="step", leave=False) as progress:
+    with ProgressBar(
+        total=sum(entry.prompt.sample_steps for entry in prompts), desc="samples", unit="step", leave=False
+    ) as progress:
         for index, entry in enumerate(prompts):
             seed = random_seed() if entry.prompt.seed is None else entry.prompt.seed
             failed = f"sample {_called(index, entry.prompt)} was not drawn"
@@ -264,7 +266,7 @@ def _sample_all(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[tupl
     return sampled
 
 
-def _sample(drawing: Drawing, entry: EncodedPrompt, seed: int, progress: tqdm) -> Tensor:
+def _sample(drawing: Drawing, entry: EncodedPrompt, seed: int, progress: ProgressBar) -> Tensor:
     def advance(_: int) -> None:
         progress.update()
         drawing.give_up_if_asked()

@@ -238,7 +238,7 @@ def test_full_batches_and_the_rest_without_pressure():
 def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):
     closed = []
 
-    class Bar(cache_latents.tqdm):
+    class Bar(cache_latents.ProgressBar):
         def close(self):
             closed.append(True)
             super().close()
@@ -246,7 +246,7 @@ def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):
     def broken(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(cache_latents, "tqdm", Bar)
+    monkeypatch.setattr(cache_latents, "ProgressBar", Bar)
     monkeypatch.setattr(cache_latents, "cache_batch", broken)
     with pytest.raises(MemoryError) as caught:
         run("--dataset_config", pictures)

@@ -157,7 +157,7 @@ def test_cache_directory_that_cannot_be_made_is_told_before_a_model_is_loaded(
 def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
     bars = []
 
-    class Bar(cache_text_encoder_outputs.tqdm):
+    class Bar(cache_text_encoder_outputs.ProgressBar):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             bars.append(self)
@@ -170,7 +170,7 @@ def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: 
     def no_memory(self, prompts):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(cache_text_encoder_outputs, "tqdm", Bar)
+    monkeypatch.setattr(cache_text_encoder_outputs, "ProgressBar", Bar)
     for encoder, count in ((LlamaTextEncoder, 2), (CLIPTextEncoder, 1)):
         bars.clear()
         monkeypatch.setattr(encoder, "encode", no_memory)

@@ -22,7 +22,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_a_line_for_each_step_with_what_the_progress_bar_shows(train, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(hv_train_network.tqdm, "set_postfix", lambda _self, **values: shown.append(values))
+    monkeypatch.setattr(hv_train_network.ProgressBar, "set_postfix", lambda _self, **values: shown.append(values))
     path = tmp_path / "logs" / "loss.csv"
     schedule = ("--learning_rate", 4e-3, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4)
     # Four batches an epoch make two steps of two; the average goes over an epoch.

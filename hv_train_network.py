@@ -48,7 +48,7 @@ from networks.optional_methods import call_if_there
 from networks.training.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
 from networks.training.arguments import attention_mode, build_training_parser, check_training_arguments
 from networks.training.dry_step import dry_step, wants_dry_step
-from networks.training.logging.logs import TrainingLogs, check_logs, open_logs
+from networks.training.logging.logs import LogSettings, TrainingLogs, check_logs, open_logs
 from networks.training.logging.loss_log import LossLog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_preview import show_timesteps
@@ -86,7 +86,7 @@ from networks.training.saving.state import LATEST, Progress, check_state_can_be_
 from networks.training.shared_weights import shared_host_memory
 from networks.training.skipped_steps import TrainingBroken, count_skipped
 from networks.training.step import Step, train_step
-from utils.cli.arguments import random_seed
+from utils.cli.arguments import hide_secrets, public_flags, random_seed
 from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
@@ -337,14 +337,15 @@ def prepare(
 
 def main() -> int:
     args = parse_with_config(build_parser())
+    hide_secrets(args)
     if args.show_timesteps:
         show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
         return 0
     check_training_arguments(args)
     prompts = check_samples(args)
-    check_logs(args)
-    for settings in (settings_from(TimestepSettings, args), settings_from(ScheduleSettings, args)):
-        for sentence in settings.without_effect():
+    check_logs(settings_from(LogSettings, args))
+    for settings in (TimestepSettings, ScheduleSettings, LogSettings):
+        for sentence in settings_from(settings, args).without_effect():
             logger.warning(sentence)
     planned = check_model_and_network(args)
     accelerator = make_accelerator(args)
@@ -411,7 +412,15 @@ def main() -> int:
 
     if accelerator.device.type == "cpu":
         logger.warning("training on the CPU, which the real model makes very slow.")
-    logs = open_logs(args, accelerator.device, accelerator.is_main_process, resumed)
+    same_run = resumed is not None and resumed.state.flags.get("output_name") == args.output_name
+    logs = open_logs(
+        settings_from(LogSettings, args),
+        accelerator.device,
+        main_process=accelerator.is_main_process,
+        flags=public_flags(args),
+        runs=resumed.state.progress.log_runs if same_run else None,
+        step=resumed.state.progress.step if same_run else 0,
+    )
     with logs, explain_out_of_memory("training", lambda: advice(memory), accelerator.device):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)

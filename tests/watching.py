@@ -138,6 +138,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         spy(patch, BaseProcess, "start", start)
         tensorboard = types.ModuleType("torch.utils.tensorboard")
         tensorboard.SummaryWriter = open_writer
+        patch.setattr(torch.utils, "tensorboard", tensorboard, raising=False)  # what accelerate imports
         patch.setitem(sys.modules, tensorboard.__name__, tensorboard)
         patch.setitem(sys.modules, "wandb", wandb_stand_in(seen.wandb))
         yield seen, patch
@@ -182,11 +183,13 @@ class Writer:
     scalars: list[tuple[str, float, int]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars.append((name, value, step))
+    def add_scalar(self, name: str, value: float, global_step: int) -> None:
+        self.scalars.append((name, value, global_step))
 
-    def add_text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, global_step: int) -> None:
         self.texts[name] = text
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -202,6 +205,7 @@ def wandb_stand_in(noted: dict[str, Any]) -> types.ModuleType:
         return run
 
     module.init = init
+    module.config = types.SimpleNamespace(update=lambda values, allow_val_change: noted.update(config=values))
     return module
 
 

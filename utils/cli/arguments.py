@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import random
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -128,6 +129,12 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def public_flags(args: argparse.Namespace) -> dict[str, object]:
     """The flags that were given or have a default; keys and tokens are left out."""
     return {name: value for name, value in vars(args).items() if value is not None and not name.endswith(SECRET_ENDINGS)}
+
+
+def hide_secrets(args: argparse.Namespace) -> None:
+    """Replace keys and tokens in ``sys.argv`` by stars: W&B stores the command line of a run."""
+    for secret in (value for name, value in vars(args).items() if name.endswith(SECRET_ENDINGS) and value):
+        sys.argv[:] = ["***" if word == secret else word.replace(f"={secret}", "=***") for word in sys.argv]
 
 
 def random_seed() -> int:

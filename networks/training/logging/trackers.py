@@ -1,49 +1,170 @@
-"""What a package for logs has to do, and what it is told when a training begins."""
+"""accelerate's trackers for TensorBoard and Weights & Biases, with what they lack: samples, a table of the flags, resumed runs.
+
+Their packages are imported when they are used. ``check`` says what to install.
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import io
+import os
+import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from PIL import Image
+
+from utils.errors import UserError, first_line, shown
+from utils.files import require_writable_folder
+from utils.key_values import nearest_name
+from utils.toml_files import read_toml
 
 if TYPE_CHECKING:
-    from networks.training.samples.sampling import DrawnSample
+    from networks.training.logging.logs import LogSettings
+    from networks.training.samples.sampling import SavedSample
 
 DEFAULT_NAME = "network_train"  # of --log_tracker_name
+RUN_TIME, IS_RUN_TIME = "%Y%m%d%H%M%S", re.compile(r"[0-9]{14}")  # the id of a run in TensorBoard
+GIF_SIDE = 320  # TensorBoard shows clips as animations, which are large: every second frame, at this size
+GIF_MILLISECONDS = 80
+MAX_NUMBER = 10**6
+# What SummaryWriter takes. Its thread, and not the call, would fail on values of another type.
+WRITER_OPTIONS = {"log_dir": str, "comment": str, "purge_step": int, "max_queue": int, "flush_secs": float, "filename_suffix": str}
 
 
-@dataclass(frozen=True)
-class RunStart:
-    """What a tracker is made from.
-
-    Attributes:
-        args: the flags of the training.
-        options: of the package, from --log_tracker_config.
-        flags: to be stored; none where empty.
-        earlier: the ``run`` of a tracker that is continued, if any.
-        step: after which it is continued.
-    """
-
-    args: argparse.Namespace
-    options: Mapping[str, Any]
-    flags: Mapping[str, Any]
-    earlier: str | None = None
-    step: int = 0
-
-
-class Tracker(Protocol):
-    """What a logging package has to do.
+class TensorBoard(TensorBoardTracker):
+    """Event files in ``{logging_dir}/{log_prefix}{run_id}/{log_tracker_name}``. Clips are shown as animations.
 
     Attributes:
-        run: what a state keeps of it, so that the run can be continued.
+        run_id: the time of its beginning; a state keeps it.
     """
 
-    name: str
-    run: str
+    package = "torch.utils.tensorboard", "tensorboard"
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None: ...
+    def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
+        resumed = earlier is not None and IS_RUN_TIME.fullmatch(earlier) is not None
+        self.run_id = earlier if resumed else time.strftime(RUN_TIME)
+        folder = Path(settings.logging_dir, f"{settings.log_prefix or ''}{self.run_id}", settings.log_tracker_name or DEFAULT_NAME)
+        options = ({"purge_step": step + 1} if resumed else {}) | dict(options)  # later steps are made again
+        folder = require_writable_folder(options.pop("log_dir", folder), "--logging_dir with --log_prefix and --log_tracker_name,")
+        super().__init__(folder.name, folder.parent, **options)
+        start(self)
 
-    def sample(self, sample: DrawnSample, step: int) -> None: ...
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The flags as a Markdown table; accelerate would make a second run for them."""
+        cells = ((name, " ".join(str(value).split()).replace("|", "\\|")) for name, value in values.items())
+        self.log({"flags": "\n".join(["| flag | value |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells)])}, step=0)
 
-    def close(self) -> None: ...
+    def log_sample(self, sample: SavedSample, step: int) -> None:
+        tag = f"sample/{sample.index:02d}"
+        if sample.path.suffix == ".png":
+            with Image.open(sample.path) as picture:
+                self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary  # SummaryWriter.add_video would need moviepy
+
+        data, width, height = animation(sample.path)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+class WandB(WandBTracker):
+    """A run in the project ``log_tracker_name``. The key goes through the environment, which W&B does not store.
+
+    W&B itself leaves out steps that a resumed run has already.
+
+    Attributes:
+        run_id: of the run in W&B; a state keeps it.
+    """
+
+    package = "wandb", "wandb"
+
+    def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
+        if settings.wandb_api_key is not None:
+            os.environ["WANDB_API_KEY"] = settings.wandb_api_key
+        options = {"project": settings.log_tracker_name or DEFAULT_NAME, **options}
+        if settings.logging_dir is not None:
+            options.setdefault("dir", settings.logging_dir)
+        if settings.wandb_run_name is not None:
+            options["name"] = settings.wandb_run_name
+        if earlier is not None and not options.keys() & {"resume", "resume_from", "fork_from"}:
+            options = {"id": earlier, **options, "resume": "allow"}
+        super().__init__(options.pop("project"), **options)
+        start(self)
+        self.run_id = str(self.run.id)
+
+    def log_sample(self, sample: SavedSample, step: int) -> None:
+        import wandb
+
+        caption = f"{sample.prompt.prompt} (seed {sample.seed})"
+        if sample.path.suffix == ".png":
+            media = wandb.Image(str(sample.path), caption=caption)
+        else:
+            media = wandb.Video(str(sample.path), caption=caption, format="mp4")
+        self.log({f"sample/{sample.index:02d}": media}, step=step)
+
+
+TRACKERS: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def start(tracker: TensorBoard | WandB) -> None:
+    """Begin the run; older versions of accelerate have begun it already."""
+    if hasattr(tracker, "start"):
+        tracker.start()
+
+
+def require_package(name: str) -> None:
+    """Refuse a tracker whose package cannot be imported; the UserError says what to install."""
+    module, package = TRACKERS[name].package
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # an installation that does not fit raises many things besides ImportError
+        raise UserError(
+            f"--log_with {name} needs {package}, which cannot be imported here ({first_line(error)}). "
+            f"Install it with: pip install {package}; or leave --logging_dir and --log_with out."
+        ) from error
+    if name == "wandb" and not hasattr(found, "init"):  # a folder called wandb, which W&B itself makes, imports as an empty package
+        raise UserError("--log_with wandb finds a folder called wandb but not the package. Install it with: pip install wandb")
+
+
+def read_tracker_config(path: str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:
+    """--log_tracker_config: the arguments of SummaryWriter in [tensorboard], those of ``wandb.init`` in [wandb].
+
+    Raises:
+        UserError: no such file, another table, or what SummaryWriter does not take.
+    """
+    config = {} if path is None else read_toml(path, "--log_tracker_config")
+    for name, table in config.items():
+        if name not in TRACKERS or not isinstance(table, dict):
+            known = " and ".join(f"[{name}]" for name in TRACKERS)
+            raise UserError(
+                f"--log_tracker_config {path}: {name!r} is no tracker's table; there are {known}.{nearest_name(name, TRACKERS)}"
+            )
+    where = f"--log_tracker_config {path}: [tensorboard]"
+    for name, value in config.get("tensorboard", {}).items():
+        if name not in WRITER_OPTIONS:
+            known = ", ".join(WRITER_OPTIONS)
+            raise UserError(f"{where} has no argument {name!r}.{nearest_name(name, WRITER_OPTIONS)} Known: {known}.")
+        kind = WRITER_OPTIONS[name]
+        if kind is str and not isinstance(value, str):
+            raise UserError(f"{where} {name} must be a text, but it is {shown(value)}.")
+        if kind is not str and (type(value) not in (int, kind) or not 0 <= value <= MAX_NUMBER):
+            what = "whole number" if kind is int else "number"
+            raise UserError(f"{where} {name} must be a {what} from 0 to {MAX_NUMBER}, but it is {shown(value)}.")
+    return {name: config.get(name, {}) for name in TRACKERS}
+
+
+def animation(path: Path) -> tuple[bytes, int, int]:
+    """A video as an animated GIF, of every second frame and at most 320 pixels a side: (data, width, height)."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_image() for index, frame in enumerate(container.decode(video=0)) if index % 2 == 0]
+    for frame in frames:
+        frame.thumbnail((GIF_SIDE, GIF_SIDE))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=GIF_MILLISECONDS, loop=0)
+    return buffer.getvalue(), *frames[0].size

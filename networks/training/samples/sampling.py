@@ -59,7 +59,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class DrawnSample:
+class SavedSample:
     """A sample on disk: a PNG where it has one frame, an MP4 where it has more.
 
     Attributes:
@@ -178,7 +178,7 @@ class TrainingSamples:
         epoch: int,
         epoch_ended: bool = False,
         stop: Callable[[], bool] = lambda: False,
-    ) -> list[DrawnSample]:
+    ) -> list[SavedSample]:
         """Draw every prompt if ``samples_due`` says so and this step has not been drawn.
 
         Every process calls this at the same steps; the main one draws and the others wait for it.
@@ -193,7 +193,7 @@ class TrainingSamples:
         if step == self.drawn_at or not samples_due(self.args, step, epoch, epoch_ended):
             return []
         self.drawn_at = step
-        drawn: list[DrawnSample] = []
+        drawn: list[SavedSample] = []
         if self.accelerator.is_main_process:
             place = f"e{epoch:06d}" if step and _due_by_epoch(self.args, epoch, epoch_ended) else f"{step:06d}"
             drawing = Drawing(self.args, self.accelerator, transformer, dtype, place, step, stop)
@@ -232,14 +232,14 @@ class Drawing:
             raise _StopAskedFor
 
 
-def draw_samples(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[DrawnSample]:
+def draw_samples(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
     """Draw every prompt and write the pictures and videos into the folder of samples. Call it under ``paused_training``.
 
     First the latents of all, then the VAE is loaded, decodes them and goes. A prompt that fails, for want of memory or disk
     space say, is a warning and is left out.
     """
     started = time.monotonic()
-    drawn: list[DrawnSample] = []
+    drawn: list[SavedSample] = []
     try:
         sampled = _sample_all(drawing, prompts)
         if sampled:
@@ -289,7 +289,7 @@ def _sample(drawing: Drawing, entry: EncodedPrompt, seed: int, progress: Progres
     return latents.cpu()
 
 
-def _write_all(drawing: Drawing, sampled: Sequence[tuple[int, EncodedPrompt, int, Tensor]], drawn: list[DrawnSample]) -> None:
+def _write_all(drawing: Drawing, sampled: Sequence[tuple[int, EncodedPrompt, int, Tensor]], drawn: list[SavedSample]) -> None:
     """Load the VAE, decode and write, and add to ``drawn`` what did not fail. The VAE is gone afterwards."""
     vae = _or_warn("no sample was written, as --vae failed", drawing, _load_vae, drawing)
     if vae is None:
@@ -301,7 +301,7 @@ def _write_all(drawing: Drawing, sampled: Sequence[tuple[int, EncodedPrompt, int
         path = _or_warn(failed, drawing, _decode_and_write, drawing, vae, fit, index, entry.prompt, seed, latents)
         if path is not None:
             logger.info("saved %s", path)
-            drawn.append(DrawnSample(path, index, entry.prompt, seed))
+            drawn.append(SavedSample(path, index, entry.prompt, seed))
 
 
 def _load_vae(drawing: Drawing) -> nn.Module:

@@ -23,7 +23,7 @@ from hunyuan_model.runtime.activation_offload import HostPool
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
-from hunyuan_model.vae import layers as vae_layers
+from hunyuan_model.vae import convolution as vae_convolution
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
 
 
@@ -129,7 +129,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.setattr(compilation, "BACKEND", "eager")  # which needs no compiler
         spy(patch, compilation.CompileSettings, "compiled", lambda settings, _function: seen.compiled.add(settings.mode))
         spy(patch, torch.nn.functional, "scaled_dot_product_attention", attend)
-        spy(patch, vae_layers, "_convolve_window", convolve)
+        spy(patch, vae_convolution, "convolution", convolve)
         spy(patch, AutoencoderKLCausal3D, "encode", encode)
         spy(patch, AutoencoderKLCausal3D, "decode", lambda vae, _: look_at("vae", vae))
         spy(patch, LlamaTextEncoder, "encode", read)

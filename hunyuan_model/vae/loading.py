@@ -33,7 +33,8 @@ FIRST_KEY = "encoder.conv_in.conv.weight"
 def load_vae(
     path: str | os.PathLike[str], *, device: torch.device | str, dtype: torch.dtype, flag: str = "--vae"
 ) -> AutoencoderKLCausal3D:
-    """The VAE in ``path``, in eval mode and frozen, with tiling and chunks off.
+    """The VAE in ``path``, in eval mode, frozen, and for inference: it reuses its buffers (``vae.reuse_buffers(False)`` for
+    gradients with respect to inputs). Tiling and chunks are off.
 
     Args:
         path: .safetensors, .pt (also inside ``state_dict`` and under a prefix such as ``vae.``), or a folder with one of
@@ -47,6 +48,7 @@ def load_vae(
     """
     checkpoint, vae = _open_vae(path, flag)
     load_weights(vae, checkpoint, device=device, dtype_of=lambda name: dtype, progress="loading the VAE")
+    vae.reuse_buffers()
     return vae.eval()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hunyuan_model.vae.layers import PIECE_ELEMENTS
+from hunyuan_model.vae.convolution import PIECE_ELEMENTS
 from hunyuan_model.vae.loading import configure_vae
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D, VAEConfig
 from hunyuan_model.vae.settings import VAESettings
@@ -162,8 +162,8 @@ def working_bytes(config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str
         joined = _output_values(config, clip, encode) + _output_values(config, edges, encode)
     piece = PIECE_ELEMENTS.get(device, PIECE_ELEMENTS["cuda"])
     busiest = max(_stages(config, tile, encode, piece, splitting.chunk_size))
-    widened = 0 if dtype == torch.float32 else piece * (torch.float32.itemsize + dtype.itemsize)
-    return (joined + busiest) * dtype.itemsize + widened
+    in_float32 = 0 if dtype == torch.float32 else piece * (torch.float32.itemsize + dtype.itemsize)
+    return (joined + busiest) * dtype.itemsize + in_float32
 
 
 def _output_values(config: VAEConfig, clip: Clip, encode: bool) -> int:

@@ -1,17 +1,19 @@
 """The causal 3D VAE of HunyuanVideo: clips of RGB frames to latents, 4x smaller in time and 8x in space, and back.
 
 Frame 0 is encoded alone and every four frames after it together, so a clip has 4n + 1 frames and n + 1 latent frames.
-The state dict has the published key names. Working piece by piece is in ``vae_layers``, tiling in ``vae_tiling``.
+The state dict has the published key names. Convolutions work piece by piece (``vae.convolution``); tiles
+are in ``vae.tiling``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 
+from hunyuan_model.vae.convolution import normalised
 from hunyuan_model.vae.layers import (
     NORM_EPS,
     CausalAttention,
@@ -19,15 +21,13 @@ from hunyuan_model.vae.layers import (
     Downsample,
     ResnetBlockCausal3D,
     Upsample,
-    normalised,
 )
 from hunyuan_model.vae.settings import check_tile_size
-from hunyuan_model.vae.tiling import Run, TileSize, run_in_squares, run_in_stretches
+from hunyuan_model.vae.tiling import TileSize, run_in_tiles
 from utils.errors import UserError
 
 SPATIAL_COMPRESSION = 8
 TIME_COMPRESSION = 4
-TILE_STEP_FRAMES = 4 * TIME_COMPRESSION
 LOGVAR_RANGE = (-30.0, 20.0)
 SCALING_FACTOR = 0.476986  # latents times this have about unit variance
 
@@ -59,7 +59,7 @@ class DiagonalGaussian:
         return cls(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """One draw, shape and dtype of ``mean``. The noise is drawn in float32 on the generator's own device."""
+        """One random sample, shape and dtype of ``mean``. The noise is made in float32 on the generator's own device."""
         device = generator.device if generator is not None else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
@@ -84,9 +84,7 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: nn.Module | None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResnetBlockCausal3D(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)]
-        )
+        self.resnets = _resnets(in_channels, out_channels, layers, groups)
         self.downsamplers = nn.ModuleList([downsample] if downsample else [])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,15 +98,18 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: nn.Module | None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResnetBlockCausal3D(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)]
-        )
+        self.resnets = _resnets(in_channels, out_channels, layers, groups)
         self.upsamplers = nn.ModuleList([upsample] if upsample else [])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
+
+
+def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
+    inputs = [in_channels, *[out_channels] * (layers - 1)]
+    return nn.ModuleList(ResnetBlockCausal3D(channels, out_channels, groups) for channels in inputs)
 
 
 class Encoder(nn.Module):
@@ -164,7 +165,7 @@ class AutoencoderKLCausal3D(nn.Module):
     """Encode clips to a Gaussian over latents and decode latents to clips.
 
     Latents are those of the encoder: neither multiplied by ``scaling_factor`` on encoding nor divided on decoding.
-    Tiling and chunks are off until enabled; see ``enable_tiling`` and ``set_chunk_size``.
+    Tiling, chunks and the reuse of buffers are off until enabled.
     """
 
     def __init__(self, config: VAEConfig):
@@ -175,7 +176,6 @@ class AutoencoderKLCausal3D(nn.Module):
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.spatial_tile: int | None = None  # pixels
-        self.temporal_tile: int | None = None  # frames
 
     @property
     def scaling_factor(self) -> float:
@@ -194,20 +194,15 @@ class AutoencoderKLCausal3D(nn.Module):
         check_tile_size(sample_min_size, flag)
         self.spatial_tile = sample_min_size
 
-    def enable_temporal_tiling(self, sample_min_frames: int = 64) -> None:
-        """Work on stretches of ``sample_min_frames`` frames (a multiple of 16) that overlap by a quarter, blended linearly."""
-        if sample_min_frames <= 0 or sample_min_frames % TILE_STEP_FRAMES:
-            raise UserError(f"a temporal VAE tile of {sample_min_frames} frames is not a multiple of {TILE_STEP_FRAMES}.")
-        self.temporal_tile = sample_min_frames
-
-    def enable_tiling(self, sample_min_size: int = 256, flag: str = "--vae_spatial_tile_sample_min_size") -> None:
-        """Spatial tiles of ``sample_min_size`` pixels, and stretches of 64 frames for clips longer than that."""
-        self.enable_spatial_tiling(sample_min_size, flag)
-        self.enable_temporal_tiling()
-
     def disable_tiling(self) -> None:
-        """Work on whole clips, as at first."""
-        self.spatial_tile = self.temporal_tile = None
+        """Work on whole frames, as at first."""
+        self.spatial_tile = None
+
+    def reuse_buffers(self, reuse: bool = True) -> None:
+        """Let layers write over what is no longer needed: about a third less memory, and no gradients through the VAE."""
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.reuse_buffers = reuse
 
     def set_chunk_size(self, chunk_size: int | None, flag: str = "--vae_chunk_size") -> None:
         """Let every convolution work on at most ``chunk_size`` columns at a time (None: all): less memory, same values.
@@ -232,11 +227,11 @@ class AutoencoderKLCausal3D(nn.Module):
             raise UserError(f"the VAE encodes clips of 4n + 1 frames (1, 5, 9, ...), not of {frames}.")
         if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION or not height or not width:
             raise UserError(f"the VAE encodes frames whose sides are multiples of 8 pixels, not {width}x{height}.")
-        return DiagonalGaussian.from_moments(self._run(x, self._encode_whole, in_pixels=True))
+        return DiagonalGaussian.from_moments(self._in_tiles(x, self._encode_whole, from_pixels=True))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, 16, F, h, w), already divided by the scaling factor -> (B, 3, 4F - 3, 8h, 8w), not clamped."""
-        return self._run(z, self._decode_whole, in_pixels=False)
+        return self._in_tiles(z, self._decode_whole, from_pixels=False)
 
     def _encode_whole(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_conv(self.encoder(x)).contiguous()
@@ -244,16 +239,9 @@ class AutoencoderKLCausal3D(nn.Module):
     def _decode_whole(self, z: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def _run(self, x: torch.Tensor, whole: Run, *, in_pixels: bool) -> torch.Tensor:
-        """``whole`` on stretches of frames, each cut into squares, as far as tiling is enabled and ``x`` is large."""
-        run = whole
-        if self.spatial_tile is not None:
-            run = partial(run_in_squares, run, tile=_tile(self.spatial_tile, SPATIAL_COMPRESSION, in_pixels))
-        if self.temporal_tile is not None:
-            run = partial(run_in_stretches, run, tile=_tile(self.temporal_tile, TIME_COMPRESSION, in_pixels))
-        return run(x)
-
-
-def _tile(length: int, compression: int, in_pixels: bool) -> TileSize:
-    compressed = length // compression
-    return TileSize(length, compressed) if in_pixels else TileSize(compressed, length)
+    def _in_tiles(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor], *, from_pixels: bool) -> torch.Tensor:
+        """``run`` on tiles of ``x``, where tiling is enabled and ``x`` is larger than one."""
+        if self.spatial_tile is None:
+            return run(x)
+        pixels, latent = self.spatial_tile, self.spatial_tile // SPATIAL_COMPRESSION
+        return run_in_tiles(run, x, TileSize(pixels, latent) if from_pixels else TileSize(latent, pixels))

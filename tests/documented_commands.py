@@ -30,7 +30,7 @@ def documents() -> list[Path]:
         ROOT / "README.ja.md",
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "dataset" / "dataset_config.md",
-        ROOT / "examples" / "toy" / "README.md",
+        *sorted((ROOT / "examples").rglob("README.md")),
     ]
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from watching import HubStandIn, Seen, counting, logged, watched
 
 import hunyuan_model
-from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import ModelFiles
+from examples.toy.recipe.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from networks.lora import create_network
 from utils import hub
 from utils.cli.config_files import parse_with_config

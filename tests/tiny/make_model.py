@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from examples.toy.make_tokenizers import CLIP_VOCABULARY, LLAMA_VOCABULARY, write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import ModelFiles, files_in, write_text_encoder, write_vae
+from examples.toy.recipe.make_tokenizers import CLIP_VOCABULARY, LLAMA_VOCABULARY, write_clip_tokenizer, write_llama_tokenizer
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig

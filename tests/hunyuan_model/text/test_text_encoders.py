@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from examples.toy.make_tokenizers import (
+from examples.toy.recipe.make_tokenizers import (
     LLAMA_SPECIAL_TOKENS,
     llama_pre_tokenizer,
     write_clip_tokenizer,

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from examples.toy import world
-from examples.toy.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import write_text_encoder
-from examples.toy.training_loop import Losses, Recipe
+from examples.toy.recipe.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
+from examples.toy.recipe.training_loop import Losses, Recipe
 from hunyuan_model.text.llm import SKIPPED_LAYERS
 from hunyuan_model.text.template import TEMPLATE_AFTER_PROMPT, TEMPLATE_BEFORE_PROMPT
 

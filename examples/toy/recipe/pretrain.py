@@ -1,7 +1,7 @@
 """Train the toy model from nothing: the text encoders, the VAE, then the transformer; two cores do it in an evening.
 
-    python -m examples.toy.pretrain --output toy_pretraining
-    python -m examples.toy.pretrain --output toy_pretraining --minutes 60     # stop after an hour; run again to continue
+    python -m examples.toy.recipe.pretrain --output toy_pretraining
+    python -m examples.toy.recipe.pretrain --output toy_pretraining --minutes 60     # stop after an hour; run again to continue
 
 States and logs lie in the output folder, the finished model in its folder ``model``, laid out as the real one's files.
 The README beside it says how the shipped weights came about.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from examples.toy import pretrain_text, pretrain_transformer, pretrain_vae
 from examples.toy.model_files import files_in, write_vae
-from examples.toy.training_loop import Run
+from examples.toy.recipe import pretrain_text, pretrain_transformer, pretrain_vae
+from examples.toy.recipe.training_loop import Run
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2, load_vae
 from utils.cli.arguments import add_device_argument, positive_float, script_parser
 from utils.devices import pick_device

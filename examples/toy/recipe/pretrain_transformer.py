@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from examples.toy import world
-from examples.toy.pretrain_text import CLIP_WIDTH, LLAMA_WIDTH, random_caption
-from examples.toy.training_loop import Losses, Recipe
+from examples.toy.recipe.pretrain_text import CLIP_WIDTH, LLAMA_WIDTH, random_caption
+from examples.toy.recipe.training_loop import Losses, Recipe
 from examples.toy.world import to_pixels
 from hunyuan_model.sampling.flow import GUIDANCE_UNIT, TIMESTEPS, shift_sigmas
 from hunyuan_model.text.clip import CLIPTextEncoder

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.toy import world
-from examples.toy.training_loop import Losses, Recipe
+from examples.toy.recipe.training_loop import Losses, Recipe
 from examples.toy.world import to_pixels
 from hunyuan_model.vae.layers import CausalAttention, CausalConv3d, Downsample, ResnetBlockCausal3D, Upsample
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig

@@ -1,4 +1,4 @@
-"""docs/advanced_options.md: its recipes train, and its tables say what the code does."""
+"""docs/advanced_config.md: its recipes train, and its tables say what the code does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from networks.training.arguments import build_training_parser
 from networks.training.loss.timestep_sampling import TimestepSettings, loss_weights, timesteps_from_uniform
 from utils.cli.settings import settings_from
 
-TEXT = (ROOT / "docs" / "advanced_options.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "advanced_config.md").read_text(encoding="utf-8")
 RECIPES = [line for block in re.findall(r"^```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
 OF_OTHERS = re.compile(r"(?<=--optimizer_type )(prodigyopt|lion_pytorch|schedulefree)(?=\.)")
 ROW = re.compile(r"^\| `(--timestep_sampling [^`]+)`[^|]* \|" + r" (\d+) \|" * 3 + "$", re.MULTILINE)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from examples.toy.muon import Muon
+from examples.toy.recipe.muon import Muon
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.progress import ProgressBar

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from examples.toy import pretrain, pretrain_text, pretrain_transformer, pretrain_vae, world
-from examples.toy.muon import Muon
-from examples.toy.training_loop import Recipe, Run
+from examples.toy import world
+from examples.toy.recipe import pretrain, pretrain_text, pretrain_transformer, pretrain_vae
+from examples.toy.recipe.muon import Muon
+from examples.toy.recipe.training_loop import Recipe, Run
 from examples.toy.world import to_pixels
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2, load_transformer, load_vae
 from hunyuan_model.vae.model import SCALING_FACTOR

@@ -5,6 +5,8 @@ Threads decode and resize while the VAE encodes. Items that cannot be read are l
 
 from __future__ import annotations
 
+import utils.interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import hashlib
 import logging

@@ -6,6 +6,8 @@ cache file, however many windows are cut from it.
 
 from __future__ import annotations
 
+import utils.interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import logging
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import utils.interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import os
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -56,6 +57,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(STATUS_USER_ERROR)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more does not wait for threads that are still at work
         print("interrupted", file=sys.stderr)
         sys.exit(STATUS_INTERRUPTED)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough

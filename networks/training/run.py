@@ -171,17 +171,17 @@ def save_training_state(training: Training, model_name: str) -> None:
 
 
 def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
-    """Save the state; where that cannot be done, at least the model.
+    """Save the model and the state before a training ends that was sent a signal.
 
     Raises:
-        UserError: the state could not be saved; the model was, if anything could.
+        UserError: the state could not be saved; the model was.
         TrainingBroken: see ``require_finite_weights``.
     """
     require_finite_weights(training)
+    save_model(training, file_name, epoch)
     try:
         save_training_state(training, file_name)
     except UserError as error:
-        save_model(training, file_name, epoch)
         raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
 
 

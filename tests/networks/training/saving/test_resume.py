@@ -206,11 +206,11 @@ def after_step(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_state_after_the_step(train, out: Path, after_step, caplog, number, status) -> None:
+def test_a_signal_saves_model_and_state_after_the_step(train, out: Path, after_step, caplog, number, status) -> None:
     after_step(4, lambda: signal.raise_signal(number))
     ended = train(*FLAGS)
     assert ended.status == status and "stopped after step 4 of 9" in caplog.text, ended.stderr
-    assert [path.name for path in out.iterdir()] == ["lora-step00000004-state"]
+    assert sorted(path.name for path in out.iterdir()) == ["lora-step00000004-state", "lora-step00000004.safetensors"]
 
 
 def test_a_signal_at_a_step_that_is_saved_anyway_saves_once(train, out: Path, after_step, caplog) -> None:

@@ -93,7 +93,7 @@ from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
-from utils.hub import HubUploads
+from utils.hub import HubSettings, open_uploads
 from utils.key_values import parse_key_values
 from utils.progress import ProgressBar
 
@@ -408,7 +408,7 @@ def main() -> int:
     if (most := max(gather_object([args.blocks_to_swap]))) > args.blocks_to_swap:  # auto goes by the card of each process
         logger.info("--blocks_to_swap auto: %d, for the card with the least free memory", most)
         args.blocks_to_swap, memory = most, memory.with_blocks(most)
-    uploads = HubUploads.from_args(args) if accelerator.is_main_process else None
+    uploads = open_uploads(settings_from(HubSettings, args)) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)
 

@@ -112,7 +112,7 @@ class Run:
         with watched() as (seen, patch), logged(told), redirect_stdout(output), redirect_stderr(errors):
             patch.setattr(sys, "argv", [f"{self.bench.script}.py", *self.words])
             patch.syspath_prepend(str(self.bench.places["data"]))
-            patch.setattr(hub, "_hub_api", lambda token: HubStandIn(seen.hub, token, self.bench.places["data"]))
+            patch.setattr(hub, "hub_api", lambda token: HubStandIn(seen.hub, token, self.bench.places["data"]))
             AcceleratorState._reset_state(reset_partial_state=True)
             with pytest.raises(SystemExit) as left, torch.autograd.graph.saved_tensors_hooks(counting(seen), lambda x: x):
                 run_script(script.main)

@@ -5,144 +5,118 @@ Nothing is looked up or sent unless a flag names a repository.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
 REPO_TYPES = ("model", "dataset", "space")
 
 
-def add_hub_arguments(group: argparse._ArgumentGroup) -> None:
-    """--huggingface_* and what belongs to them."""
-    group.add_argument(
-        "--huggingface_repo_id", metavar="OWNER/NAME", help="upload every saved model to this repository (default: none)"
-    )
-    group.add_argument("--huggingface_repo_type", choices=REPO_TYPES, help="type of the repository (default: model)")
-    group.add_argument("--huggingface_path_in_repo", metavar="FOLDER", help="folder in the repository (default: its root)")
-    group.add_argument(
-        "--huggingface_token", metavar="TOKEN", help="access token (default: that of huggingface-cli login, or HF_TOKEN)"
-    )
-    group.add_argument(
-        "--huggingface_repo_visibility",
-        choices=("public", "private"),
-        help="visibility of a repository that is made anew (default: private)",
-    )
-    group.add_argument("--save_state_to_huggingface", action="store_true", help="upload saved states as well (default: off)")
-    group.add_argument(
-        "--resume_from_huggingface",
-        action="store_true",
-        help="--resume names a folder on the hub: OWNER/NAME/FOLDER, or OWNER/NAME/FOLDER:REVISION:TYPE (default: off)",
-    )
-    group.add_argument("--async_upload", action="store_true", help="go on training while uploading (default: off)")
+@dataclass(frozen=True)
+class HubSettings:
+    """The flags of uploads.
 
-
-def check_hub_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags that lack what they belong to.
-
-    Raises:
-        UserError: names both.
+    Attributes:
+        huggingface_repo_id: None uploads nothing.
+        huggingface_repo_type: one of ``REPO_TYPES``; None for ``model``.
+        huggingface_repo_visibility: of a repository that is made anew, ``public`` or ``private``; None for private.
+        async_upload: go on training while uploading.
     """
-    dependent = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "async_upload")
-    for flag in (*dependent, "save_state_to_huggingface"):
-        if getattr(args, flag) and not args.huggingface_repo_id:
-            raise UserError(f"--{flag} is about uploads; give --huggingface_repo_id as well.")
-    if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
-        raise UserError("--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well.")
-    if args.resume_from_huggingface and (args.resume is None or args.resume.count("/") < 2):
-        raise UserError("--resume_from_huggingface needs --resume OWNER/NAME/FOLDER, the place of the state on the hub.")
+
+    huggingface_repo_id: str | None = None
+    huggingface_repo_type: str | None = None
+    huggingface_path_in_repo: str | None = None
+    huggingface_token: str | None = field(default=None, repr=False)
+    huggingface_repo_visibility: str | None = None
+    save_state_to_huggingface: bool = False
+    async_upload: bool = False
+
+    def __post_init__(self) -> None:
+        dependent = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "async_upload")
+        for flag in (*dependent, "save_state_to_huggingface"):
+            if getattr(self, flag) and not self.huggingface_repo_id:
+                raise UserError(f"--{flag} is about uploads; give --huggingface_repo_id as well.")
 
 
-def _hub_api(token: str | None) -> Any:
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UserError(
-            f"the hub needs the package huggingface_hub ({error}). Install it with: pip install huggingface_hub"
-        ) from error
+def hub_api(token: str | None) -> HfApi:
+    """The client of the hub. Importing it takes a while."""
+    from huggingface_hub import HfApi
+
     return HfApi(token=token)
 
 
-@dataclass
-class HubUploads:
-    """Uploads to one repository; what fails is a warning, since hours of training are worth more.
+def open_uploads(settings: HubSettings) -> HubUploads | None:
+    """The uploads that the flags ask for, None for none; makes the repository if it is not there.
 
-    Attributes:
-        folder: in the repository, "" for its root.
+    Raises:
+        UserError: the repository cannot be reached, made or written to.
     """
+    if not settings.huggingface_repo_id:
+        return None
+    api = hub_api(settings.huggingface_token)
+    private = settings.huggingface_repo_visibility != "public"
+    repo_id, repo_type = settings.huggingface_repo_id, settings.huggingface_repo_type or "model"
+    try:
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    except Exception as error:  # the package has many kinds, and so has the network
+        raise UserError(
+            f"--huggingface_repo_id {repo_id} cannot be used ({type(error).__name__}: {first_line(error)}). "
+            "Check its name, --huggingface_token and the network."
+        ) from error
+    return HubUploads(api, settings)
 
-    api: Any
-    repo_id: str
-    repo_type: str
-    folder: str
-    in_background: bool
-    states_too: bool
-    pending: list[tuple[Path, Future]] = field(default_factory=list)
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> HubUploads | None:
-        """The uploads that the flags ask for, None for none; makes the repository if it is not there.
+class HubUploads:
+    """Uploads to one repository. One that fails is a warning: hours of training are worth more."""
 
-        Raises:
-            UserError: the repository cannot be reached, made or written to.
-        """
-        if not args.huggingface_repo_id:
-            return None
-        api = _hub_api(args.huggingface_token)
-        repo_type = args.huggingface_repo_type or "model"
-        private = args.huggingface_repo_visibility != "public"
-        try:
-            api.create_repo(args.huggingface_repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        except Exception as error:  # the package has many kinds, and so has the network
-            raise UserError(
-                f"--huggingface_repo_id {args.huggingface_repo_id} cannot be used ({type(error).__name__}: {first_line(error)}). "
-                "Check its name, --huggingface_token and the network."
-            ) from error
-        folder = (args.huggingface_path_in_repo or "").strip("/")
-        return cls(api, args.huggingface_repo_id, repo_type, folder, args.async_upload, args.save_state_to_huggingface)
+    def __init__(self, api: HfApi, settings: HubSettings) -> None:
+        self.api = api
+        self.settings = settings
+        self._pending: dict[Path, Future] = {}
 
     def upload(self, path: Path) -> None:
         """Upload a file or a folder under its own name, or begin to."""
-        self._settle(wait=False)
-        is_folder = path.is_dir()
-        place = "/".join(part for part in (self.folder, path.name) if part)
-        what = {"folder_path" if is_folder else "path_or_fileobj": str(path), "path_in_repo": place}
-        upload = self.api.upload_folder if is_folder else self.api.upload_file
-        try:
-            result = upload(repo_id=self.repo_id, repo_type=self.repo_type, run_as_future=self.in_background, **what)
-        except Exception as error:
-            self._failed(path, error)
-            return
-        if self.in_background:
-            self.pending.append((path, result))
+        for done in [earlier for earlier, future in self._pending.items() if future.done()]:
+            self.wait_for(done)
+        settings = self.settings
+        options = {
+            "repo_id": settings.huggingface_repo_id,
+            "repo_type": settings.huggingface_repo_type or "model",
+            "path_in_repo": "/".join(filter(None, ((settings.huggingface_path_in_repo or "").strip("/"), path.name))),
+            "run_as_future": True,
+        }
+        if path.is_dir():
+            self._pending[path] = self.api.upload_folder(folder_path=str(path), **options)
+        else:
+            self._pending[path] = self.api.upload_file(path_or_fileobj=str(path), **options)
+        if not settings.async_upload:
+            self.wait_for(path)
 
     def wait_for(self, path: Path) -> None:
-        """Wait until what is under way for ``path`` is uploaded, or given up: it may be changed or removed then."""
-        self._settle(wait=True, only=path)
+        """Wait until ``path`` is uploaded, or given up: it may be changed or removed then."""
+        future = self._pending.pop(path, None)
+        try:
+            if future is not None:
+                future.result()
+        except Exception as error:
+            where = self.settings.huggingface_repo_id
+            logger.warning("%s was not uploaded to %s: %s; training goes on.", path, where, first_line(error))
 
     def finish(self) -> None:
         """Wait for what is still under way."""
-        if self.pending:
-            logger.info("waiting for %d uploads", len(self.pending))
-        self._settle(wait=True)
-
-    def _settle(self, wait: bool, only: Path | None = None) -> None:
-        for path, future in list(self.pending):
-            if (wait and only in (None, path)) or future.done():
-                self.pending.remove((path, future))
-                try:
-                    future.result()
-                except Exception as error:
-                    self._failed(path, error)
-
-    def _failed(self, path: Path, error: Exception) -> None:
-        logger.warning("%s was not uploaded to %s: %s; training goes on.", path, self.repo_id, first_line(error))
+        if self._pending:
+            logger.info("waiting for %d uploads", len(self._pending))
+        for path in list(self._pending):
+            self.wait_for(path)
 
 
 def download_state(place: str, token: str | None) -> Path:
@@ -159,7 +133,7 @@ def download_state(place: str, token: str | None) -> Path:
     owner, name, *folder = path.strip("/").split("/")
     inside = "/".join(folder)
     try:
-        copy = _hub_api(token).snapshot_download(
+        copy = hub_api(token).snapshot_download(
             f"{owner}/{name}", revision=revision or None, repo_type=repo_type or "model", allow_patterns=f"{inside}/*"
         )
     except Exception as error:

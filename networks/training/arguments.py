@@ -23,10 +23,12 @@ from networks.training.logging.loss_log import check_loss_log
 from networks.training.saving.files import SaveRules, final_name, state_name, step_name
 from utils.cli.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
 from utils.cli.config_files import add_config_file_argument
+from utils.cli.hub_arguments import add_hub_arguments
+from utils.cli.settings import settings_from
 from utils.devices import pick_device
 from utils.errors import UserError
 from utils.files import require_writable_folder
-from utils.hub import add_hub_arguments, check_hub_arguments
+from utils.hub import HubSettings
 
 DRY_STEP_CHOICES = ("auto", "always", "never")
 MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
@@ -431,7 +433,11 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
     require_writable_folder(args.output_dir, "--output_dir")
     SaveRules.from_args(args)
-    check_hub_arguments(args)
+    settings_from(HubSettings, args)
+    if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
+        raise UserError("--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well.")
+    if args.resume_from_huggingface and (args.resume is None or args.resume.count("/") < 2):
+        raise UserError("--resume_from_huggingface needs --resume OWNER/NAME/FOLDER, the place of the state on the hub.")
     if args.validation_split is not None and args.validation_split >= 1:
         raise UserError(f"--validation_split {args.validation_split:g} is a share of the items, below 1: 0.1, say.")
     if args.validate_every_n_steps and args.validation_split is None:

@@ -166,7 +166,7 @@ def save_training_state(training: Training, model_name: str) -> None:
     )
     folder = Path(args.output_dir) / state_name(model_name)
     save_state(folder, training.restorable, state)
-    if training.uploads is not None and training.uploads.states_too:
+    if training.uploads is not None and training.uploads.settings.save_state_to_huggingface:
         training.uploads.upload(folder)
 
 

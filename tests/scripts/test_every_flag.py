@@ -265,7 +265,7 @@ ROWS = (
         both(becomes(column("step"), ["3"]), becomes(asked_of_the_hub("snapshot_download", "allow_patterns"), ["state/*"])),
         beside="--resume me/loras/state --max_train_steps 3",
     ),
-    Row("--async_upload", becomes(asked_of_the_hub("upload_file", "run_as_future"), [True]), beside=REPOSITORY),
+    Row("--async_upload", logs("waiting for 1 uploads"), beside=REPOSITORY),
     # Several processes
     Row("--ddp_timeout 7", becomes(process_timeout, timedelta(minutes=7))),
     Row("--ddp_gradient_as_bucket_view", same_lora),  # accepted, without effect

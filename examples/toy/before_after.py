@@ -1,4 +1,4 @@
-"""What a LoRA changed: the toy model's pictures without it above, with it below, from the same prompts and the same noise.
+"""What a LoRA changes: the toy model's pictures without it above, with it below, from the same prompts and the same noise.
 
     python -m examples.toy.before_after --lora_weight quickstart_output/lora/zorp.safetensors \\
         --output quickstart_output/before_after.png
@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from examples.toy.contact_sheet import contact_sheet
+from examples.toy.contact_sheet import Cell, save_contact_sheet
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.toy_model import STEPS, ToyModel
 from hunyuan_model.checkpoints.reading import open_checkpoint
@@ -20,7 +17,6 @@ from networks.lora_files import check_lora_file
 from utils.cli.arguments import finite_float, positive_int, script_parser, seed
 from utils.errors import run_script
 from utils.files import require_writable_folder
-from utils.media_writing import save_picture
 
 ZORPS = (
     "a zorp on a red background",
@@ -33,27 +29,20 @@ ZORPS = (
 ORDINARY = ("a yellow cross on a green background", "a red ring on a white background")  # what the LoRA must leave alone
 
 
-def draw_before_after(
-    folder: Path,
-    lora: Path,
-    multiplier: float = 1.0,
-    steps: int = STEPS,
-    first_seed: int = 1,
-    prompts: Sequence[str] = ZORPS + ORDINARY,
-) -> np.ndarray:
-    """A contact sheet (H, W, 3) uint8: the model in ``folder`` without and with the LoRA, and a column for each prompt."""
-    seeds = list(range(first_seed, first_seed + len(prompts)))
+def pictures_before_and_after(arguments: argparse.Namespace) -> list[list[Cell]]:
+    """Two rows: the model without and with the LoRA; a column for each prompt."""
+    prompts = ZORPS + ORDINARY
+    seeds = list(range(arguments.seed, arguments.seed + len(prompts)))
     rows = []
-    for loras, multipliers in (((), ()), ((lora,), (multiplier,))):
-        model = ToyModel.load(folder, lora=loras, multipliers=multipliers)
-        pictures = model.generate(list(prompts), seeds, frames=1, steps=steps)
-        rows.append([clip[0] for clip in pictures])
-    captions = [[""] * len(prompts), list(prompts)]
-    return contact_sheet(rows, row_labels=("without the LoRA", "with the LoRA"), captions=captions)
+    for loras in ([], [arguments.lora_weight]):
+        model = ToyModel.load(arguments.model, lora=loras, multipliers=[arguments.lora_multiplier] * len(loras))
+        clips = model.generate(list(prompts), seeds, frames=1, steps=arguments.infer_steps)
+        rows.append([Cell(clip[0], prompt if loras else "") for clip, prompt in zip(clips, prompts)])
+    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("Draw what a LoRA changes in the pictures of the toy model.")
+    parser = script_parser("Show what a LoRA changes in the pictures of the toy model.")
     parser.add_argument("--lora_weight", type=Path, required=True, metavar="FILE", help="the LoRA, trained on the toy model")
     parser.add_argument("--output", type=Path, required=True, metavar="PNG", help="the picture to write")
     parser.add_argument("--model", type=Path, default=FOLDER, metavar="FOLDER", help="the model (default: the toy model)")
@@ -70,10 +59,7 @@ def main() -> None:
     require_writable_folder(arguments.output.parent, "the folder of --output,")
     transformer = open_checkpoint(require_model(arguments.model).dit, "the transformer")
     check_lora_file(arguments.lora_weight, transformer.shapes)
-    sheet = draw_before_after(
-        arguments.model, arguments.lora_weight, arguments.lora_multiplier, arguments.infer_steps, arguments.seed
-    )
-    save_picture(arguments.output, sheet)
+    save_contact_sheet(arguments.output, pictures_before_and_after(arguments), ("without the LoRA", "with the LoRA"))
     print(arguments.output)
 
 

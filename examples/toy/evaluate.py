@@ -21,7 +21,7 @@ import torch
 from dataset.media.decoding import IMAGE_EXTENSIONS, read_image
 from dataset.media.resizing import fit_to_bucket
 from examples.toy import world, zorp
-from examples.toy.contact_sheet import WRONG, contact_sheet, film_strip, framed
+from examples.toy.contact_sheet import Cell, film_strip, save_contact_sheet
 from examples.toy.reading import read
 from examples.toy.scoring import (
     NO_ZORP,
@@ -51,7 +51,6 @@ from utils.cli.arguments import (
 from utils.devices import choose_dtype, explain_out_of_memory, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder
-from utils.media_writing import save_picture
 
 SHEET_COLUMNS, SHEET_PROMPTS, SHEET_ZORPS = 4, 24, 8
 
@@ -137,19 +136,18 @@ def read_photographs(folder: Path) -> np.ndarray:
 # The contact sheet
 
 
-def draw_sheet(groups: Sequence[Drawn], numbers: Sequence[int]) -> np.ndarray:
+def sheet_rows(groups: Sequence[Drawn], numbers: Sequence[int]) -> list[list[Cell]]:
     """Film strips of the first clips of each group with their prompts.
 
-    Those that do not show what was asked for have a red frame and say what was read.
+    Those that do not show what was asked for have a red frame, and their caption says what was read.
     """
     cells = []
     for group, number in zip(groups, numbers):
         for prompt, clip, reading in list(zip(group.prompts, group.clips, group.read))[:number]:
             right = reading.zorp if prompt.attributes.shape == zorp.NAME else all(reading.right(prompt.attributes).values())
-            strip = framed(film_strip(clip), (255, 255, 255) if right else WRONG)
-            cells.append((strip, prompt.text if right else f"{prompt.text}\nread: {in_words(reading)}"))
-    rows = [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
-    return contact_sheet([[cell[0] for cell in row] for row in rows], captions=[[cell[1] for cell in row] for row in rows])
+            caption = prompt.text if right else f"{prompt.text}\nread: {in_words(reading)}"
+            cells.append(Cell(film_strip(clip), caption, wrong=not right))
+    return [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +190,8 @@ def evaluate(args: argparse.Namespace, model: ToyModel, photographs: np.ndarray 
     alone = draw_and_read(args, model, held_out.prompts[:1], args.frames).seconds
     times = {"per_clip": held_out.seconds / args.prompts, "clip_alone": alone, "total": time.perf_counter() - started}
 
-    sheet = draw_sheet(list(groups.values()), (SHEET_PROMPTS, SHEET_ZORPS // 2, SHEET_ZORPS // 2))
-    save_picture(args.output / "contact_sheet.png", sheet)
+    rows = sheet_rows(list(groups.values()), (SHEET_PROMPTS, SHEET_ZORPS // 2, SHEET_ZORPS // 2))
+    save_contact_sheet(args.output / "contact_sheet.png", rows)
     write_scores(args, groups, tables, times)
     for table in tables.values():
         print(table.markdown())

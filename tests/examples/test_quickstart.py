@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,159 +14,104 @@ from documented_commands import SCRIPTS, script_command
 
 import quickstart
 from dataset import load_dataset_config
-from examples.toy.make_concept import CLIPS
+from examples.toy.make_concept import CLIPS, CONCEPT
 
 REQUIREMENT_FILES = ("constraints.txt", "requirements.txt", "requirements-test.txt", "requirements-test-data.txt")
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the requirement files, with an environment folder that looks made by this Python."""
+    """A copy of the requirement files, with an environment whose Python is this one."""
     for name in REQUIREMENT_FILES:
         (tmp_path / name).write_bytes((quickstart.ROOT / name).read_bytes())
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "ENVIRONMENT", tmp_path / ".venv")
-    monkeypatch.setattr(quickstart, "environment_python", lambda environment: Path(sys.executable))
-    (tmp_path / ".venv").mkdir()
-    write_version(tmp_path, "{}.{}.9".format(*sys.version_info[:2]))
     return tmp_path
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What pip was asked to install; nothing is installed."""
-    calls: list[list[str]] = []
-    monkeypatch.setattr(quickstart, "run_pip", lambda environment, arguments: calls.append(arguments))
+def commands(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would have been run; every command succeeds."""
+    calls: list[str] = []
+    monkeypatch.setattr(quickstart, "run", lambda command: calls.append(command) or 0)
     return calls
 
 
-def write_version(project: Path, version: str) -> None:
-    (project / ".venv" / "pyvenv.cfg").write_text(f"home = /somewhere\nversion = {version}\n", encoding="utf-8")
-
-
-def test_an_old_python_is_refused_with_its_version() -> None:
-    with pytest.raises(SystemExit, match=r"needs Python 3\.10 or newer; this is Python 3\.9"):
-        quickstart.check_python((3, 9, 18))
-    quickstart.check_python((3, 10, 0))
-
-
-def test_torch_is_installed_first_and_everything_is_constrained() -> None:
-    steps = quickstart.pip_steps(test=True)
-    assert steps[0] == ["-c", "constraints.txt", "torch"]
-    assert all(step[:2] == ["-c", "constraints.txt"] for step in steps)
-    assert quickstart.pip_steps(test=False) == steps[:2]
-
-
-def test_packages_that_are_only_data_come_without_their_dependencies() -> None:
-    for step in quickstart.pip_steps(test=True):
-        assert ("--no-deps" in step) == ("requirements-test-data.txt" in step)
-
-
-def test_torch_is_pinned_for_every_python() -> None:
+def test_torch_is_installed_first_with_a_version_for_every_python(commands: list[str]) -> None:
+    quickstart.install(quickstart.TEST_PACKAGES)
+    assert len(commands) == 4 and all("-c constraints.txt" in command for command in commands)
+    assert commands[0].endswith("constraints.txt torch")
+    assert ["--no-deps" in command for command in commands] == ["requirements-test-data.txt" in command for command in commands]
     lines = (quickstart.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     (torch_line,) = [line for line in lines if line.startswith("torch=")]
     assert ";" not in torch_line and torch_line.startswith("torch==")
 
 
-def test_what_is_installed_is_not_installed_again(project: Path, installed: list[list[str]]) -> None:
-    quickstart.prepare_environment(test=False)
-    assert installed == quickstart.pip_steps(test=False)
-    installed.clear()
-    quickstart.prepare_environment(test=False)
-    assert installed == []
-
-
-def test_a_changed_requirement_is_installed(project: Path, installed: list[list[str]]) -> None:
-    quickstart.prepare_environment(test=True)
-    installed.clear()
+def test_only_what_changed_is_installed_again(project: Path, commands: list[str]) -> None:
+    for packages in (quickstart.RUN_PACKAGES, quickstart.TEST_PACKAGES):
+        quickstart.install(packages)
+        quickstart.install(packages)
+    assert len(commands) == 2 + 4
     with open(project / "requirements-test.txt", "a", encoding="utf-8") as file:
         file.write("one-more-package\n")
-    quickstart.prepare_environment(test=False)
-    assert installed == quickstart.pip_steps(test=False), "the run has a stamp of its own"
-    installed.clear()
-    quickstart.prepare_environment(test=True)
-    assert installed == quickstart.pip_steps(test=True)
+    quickstart.install(quickstart.RUN_PACKAGES)
+    assert len(commands) == 2 + 4
+    quickstart.install(quickstart.TEST_PACKAGES)
+    assert len(commands) == 2 + 4 + 4
 
 
-def test_an_interrupted_installation_is_not_taken_for_a_whole_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(environment: Path, arguments: list[str]) -> None:
-        raise quickstart.QuickstartError("the installation stopped")
-
-    monkeypatch.setattr(quickstart, "run_pip", fail)
-    with pytest.raises(quickstart.QuickstartError):
-        quickstart.prepare_environment(test=False)
-    assert quickstart.read_stamps(project / ".venv") == {}
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_a_damaged_stamp_means_nothing_is_installed(project: Path, content: str) -> None:
-    (project / ".venv" / quickstart.STAMP_NAME).write_text(content, encoding="utf-8")
-    assert quickstart.read_stamps(project / ".venv") == {}
-
-
-def test_an_environment_of_another_python_is_not_touched(project: Path, installed: list[list[str]]) -> None:
-    write_version(project, "3.9.18")
-    with pytest.raises(quickstart.QuickstartError, match=r"made by Python 3\.9.*Delete that folder"):
-        quickstart.prepare_environment(test=False)
-    assert installed == []
-
-
-def test_an_environment_that_does_not_start_is_named(
-    project: Path, installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free_gb", "says"), [(50.0, "change its line in constraints.txt"), (0.0, "the disk is full")])
+def test_a_failed_installation_is_explained_and_begun_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch, free_gb: float, says: str
 ) -> None:
-    broken = [sys.executable, "-c", "raise SystemExit(1)"]
-    real_run = subprocess.run
-    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **options: real_run(broken, **options))
-    with pytest.raises(quickstart.QuickstartError, match="does not start or has no pip"):
-        quickstart.prepare_environment(test=False)
+    (project / ".venv" / "quickstart_0_steps.sha256").touch()  # as left by an earlier installation
+    Usage = namedtuple("Usage", "free")
+    monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda path: Usage(free_gb * 1e9))
+    monkeypatch.setattr(quickstart, "run", lambda command: 1)
+    for _ in range(2):
+        with pytest.raises(quickstart.QuickstartError, match=says):
+            quickstart.install(quickstart.RUN_PACKAGES)
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(
-    project: Path, installed: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quickstart, "FREE_SPACE_WANTED_GB", 1e9)
+def test_too_little_space_is_reported_before_anything_is_fetched(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "SPACE_GB", 1e9)
     with pytest.raises(quickstart.QuickstartError, match="GB are free"):
-        quickstart.prepare_environment(test=False)
-    assert installed == []
-
-
-def test_what_pip_says_is_explained(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(quickstart.QuickstartError, match=r"no build for this machine.*constraints\.txt"):
-        quickstart.run_pip(project / ".venv", ["--no-index", "a-package-that-is-nowhere"])
-    said = capfd.readouterr()
-    assert "a-package-that-is-nowhere" in said.out and "No matching distribution" in said.err
+        quickstart.install(quickstart.RUN_PACKAGES)
+    assert commands == []
 
 
 @pytest.mark.parametrize(
-    ("last_lines", "free_gb", "expected"),
-    [
-        ("OSError: [Errno 28] No space left on device", 0.0, "the disk is full"),
-        ("WARNING: Retrying ... NewConnectionError('...: Failed to establish a new connection')", 50.0, "network"),
-        # Without a network pip ends with "no matching distribution" too; the network is the reason.
-        ("NameResolutionError(...)\nERROR: No matching distribution found for torch", 50.0, "network"),
-        ("ERROR: Could not build wheels", 50.0, "Run again to continue"),
-    ],
+    ("code", "says"), [("print('3.9')", r"made by Python 3\.9.*Delete that folder"), ("raise SystemExit(1)", "does not start")]
 )
-def test_likely_reasons_of_a_failed_installation(last_lines: str, free_gb: float, expected: str) -> None:
-    assert expected in quickstart.explain_pip_failure(last_lines, free_gb)
+def test_an_environment_that_cannot_be_used_is_named(project: Path, monkeypatch: pytest.MonkeyPatch, code: str, says: str) -> None:
+    real_run = subprocess.run
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **options: real_run([sys.executable, "-c", code], **options))
+    with pytest.raises(quickstart.QuickstartError, match=says):
+        quickstart.make_environment()
+
+
+def test_an_environment_that_cannot_be_made_is_removed_and_explained(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, with_pip: bool) -> None:
+        raise subprocess.CalledProcessError(1, "ensurepip")
+
+    (project / ".venv" / "pyvenv.cfg").unlink()
+    monkeypatch.setattr(quickstart.venv, "create", fail)
+    with pytest.raises(quickstart.QuickstartError, match="install the package python3-venv"):
+        quickstart.make_environment()
+    assert not (project / ".venv").exists()
 
 
 def test_the_environment_has_its_folders_of_each_system() -> None:
-    assert quickstart.environment_python(Path("e"), windows=True) == Path("e/Scripts/python.exe")
-    assert quickstart.environment_python(Path("e"), windows=False) == Path("e/bin/python")
-    assert quickstart.environment_command(Path("e"), "accelerate", windows=True) == Path("e/Scripts/accelerate.exe")
-
-
-def test_commands_are_shown_as_they_would_be_typed() -> None:
-    command = [quickstart.ROOT / ".venv" / "bin" / "python", "x.py", "--prompt", "a red circle"]
-    assert quickstart.command_line(command, windows=False) == ".venv/bin/python x.py --prompt 'a red circle'"
-    assert quickstart.command_line(["x.py", "a red circle"], windows=True) == 'x.py "a red circle"'
+    assert quickstart.installed("accelerate", windows=True) == quickstart.ENVIRONMENT / "Scripts" / "accelerate.exe"
+    assert quickstart.installed("python", windows=False) == quickstart.ENVIRONMENT / "bin" / "python"
 
 
 def test_the_first_run_calls_every_script_with_flags_it_knows() -> None:
     called, modules = [], []
-    for title, words in quickstart.stages(Path("python"), Path("accelerate"), Path("out")):
-        command = script_command(words, title)
+    for title, words in quickstart.STAGES:
+        command = script_command(shlex.split(words), title)
         assert command, title
         importlib.import_module(command.script).build_parser().parse_args(command.arguments)
         (called if command.script in SCRIPTS else modules).append(command.script)
@@ -172,23 +119,14 @@ def test_the_first_run_calls_every_script_with_flags_it_knows() -> None:
     assert modules == ["examples.toy.loss_curve", "examples.toy.before_after"]
 
 
-def test_the_first_run_writes_nothing_outside_its_folder() -> None:
-    group = load_dataset_config(quickstart.TOY / "concept" / "dataset.toml", require_media=False)
-    for dataset in group.datasets:
-        assert (quickstart.ROOT / dataset.cache_directory).is_relative_to(quickstart.OUTPUT)
-    results = quickstart.results_in(quickstart.OUTPUT)
-    assert all(path.is_relative_to(quickstart.OUTPUT) for path in results)
-
-
-def test_what_the_first_run_reads_is_what_an_earlier_stage_wrote() -> None:
-    output = Path("out")
-    results = quickstart.results_in(output)
-    commands = [words for _, words in quickstart.stages(Path("python"), Path("accelerate"), output)]
-    (train,) = [words for words in commands if "hv_train_network.py" in words]
-    args = importlib.import_module("hv_train_network").build_parser().parse_args(train[train.index("hv_train_network.py") + 1 :])
-    assert (Path(args.output_dir) / f"{args.output_name}.safetensors", Path(args.loss_log)) == (results.lora, results.losses)
-    for words in commands[commands.index(train) + 1 :]:
-        assert str(results.lora) in words or str(results.losses) in words
+def test_the_first_run_writes_into_its_folder_only() -> None:
+    output = quickstart.ROOT / "quickstart_output"
+    for dataset in load_dataset_config(CONCEPT / "dataset.toml", require_media=False).datasets:
+        assert (quickstart.ROOT / dataset.cache_directory).is_relative_to(output)
+    for _, command in quickstart.STAGES:
+        words = shlex.split(command)
+        for flag in ("--output_dir", "--output", "--save_path", "--loss_log"):
+            assert flag not in words or words[words.index(flag) + 1].startswith(f"{output.name}/")
 
 
 def test_the_clip_is_of_a_movement_that_no_clip_of_the_data_set_shows() -> None:
@@ -196,28 +134,35 @@ def test_the_clip_is_of_a_movement_that_no_clip_of_the_data_set_shows() -> None:
         assert not set(words) & set(quickstart.CLIP_PROMPT.split())
 
 
-def test_every_result_is_named_with_what_to_look_at(tmp_path: Path) -> None:
-    results = quickstart.results_in(tmp_path)
-    files = [results.before_after, results.clips / "20250101-000000_1.mp4", *results[:2], results.loss_curve]
-    for path in files:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x" * 2000)
-    described = quickstart.describe_output(tmp_path).splitlines()
-    assert len(described) == 2 * len(files)
-    assert all(any(str(path) in line and "(2 kB)" in line for line in described) for path in files)
+def test_what_was_made_is_listed_with_what_to_look_at(
+    project: Path, commands: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_results(command: str) -> int:
+        for pattern, _ in quickstart.RESULTS:
+            path = project / pattern.replace("*", "20250101-000000_1")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x" * 2000)
+        return 0
+
+    monkeypatch.setattr(quickstart, "run", make_results)
+    quickstart.run_stages()
+    listed = capsys.readouterr().out.partition("What was made")[2]
+    assert listed.count("(2 kB)") == len(quickstart.RESULTS) and all(what in listed for _, what in quickstart.RESULTS)
 
 
 def test_a_failing_stage_ends_the_run_and_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = project / "ran"
-    stages = [
-        ("the stage that fails", [sys.executable, "-c", "raise SystemExit(3)"]),
-        ("the stage after it", [sys.executable, "-c", f"open({str(ran)!r}, 'w')"]),
-    ]
-    monkeypatch.setattr(quickstart, "OUTPUT", project / "output")
-    monkeypatch.setattr(quickstart, "stages", lambda *arguments: stages)
-    with pytest.raises(quickstart.QuickstartError, match="'the stage that fails' ended with status 3"):
+    ran = []
+    monkeypatch.setattr(quickstart, "run", lambda command: ran.append(command) or 3)
+    with pytest.raises(quickstart.QuickstartError, match=r"'Stage 1 of 5.*' ended with status 3"):
         quickstart.run_stages()
-    assert not ran.exists()
+    assert len(ran) == 1
+
+
+def test_an_old_python_is_refused_with_its_version() -> None:
+    script = str(quickstart.ROOT / "quickstart.py")
+    code = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({script!r}, run_name='__main__')"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "needs Python 3.10 or newer; this is Python 3.9." in refused.stderr
 
 
 def test_help_and_unknown_words() -> None:
@@ -228,15 +173,12 @@ def test_help_and_unknown_words() -> None:
     assert refused.returncode == 2 and "does not know 'tests'" in refused.stderr
 
 
-def test_arguments_after_test_go_to_pytest(project: Path, installed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = []
-    real_run = subprocess.run
-
-    def record(command: list, **options: object) -> subprocess.CompletedProcess:
-        commands.append([str(word) for word in command])
-        return real_run([sys.executable, "-c", "raise SystemExit(7)"] if "pytest" in commands[-1] else command, **options)
-
-    monkeypatch.setattr(quickstart.subprocess, "run", record)
+def test_arguments_after_test_go_to_pytest(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(quickstart, "make_environment", lambda: None)
+    finished = subprocess.CompletedProcess([], 7)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **options: started.append(command) or finished)
     assert quickstart.main(["test", "tests/hunyuan_model/transformer/test_rope.py", "-x"]) == 7
-    assert commands[-1][:4] == [sys.executable, "-m", "pytest", "-n"] and 1 <= int(commands[-1][4]) <= 4
-    assert commands[-1][-2:] == ["tests/hunyuan_model/transformer/test_rope.py", "-x"]
+    ((python, *words),) = started
+    assert python == quickstart.installed("python") and words[:3] == ["-m", "pytest", "-n"] and 1 <= int(words[3]) <= 4
+    assert words[-2:] == ["tests/hunyuan_model/transformer/test_rope.py", "-x"]

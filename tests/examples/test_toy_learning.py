@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,13 +34,12 @@ def zorp_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call_main("cache_latents", "--dataset_config", toml, "--vae", files.vae, "--device", "cpu")
     encoders = ("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2)
     call_main("cache_text_encoder_outputs", "--dataset_config", toml, *encoders, "--device", "cpu")
-    (command,) = [
-        words for _, words in quickstart.stages(Path("python"), Path("accelerate"), folder) if "hv_train_network.py" in words
-    ]
-    flags = command[command.index("hv_train_network.py") + 1 :]
+    (command,) = [command for _, command in quickstart.STAGES if "hv_train_network.py" in command]
+    words = shlex.split(command.replace("quickstart_output", folder.as_posix()))
+    flags = words[words.index("hv_train_network.py") + 1 :]
     flags[flags.index("--dataset_config") + 1] = str(toml)
     call_main("hv_train_network", *flags)
-    return quickstart.results_in(folder).lora
+    return folder / "lora" / "zorp.safetensors"
 
 
 def call_main(script: str, *arguments: object) -> None:

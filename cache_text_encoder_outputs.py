@@ -36,9 +36,10 @@ from dataset.cache.preparation import Failure
 from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.sizes import text_bytes
 from dataset.items import Item, list_items, settle_captions
-from hunyuan_model.checkpoints.fingerprint import fingerprint_tokenizer, fingerprint_weights
+from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.text.template import TEXT_LENGTH
+from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu

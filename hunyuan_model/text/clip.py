@@ -6,11 +6,8 @@ causal: what stands behind the end token does not matter, so prompts are padded 
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -18,11 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
 from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
-from hunyuan_model.text.stored_config import building_from_config
+from hunyuan_model.text.model_config import building_from_config, read_model_config
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 CLIP_HEAD_DIM = 64  # of every published CLIP text model
 FLAG = "--text_encoder2"
@@ -118,31 +113,11 @@ def clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
     check_is(checkpoint.shapes, Kind.CLIP_TEXT, checkpoint.path, FLAG)
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
-    values = _stored_config(checkpoint.path)
+    values = read_model_config(checkpoint.path, "clip_text_model", "text encoder 2 must be a CLIP text model")
     with building_from_config(checkpoint.path, FLAG):
         if values is None:
             values = _config_of_shapes(shapes, checkpoint)
         return CLIPTextConfig.from_dict(values | {"vocab_size": shapes[_EMBEDDING][0]})
-
-
-def _stored_config(weights: Path) -> dict | None:
-    """The text part of the config.json beside the weights, None if there is none."""
-    path = (weights if weights.is_dir() else weights.parent) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("model_type", "clip_text_model")
-        if kind == "clip":
-            return dict(config["text_config"])
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable model configuration ({error}). Copy it again.") from error
-    if kind == "clip_text_model":
-        return config
-    if weights.is_dir():
-        raise UserError(f"{path} describes a model of type {kind!r}; text encoder 2 must be a CLIP text model.")
-    logger.warning("%s describes a model of type %r, not %s: it is not used", path, kind, weights.name)
-    return None
 
 
 def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict:

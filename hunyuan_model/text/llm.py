@@ -9,11 +9,9 @@ with, is computed once.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import re
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokeni
 from hunyuan_model.checkpoints.identify import Kind, check_is
 from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
 from hunyuan_model.quantization.linear import FP8_DTYPE, enable_fp8_linears
-from hunyuan_model.text.stored_config import building_from_config
+from hunyuan_model.text.model_config import building_from_config, read_model_config
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
@@ -180,7 +178,7 @@ def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
     check_is(checkpoint.shapes, Kind.LLAMA, checkpoint.path, FLAG)
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
-    stored = _stored_config(checkpoint.path)
+    stored = read_model_config(checkpoint.path, "llama", "text encoder 1 must be a Llama")
     with building_from_config(checkpoint.path, FLAG):
         values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
         layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
@@ -188,25 +186,6 @@ def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
             raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
         values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": shapes[_EMBEDDING][0], "pad_token_id": None}
         return LlamaConfig.from_dict(values)
-
-
-def _stored_config(weights: Path) -> dict | None:
-    """The Llama part of the config.json beside the weights, None if there is none."""
-    path = (weights if weights.is_dir() else weights.parent) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = config.get("text_config") or config
-        kind = config.get("model_type", "llama")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable model configuration ({error}). Copy it again.") from error
-    if kind == "llama":
-        return config
-    if weights.is_dir():
-        raise UserError(f"{path} describes a model of type {kind!r}; text encoder 1 must be a Llama.")
-    logger.warning("%s describes a model of type %r, not %s: it is not used", path, kind, weights.name)
-    return None
 
 
 def _with_rope_of_any_version(config: dict) -> dict:

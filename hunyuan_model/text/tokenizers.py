@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ HUB_FILES = [
     "tokenizer.model",
 ]
 EMBEDDED_ENTRY = "tokenizer"
+FINGERPRINT_BYTES = 16
+PROBES = ["", "A photo of a cat, 猫, sitting on a red chair.\nDon't move: 12345!", "  two  spaces, ÄÖÜ and an emoji 🙂"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -174,3 +177,19 @@ def _known_special_tokens(tokenizer: Tokenizer, stored: dict, place: TokenizerPl
         if tokenizer.token_to_id(token) is not None:
             names[key] = token
     return names
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The fingerprint of a tokenizer, in hexadecimal: its vocabulary, merges, begin and end token, and its tokens of a few texts.
+
+    Not of its files, which libraries write differently from release to release.
+    """
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    content = [sorted(tokenizer.get_vocab().items()), _merges(tokenizer), ends, token_ids(tokenizer, PROBES)]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from hunyuan_model import load_tokenizer_1, load_tokenizer_2
-from hunyuan_model.checkpoints.fingerprint import fingerprint_tokenizer, fingerprint_weights
+from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 
 
 def test_weights_are_told_by_their_values_and_not_by_path_or_format(tmp_path):

@@ -8,13 +8,12 @@ import argparse
 import os
 from pathlib import Path
 
-from networks.lora_files import DEFAULT, OTHER, check_lora_file, read_lora, tensor_hashes, to_other
+from networks.lora_files import check_lora_file, read_lora, tensor_hashes, to_layout
+from networks.lora_layouts import LAYOUTS
 from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder
 from utils.safetensors_io import save_tensors
-
-LAYOUT_KEYS = {DEFAULT: "lora_unet_*.lora_down.weight", OTHER: "diffusion_model.*.lora_A.weight"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="PATH", required=True, help="file to write (.safetensors)")
     parser.add_argument(
         "--target",
-        choices=(OTHER, DEFAULT),
+        choices=tuple(LAYOUTS),
         required=True,
         help="layout to write: other (diffusion_model.*.lora_A, for ComfyUI and diffusers) or default (lora_unet_*, as trained)",
     )
@@ -41,8 +40,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     layout = check_lora_file(args.input).layout
     if layout == args.target:
         raise UserError(
-            f"--input {args.input} has the layout {layout} already ({LAYOUT_KEYS[layout]}); "
-            f"--target {DEFAULT if layout == OTHER else OTHER} is the one to convert it to."
+            f"--input {args.input} has the layout {layout} already ({LAYOUTS[layout].example}); "
+            f"convert it to --target {' or '.join(name for name in LAYOUTS if name != layout)}."
         )
     require_writable_folder(Path(args.output).parent, "the folder of --output,")
 
@@ -51,7 +50,7 @@ def main() -> None:
     args = build_parser().parse_args()
     check_arguments(args)
     lora = read_lora(args.input)
-    tensors = to_other(lora.tensors, args.input) if args.target == OTHER else lora.tensors
+    tensors = to_layout(lora.tensors, args.target, args.input)
     hashes = tensor_hashes(tensors, lora.metadata)
     metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items()}  # only the hashes are no longer true
     save_tensors(args.output, tensors, metadata or None)

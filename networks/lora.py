@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.quantization.linear import replace_weight, true_weight
-from networks.lora_files import DEFAULT_PREFIX, flat_name, lora_pairs, match_weights, read_lora, tensor_hashes, to_default
+from networks.lora_files import lora_pairs, match_weights, read_lora, tensor_hashes, to_layout
+from networks.lora_layouts import DEFAULT, DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
 from networks.lora_options import NetworkOptions
 from utils.errors import UserError, name_some
@@ -341,7 +342,7 @@ def create_network_from_weights(
         UserError: not a LoRA, or its modules do not match the model.
     """
     source = str(file) if file is not None else "the given LoRA"
-    weights = read_lora(file).tensors if weights_sd is None else to_default(weights_sd, source)
+    weights = read_lora(file).tensors if weights_sd is None else to_layout(weights_sd, DEFAULT, source)
     options = NetworkOptions(network_args, network_args.pop("neuron_dropout", None))
     if options.has_patterns:
         raise UserError(

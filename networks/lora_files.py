@@ -1,12 +1,6 @@
-"""LoRA files: the two key layouts, reading either, and converting between them.
+"""LoRA files: reading every layout, checking them by their header, and converting between layouts.
 
-``default`` is the layout of sd-scripts: ``lora_unet_{module path with dots as underscores}`` with ``.lora_down.weight``
-(rank, in), ``.lora_up.weight`` (out, rank) and ``.alpha``; the update of a weight is ``alpha / rank * up @ down``.
-
-``other`` is the layout that ComfyUI and diffusers read: ``diffusion_model.{module path}`` (or ``transformer.``) with
-``.lora_A.weight`` and ``.lora_B.weight``, the scale already multiplied into both factors, and no alpha.
-
-In memory everything is ``default``; a module is known by its *flat name*, its path with dots as underscores.
+In memory everything has the layout ``default``; a module is known by its *flat name*, its path with dots as underscores.
 """
 
 from __future__ import annotations
@@ -14,63 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
 
+from networks.lora_layouts import DEFAULT, LAYOUTS, flat_name
 from utils.errors import UserError, name_some
 from utils.safetensors_io import read_header, read_tensors
 
-DEFAULT = "default"
-OTHER = "other"
-DEFAULT_PREFIX = "lora_unet_"
-OTHER_PREFIX = "diffusion_model."
-
-_DEFAULT_KEY = re.compile(r"lora_unet_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_OTHER_KEY = re.compile(r"(?:diffusion_model|transformer)\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
-_PARTS = {
-    "lora_down.weight": "down",
-    "lora_A.weight": "down",
-    "lora_up.weight": "up",
-    "lora_B.weight": "up",
-    "alpha": "alpha",
-}
+# Parts of the keys of adapters that are more than a plain LoRA.
 _FOREIGN_PARTS = ("lokr_", "hada_", "oft_", "dora_scale", "lora_mid")
-
-# Every linear layer of the transformer. Flat names are ambiguous without it: underscores also stand inside names.
-_MODULE_PATHS = (
-    "double_blocks.{n}.img_mod.linear",
-    "double_blocks.{n}.img_attn_qkv",
-    "double_blocks.{n}.img_attn_proj",
-    "double_blocks.{n}.img_mlp.fc1",
-    "double_blocks.{n}.img_mlp.fc2",
-    "double_blocks.{n}.txt_mod.linear",
-    "double_blocks.{n}.txt_attn_qkv",
-    "double_blocks.{n}.txt_attn_proj",
-    "double_blocks.{n}.txt_mlp.fc1",
-    "double_blocks.{n}.txt_mlp.fc2",
-    "single_blocks.{n}.linear1",
-    "single_blocks.{n}.linear2",
-    "single_blocks.{n}.modulation.linear",
-    "txt_in.input_embedder",
-    "txt_in.t_embedder.mlp.{n}",
-    "txt_in.c_embedder.linear_{n}",
-    "txt_in.individual_token_refiner.blocks.{n}.self_attn_qkv",
-    "txt_in.individual_token_refiner.blocks.{n}.self_attn_proj",
-    "txt_in.individual_token_refiner.blocks.{n}.mlp.fc1",
-    "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2",
-    "txt_in.individual_token_refiner.blocks.{n}.adaLN_modulation.1",
-    "time_in.mlp.{n}",
-    "guidance_in.mlp.{n}",
-    "vector_in.in_layer",
-    "vector_in.out_layer",
-    "final_layer.linear",
-    "final_layer.adaLN_modulation.1",
-)
-_FLAT_TO_PATH = [(re.compile(path.replace(".", "_").replace("{n}", r"(\d+)")), path) for path in _MODULE_PATHS]
 
 
 @dataclass(frozen=True)
@@ -107,32 +56,15 @@ class LoraHeader:
     ranks: frozenset[int]
 
 
-def flat_name(module_path: str) -> str:
-    """``double_blocks.0.img_mlp.fc1`` -> ``double_blocks_0_img_mlp_fc1``."""
-    return module_path.replace(".", "_")
-
-
-def module_path(flat: str) -> str:
-    """``double_blocks_0_img_mlp_fc1`` -> ``double_blocks.0.img_mlp.fc1``.
-
-    Raises:
-        UserError: no linear layer of a HunyuanVideo transformer has this name.
-    """
-    for pattern, path in _FLAT_TO_PATH:
-        if found := pattern.fullmatch(flat):
-            return path.format(n=found[1]) if found.groups() else path
-    raise UserError(f"{DEFAULT_PREFIX}{flat} names no linear layer of a HunyuanVideo transformer, so its keys cannot be converted.")
-
-
 def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict[str, str]]]:
     """Tell the layout of LoRA keys and sort them by module; needs no tensors.
 
     Returns:
-        The layout, and for each module (flat name in ``default``, dotted path in ``other``) its keys by part
-        ("down", "up" and perhaps "alpha").
+        The name of the layout, and for each module (as the layout writes it) its keys by part ("down", "up" and perhaps
+        "alpha").
 
     Raises:
-        UserError: not a LoRA, another kind of adapter, both layouts in one file, or a module without one factor.
+        UserError: not a LoRA, another kind of adapter, two layouts in one file, or a module without one factor.
     """
     foreign = [name for name in names if any(part in name for part in _FOREIGN_PARTS)]
     if foreign:
@@ -140,30 +72,29 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
             f"{source} is not a plain LoRA: it holds keys such as {name_some(sorted(foreign), 1)}. "
             "Files made by LyCORIS need the network module that made them (for example lycoris.kohya)."
         )
-    groups: dict[str, dict[str, dict[str, str]]] = {DEFAULT: {}, OTHER: {}}
+    groups: dict[str, dict[str, dict[str, str]]] = {}
     unknown = []
     for name in names:
-        for layout, pattern in ((DEFAULT, _DEFAULT_KEY), (OTHER, _OTHER_KEY)):
-            if found := pattern.fullmatch(name):
-                parts = groups[layout].setdefault(found["module"], {})
-                part = _PARTS[found["part"]]
-                if part in parts:
-                    raise UserError(f"{source} holds {name} and {parts[part]}, which are the same module.")
-                parts[part] = name
-                break
-        else:
+        found = next(((layout, *key) for layout, entry in LAYOUTS.items() if (key := entry.read_key(name))), None)
+        if found is None:
             unknown.append(name)
+            continue
+        layout, module, part = found
+        parts = groups.setdefault(layout, {}).setdefault(module, {})
+        if part in parts:
+            raise UserError(f"{source} holds {name} and {parts[part]}, which are the same module.")
+        parts[part] = name
+    examples = " or ".join(layout.example for layout in LAYOUTS.values())
     if unknown:
         raise UserError(
             f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown "
-            f"({name_some(sorted(unknown), 3)}). Keys like "
-            "lora_unet_*.lora_down.weight or diffusion_model.*.lora_A.weight are expected."
+            f"({name_some(sorted(unknown), 3)}). Keys like {examples} are expected."
         )
     if not names:
         raise UserError(f"{source} holds no tensors.")
-    if groups[DEFAULT] and groups[OTHER]:
-        raise UserError(f"{source} mixes the layouts lora_unet_* and lora_A/lora_B; it cannot be told which one is meant.")
-    layout = DEFAULT if groups[DEFAULT] else OTHER
+    if len(groups) > 1:
+        raise UserError(f"{source} mixes the layouts {' and '.join(groups)} ({examples}). Use a file with one of them.")
+    layout = next(iter(groups))
     broken = [module for module, parts in groups[layout].items() if not {"down", "up"} <= parts.keys()]
     if broken:
         raise UserError(
@@ -173,7 +104,7 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
 
 
 def lora_pairs(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, LoraPair]:
-    """The factors of each module, by flat name, from keys in either layout. Without an alpha the scale is 1.
+    """The factors of each module, by flat name, from keys in any layout. Without an alpha the scale is 1.
 
     Raises:
         UserError: as in ``group_keys``; or factors that are no matrices of one rank.
@@ -201,44 +132,36 @@ def _alpha_of(tensor: torch.Tensor, module: str, source: str) -> float:
     return alpha
 
 
-def to_default(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Tensors of either layout in the ``default`` one; a missing alpha becomes the rank (scale 1), float32.
+def to_layout(tensors: Mapping[str, torch.Tensor], layout: str, source: str) -> dict[str, torch.Tensor]:
+    """Tensors of any layout in the one called ``layout``; factors keep their dtype, alpha is float32.
 
     Raises:
-        UserError: as in ``lora_pairs``.
+        UserError: as in ``lora_pairs``; or a module that the transformer does not have, where its path is needed.
     """
+    target = LAYOUTS[layout]
     converted = {}
     for flat, pair in lora_pairs(tensors, source).items():
-        converted[f"{DEFAULT_PREFIX}{flat}.lora_down.weight"] = pair.down
-        converted[f"{DEFAULT_PREFIX}{flat}.lora_up.weight"] = pair.up
-        converted[f"{DEFAULT_PREFIX}{flat}.alpha"] = torch.tensor(pair.alpha)
-    return converted
-
-
-def to_other(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Tensors of either layout in the ``other`` one: both factors times sqrt(alpha / rank), dtype kept, no alpha.
-
-    Raises:
-        UserError: as in ``lora_pairs``; or a module that the transformer does not have.
-    """
-    converted = {}
-    for flat, pair in lora_pairs(tensors, source).items():
-        path = OTHER_PREFIX + module_path(flat)
-        root = math.sqrt(abs(pair.scale))
-        converted[f"{path}.lora_A.weight"] = (pair.down.float() * root).to(pair.down.dtype)
-        converted[f"{path}.lora_B.weight"] = (pair.up.float() * math.copysign(root, pair.scale)).to(pair.up.dtype)
+        down, up = pair.down, pair.up
+        if target.scale_in_factors:
+            root = math.sqrt(abs(pair.scale))
+            down = (down.float() * root).to(down.dtype)
+            up = (up.float() * math.copysign(root, pair.scale)).to(up.dtype)
+        else:
+            converted[target.key(flat, "alpha")] = torch.tensor(pair.alpha)
+        converted[target.key(flat, "down")] = down
+        converted[target.key(flat, "up")] = up
     return converted
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
-    """Read a LoRA file of either layout.
+    """Read a LoRA file of any layout.
 
     Raises:
         UserError: missing, not a whole safetensors file, or not a LoRA (see ``group_keys``).
     """
     header = read_header(path, "LoRA file")
     layout, _ = group_keys(header.shapes.keys(), str(path))
-    return LoraFile(to_default(read_tensors(path).tensors, str(path)), header.metadata, layout)
+    return LoraFile(to_layout(read_tensors(path).tensors, DEFAULT, str(path)), header.metadata, layout)
 
 
 def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tuple[int, ...]] | None = None) -> LoraHeader:

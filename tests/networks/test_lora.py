@@ -19,7 +19,8 @@ from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.linear import cast, enable_fp8_linears
 from networks import lora as lora_module
 from networks.lora import LoRAModule, create_network, create_network_from_weights
-from networks.lora_files import read_lora, to_other
+from networks.lora_files import read_lora, to_layout
+from networks.lora_layouts import OTHER
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
@@ -518,7 +519,7 @@ def test_merge_patch_leaves_its_input_alone():
 
 
 def test_other_layout_can_be_merged(transformer):
-    tensors = to_other(read_lora(LORA).tensors, "test")
+    tensors = to_layout(read_lora(LORA).tensors, OTHER, "test")
     network = create_network(1.0, 4, 1, None, None, transformer)
     expected = load_transformer(merge_patch(read_lora_files([LORA]), DIT))
     network.merge_to(None, transformer, tensors)

@@ -17,19 +17,8 @@ import hunyuan_model
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
-from networks.lora_files import (
-    DEFAULT,
-    OTHER,
-    check_lora_file,
-    flat_name,
-    group_keys,
-    lora_pairs,
-    module_path,
-    read_lora,
-    tensor_hashes,
-    to_default,
-    to_other,
-)
+from networks.lora_files import check_lora_file, group_keys, lora_pairs, read_lora, tensor_hashes, to_layout
+from networks.lora_layouts import DEFAULT, OTHER, flat_name, module_path
 from utils.errors import UserError, run_script
 from utils.safetensors_io import read_header
 
@@ -94,9 +83,9 @@ def test_unknown_flat_names_are_user_errors(flat):
 def test_conversion_gives_the_reference_values():
     lora = read_lora(LORA)
     assert lora.layout == DEFAULT and lora.metadata["ss_network_dim"] == "4"
-    other = to_other(lora.tensors, "test")
+    other = to_layout(lora.tensors, OTHER, "test")
     assert_same_tensors(other, load_file(LORA_OTHER))
-    assert_same_tensors(to_default(other, "test"), load_file(LORA_BACK))
+    assert_same_tensors(to_layout(other, DEFAULT, "test"), load_file(LORA_BACK))
     back = read_lora(LORA_OTHER)
     assert back.layout == OTHER
     assert_same_tensors(back.tensors, load_file(LORA_BACK))
@@ -104,7 +93,7 @@ def test_conversion_gives_the_reference_values():
 
 def test_conversion_keeps_dtypes_and_updates_in_half_precision():
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(LORA).items()}
-    other = to_other(tensors, "test")
+    other = to_layout(tensors, OTHER, "test")
     assert {tensor.dtype for tensor in other.values()} == {torch.bfloat16}
     before, after = lora_pairs(tensors, "test"), lora_pairs(other, "test")
     for flat, old in before.items():
@@ -115,7 +104,7 @@ def test_conversion_keeps_dtypes_and_updates_in_half_precision():
 
 def test_a_negative_scale_survives_conversion():
     tensors = pair() | {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(-2.0)}
-    found = lora_pairs(to_other(tensors, "test"), "test")["double_blocks_0_img_attn_qkv"]
+    found = lora_pairs(to_layout(tensors, OTHER, "test"), "test")["double_blocks_0_img_attn_qkv"]
     torch.testing.assert_close(found.scale * found.up @ found.down, torch.full((8, 8), -0.5 * 4))
 
 
@@ -128,12 +117,12 @@ def test_the_transformer_prefix_and_a_stored_alpha_are_read():
     }
     found = lora_pairs(tensors, "test")
     assert list(found) == ["single_blocks_3_linear2"] and found["single_blocks_3_linear2"].scale == 0.5
-    assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in to_other(tensors, "test")
+    assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in to_layout(tensors, OTHER, "test")
 
 
 def test_no_alpha_means_scale_one():
     assert lora_pairs(pair(), "test")["double_blocks_0_img_attn_qkv"].scale == 1.0
-    assert to_default(pair(), "test")["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 4.0
+    assert to_layout(pair(), DEFAULT, "test")["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 4.0
 
 
 OTHER_KEY = "diffusion_model.single_blocks.0.linear1.lora_A.weight"
@@ -203,7 +192,7 @@ def test_script_converts_there_and_back(tmp_path, convert):
 def test_script_refuses_the_wrong_target(tmp_path, refused):
     output = tmp_path / "out.safetensors"
     assert "has the layout default already" in refused("--input", LORA, "--output", output, "--target", "default")
-    assert "--target default is the one" in refused("--input", LORA_OTHER, "--output", output, "--target", "other")
+    assert "convert it to --target default" in refused("--input", LORA_OTHER, "--output", output, "--target", "other")
     assert not list(tmp_path.iterdir())
 
 
@@ -254,5 +243,5 @@ def test_the_other_layout_holds_every_trained_module_under_its_dotted_name():
     assert len(trained) == 20 * 8 + 40 * 2
     # One by one matrices stand in for the full-size factors.
     weights = {name: torch.ones((1, 1) if tensor.ndim else ()) for name, tensor in network.state_dict().items()}
-    converted = to_other(weights, "test")
+    converted = to_layout(weights, OTHER, "test")
     assert {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in converted} == trained

@@ -14,21 +14,16 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
-from flag_rows import Refused, Run
+from flag_runs import Effect, Refused, Run
 from PIL import Image
 from pytest import approx
 from safetensors.torch import load_file
 
-import hv_train_network
 from dataset.cache.files import read_latents, read_text
-from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
-from networks.training.optim.lr_schedules import make_lr_scheduler, step_schedule
-from utils.cli.settings import settings_from
 from utils.safetensors_io import read_header
 
 
-def becomes(read: Callable[[Run], Any], expected: Any) -> Callable[[Run, Run], None]:
+def becomes(read: Callable[[Run], Any], expected: Any) -> Effect:
     """``read`` gives ``expected`` with the flag, and something else (or a refusal) without it."""
 
     def effect(run: Run, without: Run) -> None:
@@ -43,38 +38,44 @@ def becomes(read: Callable[[Run], Any], expected: Any) -> Callable[[Run, Run], N
     return effect
 
 
-def refused(says: str) -> Callable[[Run, Run], None]:
-    """Status 2 with a sentence that holds ``says``; without the flag the script works."""
+def refused(says: str) -> Effect:
+    """Status 2 with a sentence that holds ``says``; without the flag the script works, or refuses something else."""
 
     def effect(run: Run, without: Run) -> None:
-        assert run.ended.status == 2 and without.done
+        assert run.ended.status == 2, "it is not refused"
         answer = run.ended.errors.strip().splitlines()[-1]
         assert says in answer and "Traceback" not in run.ended.errors, answer
+        assert says not in without.ended.errors
 
     return effect
 
 
-def writes(pattern: str) -> Callable[[Run, Run], None]:
+def works(run: Run, without: Run) -> None:
+    """With the flag only."""
+    assert run.done and without.ended.status == 2
+
+
+def writes(pattern: str) -> Effect:
     """A file or folder in the run's folder is there with the flag only."""
     return becomes(lambda run: bool(run.done and any(run.out.glob(pattern))), True)
 
 
-def removes(pattern: str) -> Callable[[Run, Run], None]:
+def removes(pattern: str) -> Effect:
     """A file or folder in the run's folder is there without the flag only."""
     return becomes(lambda run: bool(run.done and any(run.out.glob(pattern))), False)
 
 
-def prints(text: str) -> Callable[[Run, Run], None]:
+def prints(text: str) -> Effect:
     """On stdout, with the flag only."""
     return becomes(lambda run: text in run.done.output, True)
 
 
-def logs(text: str) -> Callable[[Run, Run], None]:
+def logs(text: str) -> Effect:
     """With the flag only."""
     return becomes(lambda run: text in run.done.log, True)
 
 
-def both(*effects: Callable[[Run, Run], None]) -> Callable[[Run, Run], None]:
+def both(*effects: Effect) -> Effect:
     def effect(run: Run, without: Run) -> None:
         for one in effects:
             one(run, without)
@@ -85,7 +86,7 @@ def both(*effects: Callable[[Run, Run], None]) -> Callable[[Run, Run], None]:
 Values = Callable[[Run], dict[str, Any]]
 
 
-def differs(read: Values, *, by_at_most: float | None = None) -> Callable[[Run, Run], None]:
+def differs(read: Values, *, by_at_most: float | None = None) -> Effect:
     """The same tensors with other values; ``by_at_most`` as a share of their norm."""
 
     def effect(run: Run, without: Run) -> None:
@@ -98,7 +99,7 @@ def differs(read: Values, *, by_at_most: float | None = None) -> Callable[[Run, 
     return effect
 
 
-def stays(read: Values, *, within: float = 0.0) -> Callable[[Run, Run], None]:
+def stays(read: Values, *, within: float = 0.0) -> Effect:
     """The same tensors to the bit, or with differences up to ``within``."""
 
     def effect(run: Run, without: Run) -> None:
@@ -107,6 +108,16 @@ def stays(read: Values, *, within: float = 0.0) -> Callable[[Run, Run], None]:
         assert all(torch.as_tensor(changed[name]).shape == torch.as_tensor(plain[name]).shape for name in plain)
         difference = (flat(changed) - flat(plain)).abs().max().item()
         assert difference <= within, f"values differ by up to {difference:g}"
+
+    return effect
+
+
+def as_without_any(read: Values) -> Effect:
+    """The same as in a run without any flag, but not as in the run without this one."""
+
+    def effect(run: Run, without: Run) -> None:
+        stays(read)(run, run.bench.run(""))
+        differs(read)(run, without)
 
     return effect
 
@@ -123,17 +134,17 @@ def seen(name: str) -> Callable[[Run], Any]:
     return lambda run: getattr(run.done.seen, name)
 
 
-def computes_in(dtype: torch.dtype, *parts: str) -> Callable[[Run, Run], None]:
+def computes_in(dtype: torch.dtype, *parts: str) -> Effect:
     """All weights of these parts of the model."""
     return both(*(becomes(lambda run, part=part: run.done.seen.weights[part], {dtype}) for part in parts))
 
 
-def keeps_float8(part: str) -> Callable[[Run, Run], None]:
+def keeps_float8(part: str) -> Effect:
     """Some weights of a part of the model."""
     return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part], True)
 
 
-def keeps_scales(part: str) -> Callable[[Run, Run], None]:
+def keeps_scales(part: str) -> Effect:
     """Some weights of a part of the model are whole numbers, as scales beside them allow."""
     return becomes(lambda run: torch.int8 in run.done.seen.weights[part], True)
 
@@ -148,7 +159,7 @@ def picture(run: Run, pattern: str) -> dict[str, np.ndarray]:
         return {"pixels": np.asarray(image.convert("RGB")).astype(int)}
 
 
-def swaps(*parts: str) -> Callable[[Run, Run], None]:
+def swaps(*parts: str) -> Effect:
     """These parts of the transformer, and no others, have their weights in one piece of host memory."""
     return becomes(seen("in_one_piece"), set(parts))
 
@@ -226,29 +237,19 @@ def column(name: str, kind: Callable[[str], Any] = str) -> Callable[[Run], list[
     return read
 
 
-def rates(run: Run) -> list[float]:
-    """The learning rates of the schedule, without a training."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=run.args.learning_rate)
-    scheduler, found = make_lr_scheduler(run.args, optimizer, run.args.max_train_steps), []
-    for _ in range(run.args.max_train_steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        step_schedule(scheduler, loss=1.0)
-    return found
+def rates(*expected: float) -> Effect:
+    """Learning rates of the steps."""
+    return becomes(column("learning_rate", float), approx(list(expected), rel=1e-3))
 
 
-def drawn(run: Run, count: int = 1 << 16) -> torch.Tensor:
-    """Timesteps t in [0, 1], without a training."""
-    return TimestepSampler(settings_from(TimestepSettings, run.args), torch.Generator().manual_seed(5)).sample(count)
-
-
-def quantile(share: float, expected: float) -> Callable[[Run, Run], None]:
-    """Of the timesteps drawn."""
-    return becomes(lambda run: drawn(run).quantile(share).item(), approx(expected, abs=0.01))
+def quantile(share: float, expected: float) -> Effect:
+    """Of the timesteps t in [0, 1] that the run's sampler gives."""
+    return becomes(lambda run: run.done.seen.sampler.draw(1 << 16).quantile(share).item(), approx(expected, abs=0.01))
 
 
 def every_four_cover_the_range(run: Run) -> bool:
-    quarters = (4 * drawn(run, 4000)).floor().view(-1, 4).sort(dim=1).values
+    run.done.seen.sampler.begin_epoch()
+    quarters = (4 * run.done.seen.sampler.draw(4000)).floor().view(-1, 4).sort(dim=1).values
     return bool((quarters == torch.arange(4)).all())
 
 
@@ -256,7 +257,7 @@ def trains_whole_timesteps(run: Run) -> bool:
     return all(abs(t - round(t)) < 1e-3 for t in run.done.seen.timesteps)
 
 
-def trains_timesteps_in(low: float, high: float) -> Callable[[Run, Run], None]:
+def trains_timesteps_in(low: float, high: float) -> Effect:
     return becomes(lambda run: all(low <= t <= high for t in run.done.seen.timesteps), True)
 
 
@@ -276,7 +277,7 @@ def told_to_wandb(name: str) -> Callable[[Run], Any]:
     return lambda run: run.done.seen.wandb.get(name)
 
 
-def is_nowhere(secret: str) -> Callable[[Run, Run], None]:
+def is_nowhere(secret: str) -> Effect:
     def effect(run: Run, without: Run) -> None:
         files = [path for path in run.out.rglob("*") if path.is_file()]
         assert files and not any(secret.encode() in path.read_bytes() for path in files)
@@ -285,10 +286,8 @@ def is_nowhere(secret: str) -> Callable[[Run, Run], None]:
     return effect
 
 
-def process_timeout(run: Run) -> timedelta | None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    handler = hv_train_network.make_accelerator(run.args).init_handler
-    return handler and handler.timeout
+def process_timeout(run: Run) -> list[timedelta]:
+    return [handler.timeout for handler in run.done.seen.handlers]
 
 
 def begins_with_a_dry_step(run: Run, without: Run) -> None:
@@ -370,11 +369,6 @@ def frame(run: Run) -> dict[str, np.ndarray]:
 def frames_per_second(run: Run) -> int:
     with av.open(str(run.file("*.mp4"))) as container:
         return int(container.streams.video[0].average_rate)
-
-
-def as_plain(run: Run, _without: Run) -> None:
-    """The latent is that of a run without any of the flags."""
-    stays(latent)(run, run.bench.run(""))
 
 
 def holds_prompt(run: Run) -> bool:

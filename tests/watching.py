@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,14 +17,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hunyuan_model.runtime import compilation, loading
 from hunyuan_model.runtime.activation_offload import HostPool
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
+from hunyuan_model.transformer.attention import Attention
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.vae import convolution as vae_convolution
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
+from networks.training.loss.timestep_sampling import TimestepSampler
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Seen:
         pinned: whether swapped weights were to be page-locked.
         compiled: modes in which something was compiled.
         attended: rows, of all samples, in its largest attention call.
+        split: whether attention was to be sample by sample.
+        sampler: of timesteps.
+        handlers: settings that accelerate was given.
         saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
         offloaded: bytes of activations that went to host memory.
         encoded: sizes of the batches that the VAE encoded.
@@ -56,6 +62,9 @@ class Seen:
     pinned: set[bool] = field(default_factory=set)
     compiled: set[str] = field(default_factory=set)
     attended: int = 0
+    split: set[bool] = field(default_factory=set)
+    sampler: Any = None
+    handlers: list[Any] = field(default_factory=list)
     saved_bytes: int = 0
     offloaded: int = 0
     encoded: list[int] = field(default_factory=list)
@@ -101,6 +110,12 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         look_at("text encoder 1", encoder.model)
         seen.captions.append(len(prompts))
 
+    def make_sampler(sampler: TimestepSampler, *_: Any, **__: Any) -> None:
+        seen.sampler = sampler
+
+    def accelerate(_: Accelerator, kwargs_handlers: Sequence[Any] = (), **__: Any) -> None:
+        seen.handlers += kwargs_handlers
+
     def attend(q: torch.Tensor, *_: Any, **__: Any) -> None:
         seen.attended = max(seen.attended, q.shape[0] * q.shape[2])  # (B, H, L, D)
 
@@ -125,6 +140,14 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
         spy(patch, loading, "enable_block_swap", lambda _transformer, settings, *_: seen.pinned.add(settings.pinned))
+        spy(
+            patch,
+            Attention,
+            "__init__",
+            lambda *arguments, split=False, **_: seen.split.add(bool(split or arguments[4:5] == (True,))),
+        )
+        spy(patch, TimestepSampler, "__init__", make_sampler)
+        spy(patch, Accelerator, "__init__", accelerate)
         spy(patch, HostPool, "take", offload)
         patch.setattr(compilation, "BACKEND", "eager")  # which needs no compiler
         spy(patch, compilation.CompileSettings, "compiled", lambda settings, _function: seen.compiled.add(settings.mode))

@@ -1,20 +1,15 @@
-"""Every flag of hv_train_network.py does what it says: a row for each, with an effect that is measured.
-
-A row is trained twice for two steps, with the flag and without it; rows of distributions and schedules only compute these.
-"""
+"""Every flag of every script in a row, with an effect that is measured: two runs of the script, with the flag and without it."""
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
-import pytest
 import torch
-from conftest import write_caches
 from flag_effects import (
     about,
     alphas,
+    as_without_any,
     asked_of_the_hub,
     becomes,
     begins_with_a_dry_step,
@@ -22,14 +17,22 @@ from flag_effects import (
     blocks,
     both,
     column,
+    columns,
+    computed_steps,
     computes_in,
     differs,
+    dtypes,
     every_four_cover_the_range,
+    frame,
+    frames_per_second,
     half_the_memory,
+    holds_prompt,
     is_nowhere,
     keeps_float8,
     keeps_scales,
     largest_update,
+    latent,
+    latents,
     length_of_first_step,
     logged_steps,
     logs,
@@ -38,6 +41,7 @@ from flag_effects import (
     narrower,
     numbers,
     offloads,
+    pooled,
     prints,
     process_timeout,
     quantile,
@@ -47,21 +51,21 @@ from flag_effects import (
     removes,
     sample,
     seen,
+    setting,
+    shape,
+    states,
     stays,
     swaps,
     told_to_wandb,
     trains_timesteps_in,
     trains_whole_timesteps,
+    warns_of_the_cpu,
+    works,
     writes,
 )
-from flag_rows import Bench, Row, check_rows, rows_as_parameters, write_lora, write_other_models
+from flag_runs import Row
 from pytest import approx
 
-SCRIPT = "hv_train_network"
-BASE = (
-    "--dataset_config {data}/dataset.toml --dit {model}/dit.safetensors --output_dir {out} --output_name lora --seed 3 "
-    "--max_data_loader_n_workers 0 --max_train_steps 2 --learning_rate 1e-2 --loss_log {out}/loss.csv"
-)
 EAGER = "--optimizer_type SGD --dataset_config {data}/pictures.toml"  # what is compared with compiled blocks
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -80,14 +84,16 @@ TENSORBOARD = "--logging_dir {out}/logs"
 WANDB = "--log_with wandb --log_config"
 REPOSITORY = "--huggingface_repo_id me/loras"
 
-ROWS = (
+TRAINING = (
     # Input
     Row("--config_file {data}/flags.toml", becomes(ranks, {2})),
     Row("--dataset_config {data}/pictures.toml", becomes(about("ss_num_train_items"), "2")),
     Row("--dit {data}/other.safetensors", both(becomes(about("ss_sd_model_name"), "other.safetensors"), other_lora)),
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), other_lora)),
     # Attention
-    Row("--sdpa", same_lora),  # what is used anyway
+    Row(
+        "--sdpa", refused("not allowed with argument"), beside="--flash_attn"
+    ),  # it is the default: only this shows that it is read
     Row("--flash_attn", refused("--flash_attn needs a CUDA device")),
     Row("--sage_attn", refused("--sage_attn cannot train")),
     Row("--xformers", refused("--xformers needs a CUDA device")),
@@ -136,23 +142,23 @@ ROWS = (
         "--optimizer_args weight_decay=0.5",
         both(becomes(about("ss_optimizer"), "torch.optim.adamw.AdamW(weight_decay=0.5)"), other_lora),
     ),
-    Row("--learning_rate 2e-3", both(becomes(column("learning_rate", float), [0.002, 0.002]), other_lora)),
+    Row("--learning_rate 2e-3", both(rates(0.002, 0.002), other_lora)),
     Row(
         "--max_grad_norm 1e-3",
         becomes(length_of_first_step, approx(1e-3, rel=1e-3)),
         beside="--optimizer_type SGD --learning_rate 1 --max_train_steps 1",
     ),
-    Row("--lr_scheduler linear", becomes(column("learning_rate", float), [0.01, 0.005])),
-    Row("--lr_warmup_steps 2", becomes(rates, [0.0, 0.005]), beside="--lr_scheduler constant_with_warmup"),
-    Row("--lr_decay_steps 2", becomes(rates, approx([0.01, 0.005])), beside="--lr_scheduler warmup_stable_decay"),
-    Row("--lr_scheduler_num_cycles 2", becomes(rates, approx([0.01, 0.01])), beside="--lr_scheduler cosine_with_restarts"),
-    Row("--lr_scheduler_power 2", becomes(rates, approx([0.01, 0.0025], rel=1e-3)), beside="--lr_scheduler polynomial"),
-    Row("--lr_scheduler_timescale 3", becomes(rates, approx([0.01, 0.01 * 0.75**0.5])), beside="--lr_scheduler inverse_sqrt"),
-    Row("--lr_scheduler_min_lr_ratio 0.5", becomes(rates, approx([0.01, 0.0075])), beside="--lr_scheduler cosine_with_min_lr"),
-    Row("--lr_scheduler_type torch.optim.lr_scheduler.LinearLR", becomes(rates, approx([0.01 / 3, 0.014 / 3]))),
+    Row("--lr_scheduler linear", rates(0.01, 0.005)),
+    Row("--lr_warmup_steps 2", rates(0.0, 0.005), beside="--lr_scheduler constant_with_warmup"),
+    Row("--lr_decay_steps 2", rates(0.01, 0.005), beside="--lr_scheduler warmup_stable_decay"),
+    Row("--lr_scheduler_num_cycles 2", rates(0.01, 0.01), beside="--lr_scheduler cosine_with_restarts"),
+    Row("--lr_scheduler_power 2", rates(0.01, 0.0025), beside="--lr_scheduler polynomial"),
+    Row("--lr_scheduler_timescale 3", rates(0.01, 0.01 * 0.75**0.5), beside="--lr_scheduler inverse_sqrt"),
+    Row("--lr_scheduler_min_lr_ratio 0.5", rates(0.01, 0.0075), beside="--lr_scheduler cosine_with_min_lr"),
+    Row("--lr_scheduler_type torch.optim.lr_scheduler.LinearLR", rates(0.01 / 3, 0.014 / 3)),
     Row(
         "--lr_scheduler_args start_factor=0.5",
-        becomes(rates, approx([0.005, 0.006])),
+        rates(0.005, 0.006),
         beside="--lr_scheduler_type torch.optim.lr_scheduler.LinearLR",
     ),
     # Flow matching
@@ -187,7 +193,7 @@ ROWS = (
     ),
     Row("--scale_weight_norms 0.01", becomes(lambda run: largest_update(run) <= 0.0101, True), beside="--learning_rate 0.1"),
     Row("--base_weights {data}/rank3.safetensors", other_lora),
-    Row("--base_weights_multiplier 0 --base_weights {data}/rank3.safetensors", same_lora),  # as without any
+    Row("--base_weights_multiplier 0", as_without_any(lora), beside="--base_weights {data}/rank3.safetensors"),
     # Output
     Row("--output_dir {out}/elsewhere", writes("elsewhere/lora.safetensors")),
     Row("--output_name other", both(writes("other.safetensors"), removes("lora.safetensors"))),
@@ -267,52 +273,149 @@ ROWS = (
     ),
     Row("--async_upload", logs("waiting for 1 uploads"), beside=REPOSITORY),
     # Several processes
-    Row("--ddp_timeout 7", becomes(process_timeout, timedelta(minutes=7))),
-    Row("--ddp_gradient_as_bucket_view", same_lora),  # accepted, without effect
-    Row("--ddp_static_graph", same_lora),  # accepted, without effect
+    Row("--ddp_timeout 7", becomes(process_timeout, [timedelta(minutes=7)])),
+    Row("--ddp_gradient_as_bucket_view", logs("--ddp_gradient_as_bucket_view: no effect")),
+    Row("--ddp_static_graph", logs("--ddp_static_graph: no effect")),
 )
 
 
-@pytest.fixture(scope="module")
-def bench(tiny_model, tmp_path_factory) -> Bench:
-    data = tmp_path_factory.mktemp("data")
-    write_data(data, tiny_model)
-    bench = Bench(SCRIPT, BASE, tmp_path_factory.mktemp("runs"), data=data, model=tiny_model.dit.parent)
-    shutil.copytree(bench.run("--save_every_n_steps 1 --save_state").file("lora-state"), data / "state")
-    return bench
+CONSOLE = "--debug_mode console"
+UNCAPTIONED = "--dataset_config {out}/uncaptioned.toml"
+
+LATENTS = (
+    Row("--config_file {data}/batch_size.toml", becomes(seen("encoded"), [1, 1])),
+    Row("--dataset_config {out}/other.toml", writes("other/a_0288x0064_hv.safetensors")),
+    Row("--batch_size 1", becomes(seen("encoded"), [1, 1])),
+    Row("--num_workers 3", both(becomes(seen("threads"), [3, 3]), stays(latents))),
+    Row("--skip_existing", becomes(seen("encoded"), [])),
+    Row("--missing_caption empty", writes("cache/c_0288x0064_hv.safetensors"), beside=UNCAPTIONED),
+    Row("--remove_orphans", removes("cache/gone_0032x0032_hv.safetensors")),
+    Row("--vae {data}/other_vae", differs(latents)),
+    Row("--vae_dtype bfloat16", becomes(dtypes(latents), {torch.bfloat16})),
+    Row("--vae_tiling", differs(latents)),  # of 288 pixels, more than a tile has
+    Row("--vae_chunk_size 8", both(stays(latents, within=1e-4), narrower)),
+    Row("--vae_spatial_tile_sample_min_size 32", differs(latents)),
+    Row("--device cpu", becomes(warns_of_the_cpu, False)),
+    Row("--device cuda", refused("torch finds no CUDA device")),
+    Row("--debug_mode image", both(writes("cache/debug/a_0288x0064_hv.png"), becomes(seen("encoded"), []))),
+    Row("--console_width 40", becomes(columns, {40}), beside=CONSOLE),
+    Row("--console_back RED", prints("\x1b[48;2;205;0;0m"), beside=CONSOLE),
+    Row("--console_num_images 1", becomes(lambda run: run.done.output.count("-> 288x64"), 1), beside=CONSOLE),
+)
+
+TEXTS = (
+    Row("--config_file {data}/batch_size.toml", becomes(seen("captions"), [1, 1])),
+    Row("--dataset_config {out}/other.toml", writes("other/a_hv_te.safetensors")),
+    Row("--batch_size 1", becomes(seen("captions"), [1, 1])),
+    Row("--num_workers 3", both(becomes(seen("threads"), [3, 3]), stays(states), stays(pooled))),
+    Row("--skip_existing", becomes(seen("captions"), [])),
+    Row("--missing_caption empty", writes("cache/c_hv_te.safetensors"), beside=UNCAPTIONED),
+    Row("--remove_orphans", removes("cache/gone_hv_te.safetensors")),
+    Row("--text_encoder1 {data}/other_text_encoder", both(differs(states), stays(pooled))),
+    Row("--text_encoder2 {data}/other_text_encoder_2", both(stays(states), differs(pooled))),
+    Row("--tokenizer1 {data}/tokenizer1", both(differs(states), stays(pooled))),
+    Row("--tokenizer2 {data}/tokenizer2", both(stays(states), differs(pooled))),
+    Row(
+        "--text_encoder_dtype bfloat16", both(becomes(dtypes(states), {torch.bfloat16}), becomes(dtypes(pooled), {torch.bfloat16}))
+    ),
+    Row("--fp8_llm", both(keeps_float8("text encoder 1"), differs(states, by_at_most=0.2), stays(pooled))),
+    Row("--device cpu", becomes(warns_of_the_cpu, False)),
+    Row("--device cuda", refused("torch finds no CUDA device")),
+)
+
+other_latent, other_frame = differs(latent), differs(frame)
+LORA = "--lora_weight {data}/rank3.safetensors"
+IMAGES = "--output_type images"
+
+GENERATION = (
+    # Models
+    Row("--config_file {data}/flow_shift.toml", becomes(setting("flow_shift"), "1")),
+    Row("--dit {data}/other.safetensors", other_latent),
+    Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), differs(latent, by_at_most=0.2))),
+    Row("--fp8", both(keeps_float8("transformer"), differs(latent, by_at_most=0.2))),
+    Row("--fp8_scaled", both(keeps_scales("transformer"), differs(latent, by_at_most=0.2)), beside="--fp8"),
+    Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8"),
+    Row("--blocks_to_swap 1", both(stays(latent), swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
+    Row("--img_in_txt_in_offloading", both(stays(latent), swaps("img_in", "txt_in"))),
+    Row("--no_pinned_swap_memory", both(stays(latent), becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
+    Row("--vae {data}/other_vae", other_frame, beside=IMAGES),
+    Row("--vae_dtype bfloat16", both(computes_in(torch.bfloat16, "vae"), other_frame), beside=IMAGES),
+    Row("--vae_chunk_size 8", both(stays(frame, within=1), narrower), beside=IMAGES),
+    Row("--vae_spatial_tile_sample_min_size 32", other_frame, beside=IMAGES),
+    Row("--text_encoder1 {data}/other_text_encoder", other_latent),
+    Row("--text_encoder2 {data}/other_text_encoder_2", other_latent),
+    Row("--tokenizer1 {data}/tokenizer1", other_latent),
+    Row("--tokenizer2 {data}/tokenizer2", other_latent),
+    Row("--text_encoder_dtype bfloat16", both(computes_in(torch.bfloat16, "text encoder 1", "text encoder 2"), other_latent)),
+    Row("--fp8_llm", both(keeps_float8("text encoder 1"), differs(latent, by_at_most=0.2))),
+    Row("--device cpu", both(becomes(warns_of_the_cpu, False), stays(latent))),
+    Row("--device cuda", refused("torch finds no CUDA device")),
+    Row("--attn_mode sdpa", works, beside="--attn_mode flash"),  # of two, the last one counts
+    Row("--attn_mode flash", refused("attention mode flash needs a CUDA device")),
+    Row("--split_attn", both(becomes(seen("split"), {True}), stays(latent))),  # of one sample there is nothing to split
+    # Speed
+    Row("--compile", both(becomes(seen("compiled"), {"default"}), stays(latent, within=1e-4))),
+    Row(
+        "--compile_mode max-autotune-no-cudagraphs",
+        becomes(seen("compiled"), {"max-autotune-no-cudagraphs"}),
+        beside="--compile",
+    ),
+    Row("--tf32", both(logs("--tf32: no effect on cpu"), stays(latent))),
+    Row("--cudnn_benchmark", both(logs("--cudnn_benchmark: no effect on cpu"), stays(latent))),
+    # LoRA
+    Row(LORA, both(becomes(setting("lora"), "rank3.safetensors"), other_latent)),
+    Row("--lora_multiplier 0", as_without_any(latent), beside=LORA),
+    Row("--save_merged_model {out}/merged.safetensors", both(writes("merged.safetensors"), removes("*_latent.*")), beside=LORA),
+    # What to draw
+    Row("--prompt another", both(becomes(setting("prompt"), "another"), other_latent)),
+    Row("--video_size 48 32", becomes(shape, (16, 1, 6, 4))),
+    Row("--video_length 5", becomes(shape, (16, 2, 4, 8))),
+    Row("--fps 12", becomes(frames_per_second, 12), beside="--output_type video"),
+    Row("--infer_steps 3", both(becomes(computed_steps, 3), other_latent)),
+    Row("--seed 6", both(becomes(setting("seed"), "6"), other_latent)),
+    Row("--embedded_cfg_scale 1", both(becomes(seen("guidance"), {1000.0}), other_latent)),
+    Row("--flow_shift 1", both(becomes(seen("timesteps"), [1000.0, 500.0]), other_latent)),
+    Row("--step_cache 1000", both(becomes(computed_steps, 3), other_latent), beside="--infer_steps 5"),
+    Row("--step_cache_check", both(becomes(computed_steps, 3 + 5), stays(latent)), beside="--infer_steps 5 --step_cache 1000"),
+    # Output
+    Row("--save_path {out}/elsewhere", writes("elsewhere/*_latent.safetensors")),
+    Row("--output_type images", both(writes("*/00000.png"), removes("*_latent.safetensors"))),
+    Row("--latent_path {data}/x_latent.safetensors", both(becomes(seen("timesteps"), []), writes("x/00000.png")), beside=IMAGES),
+    Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
+)
+
+CONVERSION = (
+    Row("--input {data}/one_module.safetensors", becomes(lambda run: len(run.tensors("converted.safetensors")), 2)),
+    Row("--output {out}/other.safetensors", both(writes("other.safetensors"), removes("converted.safetensors"))),
+    Row(
+        "--target default",  # refused without it: the file has the other layout already
+        becomes(lambda run: {name[:10] for name in run.tensors("converted.safetensors")}, {"lora_unet_"}),
+        beside="--input {data}/converted.safetensors",
+    ),
+)
 
 
-def write_data(data: Path, model) -> None:
-    """Caches of two pictures in one batch and of a clip, and every file that a row names."""
-    write_caches(data / "pictures", {"a": (1, 4, 4), "b": (1, 4, 4)})
-    shutil.copy(data / "pictures" / "a_hv_te.safetensors", data / "pictures" / "b_hv_te.safetensors")  # of one length
-    write_caches(data / "clips", {"clip": (2, 4, 4)}, seed=1)
-    pictures = (
-        f"[[datasets]]\nresolution = 32\nimage_directory = '{data}/gone'\ncache_directory = '{data}/pictures'\nbatch_size = 2\n"
-    )
-    clips = (
-        f"[[datasets]]\nresolution = 32\nvideo_directory = '{data}/too'\ncache_directory = '{data}/clips'\ntarget_frames = [5]\n"
-    )
-    texts = {
-        "pictures.toml": pictures,
-        "dataset.toml": pictures + clips,
-        "flags.toml": "network_dim = 2\n",
-        "trackers.toml": "[tensorboard]\nmax_queue = 1\n",
-        "prompts.txt": "a red ball --w 48 --h 32 --s 1 --d 7\n",
-        "wide.txt": "a red ball --w 272 --h 16 --s 1 --d 7\n",
-        "network_of_rank_3.py": "from networks import lora\n\n\ndef create_network(multiplier, dim, *rest, **options):\n"
-        "    return lora.create_network(multiplier, 3, *rest, **options)\n",
-    }
-    for name, text in texts.items():
-        (data / name).write_text(text, encoding="utf-8")
-    write_lora(model.dit, data / "rank3.safetensors")
-    write_other_models(model, data)
+@dataclass(frozen=True)
+class Table:
+    """The rows of a script, and the flags of all its runs."""
+
+    base: str
+    rows: tuple[Row, ...]
 
 
-def test_every_flag_has_a_row_and_every_row_a_flag() -> None:
-    check_rows(SCRIPT, ROWS)
-
-
-@pytest.mark.parametrize("row", rows_as_parameters(ROWS))
-def test_effect(bench: Bench, row: Row) -> None:
-    bench.check(row)
+ENCODERS = "--text_encoder1 {model}/text_encoder --text_encoder2 {model}/text_encoder_2"
+TABLES = {
+    "hv_train_network": Table(
+        "--dataset_config {data}/dataset.toml --dit {model}/dit.safetensors --output_dir {out} --output_name lora --seed 3 "
+        "--max_data_loader_n_workers 0 --max_train_steps 2 --learning_rate 1e-2 --loss_log {out}/loss.csv",
+        TRAINING,
+    ),
+    "cache_latents": Table("--dataset_config {out}/dataset.toml --num_workers 2 --vae {model}/vae", LATENTS),
+    "cache_text_encoder_outputs": Table("--dataset_config {out}/dataset.toml --num_workers 2 " + ENCODERS, TEXTS),
+    "hv_generate_video": Table(
+        "--dit {model}/dit.safetensors --vae {model}/vae --save_path {out} --output_type latent "
+        "--prompt ball --seed 5 --video_size 32 64 --video_length 1 --infer_steps 2 " + ENCODERS,
+        GENERATION,
+    ),
+    "convert_lora": Table("--input {data}/rank3.safetensors --output {out}/converted.safetensors --target other", CONVERSION),
+}

@@ -164,6 +164,11 @@ def swaps(*parts: str) -> Effect:
     return becomes(seen("in_one_piece"), set(parts))
 
 
+def splits(run: Run) -> bool:
+    """Whether an attention was to go sample by sample."""
+    return True in run.done.seen.split
+
+
 def narrower(run: Run, without: Run) -> None:
     """The VAE's convolutions see what 8 columns depend on at once, twice as many columns where they halve them."""
     assert run.done.seen.widest <= 18 < without.done.seen.widest
@@ -244,12 +249,13 @@ def rates(*expected: float) -> Effect:
 
 def quantile(share: float, expected: float) -> Effect:
     """Of the timesteps t in [0, 1] that the run's sampler gives."""
-    return becomes(lambda run: run.done.seen.sampler.draw(1 << 16).quantile(share).item(), approx(expected, abs=0.01))
+    return becomes(lambda run: run.done.seen.sampler.sample(1 << 16).quantile(share).item(), approx(expected, abs=0.01))
 
 
 def every_four_cover_the_range(run: Run) -> bool:
-    run.done.seen.sampler.begin_epoch()
-    quarters = (4 * run.done.seen.sampler.draw(4000)).floor().view(-1, 4).sort(dim=1).values
+    sampler = run.done.seen.sampler
+    sampler.sample(-len(run.done.seen.timesteps) % 4)  # to the end of four
+    quarters = (4 * sampler.sample(4000)).floor().view(-1, 4).sort(dim=1).values
     return bool((quarters == torch.arange(4)).all())
 
 

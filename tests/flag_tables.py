@@ -53,6 +53,7 @@ from flag_effects import (
     seen,
     setting,
     shape,
+    splits,
     states,
     stays,
     swaps,
@@ -91,9 +92,7 @@ TRAINING = (
     Row("--dit {data}/other.safetensors", both(becomes(about("ss_sd_model_name"), "other.safetensors"), other_lora)),
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), other_lora)),
     # Attention
-    Row(
-        "--sdpa", refused("not allowed with argument"), beside="--flash_attn"
-    ),  # it is the default: only this shows that it is read
+    Row("--sdpa", refused("exclude each other"), beside="--flash_attn"),  # it is the default: only this shows it
     Row("--flash_attn", refused("--flash_attn needs a CUDA device")),
     Row("--sage_attn", refused("--sage_attn cannot train")),
     Row("--xformers", refused("--xformers needs a CUDA device")),
@@ -352,7 +351,7 @@ GENERATION = (
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--attn_mode sdpa", works, beside="--attn_mode flash"),  # of two, the last one counts
     Row("--attn_mode flash", refused("attention mode flash needs a CUDA device")),
-    Row("--split_attn", both(becomes(seen("split"), {True}), stays(latent))),  # of one sample there is nothing to split
+    Row("--split_attn", both(becomes(splits, True), stays(latent))),  # of one sample there is nothing to split
     # Speed
     Row("--compile", both(becomes(seen("compiled"), {"default"}), stays(latent, within=1e-4))),
     Row(

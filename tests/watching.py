@@ -140,12 +140,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
         spy(patch, loading, "enable_block_swap", lambda _transformer, settings, *_: seen.pinned.add(settings.pinned))
-        spy(
-            patch,
-            Attention,
-            "__init__",
-            lambda *arguments, split=False, **_: seen.split.add(bool(split or arguments[4:5] == (True,))),
-        )
+        spy(patch, Attention, "__init__", lambda _self, _mode, _dense, _packed, split=False: seen.split.add(split))
         spy(patch, TimestepSampler, "__init__", make_sampler)
         spy(patch, Accelerator, "__init__", accelerate)
         spy(patch, HostPool, "take", offload)

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hunyuan_model
-from examples.toy.recipe.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from examples.toy.model_files import ModelFiles
+from examples.toy.recipe.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from networks.lora import create_network
 from utils.safetensors_io import read_header
 

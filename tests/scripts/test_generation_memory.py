@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flag_rows import write_lora
 
 import hunyuan_model
 import hv_generate_video
 from hunyuan_model.text import encoding as prompt_encoding
 from networks import lora_merging
+from tiny.variants import write_lora
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+"""Beside the tiny model: every part of it with other weights, other tokenizers, and a LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import hunyuan_model
+from examples.toy.model_files import ModelFiles
+from examples.toy.recipe.make_tokenizers import write_clip_tokenizer, write_llama_tokenizer
+from networks.lora import create_network
+from utils.safetensors_io import read_header
+
+
+def write_other_models(model: ModelFiles, data: Path) -> None:
+    """Every part of the model with other weights, as ``other.safetensors`` and ``other_vae`` ..., and other tokenizers."""
+    write_altered(model.dit, data / "other.safetensors")
+    for folder in (model.vae, model.text_encoder1, model.text_encoder2):
+        (weights,) = folder.glob("*.safetensors")
+        shutil.copytree(folder, data / f"other_{folder.name}", ignore=shutil.ignore_patterns(weights.name))
+        write_altered(weights, data / f"other_{folder.name}" / weights.name)
+    write_llama_tokenizer(data / "tokenizer1", ["Nothing is as before."], vocabulary=300)
+    write_clip_tokenizer(data / "tokenizer2", ["Nothing is as before."])
+
+
+def write_altered(source: Path, target: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: value * (1 + 0.2 * torch.randn(value.shape, generator=generator)) for name, value in load_file(source).items()}
+    save_file(tensors, target, read_header(source).metadata or None)
+
+
+def write_lora(dit: Path, path: Path, **network_args: str) -> None:
+    """A LoRA of rank 3 and alpha 3 that changes much."""
+    transformer = hunyuan_model.load_transformer(dit, device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    tensors = create_network(1.0, 3, 3.0, None, None, transformer, **network_args).state_dict()
+    save_file({name: torch.randn_like(value) * 0.1 if "lora_up" in name else value for name, value in tensors.items()}, path)

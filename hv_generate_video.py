@@ -20,31 +20,29 @@ from torch import Tensor
 
 import hunyuan_model
 from hunyuan_model.runtime.arguments import (
-    AUTO,
     add_compile_arguments,
-    add_fp8_arguments,
     add_kernel_arguments,
     add_swap_arguments,
-    apply_kernel_arguments,
-    check_compile_arguments,
-    check_fp8_arguments,
-    compile_settings,
-    swap_settings,
+    add_weight_format_arguments,
+    kernel_settings,
+    runtime_settings,
 )
-from hunyuan_model.runtime.block_swap import check_blocks_to_swap
-from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
+from hunyuan_model.runtime.compilation import CompileWatch
 from hunyuan_model.runtime.loading import check_transformer_file
+from hunyuan_model.runtime.memory import BatchSize
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_report import advice, batch_name
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.decoding import decode_latents
 from hunyuan_model.sampling.euler import LATENT_CHANNELS, initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
 from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
-from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, check_attention_dtype, make_attention
+from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, vae_settings_given, vae_tile_size
 from hunyuan_model.vae.loading import check_vae_options, configure_vae
 from hunyuan_model.vae.memory import Clip, VAEFit
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
-from networks.training.memory_report import advice, batch_name, plan_sampling
 from utils.cli.arguments import (
     add_device_argument,
     finite_float,
@@ -60,6 +58,7 @@ from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.files import require_writable_folder
+from utils.free_memory import free_device_memory
 from utils.media_writing import save_pictures, save_video, unused_stem
 from utils.progress import ProgressBar
 from utils.safetensors_io import read_tensors, save_tensors
@@ -79,6 +78,7 @@ LATENT_ENDING = "_latent.safetensors"
 SAMPLING_FLAGS = [
     "dit_dtype",
     "fp8",
+    "int8",
     "blocks_to_swap",
     "img_in_txt_in_offloading",
     "no_pinned_swap_memory",
@@ -127,10 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: bfloat16 on CUDA, float32 on the CPU)"
     )
-    models.add_argument(
-        "--fp8", action="store_true", help="keep the transformer's Linear weights in float8: half the memory (default: off)"
-    )
-    add_fp8_arguments(models, "--fp8")
+    add_weight_format_arguments(models, "--fp8", "--int8")
     add_swap_arguments(models)
     add_vae_arguments(models, required=False, tiling_switch=False)
     add_text_encoder_arguments(models, required=False)
@@ -246,15 +243,10 @@ def _check_sampling(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError("--step_cache_check shows the error of --step_cache; give that as well, or leave it out.")
     for name in ("dit_dtype", "text_encoder_dtype"):
         choose_dtype(getattr(args, name), f"--{name}", device, torch.float16)
-    check_attention_device(args.attn_mode, device)
-    check_attention_dtype(args.attn_mode, choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16))
-    make_attention(args.attn_mode)
-    check_fp8_arguments(args, "fp8", device)
+    runtime = runtime_settings(args, args.attn_mode)
     config = check_transformer_file(args.dit, "--dit")
-    if args.blocks_to_swap != AUTO:
-        check_blocks_to_swap(args.blocks_to_swap, config)
+    runtime.check(device, choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16), config)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
-    check_compile_arguments(args, device)
 
 
 def _warn_of_unused(args: argparse.Namespace, mode: str, names: Sequence[str]) -> None:
@@ -282,9 +274,12 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
     patch = merge_patch(loras, args.dit) if loras else None
     text = encode_prompt(args, device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16)
-    plan = plan_sampling(args, check_transformer_file(args.dit, "--dit"), int(text.mask.sum()), device=device, dtype=dtype)
+    config = check_transformer_file(args.dit, "--dit")
+    batch = BatchSize(1, latent_size(*args.video_size, args.video_length), int(text.mask.sum()))
+    plan = MemoryPlan(config, device, runtime_settings(args, args.attn_mode), batch, dtype, dtype, trains=False)
+    plan = plan.resolved(free_device_memory(device))
     with explain_out_of_memory(f"sampling {batch_name(plan.batch)}", lambda: advice(plan), device):
-        transformer = load_base_model(args, patch, device, dtype)
+        transformer = load_base_model(args, plan.runtime, patch, device, dtype)
         del loras, patch  # merged: nobody needs their files any more
         latents = integrate(args, transformer, text, device, dtype)
         if args.compile:
@@ -298,24 +293,14 @@ def sample(args: argparse.Namespace, device: torch.device) -> Tensor:
 
 
 def load_base_model(
-    args: argparse.Namespace, patch: Callable[[str, Tensor], Tensor] | None, device: torch.device, dtype: torch.dtype
+    args: argparse.Namespace,
+    runtime: RuntimeSettings,
+    patch: Callable[[str, Tensor], Tensor] | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> torch.nn.Module:
     """The transformer, changed by ``patch`` while it loads."""
-    transformer = hunyuan_model.load_transformer(
-        args.dit,
-        device=device,
-        dtype=dtype,
-        attn_mode=args.attn_mode,
-        split_attn=args.split_attn,
-        fp8=args.fp8,
-        fp8_scaled=args.fp8_scaled,
-        fp8_fast=args.fp8_fast,
-        swap=swap_settings(args, recomputed=False),
-        patch=patch,
-    )
-    if (compiled := compile_settings(args)) is not None:
-        enable_compile(transformer, compiled)
-    return transformer
+    return hunyuan_model.load_transformer(args.dit, device=device, dtype=dtype, runtime=runtime, patch=patch)
 
 
 def integrate(
@@ -446,7 +431,7 @@ def main() -> None:
     device = pick_device(args.device)
     vae_dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
     check_arguments(args, device)
-    apply_kernel_arguments(args, device)
+    kernel_settings(args).apply(device)
     if args.save_merged_model:
         merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, args.lora_multiplier), args.save_merged_model)
         print(args.save_merged_model)

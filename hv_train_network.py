@@ -37,17 +37,18 @@ from dataset.batches.data_facts import data_facts
 from dataset.batches.largest_batch import largest_batch
 from dataset.batches.reading import EpochReader, HeldOut
 from dataset.batches.report import format_table, report_cached_group, require_batches
-from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.arguments import apply_kernel_arguments, check_compile_arguments, compile_settings, swap_settings
-from hunyuan_model.runtime.compilation import CompileWatch, enable_compile
-from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.arguments import kernel_settings, runtime_settings
+from hunyuan_model.runtime.compilation import CompileWatch
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory, plan_table, sample_size
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.shared_memory import SharedMemory
-from hunyuan_model.transformer.attention import check_attention_dtype
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_module import create_network, import_network_module, network_off, parameter_groups, require_switch
 from networks.optional_methods import call_if_there
-from networks.training.accelerator import PRECISIONS, base_dtype, compute_dtype, make_accelerator, save_dtype
+from networks.training.accelerator import base_dtype, compute_dtype, make_accelerator, save_dtype
 from networks.training.arguments import attention_mode, build_training_parser, check_training_arguments
 from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.logs import LogSettings, TrainingLogs, check_logs, open_logs
@@ -55,7 +56,6 @@ from networks.training.logging.loss_log import LossLog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_preview import show_timesteps
 from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
-from networks.training.memory_report import advice, names_the_batch, plan_training
 from networks.training.optim.lr_schedules import ScheduleSettings, check_lr_scheduler, make_lr_scheduler
 from networks.training.optim.optimizers import (
     OptimizerSettings,
@@ -93,6 +93,7 @@ from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
+from utils.free_memory import free_device_memory, free_host_memory
 from utils.hub import HubSettings, open_uploads
 from utils.key_values import parse_key_values
 from utils.progress import ProgressBar
@@ -154,7 +155,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
     for group in batches_of_step(batches, args.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         compiling = CompileWatch()
-        with names_the_batch(training.memory, group, "training on"):
+        with explain_batch_out_of_memory(training.memory, group, "training on"):
             step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
@@ -238,7 +239,11 @@ def stop(training: Training, request: Request) -> int:
 
 
 def load_base_model(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, shared: SharedMemory | None = None
+    args: argparse.Namespace,
+    runtime: RuntimeSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    shared: SharedMemory | None = None,
 ) -> nn.Module:
     """The frozen transformer, with --base_weights merged while it loads.
 
@@ -246,26 +251,8 @@ def load_base_model(
         shared: for weights that are swapped.
     """
     bases = read_lora_files(args.base_weights, args.base_weights_multiplier)
-    transformer = hunyuan_model.load_transformer(
-        args.dit,
-        device=device,
-        dtype=dtype,
-        attn_mode=attention_mode(args),
-        split_attn=args.split_attn,
-        fp8=args.fp8_base,
-        fp8_scaled=args.fp8_scaled,
-        fp8_fast=args.fp8_fast,
-        swap=swap_settings(args, recomputed=args.gradient_checkpointing, shared=shared),
-        patch=merge_patch(bases, args.dit) if bases else None,
-    )
-    if (settings := compile_settings(args)) is not None:
-        enable_compile(transformer, settings)
-    if args.gradient_checkpointing:
-        offloaded = args.gradient_checkpointing_cpu_offload
-        depth = transformer.config.double_depth + transformer.config.single_depth
-        offloader = make_offloader(depth, device, pinned=not args.no_pinned_swap_memory) if offloaded else None
-        enable_gradient_checkpointing(transformer, offloader)
-    return transformer
+    patch = merge_patch(bases, args.dit) if bases else None
+    return hunyuan_model.load_transformer(args.dit, device=device, dtype=dtype, runtime=runtime, shared=shared, patch=patch)
 
 
 def prepare(
@@ -276,16 +263,17 @@ def prepare(
     groups: list[CachedGroup],
     samples: TrainingSamples,
     logs: TrainingLogs,
+    memory: MemoryPlan,
     resumed: Resumed | None = None,
 ) -> Training:
     """Load the transformer, hook the network into it, and make what the loop needs; with ``resumed`` as it was saved."""
     module = import_network_module(args.network_module)
     network_args = parse_key_values(args.network_args, "--network_args")
     dtype = base_dtype(args, accelerator)
-    swaps = args.blocks_to_swap or args.img_in_txt_in_offloading
-    layout = f"{dtype} {args.blocks_to_swap}"
-    with shared_host_memory(accelerator, layout) if swaps else nullcontext() as shared:
-        transformer = load_base_model(args, accelerator.device, dtype, shared)
+    runtime = memory.runtime
+    layout = f"{dtype} {runtime.blocks_to_swap}"
+    with shared_host_memory(accelerator, layout) if runtime.swaps else nullcontext() as shared:
+        transformer = load_base_model(args, runtime, accelerator.device, dtype, shared)
     network = create_network(
         module,
         transformer,
@@ -328,6 +316,7 @@ def prepare(
         progress=progress,
         samples=samples,
         logs=logs,
+        memory=memory,
     )
     if resumed is not None:
         order = batch_order(args, reader, accelerator)
@@ -353,9 +342,9 @@ def main() -> int:
     accelerator = make_accelerator(args)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
-    apply_kernel_arguments(args, accelerator.device)
-    check_compile_arguments(args, accelerator.device)
-    check_attention_dtype(attention_mode(args), compute_dtype(args, accelerator))
+    kernel_settings(args).apply(accelerator.device)
+    runtime = runtime_settings(args, attention_mode(args))
+    runtime.check(accelerator.device, compute_dtype(args, accelerator), planned.config)
     groups = find_cached_items(load_dataset_config(args.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:
@@ -393,21 +382,26 @@ def main() -> int:
             planned.size.state_bytes(state_bytes_per_value(optimizer)) if SaveRules.from_args(args).state_at_end else 0,
         )
     largest = largest_batch(groups, planned.config)
-    memory = plan_training(
-        args,
+    sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in prompts]
+    free = free_device_memory(accelerator.device)
+    memory = MemoryPlan(
         planned.config,
+        accelerator.device,
+        runtime,
         largest.size,
-        device=accelerator.device,
-        dtype=base_dtype(args, accelerator),
-        autocast=None if accelerator.mixed_precision == "no" else PRECISIONS[accelerator.mixed_precision],
-        network=planned.size,
-        optimizer_bytes=state_bytes_per_value(optimizer),
-        prompts=prompts,
-        shown=accelerator.is_main_process,
-    )
-    if (most := max(gather_object([args.blocks_to_swap]))) > args.blocks_to_swap:  # auto goes by the card of each process
-        logger.info("--blocks_to_swap auto: %d, for the card with the least free memory", most)
-        args.blocks_to_swap, memory = most, memory.with_blocks(most)
+        base_dtype(args, accelerator),
+        compute_dtype(args, accelerator),
+        None if planned.size is None else planned.size.values,
+        state_bytes_per_value(optimizer),
+        sample=max(sizes, key=lambda size: size.tokens(planned.config), default=None),
+        may_quantize=not args.network_module.startswith("lycoris"),
+    ).resolved(free)
+    if accelerator.is_main_process:
+        print(plan_table(memory, free, free_host_memory()), flush=True)
+    # auto goes by the GPU of each process
+    if (most := max(gather_object([memory.runtime.blocks_to_swap]))) > memory.runtime.blocks_to_swap:
+        logger.info("--blocks_to_swap auto: %d, for the GPU with the least free memory", most)
+        memory = memory.with_blocks(most)
     uploads = open_uploads(settings_from(HubSettings, args)) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         remove_leftovers(Path(args.output_dir), args.output_name)
@@ -425,10 +419,9 @@ def main() -> int:
     )
     with logs, explain_out_of_memory("training", lambda: advice(memory), accelerator.device):
         samples = prepare_samples(args, prompts, accelerator, planned.config)
-        training = prepare(args, accelerator, reader, steps, groups, samples, logs, resumed)
+        training = prepare(args, accelerator, reader, steps, groups, samples, logs, memory, resumed)
         training.held_out = HeldOut(held_out)
         training.uploads = uploads
-        training.memory = memory
         training.dry_batch = largest.load() if wants_dry_step(args.dry_step, accelerator.device) else None
         logger.info(
             "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
@@ -437,7 +430,7 @@ def main() -> int:
             steps,
             sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
             training.flow_matching.dtype,
-            " with float8 weights" if args.fp8_base else "",
+            "" if memory.runtime.weights is WeightFormat.PLAIN else f" with {memory.runtime.weights.value} weights",
         )
         try:
             status = train(training)

@@ -20,13 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hunyuan_model.runtime.memory_plan import MemoryPlan  # noqa: E402
+from hunyuan_model.runtime.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
+from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from networks.lora import create_network  # noqa: E402
-from networks.training.arguments import build_training_parser  # noqa: E402
-from networks.training.memory_plan import MemoryPlan, MemorySettings  # noqa: E402
-from networks.training.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
-from networks.training.saving.disk_space import NetworkSize  # noqa: E402
 
 CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as they are sold
 HELD = 800_000_000
@@ -39,19 +38,16 @@ def training_plan(size: tuple[int, int, int], rank: int = 32, mixed_precision: b
     config = TransformerConfig()
     with torch.device("meta"):
         network = create_network(1.0, rank, 1.0, None, None, HYVideoDiffusionTransformer(config))
-    card, dtype = torch.device("cuda"), torch.bfloat16
-    settings = MemorySettings.of_training(
-        build_training_parser().parse_args([]), card, dtype, dtype if mixed_precision else None, blocks=0
-    )
-    values = NetworkSize.of_shapes(tuple(parameter.shape) for parameter in network.parameters())
-    return MemoryPlan(config, card, settings, sample_size(*size), values, ADAM_BYTES)
+    values = sum(parameter.numel() for parameter in network.parameters())
+    dtype, compute_dtype = torch.bfloat16, torch.bfloat16 if mixed_precision else torch.float32
+    return MemoryPlan(config, torch.device("cuda"), RuntimeSettings(), sample_size(*size), dtype, compute_dtype, values, ADAM_BYTES)
 
 
 def card_table(plan: MemoryPlan, cards: tuple[int, ...] = CARDS) -> str:
     """A Markdown table: a row for each size of a card."""
-    exact = replace(plan, settings=replace(plan.settings, offers=plan.settings.offers - {"fp8_base"}))
+    exact = replace(plan, may_quantize=False)
     lines = [
-        "| card | flags | takes | main memory | without float8 | takes | main memory |",
+        "| card | flags | takes | main memory | without quantization | takes | main memory |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {card} GB | {_cells(plan, card)} | {_cells(exact, card)} |" for card in cards]

@@ -3,8 +3,8 @@
 The first table has the relative error of single weights, which is that of what they make of random inputs. Then every way of
 storing them is compared, in float32 arithmetic, with the same network in float32 on random latents: "weights" is
 the relative error of the stored weights themselves, "output" that of what comes out (root mean square of the difference over
-that of the float32 value). The ways of ``--fp8`` and ``--fp8_scaled`` stand beside others that were tried, and beside bfloat16.
-"--fp8_fast" computes with the CPU's kernel for products in float8, in bfloat16 and with a scale per row.
+that of the float32 value). The formats of ``--fp8``, ``--fp8_scaled`` and ``--int8`` stand beside others that were tried.
+"--fp8_fast" computes with the CPU kernel for float8 matmuls, in bfloat16 and with a scale per row.
 
     python benchmarks/fp8_error.py
 """
@@ -23,16 +23,16 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hunyuan_model.quantization.linear import (  # noqa: E402
-    Quantised,
-    dequantise,
-    enable_fp8_linears,
-    is_fp8_target,
-    quantise_blocks,
-    quantise_channels,
-    quantise_plainly,
+from hunyuan_model.quantization.formats import (  # noqa: E402
+    Quantized,
+    cast_to_float8,
+    dequantize,
+    is_quantized_name,
+    quantize_channels,
+    quantize_groups,
 )
-from hunyuan_model.quantization.scaled_mm import Products  # noqa: E402
+from hunyuan_model.quantization.linear import enable_quantized_linears  # noqa: E402
+from hunyuan_model.quantization.scaled_mm import Float8Matmuls  # noqa: E402
 from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
@@ -40,20 +40,20 @@ from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa:
 TOY = ROOT / "examples" / "toy" / "dit.safetensors"
 
 
-def float8_blocks(weight: torch.Tensor) -> Quantised:
+def float8_blocks(weight: torch.Tensor) -> Quantized:
     """float8 with a scale for each 64 inputs."""
-    codes, scale = quantise_channels(weight.reshape(-1, 64))
+    codes, scale = quantize_channels(weight.reshape(-1, 64))
     return codes.reshape(weight.shape), scale.reshape(len(weight), -1)
 
 
-def searched_blocks(weight: torch.Tensor) -> Quantised:
+def searched_blocks(weight: torch.Tensor) -> Quantized:
     """float8 with a scale for each 32 inputs: of eight within a factor of two the one with the least error."""
     parts = weight.reshape(-1, 32)
     largest = parts.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
     codes, scale, least = None, None, None
     for step in range(8):
         candidate = largest * 2 ** (step / 8)
-        rounded, _ = quantise_plainly(parts / candidate)
+        rounded, _ = cast_to_float8(parts / candidate)
         error = (rounded.float() * candidate - parts).square().sum(1, keepdim=True)
         if least is None:
             codes, scale, least = rounded, candidate, error
@@ -64,23 +64,23 @@ def searched_blocks(weight: torch.Tensor) -> Quantised:
     return codes.reshape(weight.shape), scale.reshape(len(weight), -1)
 
 
-def as_bfloat16(weight: torch.Tensor) -> Quantised:
+def as_bfloat16(weight: torch.Tensor) -> Quantized:
     return weight.to(torch.bfloat16), None
 
 
-WAYS: dict[str, Callable[[torch.Tensor], Quantised]] = {
-    "float8, plain (`--fp8`)": quantise_plainly,
-    "float8, scale per channel (`--fp8_scaled` with `--fp8_fast`)": quantise_channels,
+WAYS: dict[str, Callable[[torch.Tensor], Quantized]] = {
+    "float8, plain (`--fp8`)": cast_to_float8,
+    "float8, scale per channel (`--fp8_scaled`)": quantize_channels,
     "float8, scale per 64 inputs": float8_blocks,
     "float8, best scale per 32 inputs": searched_blocks,
-    "int8, scale per channel": lambda weight: quantise_blocks(weight, weight.shape[1]),
-    "int8, scale per 128 inputs": lambda weight: quantise_blocks(weight, 128),
-    "int8, scale per 64 inputs (`--fp8_scaled`)": quantise_blocks,
+    "int8, scale per channel": lambda weight: quantize_groups(weight, weight.shape[1]),
+    "int8, scale per 128 inputs": lambda weight: quantize_groups(weight, 128),
+    "int8, scale per 64 inputs (`--int8`)": quantize_groups,
     "bfloat16": as_bfloat16,
 }
 FAST = {
-    "float8, plain": quantise_plainly,
-    "float8, scale per channel": quantise_channels,
+    "float8, plain": cast_to_float8,
+    "float8, scale per channel": quantize_channels,
 }
 
 
@@ -92,7 +92,7 @@ def full_width(double_depth: int, single_depth: int, std: float | None) -> HYVid
     torch.manual_seed(0)
     transformer = HYVideoDiffusionTransformer(config).requires_grad_(False)
     for name, weight in transformer.named_parameters():
-        if std is not None and is_fp8_target(name):
+        if std is not None and is_quantized_name(name):
             weight.normal_(0, std)
     return transformer
 
@@ -140,7 +140,7 @@ def measure_layers() -> None:
 def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: torch.Generator) -> None:
     """Print the table of one network."""
     inputs = inputs_for(transformer.config, generator)
-    exact = {name: weight for name, weight in transformer.named_parameters() if is_fp8_target(name)}
+    exact = {name: weight for name, weight in transformer.named_parameters() if is_quantized_name(name)}
     reference = transformer(*inputs)
     print(f"| {title} | weights | output |\n|---|---|---|")
     for way, quantise in WAYS.items():
@@ -155,7 +155,7 @@ def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: tor
     for way, quantise in FAST.items():
         for name, weight in exact.items():
             store(transformer.get_submodule(name.removesuffix(".weight")), quantise(weight))
-        enable_fp8_linears(transformer, torch.float32, Products(per_row=True))
+        enable_quantized_linears(transformer, torch.float32, Float8Matmuls(per_row=True))
         print(f"| `--fp8_fast`: {way} | | {100 * relative(transformer(*inputs), reference):.2f} % |", flush=True)
         for name, weight in exact.items():
             linear = transformer.get_submodule(name.removesuffix(".weight"))
@@ -164,12 +164,12 @@ def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: tor
     print()
 
 
-def widened(quantise: Callable[[torch.Tensor], Quantised], weight: torch.Tensor) -> torch.Tensor:
+def widened(quantise: Callable[[torch.Tensor], Quantized], weight: torch.Tensor) -> torch.Tensor:
     codes, scale = quantise(weight)
-    return dequantise(codes, torch.float32, scale)
+    return dequantize(codes, torch.float32, scale)
 
 
-def store(linear: nn.Linear, quantised: Quantised) -> None:
+def store(linear: nn.Linear, quantised: Quantized) -> None:
     codes, scale = quantised
     linear.weight = nn.Parameter(codes, requires_grad=False)
     linear.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)

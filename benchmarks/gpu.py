@@ -68,12 +68,12 @@ def all_rows() -> list[Row]:
         Row("step", who="diffusers"),
         Row("step", weights="fp8_fast"),
         Row("step", weights="bf16", compile=True),
-        Row("step", "image540", weights="fp8_scaled", swap=56),
-        Row("step", "clip33", weights="fp8_scaled", swap=56, offload=True),
-        Row("step", "clip33", weights="fp8_scaled", swap=40),
+        Row("step", "image540", weights="int8", swap=56),
+        Row("step", "clip33", weights="int8", swap=56, offload=True),
+        Row("step", "clip33", weights="int8", swap=40),
         Row("step", "image540"),
         Row("step", "image540", who="diffusers"),
-        Row("step", weights="fp8_scaled"),
+        Row("step", weights="int8"),
         Row("step", weights="fp8"),
         Row("step", who="diffusers", weights="fp8"),
         Row("step", weights="fp8_fast", compile=True),
@@ -82,7 +82,7 @@ def all_rows() -> list[Row]:
         Row("step", swap=56),
         Row("step", who="diffusers", swap=56),
         Row("step", offload=True),
-        Row("step", "clip65", weights="fp8_scaled", swap=40, offload=True),
+        Row("step", "clip65", weights="int8", swap=40, offload=True),
         Row("step", "clip65"),
         Row("step", "clip65", who="diffusers"),
     ]
@@ -90,12 +90,12 @@ def all_rows() -> list[Row]:
         rows += [Row("forward", size), Row("forward", size, who="diffusers")]
     for size in SIZES:
         for work in ("step", "forward"):
-            rows += [Row(work, size, weights=weights) for weights in ("bf16", "fp8", "fp8_scaled", "fp8_fast")]
+            rows += [Row(work, size, weights=weights) for weights in ("bf16", "fp8", "int8", "fp8_fast")]
             rows += [Row(work, size, who="diffusers", weights=weights) for weights in ("bf16", "fp8")]
-            rows += [Row(work, size, weights=weights, compile=True) for weights in ("bf16", "fp8_scaled", "fp8_fast")]
-            rows += [Row(work, size, weights="fp8_scaled", swap=swap) for swap in (20, 40, 56)]
+            rows += [Row(work, size, weights=weights, compile=True) for weights in ("bf16", "int8", "fp8_fast")]
+            rows += [Row(work, size, weights="int8", swap=swap) for swap in (20, 40, 56)]
             rows += [Row(work, size, who="diffusers", weights="fp8", swap=56)]
-        rows += [Row("step", size, weights="fp8_scaled", swap=swap, offload=True) for swap in (0, 20, 40, 56)]
+        rows += [Row("step", size, weights="int8", swap=swap, offload=True) for swap in (0, 20, 40, 56)]
     return list(dict.fromkeys(rows))
 
 
@@ -219,7 +219,7 @@ def ratios(results: dict[str, dict[str, Any]]) -> Iterable[str]:
             continue
         changed = functools.partial(lambda row, **changes: Row(**(asdict(row) | changes)).name, row)
         if not row.compile and not row.offload:
-            theirs = "fp8" if row.weights == "fp8_scaled" else row.weights  # the same memory; it knows no scales
+            theirs = "fp8" if row.weights == "int8" else row.weights  # the same memory; it knows no scales
             yield from compare(f"{row.name}, than diffusers", row.name, changed(who="diffusers", weights=theirs))
         if row.weights == "fp8_fast":
             yield from compare(f"{row.name}, than bf16", row.name, changed(weights="bf16"))

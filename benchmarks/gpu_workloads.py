@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hunyuan_model.quantization.scaled_mm import check_fp8_products
-from hunyuan_model.runtime.block_swap import SLOTS, SwapSettings, block_sizes, streamed_blocks
-from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
+from hunyuan_model.runtime.block_swap import SLOTS, block_sizes, max_blocks_to_swap, streamed_blocks
+from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.loading import transformer_from
-from hunyuan_model.runtime.memory import BatchSize, Storage, weight_bytes
+from hunyuan_model.runtime.memory import BatchSize, weight_bytes
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.euler import latent_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
-from networks.training.memory_plan import GUESSED, MemoryPlan, MemorySettings
-from networks.training.saving.disk_space import NetworkSize
 
 CEILINGS = {"product": "bf16 product", "copy": "copy from page-locked memory"}
 RANK = 32
@@ -38,7 +39,7 @@ class Row:
     Attributes:
         work: "product" and "copy" (what the card does at best), "step" (a LoRA training step) or "forward" (one of sampling).
         size: of SIZES.
-        weights: bf16, fp8, fp8_scaled or fp8_fast; diffusers knows the first two.
+        weights: bf16, fp8, fp8_scaled, int8 or fp8_fast; diffusers knows the first two.
         swap: blocks. For diffusers any number means group offloading, of every block.
     """
 
@@ -92,13 +93,18 @@ def row_flops(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -
     return model, done
 
 
-def storage_of(row: Row) -> Storage:
-    return Storage(torch.bfloat16, row.weights != "bf16", row.weights == "fp8_scaled", row.weights == "fp8_fast")
-
-
-def swap_of(row: Row, config: TransformerConfig) -> SwapSettings:
-    limit = config.double_depth + config.single_depth - SLOTS
-    return SwapSettings(blocks=min(row.swap, limit), recomputed=row.work == "step")
+def runtime_of(row: Row, config: TransformerConfig, backend: str = "inductor") -> RuntimeSettings:
+    """What a row of ours puts on the transformer."""
+    formats = {"bf16": WeightFormat.PLAIN, "fp8_fast": WeightFormat.FP8}
+    trains = row.work == "step"
+    return RuntimeSettings(
+        weights=formats.get(row.weights) or WeightFormat(row.weights),
+        fp8_fast=row.weights == "fp8_fast",
+        blocks_to_swap=min(row.swap, max_blocks_to_swap(config)),
+        gradient_checkpointing=trains,
+        gradient_checkpointing_cpu_offload=trains and row.offload,
+        compile=CompileSettings(backend=backend) if row.compile else None,
+    )
 
 
 def predicted_bytes(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -> int:
@@ -109,22 +115,24 @@ def predicted_bytes(row: Row, config: TransformerConfig, size: tuple[int, int, i
     plan = MemoryPlan(
         config,
         torch.device("cuda"),
-        MemorySettings(storage_of(row), torch.bfloat16, trains, row.offload, swap_of(row, config)),
+        runtime_of(row, config),
         BatchSize(1, latent_size(size[1], size[0], size[2]), VALID_TEXT),
-        NetworkSize.of_shapes(tuple(parameter.shape) for parameter in network.parameters()) if trains else None,
+        torch.bfloat16,
+        torch.bfloat16,
+        sum(parameter.numel() for parameter in network.parameters()) if trains else None,
         2.0 * torch.float32.itemsize,
         trains=trains,
     )
     need = plan.need()
-    return need.of_step if trains else sum(value for name, value in need.device.items() if name != GUESSED)
+    return need.of_step if trains else need.on_device - need.kernels
 
 
 def copied_bytes(row: Row, config: TransformerConfig) -> float:
     """That block swap brings to the card for a step or a forward pass; a backward pass finds the last blocks there."""
-    swap = swap_of(row, config)
-    streamed = len(streamed_blocks(block_sizes(config), swap.blocks))
+    runtime = runtime_of(row, config)
+    streamed = len(streamed_blocks(block_sizes(config), runtime.blocks_to_swap))
     passes = 2 - SLOTS / streamed if row.work == "step" else 1
-    return weight_bytes(config, storage_of(row), swap).host * passes
+    return weight_bytes(config, torch.bfloat16, runtime).host * passes
 
 
 def make_inputs(config: TransformerConfig, size: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
@@ -164,31 +172,12 @@ def random_weight(tensor: Tensor) -> Tensor:
 
 def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -> HYVideoDiffusionTransformer:
     """Loaded as the scripts load it, but for where the weights come from."""
-    if row.weights == "fp8_fast":
-        check_fp8_products(device, "fp8_fast")
-    transformer = transformer_from(
-        RandomWeights(config, device),
-        config,
-        device=device,
-        dtype=torch.bfloat16,
-        fp8=row.weights != "bf16",
-        fp8_scaled=row.weights == "fp8_scaled",
-        fp8_fast=row.weights == "fp8_fast",
-        swap=swap_of(row, config),
-    )
-    if row.compile:
-        from hunyuan_model.runtime.compilation import CompileSettings, enable_compile
-
-        # On the CPU only the plumbing is tried: tracing is enough for that.
-        enable_compile(transformer, CompileSettings() if device.type == "cuda" else CompileSettings(backend="eager"))
-    if row.work == "step" and row.offload:
-        from hunyuan_model.runtime.activation_offload import make_offloader
-
-        offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=True)
-        enable_gradient_checkpointing(transformer, offloader)
-    elif row.work == "step":
-        enable_gradient_checkpointing(transformer)
-    return transformer
+    # On the CPU only the plumbing is tried: tracing is enough for that.
+    runtime = runtime_of(row, config, "inductor" if device.type == "cuda" else "eager")
+    if runtime.fp8_fast:
+        check_float8_matmuls(device, "fp8_fast")
+    weights = RandomWeights(config, device)
+    return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime)
 
 
 def their_transformer(row: Row, config: TransformerConfig, device: torch.device) -> nn.Module:

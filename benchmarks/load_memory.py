@@ -26,7 +26,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hunyuan_model.quantization.formats import WeightFormat  # noqa: E402
 from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
+from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from utils.devices import parse_dtype  # noqa: E402
@@ -39,12 +41,12 @@ CASES = (
     ("bfloat16", "bfloat16", ""),
     ("bfloat16", "float32", ""),
     ("bfloat16", "bfloat16", "fp8"),
-    ("bfloat16", "bfloat16", "fp8_scaled"),
+    ("bfloat16", "bfloat16", "int8"),
     ("float32", "bfloat16", ""),
     ("float32", "bfloat16", "fp8"),
-    ("float32", "bfloat16", "fp8_scaled"),
+    ("float32", "bfloat16", "int8"),
 )
-BLOCKS = {"": "", "fp8": ", blocks float8", "fp8_scaled": ", blocks in bytes with scales"}
+BLOCKS = {"": "", "fp8": ", blocks float8", "int8": ", blocks int8"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def measure(path: Path, dtype: torch.dtype, narrow: str = "") -> Result:
     torch.zeros(1 << 16).to(torch.bfloat16).to(torch.float8_e4m3fn)  # what torch allocates on first use is not the load's
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        model = load_transformer(path, device="cpu", dtype=dtype, fp8=bool(narrow), fp8_scaled=narrow == "fp8_scaled")
+        model = load_transformer(path, device="cpu", dtype=dtype, runtime=RuntimeSettings(WeightFormat(narrow or "plain")))
         seconds = time.perf_counter() - start
     sizes = [tensor.nbytes for tensor in model.state_dict().values()]
     return Result(path.stat().st_size / MIB, sum(sizes) / MIB, watch.peak / MIB, max(sizes) / MIB, seconds)

@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.load_memory import MemoryWatch  # noqa: E402
+from hunyuan_model.quantization.formats import WeightFormat  # noqa: E402
 from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
+from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
 from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents  # noqa: E402
 from hunyuan_model.sampling.flow import flow_sigmas  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
@@ -45,7 +47,7 @@ GIB = 1 << 30
 READ_BYTES = 16 << 20
 POOL_SLICE = 1 << 24
 SUFFIXES = (".safetensors", ".pt")
-KINDS = ("fp8", "fp8_scaled")
+KINDS = ("fp8", "fp8_scaled", "int8")
 VALID_TEXT, TEXT_ROWS = 60, 256
 LEAST_FREE = 1 << 30  # left over on the disk
 
@@ -136,7 +138,7 @@ def measure_load(path: Path, kind: str) -> dict[str, float]:
     torch.zeros(1 << 16).to(torch.bfloat16).to(torch.float8_e4m3fn)  # what torch allocates on first use is not the load's
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        model = load_transformer(path, device="cpu", dtype=torch.bfloat16, fp8=True, fp8_scaled=kind == "fp8_scaled")
+        model = load_transformer(path, device="cpu", dtype=torch.bfloat16, runtime=RuntimeSettings(WeightFormat(kind)))
         seconds = time.perf_counter() - start
     final = sum(tensor.nbytes for tensor in model.state_dict().values())
     return {"seconds": seconds, "final": final, "highest": watch.highest, "above_start": watch.peak}
@@ -147,7 +149,7 @@ def measure_generation(path: Path, kind: str, dtype: torch.dtype, side: int, ste
     device = torch.device("cpu")
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        model = load_transformer(path, device=device, dtype=dtype, fp8=True, fp8_scaled=kind == "fp8_scaled")
+        model = load_transformer(path, device=device, dtype=dtype, runtime=RuntimeSettings(WeightFormat(kind)))
         loaded = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         config = model.config

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hunyuan_model.checkpoints.identify import check_text_encoder_files, check_vae_file
+    from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
     from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
     from hunyuan_model.text.clip import load_text_encoder_2, load_tokenizer_2
     from hunyuan_model.text.encoding import encode_prompts
@@ -21,6 +22,7 @@ __all__ = [
     "check_text_encoder_files",
     "check_transformer_file",
     "check_vae_file",
+    "enable_gradient_checkpointing",
     "encode_prompts",
     "load_text_encoder_1",
     "load_text_encoder_2",
@@ -34,6 +36,7 @@ _HOMES = {
     "check_text_encoder_files": "hunyuan_model.checkpoints.identify",
     "check_transformer_file": "hunyuan_model.runtime.loading",
     "check_vae_file": "hunyuan_model.checkpoints.identify",
+    "enable_gradient_checkpointing": "hunyuan_model.runtime.gradient_checkpointing",
     "encode_prompts": "hunyuan_model.text.encoding",
     "load_transformer": "hunyuan_model.runtime.loading",
     "load_vae": "hunyuan_model.vae.loading",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_model.quantization.linear import replace_weight, true_weight
+from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
 from networks.lora_files import lora_pairs, match_weights, read_lora, tensor_hashes, to_layout
 from networks.lora_layouts import DEFAULT, DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
@@ -251,7 +251,7 @@ class LoRANetwork(nn.Module):
         patch = MergePatch([lora], shapes)
         for name in patch.names:
             linear = unet.get_submodule(name.removesuffix(".weight"))
-            replace_weight(linear, patch(name, true_weight(linear, device)), dtype)
+            replace_weight(linear, patch(name, dequantized_weight(linear, device)), dtype)
 
     @torch.no_grad()
     def apply_max_norm_regularization(

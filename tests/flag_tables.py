@@ -99,6 +99,7 @@ TRAINING = (
     Row("--split_attn", both(stays(lora, within=1e-4), becomes(seen("attended"), 8 + 3))),  # of the clip, and not of two pictures
     # Memory
     Row("--fp8_base", both(keeps_float8("transformer"), other_lora)),
+    Row("--int8_base", both(keeps_scales("transformer"), other_lora)),
     Row("--fp8_scaled", both(keeps_scales("transformer"), other_lora), beside="--fp8_base"),
     Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8_base"),
     Row("--gradient_checkpointing", both(stays(lora, within=1e-4), half_the_memory)),

@@ -110,7 +110,7 @@ def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: t
 
     Args:
         advice: or what makes it, when it is wanted.
-        device: whose memory is spoken of; the current card if None.
+        device: whose memory is spoken of; the current GPU if None.
     """
     try:
         yield
@@ -118,13 +118,13 @@ def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: t
         if not is_out_of_memory(error):
             raise
         what = advice if isinstance(advice, str) else advice()
-        raise UserError(f"out of memory while {doing}{_memory_of_card(device)}; {what}.") from error
+        raise UserError(f"out of memory while {doing}{_memory_of_gpu(device)}; {what}.") from error
 
 
-def _memory_of_card(device: torch.device | None) -> str:
+def _memory_of_gpu(device: torch.device | None) -> str:
     """What is free on a card and what this process used of it, for a sentence; nothing on the CPU."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return ""
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
-    return f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the card, and this process used up to {peak / 1e9:.1f} GB)"
+    return f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the GPU, and this process used up to {peak / 1e9:.1f} GB)"

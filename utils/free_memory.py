@@ -1,21 +1,19 @@
-"""How much memory is free, on a device and in the machine. Imports nothing of ours."""
+"""How much memory is free, on a device and in the machine."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
+import psutil
 import torch
 
-MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group, if it has a limit
 
 
 def free_device_memory(device: torch.device) -> int | None:
-    """Bytes that a computation on ``device`` may still take: of the card, or of main memory for the CPU.
+    """Bytes that a computation on ``device`` may still take: of the GPU, or of main memory for the CPU.
 
-    What torch holds of a card without using it counts as free. None where the system does not say.
+    What torch holds of a GPU without using it counts as free. None for other devices.
     """
     if device.type == "cpu":
         return free_host_memory()
@@ -25,27 +23,13 @@ def free_device_memory(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def free_host_memory() -> int | None:
-    """Bytes of main memory that a process may still take without swapping, within the limit of its container.
-
-    None on a system other than Linux and Windows.
-    """
-    try:
-        free = _free_on_windows() if sys.platform == "win32" else _free_on_linux(MEMINFO)
-    except (OSError, ValueError):
-        return None
+def free_host_memory() -> int:
+    """Bytes of main memory that a process may still take without swapping, within the limit of its container."""
+    free = psutil.virtual_memory().available
     try:
         return min(free, _left_to_container(CGROUP))
     except (OSError, ValueError):  # no container, or one without a limit
         return free
-
-
-def _free_on_linux(meminfo: Path) -> int:
-    """From /proc/meminfo; its pages of files that can be dropped count as free."""
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("the kernel does not say what is available")
 
 
 def _left_to_container(group: Path) -> int:
@@ -56,21 +40,3 @@ def _left_to_container(group: Path) -> int:
         if line.startswith("inactive_file "):
             used -= int(line.split()[1])
     return max(limit - used, 0)
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of the Windows API."""
-
-    _fields_ = [
-        ("length", ctypes.c_uint32),
-        ("load_percent", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("total", "available", "total_page", "available_page", "total_virtual")),
-        *((name, ctypes.c_uint64) for name in ("available_virtual", "available_extended_virtual")),
-    ]
-
-
-def _free_on_windows() -> int:
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise OSError("GlobalMemoryStatusEx failed")
-    return min(status.available, status.available_page)

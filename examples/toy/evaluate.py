@@ -36,6 +36,8 @@ from examples.toy.scoring import (
     zorp_prompts,
 )
 from examples.toy.toy_model import BATCH_SIZE, FLOW_SHIFT, FOLDER, FRAMES, GUIDANCE, STEPS, ToyModel
+from hunyuan_model.runtime.arguments import add_weight_format_arguments, weight_format
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.euler import latent_size
 from hunyuan_model.sampling.step_cache import check_step_cache
 from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, make_attention
@@ -75,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--inject_lora", action="store_true", help="keep the LoRA beside the weights, as in training (default: merged into them)"
     )
     model.add_argument("--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: float32)")
-    model.add_argument("--fp8", action="store_true", help="keep the transformer's Linear weights in float8 (default: off)")
-    model.add_argument("--fp8_scaled", action="store_true", help="with --fp8, give them scales (default: off)")
+    add_weight_format_arguments(model, "--fp8", "--int8")
     model.add_argument("--attn_mode", choices=ATTENTION_MODES, default="torch", help="attention kernel (default: torch)")
     model.add_argument("--split_attn", action="store_true", help="attend sample by sample (default: off)")
     add_device_argument(model)
@@ -223,8 +224,6 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.inject_lora and not args.lora_weight:
         raise UserError("--inject_lora says how a LoRA is applied, and none is given: name one with --lora_weight.")
-    if args.fp8_scaled and not args.fp8:
-        raise UserError("--fp8_scaled says how --fp8 stores weights; give --fp8 as well, or leave it out.")
     device = pick_device(args.device)
     dtype = choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.float32)
     latent_size(world.SIZE, world.SIZE, args.frames)
@@ -238,10 +237,7 @@ def main() -> None:
         lora=args.lora_weight,
         multipliers=args.lora_multiplier,
         inject=args.inject_lora,
-        fp8=args.fp8,
-        fp8_scaled=args.fp8_scaled,
-        attn_mode=args.attn_mode,
-        split_attn=args.split_attn,
+        runtime=RuntimeSettings(weight_format(args), args.fp8_fast, args.attn_mode, args.split_attn),
         device=device,
         dtype=dtype,
     )

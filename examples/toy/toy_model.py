@@ -16,6 +16,7 @@ import torch
 import hunyuan_model
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.world import to_pixels
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.decoding import decode_latents
 from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
@@ -55,10 +56,7 @@ class ToyModel:
         lora: Sequence[str | os.PathLike[str]] = (),
         multipliers: Sequence[float] = (),
         inject: bool = False,
-        fp8: bool = False,
-        fp8_scaled: bool = False,
-        attn_mode: str = "torch",
-        split_attn: bool = False,
+        runtime: RuntimeSettings | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> ToyModel:
@@ -73,10 +71,7 @@ class ToyModel:
             files.dit,
             device=device,
             dtype=dtype,
-            attn_mode=attn_mode,
-            split_attn=split_attn,
-            fp8=fp8,
-            fp8_scaled=fp8_scaled,
+            runtime=runtime,
             patch=merge_patch(loras, files.dit) if loras and not inject else None,
         )
         for one in loras if inject else ():

@@ -22,7 +22,7 @@ from torch import nn
 
 from hunyuan_model.checkpoints.mapped_file import MappedFile, safetensors_offsets, torch_maps_read_only
 from hunyuan_model.checkpoints.read_ahead import read_ahead
-from hunyuan_model.quantization.linear import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantiser, cast, dequantise, quantise_plainly
+from hunyuan_model.quantization.formats import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantizer, cast, cast_to_float8, dequantize
 from hunyuan_model.runtime.host_weights import host_copy
 from utils.errors import UserError
 from utils.files import require_file, require_there
@@ -311,7 +311,7 @@ def load_weights(
     *,
     device: torch.device | str,
     dtype_of: Callable[[str], torch.dtype],
-    quantise: Quantiser = quantise_plainly,
+    quantize: Quantizer = cast_to_float8,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     on_host: Callable[[str], bool] = lambda name: False,
     loaded: Callable[[str], None] = lambda name: None,
@@ -320,13 +320,13 @@ def load_weights(
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
 
     At the peak the final weights and one tensor are in memory. The parameters never share memory with the mapped file.
-    The scale of a narrow weight, if it has one, is put beside it under the weight's name and ``_scale``.
+    The scale of a quantized weight, if it has one, is put beside it under the weight's name and ``_scale``.
 
     Args:
         module: built on the meta device; every parameter and persistent buffer must be in the checkpoint, and nothing
             else may be. Buffers outside the state dict must hold real values and are moved to ``device``.
         dtype_of: final dtype by tensor name; tensors of integers keep theirs.
-        quantise: how weights are made narrow whose final dtype is float8_e4m3fn. Those that are stored so, and are not
+        quantize: how weights are quantized whose final dtype is float8_e4m3fn. Those that are stored so, and are not
             changed on the way, keep their bytes and their scale.
         patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast. It gets the tensor on ``device`` as
             stored, float8 ones as float32 with their scales multiplied in, and must return a new tensor instead of writing
@@ -354,7 +354,7 @@ def load_weights(
             swapped = on_host(name)
             as_stored = patch is None and checkpoint.dtypes[name] == dtype
             place = torch.device("cpu") if swapped and as_stored else device
-            for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantise, patch):
+            for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch):
                 _assign(module, part, host_copy(tensor) if swapped else tensor)
             loaded(name)
             bar.update(_bytes(checkpoint, name))
@@ -367,7 +367,7 @@ def _final_tensors(
     scale: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
-    quantise: Quantiser,
+    quantize: Quantizer,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> list[tuple[str, torch.Tensor]]:
     """A tensor as ``module`` is to hold it, and its scale if it has one."""
@@ -378,7 +378,7 @@ def _final_tensors(
         if patched is not value or dtype != FP8_DTYPE or tensor.dtype != dtype:
             tensor, scale = patched, None
     if dtype == FP8_DTYPE and tensor.dtype != dtype:
-        tensor, scale = quantise(tensor)
+        tensor, scale = quantize(tensor)
     else:
         tensor = cast(tensor, dtype)
     if tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
@@ -392,7 +392,7 @@ def _final_tensors(
 def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What a stored tensor stands for: float8 and scaled ones as new float32 tensors, others as they are."""
     if scale is not None:
-        return dequantise(stored.float(), torch.float32, scale.to(stored.device))
+        return dequantize(stored.float(), torch.float32, scale.to(stored.device))
     return stored.float() if stored.dtype in FP8_DTYPES else stored
 
 

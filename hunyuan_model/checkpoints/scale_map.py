@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
-from hunyuan_model.quantization.linear import FP8_DTYPES
+from hunyuan_model.quantization.formats import FP8_DTYPES
 from utils.errors import UserError
 
 _BLOCK = re.compile(r"(double|single)_blocks\.")

@@ -25,13 +25,13 @@ CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
-class Products:
+class Float8Matmuls:
     """How a device multiplies float8: with a scale for each row of the left and each column of the right matrix, or one each."""
 
     per_row: bool
 
 
-def check_fp8_products(device: torch.device, flag: str) -> None:
+def check_float8_matmuls(device: torch.device, flag: str) -> None:
     """Refuse a device that cannot multiply float8.
 
     Raises:
@@ -49,25 +49,25 @@ def check_fp8_products(device: torch.device, flag: str) -> None:
         )
 
 
-def find_products(device: torch.device) -> Products:
+def find_float8_matmuls(device: torch.device) -> Float8Matmuls:
     """How ``device`` multiplies float8, found out by trying: scales per row came later than the products themselves."""
     left = torch.ones(ALIGNMENT, ALIGNMENT, device=device).to(CODES)
     ones = torch.ones(ALIGNMENT, 1, device=device)
     try:
         _multiply(left, left.t(), ones, ones.t())
     except (RuntimeError, ValueError):
-        return Products(per_row=False)
-    return Products(per_row=True)
+        return Float8Matmuls(per_row=False)
+    return Float8Matmuls(per_row=True)
 
 
-def fits_products(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
+def fits_float8_matmuls(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
     """Whether the kernels take this layer: float8, sides that are multiples of 16, at most one scale for each output channel."""
     aligned = all(side % ALIGNMENT == 0 for side in weight.shape)
     return weight.dtype == CODES and aligned and (scale is None or scale.shape[1] == 1) and x.numel() > 0
 
 
 def fp8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, products: Products
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, products: Float8Matmuls
 ) -> torch.Tensor:
     """``x @ (weight * scale).T + bias`` in float8, with a gradient for x that is computed in float8 too.
 
@@ -78,10 +78,10 @@ def fp8_linear(
     Returns:
         (..., out) in the dtype of x, with the digits of bfloat16.
     """
-    return _Fp8Products.apply(x, weight, scale, bias, products.per_row)
+    return _Float8Linear.apply(x, weight, scale, bias, products.per_row)
 
 
-class _Fp8Products(torch.autograd.Function):
+class _Float8Linear(torch.autograd.Function):
     """Keeps only the stored weight and its scale for backward."""
 
     @staticmethod

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hunyuan_model.runtime.host_weights import HostWeights
-from hunyuan_model.runtime.shared_memory import SharedMemory
 from hunyuan_model.runtime.transfers import Transfers, make_transfers
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.errors import UserError
@@ -50,14 +49,12 @@ class SwapSettings:
         pinned: whether the host memory is to be page-locked where the system allows; matters for CUDA only.
         recomputed: gradient checkpointing wraps every block on top of this, so that none is kept for a backward pass. Leave
             it False without checkpointing: the backward pass then fetches the weights that autograd asks for.
-        shared: where they are, for all processes of this machine; None for memory of this process alone.
     """
 
     blocks: int = 0
     embedders: bool = False
     pinned: bool = True
     recomputed: bool = False
-    shared: SharedMemory | None = field(default=None, repr=False)
 
 
 def max_blocks_to_swap(config: TransformerConfig) -> int:
@@ -153,19 +150,28 @@ def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str]
 class PartsOnHost:
     """The blocks and embedders of a transformer that live in host memory, each settled there as soon as it is loaded.
 
-    Until then its weights are where they were loaded to. So of a part under way alone there are two copies, and where
-    processes share the memory, each needs but little beside it.
+    Until then its weights are where they were loaded to. So there are two copies of the part under way alone, and where
+    processes share the memory, each needs little beside it.
+
+    Args:
+        allocate: gives a size host memory, shared by the processes of this machine, say; by default this process's own.
 
     Attributes:
         weights: of the parts that are settled, by the names of the modules.
     """
 
-    def __init__(self, transformer: nn.Module, settings: SwapSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        settings: SwapSettings,
+        device: torch.device,
+        allocate: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.weights: dict[str, HostWeights] = {}
         self.wants = on_host(settings, transformer.config)
         self._missing = Counter(_part_of(name) for name in transformer.state_dict() if self.wants(name))
         self._transformer = transformer
-        self._allocate = settings.shared.take if settings.shared else None
+        self._allocate = allocate
         self._device = device
 
     def loaded(self, name: str) -> None:
@@ -194,7 +200,7 @@ def enable_block_swap(
     """Have blocks and embedders of ``transformer`` live in host memory and compute on ``device``, from outside.
 
     Classes, names and parameter objects stay; the values of the parameters are elsewhere. Parameters that are trainable now,
-    and buffers, stay on the device. Call it once, after ``enable_fp8_linears`` and before ``enable_gradient_checkpointing``.
+    and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and before ``enable_gradient_checkpointing``.
     The weights must not be written to from then on.
 
     Each block's forward becomes a ``SwappedForward``. ``transformer.block_swap`` is the ``BlockSwapper``, if there is one.

@@ -11,17 +11,15 @@ import torch
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.checkpoints.reading import Checkpoint, load_weights
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
-from hunyuan_model.quantization.linear import (
-    FP8_DTYPE,
-    Quantiser,
-    enable_fp8_linears,
-    is_fp8_target,
-    quantise_blocks,
-    quantise_channels,
-    quantise_plainly,
-)
-from hunyuan_model.quantization.scaled_mm import check_fp8_products, find_products
-from hunyuan_model.runtime.block_swap import PartsOnHost, SwapSettings, enable_block_swap
+from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
+from hunyuan_model.quantization.linear import enable_quantized_linears
+from hunyuan_model.quantization.scaled_mm import check_float8_matmuls, find_float8_matmuls
+from hunyuan_model.runtime.activation_offload import make_offloader
+from hunyuan_model.runtime.block_swap import PartsOnHost, enable_block_swap
+from hunyuan_model.runtime.compilation import enable_compile
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.runtime.shared_memory import SharedMemory
 from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
@@ -37,10 +35,8 @@ def load_transformer(
     dtype: torch.dtype,
     attn_mode: str = "torch",
     split_attn: bool = False,
-    fp8: bool = False,
-    fp8_scaled: bool = False,
-    fp8_fast: bool = False,
-    swap: SwapSettings | None = None,
+    runtime: RuntimeSettings | None = None,
+    shared: SharedMemory | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """The transformer in ``path``, in eval mode and frozen; its size is read from the shapes in the file.
@@ -51,40 +47,21 @@ def load_transformer(
     Args:
         path: .safetensors, .pt (also wrapped as ``{"module": ...}``), or a folder with one of them or with shards.
         dtype: of the weights, and of the computation outside autocast.
-        attn_mode, split_attn: as ``hunyuan_model.transformer.attention.make_attention`` takes them.
-        fp8: store the Linear weights of the blocks as float8 (see ``quantization.linear``). A file that is float8 already
-            keeps its bytes then, with their scales if it has such, and is widened to ``dtype`` otherwise.
-        fp8_scaled: with ``fp8``, give the weights scales: far closer to the weights of the file, in one byte as well.
-        fp8_fast: with ``fp8``, multiply float8 by float8 on cards that can; the scales of ``fp8_scaled`` are then those that
-            the cards take.
-        swap: what stays in host memory and comes to ``device`` in turn (see ``hunyuan_model.runtime.block_swap``); nothing if None.
+        attn_mode, split_attn: short form of a ``runtime`` that sets only these.
+        runtime: everything that is put on the transformer. A file that holds float8 weights keeps them, with their scales if it
+            has such, in every quantized format; with PLAIN they are dequantized to ``dtype``.
+        shared: host memory for swapped weights that the processes of this machine share.
         patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
 
     Raises:
         UserError: the file is missing, damaged, incomplete or something else than a transformer; it has fewer blocks than
-            ``swap`` needs; ``fp8_fast`` on a device that cannot.
+            are to be swapped; ``runtime`` asks for what ``device`` cannot do.
     """
-    device = torch.device(device)
-    if (fp8_scaled or fp8_fast) and not fp8:
-        raise ValueError("fp8_scaled and fp8_fast say how fp8 is done; give fp8 as well")
-    if fp8_fast:
-        check_fp8_products(device, "fp8_fast")
+    device, runtime = torch.device(device), runtime or RuntimeSettings(attn_mode=attn_mode, split_attn=split_attn)
+    if runtime.fp8_fast:
+        check_float8_matmuls(device, "fp8_fast")
     checkpoint, config = open_transformer(path, "--dit")
-    if fp8_scaled and any(dtype == FP8_DTYPE for name, dtype in checkpoint.dtypes.items() if is_fp8_target(name)):
-        logger.warning("%s holds float8 weights already: they stay as they are, and fp8_scaled changes nothing of them.", path)
-    return transformer_from(
-        checkpoint,
-        config,
-        device=device,
-        dtype=dtype,
-        attn_mode=attn_mode,
-        split_attn=split_attn,
-        fp8=fp8,
-        fp8_scaled=fp8_scaled,
-        fp8_fast=fp8_fast,
-        swap=swap,
-        patch=patch,
-    )
+    return transformer_from(checkpoint, config, device=device, dtype=dtype, runtime=runtime, shared=shared, patch=patch)
 
 
 def transformer_from(
@@ -93,35 +70,47 @@ def transformer_from(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    attn_mode: str = "torch",
-    split_attn: bool = False,
-    fp8: bool = False,
-    fp8_scaled: bool = False,
-    fp8_fast: bool = False,
-    swap: SwapSettings | None = None,
+    runtime: RuntimeSettings,
+    shared: SharedMemory | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
-    """``load_transformer`` of a checkpoint that is open already, as ``open_transformer`` returns it."""
-    swap = swap or SwapSettings()
-    attention = make_attention(attn_mode, split=split_attn)
+    """``load_transformer`` of a checkpoint that is open already, as ``open_transformer`` returns it.
+
+    Everything that happens to the plain network stands here, in the one order that works. What a network module hooks into the
+    Linear layers comes after all of it.
+    """
+    # 1. The network itself, which only knows how it attends.
     with torch.device("meta"):
-        model = HYVideoDiffusionTransformer(config, attention)
-    parts = PartsOnHost(model, swap, device)
+        model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
+    # 2. Its weights, each quantized and put into host memory as soon as it is read, so that none is held twice.
+    on_host = PartsOnHost(model, runtime.swap, device, shared.take if shared else None)
+    quantized = runtime.weights is not WeightFormat.PLAIN
     load_weights(
         model,
         checkpoint,
         device=device,
-        dtype_of=lambda name: FP8_DTYPE if fp8 and is_fp8_target(name) else dtype,
-        quantise=_quantiser(checkpoint, fp8_scaled, fp8_fast),
+        dtype_of=lambda name: FP8_DTYPE if quantized and is_quantized_name(name) else dtype,
+        quantize=quantizer_for(runtime.weights, checkpoint),
         patch=patch,
-        on_host=parts.wants,
-        loaded=parts.loaded,
+        on_host=on_host.wants,
+        loaded=on_host.loaded,
         progress="loading the transformer",
     )
-    if fp8:
-        count = enable_fp8_linears(model, dtype, find_products(device) if fp8_fast else None)
+    # 3. Forwards that dequantize. Before block swap, which counts the scales among a block's weights.
+    if quantized:
+        count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
-    enable_block_swap(model, swap, device, parts)
+    # 4. Block swap. Before compiling: a compiled block does not see where its weights come from.
+    enable_block_swap(model, runtime.swap, device, on_host)
+    # 5. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
+    if runtime.compile is not None:
+        enable_compile(model, runtime.compile)
+    # 6. Checkpointing last: it holds the inputs of whatever computes a block.
+    if runtime.gradient_checkpointing:
+        offloader = None
+        if runtime.gradient_checkpointing_cpu_offload:
+            offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=runtime.pinned_swap_memory)
+        enable_gradient_checkpointing(model, offloader)
     return model.eval()
 
 
@@ -149,7 +138,11 @@ def open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoin
         raise UserError(f"{flag} {path}: {error}") from None
 
 
-def _quantiser(checkpoint: Checkpoint, scaled: bool, fast: bool) -> Quantiser:
-    if scaled and not fast:
-        return quantise_blocks
-    return quantise_channels if scaled or checkpoint.scales else quantise_plainly
+def quantizer_for(weights: WeightFormat, checkpoint: Checkpoint) -> Quantizer:
+    """How weights that are not float8 in ``checkpoint`` become so. A file with scales gets scales for what is changed in it."""
+    stored = [name for name, dtype in checkpoint.dtypes.items() if dtype == FP8_DTYPE and is_quantized_name(name)]
+    if stored and weights in (WeightFormat.FP8_SCALED, WeightFormat.INT8):
+        logger.warning("%s holds float8 weights already: they stay as they are in the file.", checkpoint.path)
+    if weights is WeightFormat.FP8 and checkpoint.scales:
+        return quantize_channels
+    return weights.quantizer

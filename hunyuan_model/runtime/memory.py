@@ -12,9 +12,10 @@ from functools import lru_cache
 
 import torch
 
-from hunyuan_model.quantization.linear import BLOCK, is_fp8_target
-from hunyuan_model.runtime.block_swap import SLOTS, SwapSettings, on_host
+from hunyuan_model.quantization.formats import GROUP, WeightFormat, is_quantized_name
+from hunyuan_model.runtime.block_swap import SLOTS, on_host
 from hunyuan_model.runtime.host_weights import ALIGNMENT
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.transformer.rope import TEXT_ROWS_STEP
@@ -47,44 +48,34 @@ class BatchSize:
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How weights are stored: in ``dtype``, those of the blocks' linear layers with ``fp8`` in one byte, see ``fp8.py``."""
-
-    dtype: torch.dtype
-    fp8: bool = False
-    scaled: bool = False
-    fast: bool = False
-
-
-@dataclass(frozen=True)
 class WeightBytes:
     """Of the transformer's weights.
 
     Attributes:
         resident: on the device for good.
-        slots: on the device, for the blocks that come in turn.
-        host: of these, in host memory.
-        widened: the largest copy that is made of one weight for its matrix product; 0 where none is.
+        slots: on the device, room for swapped blocks.
+        host: of swapped weights, in host memory.
+        dequantized: the largest copy that is made of one weight for its matmul; 0 where none is.
     """
 
     resident: int
     slots: int
     host: int
-    widened: int
+    dequantized: int
 
 
 @lru_cache
-def weight_bytes(config: TransformerConfig, storage: Storage, swap: SwapSettings) -> WeightBytes:
+def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: RuntimeSettings) -> WeightBytes:
     """Where the weights are, and how large.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
     """
-    away = on_host(swap, config)
-    resident = host = widened = 0
+    away = on_host(runtime.swap, config)
+    resident = host = dequantized = 0
     streamed: dict[str, int] = {}
     for name, shape in _shapes(config).items():
-        size = _stored_bytes(name, shape, storage)
+        size = _stored_bytes(name, shape, dtype, runtime)
         if not away(name):
             resident += size
         else:
@@ -93,10 +84,10 @@ def weight_bytes(config: TransformerConfig, storage: Storage, swap: SwapSettings
             owner = ".".join(name.split(".")[:2])
             if "blocks" in owner:
                 streamed[owner] = streamed.get(owner, 0) + size
-        if storage.fp8 and is_fp8_target(name):
-            widened = max(widened, math.prod(shape) * _widened_itemsize(storage))
+        if runtime.weights is not WeightFormat.PLAIN and is_quantized_name(name):
+            dequantized = max(dequantized, math.prod(shape) * _dequantized_itemsize(dtype, runtime))
     slots = SLOTS * max(streamed.values(), default=0)
-    return WeightBytes(resident, slots, host, widened)
+    return WeightBytes(resident, slots, host, dequantized)
 
 
 @lru_cache
@@ -105,23 +96,22 @@ def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], storage: Storage) -> int:
-    if not (storage.fp8 and is_fp8_target(name)):
-        return math.prod(shape) * storage.dtype.itemsize
+def _stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, runtime: RuntimeSettings) -> int:
+    if runtime.weights is WeightFormat.PLAIN or not is_quantized_name(name):
+        return math.prod(shape) * dtype.itemsize
     scales = 0
-    if storage.scaled and storage.fast:
+    if runtime.weights is WeightFormat.FP8_SCALED:
         scales = FLOAT32 * shape[0]
-    elif storage.scaled:
-        scales = torch.bfloat16.itemsize * shape[0] * (shape[1] // BLOCK if shape[1] % BLOCK == 0 else 1)
+    elif runtime.weights is WeightFormat.INT8:
+        scales = torch.bfloat16.itemsize * shape[0] * (shape[1] // GROUP if shape[1] % GROUP == 0 else 1)
     return math.prod(shape) + scales
 
 
-def _widened_itemsize(storage: Storage) -> int:
-    """Bytes per value of the copies of a weight that exist at once while it is widened."""
-    if storage.fast:
-        return 1  # turned round, for the backward pass
-    exact = FLOAT32 if storage.scaled and storage.dtype == torch.float16 else 0
-    return storage.dtype.itemsize + exact
+def _dequantized_itemsize(dtype: torch.dtype, runtime: RuntimeSettings) -> int:
+    """Bytes per value of the copies of a weight that exist at once while it is dequantized."""
+    if runtime.fp8_fast:
+        return 1  # transposed, for the backward pass
+    return dtype.itemsize + (FLOAT32 if runtime.weights is not WeightFormat.FP8 and dtype == torch.float16 else 0)
 
 
 @dataclass(frozen=True)
@@ -162,11 +152,11 @@ class ActivationBytes:
         return self.inputs + self.kept + self.working
 
 
-def training_activations(config: TransformerConfig, batch: BatchSize, how: Computation, widened: int = 0) -> ActivationBytes:
+def training_activations(config: TransformerConfig, batch: BatchSize, how: Computation, dequantized: int = 0) -> ActivationBytes:
     """Of a forward and a backward pass, without the loss; the peak is in the last block's backward pass.
 
     Args:
-        widened: see ``WeightBytes``.
+        dequantized: see ``WeightBytes``.
     """
     tokens = batch.tokens(config)
     one_input = _residual_bytes(config, how) * tokens
@@ -174,8 +164,8 @@ def training_activations(config: TransformerConfig, batch: BatchSize, how: Compu
     kept_by_double = _kept_by_double(config, how, batch.samples) * tokens
     kept_by_single = _kept_by_single(config, how) * tokens
     copies = _copies_of_network(how)
-    work_of_double = _work_of_backward(tokens, how, config.mlp_size, widened) + 2 * one_input
-    work_of_single = _work_of_backward(tokens, how, config.hidden_size + config.mlp_size, widened) + one_input
+    work_of_double = _work_of_backward(tokens, how, config.mlp_size, dequantized) + 2 * one_input
+    work_of_single = _work_of_backward(tokens, how, config.hidden_size + config.mlp_size, dequantized) + one_input
     if not how.checkpointing:
         inputs = blocks * one_input
         kept = config.double_depth * kept_by_double + config.single_depth * kept_by_single + copies
@@ -194,7 +184,7 @@ def training_activations(config: TransformerConfig, batch: BatchSize, how: Compu
     return ActivationBytes(on_device, blocks * one_input, kept, working)
 
 
-def sampling_activations(config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, widened: int = 0) -> int:
+def sampling_activations(config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0) -> int:
     """Of one forward pass without a backward pass."""
     hidden, mlp = config.hidden_size, config.mlp_size
     # Before linear2: tokens, what linear1 gives, attended, and linear2's input.
@@ -202,7 +192,7 @@ def sampling_activations(config: TransformerConfig, batch: BatchSize, dtype: tor
     # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and what the kernel works with.
     # In the MLP: tokens twice, attended, their norm, and what fc1 gives.
     double = max(12 * hidden, 4 * hidden + mlp)
-    return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + widened
+    return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + dequantized
 
 
 def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:
@@ -254,7 +244,7 @@ def _small(config: TransformerConfig, how: Computation, linears: int, norms: int
 @lru_cache
 def _sides(config: TransformerConfig) -> int:
     """Numbers in a LoRA of rank 1."""
-    return sum(sum(shape) for name, shape in _shapes(config).items() if is_fp8_target(name))
+    return sum(sum(shape) for name, shape in _shapes(config).items() if is_quantized_name(name))
 
 
 def _copies_of_network(how: Computation) -> int:
@@ -262,7 +252,7 @@ def _copies_of_network(how: Computation) -> int:
     return how.network_values * how.dtype.itemsize if how.dtype.itemsize < FLOAT32 else 0
 
 
-def _work_of_backward(tokens: int, how: Computation, width: int, widened: int) -> int:
+def _work_of_backward(tokens: int, how: Computation, width: int, dequantized: int) -> int:
     """The gradient of the widest layer's input, by the layer, by its LoRA, and their sum; the input itself is gone by then."""
     one = tokens * how.dtype.itemsize * width
-    return max(2 * one, one + widened)
+    return max(2 * one, one + dequantized)

@@ -20,7 +20,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokeni
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
 from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
-from hunyuan_model.quantization.linear import FP8_DTYPE, enable_fp8_linears
+from hunyuan_model.quantization.formats import FP8_DTYPE
+from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.text.model_config import building_from_config, read_model_config
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
@@ -165,7 +166,7 @@ def load_text_encoder_1(
         progress="loading text encoder 1",
     )
     if fp8:
-        enable_fp8_linears(model, dtype)
+        enable_quantized_linears(model, dtype)
     return LlamaTextEncoder(model.eval(), tokenizer)
 
 

@@ -33,7 +33,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.mixed_precision not in PRECISIONS:
         raise UserError(
             f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "
-            "Use bf16; --fp8_base keeps the frozen weights in float8."
+            "Use bf16; --int8_base or --fp8_base stores the frozen weights in one byte each."
         )
     if accelerator.is_main_process and (unused := [f"--{name}" for name in WRAPPER_FLAGS if getattr(args, name)]):
         logger.warning("%s: no effect, as gradients are averaged without torch's wrapper.", ", ".join(unused))

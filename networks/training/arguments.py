@@ -10,14 +10,13 @@ import torch
 
 from hunyuan_model.runtime.arguments import (
     add_compile_arguments,
-    add_fp8_arguments,
     add_kernel_arguments,
     add_swap_arguments,
-    check_fp8_arguments,
-    compile_settings,
+    add_weight_format_arguments,
+    runtime_settings,
 )
 from hunyuan_model.text.arguments import add_text_encoder_arguments
-from hunyuan_model.transformer.attention import TRAINABLE_MODES, check_attention_device, make_attention
+from hunyuan_model.transformer.attention import TRAINABLE_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments
 from networks.training.logging.loss_log import check_loss_log
 from networks.training.saving.files import SaveRules, final_name, state_name, step_name
@@ -25,7 +24,6 @@ from utils.cli.arguments import finite_float, non_negative_float, positive_float
 from utils.cli.config_files import add_config_file_argument
 from utils.cli.hub_arguments import add_hub_arguments
 from utils.cli.settings import settings_from
-from utils.devices import pick_device
 from utils.errors import UserError
 from utils.files import require_writable_folder
 from utils.hub import HubSettings
@@ -75,8 +73,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--fp8_base", action="store_true", help="keep the base model's Linear weights in float8 (default: off)")
-    add_fp8_arguments(group, "--fp8_base")
+    add_weight_format_arguments(group, "--fp8_base", "--int8_base")
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
@@ -408,16 +405,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("dataset_config", "dit", "output_dir", "output_name") if getattr(args, name) is None]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
-    device = pick_device(None)
-    make_attention(attention_mode(args))
-    check_attention_device(attention_mode(args), device)
-    check_fp8_arguments(args, "fp8_base", device)
-    if args.gradient_checkpointing_cpu_offload and not args.gradient_checkpointing:
-        raise UserError(
-            "--gradient_checkpointing_cpu_offload says where --gradient_checkpointing keeps the inputs of blocks; "
-            "give --gradient_checkpointing as well, or leave --gradient_checkpointing_cpu_offload out."
-        )
-    compile_settings(args)
+    runtime_settings(args, attention_mode(args))
     if args.max_data_loader_n_workers < 0:
         raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
     if args.network_dropout is not None and args.network_dropout >= 1:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from networks.training.memory_plan import OPTIMIZER
-from networks.training.memory_report import names_the_batch
+from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
 from networks.training.pause import kept_random_state
 from networks.training.run import Training
-from networks.training.saving.disk_space import readable
 from utils.devices import free_memory
+from utils.disk_space import readable
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)
-    with kept_random_state(device), names_the_batch(plan, [batch], "trying the largest batch,"):
+    with kept_random_state(device), explain_batch_out_of_memory(plan, [batch], "trying the largest batch,"):
         held = torch.empty(_bytes_to_come(training) if on_card else 0, dtype=torch.uint8, device=device)
         noise = torch.zeros(batch["latents"].shape, device=device)
         loss = training.flow_matching.loss_at(batch, noise, torch.full((len(noise),), TIMESTEP))
@@ -56,4 +55,4 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
 def _bytes_to_come(training: Training) -> int:
     """That the optimiser has not taken yet."""
     optimizer = getattr(training.optimizer, "optimizer", training.optimizer)  # what accelerate wraps
-    return 0 if optimizer.state else training.memory.need().device.get(OPTIMIZER, 0)
+    return 0 if optimizer.state else training.memory.need().optimizer

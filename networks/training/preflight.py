@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 import networks.lora
-from hunyuan_model.runtime.arguments import AUTO
-from hunyuan_model.runtime.block_swap import check_blocks_to_swap
 from hunyuan_model.runtime.loading import check_transformer_file
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
@@ -53,15 +51,16 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
         UserError: a file, the network or its arguments cannot be used.
     """
     config = check_transformer_file(args.dit, "--dit")
-    if args.blocks_to_swap != AUTO:
-        check_blocks_to_swap(args.blocks_to_swap, config)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
     for path in args.base_weights:
         check_lora_file(path, shapes)
-    if args.fp8_base and args.network_module.startswith("lycoris"):
-        raise UserError("LyCORIS computes in the dtype of the base weights, which float8 does not allow; leave --fp8_base out.")
+    if (args.fp8_base or args.int8_base) and args.network_module.startswith("lycoris"):
+        raise UserError(
+            "LyCORIS computes in the dtype of the base weights, which quantized weights do not allow; "
+            "leave --fp8_base and --int8_base out."
+        )
     network_args = parse_key_values(args.network_args, "--network_args")
     module = import_network_module(args.network_module)
     if module is not networks.lora:

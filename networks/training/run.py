@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hunyuan_model.runtime.memory_plan import MemoryPlan
 from networks.training.accelerator import save_dtype
 from networks.training.logging.logs import TrainingLogs
 from networks.training.loss.flow_matching import FlowMatching
-from networks.training.memory_plan import MemoryPlan
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights, paused_training
 from networks.training.samples.sampling import TrainingSamples

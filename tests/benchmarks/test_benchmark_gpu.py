@@ -29,7 +29,7 @@ def test_rows_have_names_of_their_own_and_the_most_telling_come_first():
     for work in ("step", "forward"):
         for size in SIZES:
             there = [row for row in rows if (row.work, row.size) == (work, size)]
-            assert {row.weights for row in there} == {"bf16", "fp8", "fp8_scaled", "fp8_fast"}
+            assert {row.weights for row in there} == {"bf16", "fp8", "int8", "fp8_fast"}
             assert {row.swap for row in there if row.who == "ours"} >= {0, 20, 40, 56}
             assert {row.who for row in there} == {"ours", "diffusers"} and any(row.compile for row in there)
     assert any(row.offload for row in rows)
@@ -63,7 +63,7 @@ def test_operations_are_those_of_the_layers():
         Row("copy"),
         Row("step", "image540"),
         Row("step", "image540", weights="fp8", swap=20),
-        Row("forward", "clip33", weights="fp8_scaled"),
+        Row("forward", "clip33", weights="int8"),
         Row("step", "image540", who="diffusers"),
         Row("forward", "image720", who="diffusers", weights="fp8"),
     ],

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.loading import seconds_to_read, stored_layout, write_checkpoint
 from hunyuan_model.checkpoints.reading import open_checkpoint
+from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -28,7 +30,7 @@ def test_the_file_is_a_checkpoint_with_the_official_names(tmp_path, name, float8
     assert {key: (checkpoint.dtypes[key], shape) for key, shape in checkpoint.shapes.items()} == stored_layout(CONFIG, float8)
     values = checkpoint.get("single_blocks.0.linear1.weight").float()
     assert 0.015 < values.std() < 0.025
-    model = load_transformer(path, device="cpu", dtype=torch.bfloat16, fp8=True)
+    model = load_transformer(path, device="cpu", dtype=torch.bfloat16, runtime=RuntimeSettings(WeightFormat.FP8))
     assert model.config == CONFIG
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert seconds_to_read(path) > 0

@@ -15,6 +15,8 @@ from examples.toy.reading import read
 from examples.toy.toy_model import ToyModel
 from hunyuan_model import load_transformer
 from hunyuan_model.checkpoints.reading import open_checkpoint
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.settings import RuntimeSettings
 from networks.lora import create_network
 
 LARGEST = 30e6  # bytes of the whole model
@@ -77,12 +79,12 @@ def test_pictures_and_longer_clips_are_drawn_too():
 
 @pytest.mark.slow
 def test_float8_weights_draw_as_well(clips, prompts):
-    wide, narrow = right(clips, prompts), right(drawn(ToyModel.load(fp8=True), prompts), prompts)
+    wide, narrow = right(clips, prompts), right(drawn(ToyModel.load(runtime=RuntimeSettings(WeightFormat.FP8)), prompts), prompts)
     assert all(abs(wide[word] - narrow[word]) <= 2 for word in WORDS), (wide, narrow)
 
 
 def test_split_attention_draws_the_same(clips, prompts):
-    split = drawn(ToyModel.load(split_attn=True), prompts[:4])
+    split = drawn(ToyModel.load(runtime=RuntimeSettings(split_attn=True)), prompts[:4])
     assert np.abs(split.astype(int) - clips[:4]).max() <= 1
 
 

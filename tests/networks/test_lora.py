@@ -16,7 +16,9 @@ from torch import nn
 
 import hunyuan_model
 from hunyuan_model.checkpoints.reading import open_checkpoint
-from hunyuan_model.quantization.linear import cast, enable_fp8_linears
+from hunyuan_model.quantization.formats import WeightFormat, cast
+from hunyuan_model.quantization.linear import enable_quantized_linears
+from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
 from networks.lora import LoRAModule, create_network, create_network_from_weights
 from networks.lora_files import read_lora, to_layout
@@ -30,7 +32,13 @@ OUT = {"atol": 3e-5, "rtol": 1e-4}
 
 
 def load_transformer(patch=None, fp8=False) -> nn.Module:
-    return hunyuan_model.load_transformer(DIT, device="cpu", dtype=torch.float32, patch=patch, fp8=fp8)
+    return hunyuan_model.load_transformer(
+        DIT,
+        device="cpu",
+        dtype=torch.float32,
+        patch=patch,
+        runtime=RuntimeSettings(WeightFormat.FP8 if fp8 else WeightFormat.PLAIN),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +316,7 @@ def test_works_over_float8_layers():
     linear.__dict__.pop("forward")
     wide = linear.weight.detach().clone()
     linear.weight = nn.Parameter(cast(wide, torch.float8_e4m3fn), requires_grad=False)
-    enable_fp8_linears(nn.Sequential(linear), torch.float32)
+    enable_quantized_linears(nn.Sequential(linear), torch.float32)
     module.attach(linear)
     x = torch.randn(2, 3, 6, requires_grad=True)
     stored = linear.weight.float()

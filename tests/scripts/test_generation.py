@@ -320,10 +320,7 @@ def test_out_of_memory_names_the_flags(generate, monkeypatch):
 
     monkeypatch.setattr("hv_generate_video.sample_latents", full)
     ended = generate()
-    assert (
-        ended.status == 2
-        and "out of memory while sampling 1 x 48x32x5; give --fp8 --fp8_scaled next, which saves about" in ended.stderr
-    )
+    assert ended.status == 2 and "out of memory while sampling 1 x 48x32x5; give --int8 next, which saves about" in ended.stderr
 
 
 @pytest.mark.parametrize("output_type", ["video", "images"])

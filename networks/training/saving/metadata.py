@@ -35,6 +35,7 @@ _FROM_FLAGS = {
     "ss_training_comment": "training_comment",
     "ss_max_grad_norm": "max_grad_norm",
     "ss_fp8_base": "fp8_base",
+    "ss_int8_base": "int8_base",
     "ss_fp8_scaled": "fp8_scaled",
     "ss_fp8_fast": "fp8_fast",
     "ss_fp8_llm": "fp8_llm",

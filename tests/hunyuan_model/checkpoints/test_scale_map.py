@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hunyuan_model.quantization.linear import FP8_DTYPE, is_fp8_target, true_weight
+from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat, is_quantized_name
+from hunyuan_model.quantization.linear import dequantized_weight
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
@@ -17,9 +19,9 @@ LORA = GOLDENS / "lora.safetensors"
 FILE, MAP = "mp_rank_00_model_states_fp8.pt", "mp_rank_00_model_states_fp8_map.pt"
 
 
-def is_narrow(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """All Linear layers of the blocks, those of the modulation too."""
-    return ("_blocks.0" in name and "norm" not in name and name.endswith(".weight")) or is_fp8_target(name)
+    return ("_blocks.0" in name and "norm" not in name and name.endswith(".weight")) or is_quantized_name(name)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def pair(tmp_path, weights) -> Path:
     """The golden transformer as such a pair, wrapped as published."""
-    scales = {name: weight.abs().max() / 448 for name, weight in weights.items() if is_narrow(name) and weight.dim() == 2}
+    scales = {name: weight.abs().max() / 448 for name, weight in weights.items() if is_quantized(name) and weight.dim() == 2}
     stored = {
         name: (weight / scales[name]).to(FP8_DTYPE) if name in scales else weight.bfloat16() for name, weight in weights.items()
     }
@@ -65,10 +67,10 @@ def test_widened_weights_are_multiplied_with_their_scales(pair, weights):
 def test_bytes_and_scales_are_kept(pair, scaled):
     stored, scales = parts(pair)
     io = load_file(GOLDENS / "dit_io.safetensors")
-    model, wide = load(pair, fp8=True, fp8_scaled=scaled), load(pair)
+    model, wide = load(pair, runtime=RuntimeSettings(WeightFormat.INT8 if scaled else WeightFormat.FP8)), load(pair)
     parameters = dict(model.named_parameters())
     for name in stored:
-        if is_fp8_target(name):
+        if is_quantized_name(name):
             assert torch.equal(parameters[name].view(torch.uint8), stored[name].view(torch.uint8))
             assert parameters[f"{name}_scale"].item() == scales[name.removesuffix(".weight")]
         else:
@@ -78,19 +80,20 @@ def test_bytes_and_scales_are_kept(pair, scaled):
     assert relative(model(*inputs), io["caseB.out"]) < 0.2
 
 
-@pytest.mark.parametrize("options", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}])
-def test_a_lora_is_merged_into_what_the_weights_mean(pair, options):
+@pytest.mark.parametrize("storage", WeightFormat)
+def test_a_lora_is_merged_into_what_the_weights_mean(pair, storage):
     plain, patch = load(pair), merge_patch(read_lora_files([LORA]), pair)
-    merged = load(pair, patch=patch, **options)
+    merged = load(pair, patch=patch, runtime=RuntimeSettings(storage))
     assert len(patch.names) == 22
     for name in patch.names:
         layer = name.removesuffix(".weight")
         expected = patch(name, plain.get_parameter(name))
         stored = merged.get_submodule(layer)
-        kind = {1: torch.float8_e4m3fn, 2: torch.int8}.get(len(options), torch.float32)
+        kinds = {WeightFormat.PLAIN: torch.float32, WeightFormat.INT8: torch.int8}
+        kind = kinds.get(storage, torch.float8_e4m3fn)
         assert stored.weight.dtype == kind
         most = {torch.float32: 1e-6, torch.float8_e4m3fn: 0.03, torch.int8: 0.02}[kind]
-        assert relative(true_weight(stored), expected) < most
+        assert relative(dequantized_weight(stored), expected) < most
         assert relative(plain.get_parameter(name), expected) > 1e-3
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_model.quantization.linear import FP8_DTYPE, cast, dequantise, enable_fp8_linears, is_fp8_target
+from hunyuan_model.quantization.formats import FP8_DTYPE, cast, dequantize, is_quantized_name
+from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 
@@ -45,7 +46,7 @@ def test_targets_are_the_block_linears_but_modulation():
         and not any(part in name for part in ("img_mod", "txt_mod", "modulation"))
     }
     assert len(expected) == 2 * 8 + 11 * 2
-    assert {name for name, _ in model.named_parameters() if is_fp8_target(name)} == expected
+    assert {name for name, _ in model.named_parameters() if is_quantized_name(name)} == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -78,7 +79,7 @@ def test_dequantise_gives_every_code_its_value():
     value = sign * torch.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
     numbers = (codes & 127) != 127  # the rest is NaN
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        wide = dequantise(codes.view(FP8_DTYPE), dtype)
+        wide = dequantize(codes.view(FP8_DTYPE), dtype)
         assert wide.dtype == dtype
         assert torch.equal(wide[numbers].float(), value[numbers])
 
@@ -89,7 +90,7 @@ def test_dequantise_gives_every_code_its_value():
 def test_forward_and_gradient_equal_a_wide_linear(bias, shape, dtype):
     layer = linear(bias)
     twin = wide_twin(layer, dtype)
-    assert enable_fp8_linears(layer, dtype) == 1
+    assert enable_quantized_linears(layer, dtype) == 1
     x = torch.randn(shape, dtype=dtype).requires_grad_()
     x_twin = x.detach().clone().requires_grad_()
     if bias:
@@ -110,7 +111,7 @@ def test_forward_and_gradient_equal_a_wide_linear(bias, shape, dtype):
 
 def test_only_the_float8_weight_is_kept_for_backward():
     model = nn.Sequential(linear(), nn.SiLU(), nn.Linear(40, 4))
-    enable_fp8_linears(model, torch.float32)
+    enable_quantized_linears(model, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         model[0](torch.randn(2, 3, 24, requires_grad=True))
@@ -120,7 +121,7 @@ def test_only_the_float8_weight_is_kept_for_backward():
 def test_autocast_wins_over_the_compute_dtype():
     layer = linear()
     twin = wide_twin(layer)
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     x = torch.randn(6, 24, requires_grad=True)
     x_twin = x.detach().clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +136,7 @@ def test_autocast_wins_over_the_compute_dtype():
 
 def test_without_autocast_the_answer_has_the_dtype_of_the_input():
     layer = linear()
-    enable_fp8_linears(layer, torch.bfloat16)
+    enable_quantized_linears(layer, torch.bfloat16)
     x = torch.randn(6, 24)
     out = layer(x)
     assert out.dtype == torch.float32
@@ -146,7 +147,7 @@ def test_without_autocast_the_answer_has_the_dtype_of_the_input():
 def test_layers_stay_linear_and_can_be_wrapped_and_copied():
     model = nn.Sequential(linear(seed=1), nn.Linear(40, 4))
     before = model[1].forward
-    assert enable_fp8_linears(model, torch.float32) == 1
+    assert enable_quantized_linears(model, torch.float32) == 1
     assert type(model[0]) is nn.Linear
     assert model[1].forward == before
     x = torch.randn(3, 24)
@@ -164,7 +165,7 @@ def test_layers_stay_linear_and_can_be_wrapped_and_copied():
 
 def test_swapped_weights_are_used():
     layer = linear()
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     layer.weight.data = torch.ones(40, 24).to(FP8_DTYPE)
     x = torch.randn(3, 24)
     torch.testing.assert_close(layer(x), x.sum(1, keepdim=True) + layer.bias)
@@ -172,7 +173,7 @@ def test_swapped_weights_are_used():
 
 def test_checkpointed_gradients_are_the_same():
     layer = linear()
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     x = torch.randn(3, 24, requires_grad=True)
     (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
     recomputed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from hunyuan_model.quantization import linear as fp8
+from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 NAMES = ("x", "t", "text", "text_mask", "text2", "guidance")
@@ -20,11 +22,16 @@ NAMES = ("x", "t", "text", "text_mask", "text2", "guidance")
 def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scaled, checkpointing):
     io = load_file(GOLDENS / "dit_io.safetensors")
     inputs = [io[f"caseB.{name}"] for name in NAMES]
-    model = load_transformer(GOLDENS / "dit.safetensors", device="cpu", dtype=torch.bfloat16, fp8=True, fp8_scaled=scaled)
+    model = load_transformer(
+        GOLDENS / "dit.safetensors",
+        device="cpu",
+        dtype=torch.bfloat16,
+        runtime=RuntimeSettings(WeightFormat.INT8 if scaled else WeightFormat.FP8),
+    )
     if checkpointing:
         enable_gradient_checkpointing(model)
     made: list[weakref.ref] = []
-    real = fp8.dequantise
+    real = fp8.dequantize
 
     def noted(*arguments, **options) -> torch.Tensor:
         assert not any(reference() is not None for reference in made)
@@ -32,7 +39,7 @@ def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scale
         made.append(weakref.ref(wide))
         return wide
 
-    monkeypatch.setattr(fp8, "dequantise", noted)
+    monkeypatch.setattr(fp8, "dequantize", noted)
     for x in (inputs[0], inputs[2]):  # the tokens of both kinds
         x.requires_grad_(checkpointing is not None)
     with torch.set_grad_enabled(checkpointing is not None):
@@ -41,7 +48,7 @@ def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scale
         if checkpointing is not None:
             out.square().mean().backward()
             assert inputs[0].grad.isfinite().all()
-    narrow = sum(isinstance(layer, torch.nn.Linear) and fp8.is_narrow(layer) for layer in model.modules())
+    narrow = sum(isinstance(layer, torch.nn.Linear) and fp8.is_quantized(layer) for layer in model.modules())
     assert forwards == narrow > 10
     last = model.config.double_depth * 2 + model.config.single_depth  # layers whose results a recomputation leaves out
     assert len(made) == narrow * {None: 1, False: 2, True: 3}[checkpointing] - (last if checkpointing else 0)

@@ -1,4 +1,4 @@
-"""Products of float8 by float8: their arithmetic on the CPU, which has a kernel of its own, and who is refused.
+"""Float8Matmuls of float8 by float8: their arithmetic on the CPU, which has a kernel of its own, and who is refused.
 
 A stand-in for the kernel, written from its definition, also holds callers to the layout that graphics cards want.
 """
@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.quantization import scaled_mm as fp8_products
-from hunyuan_model.quantization.linear import FP8_DTYPE, enable_fp8_linears, quantise_blocks, quantise_channels, quantise_plainly
-from hunyuan_model.quantization.scaled_mm import Products, check_fp8_products, find_products, fits_products
+from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat, cast_to_float8, quantize_channels, quantize_groups
+from hunyuan_model.quantization.linear import enable_quantized_linears
+from hunyuan_model.quantization.scaled_mm import Float8Matmuls, check_float8_matmuls, find_float8_matmuls, fits_float8_matmuls
 from hunyuan_model.runtime.compilation import compiled_graphs
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from utils.errors import UserError
 
 INPUTS, OUTPUTS = 256, 96
-WAYS = [pytest.param(Products(per_row=True), id="scale per row"), pytest.param(Products(per_row=False), id="one scale")]
-KINDS = {"plain": quantise_plainly, "channels": quantise_channels}
+WAYS = [pytest.param(Float8Matmuls(per_row=True), id="scale per row"), pytest.param(Float8Matmuls(per_row=False), id="one scale")]
+KINDS = {"plain": cast_to_float8, "channels": quantize_channels}
 ROUNDING = 0.035  # of what is multiplied with a weight, to 3 bits: 2.6 % (root mean square)
 
 
@@ -35,10 +37,10 @@ def linear(kind: str = "channels", bias: bool = True, inputs: int = INPUTS, outp
     return layer
 
 
-def twins(layer: nn.Linear, products: Products, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
+def twins(layer: nn.Linear, products: Float8Matmuls, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
     """The layer with products in float8, and a copy of it that widens its weight."""
     wide = copy.deepcopy(layer)
-    assert enable_fp8_linears(layer, dtype, products) == enable_fp8_linears(wide, torch.float32) == 1
+    assert enable_quantized_linears(layer, dtype, products) == enable_quantized_linears(wide, torch.float32) == 1
     return layer, wide
 
 
@@ -68,7 +70,7 @@ def kernel(request, monkeypatch) -> None:
         monkeypatch.setattr(torch, "_scaled_mm", stand_in)
         return
     try:
-        find_products(torch.device("cpu"))
+        find_float8_matmuls(torch.device("cpu"))
         fp8_products._multiply(*(torch.ones(16, 16).to(FP8_DTYPE) for _ in range(2)), torch.ones(()), torch.ones(()))
     except (RuntimeError, NotImplementedError):
         pytest.skip("this torch multiplies no float8 on the CPU")
@@ -122,7 +124,7 @@ def test_one_graph_serves_all_numbers_of_tokens(monkeypatch):
         return (out if bias is None else out + bias).to(torch.bfloat16)
 
     monkeypatch.setattr(fp8_products, "_multiply", multiply)
-    fast, _ = twins(linear("plain"), Products(per_row=True))
+    fast, _ = twins(linear("plain"), Float8Matmuls(per_row=True))
     compiled = torch.compile(fast.forward, backend="aot_eager", dynamic=True)
     before = compiled_graphs()
     for tokens in (5, 7, 9):
@@ -133,7 +135,7 @@ def test_one_graph_serves_all_numbers_of_tokens(monkeypatch):
 def test_numbers_that_float8_holds_are_multiplied_exactly():
     layer = linear("plain", bias=False, inputs=16, outputs=32)
     layer.weight = nn.Parameter(torch.randint(-4, 5, (32, 16)).float().to(FP8_DTYPE), requires_grad=False)
-    fast, wide = twins(layer, Products(per_row=True))
+    fast, wide = twins(layer, Float8Matmuls(per_row=True))
     x = torch.randint(-3, 4, (5, 16)).float()
     x[:, 0] = 7.0  # 448 is 64 times that: a power of two
     assert torch.equal(fast(x), wide(x))
@@ -141,7 +143,7 @@ def test_numbers_that_float8_holds_are_multiplied_exactly():
 
 @pytest.mark.usefixtures("kernel")
 def test_a_scale_per_row_keeps_small_rows():
-    fast, wide = twins(linear("plain"), Products(per_row=True))
+    fast, wide = twins(linear("plain"), Float8Matmuls(per_row=True))
     x = torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 8)[:, None]
     x[3] = 0
     fast.bias.zero_()
@@ -164,7 +166,7 @@ def test_nothing_broken_is_hidden(products):
 def test_layers_that_the_kernels_do_not_take_widen_their_weight(products, monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("multiplied in float8"))
     blocks = linear(inputs=128)
-    codes, scale = quantise_blocks(torch.randn(OUTPUTS, 128))
+    codes, scale = quantize_groups(torch.randn(OUTPUTS, 128))
     blocks.weight, blocks.weight_scale = nn.Parameter(codes, requires_grad=False), nn.Parameter(scale, requires_grad=False)
     for layer in (linear(inputs=24), linear(outputs=40), blocks):
         fast, wide = twins(layer, products)
@@ -172,11 +174,11 @@ def test_layers_that_the_kernels_do_not_take_widen_their_weight(products, monkey
         assert torch.equal(fast(x), wide(x))
     fast, _ = twins(linear(), products)
     assert fast(torch.empty(2, 0, INPUTS)).shape == (2, 0, OUTPUTS)
-    assert not fits_products(torch.ones(1, INPUTS), torch.zeros(OUTPUTS, INPUTS), None)  # a weight that was made wide
+    assert not fits_float8_matmuls(torch.ones(1, INPUTS), torch.zeros(OUTPUTS, INPUTS), None)  # a weight that was made wide
 
 
 def test_only_the_narrow_weight_and_its_scale_are_kept_for_backward():
-    layer, _ = twins(linear(), Products(per_row=True))
+    layer, _ = twins(linear(), Float8Matmuls(per_row=True))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(torch.randn(2, 3, INPUTS, requires_grad=True))
@@ -184,7 +186,7 @@ def test_only_the_narrow_weight_and_its_scale_are_kept_for_backward():
 
 
 def test_weights_are_read_at_every_call_and_checkpointing_changes_nothing():
-    layer, _ = twins(linear(bias=False), Products(per_row=True))
+    layer, _ = twins(linear(bias=False), Float8Matmuls(per_row=True))
     x = torch.randn(3, INPUTS, requires_grad=True)
     plain = layer(x)
     recomputed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
@@ -197,7 +199,7 @@ def test_weights_are_read_at_every_call_and_checkpointing_changes_nothing():
 
 
 def test_autocast_decides_the_dtype():
-    layer, wide = twins(linear(), Products(per_row=True))
+    layer, wide = twins(linear(), Float8Matmuls(per_row=True))
     x = torch.randn(6, INPUTS, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
@@ -212,9 +214,9 @@ def test_a_kernel_without_scales_per_row_is_found_out(monkeypatch):
         return stand_in(left, right, scale_a=scale_a, scale_b=scale_b, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", stand_in)
-    assert find_products(torch.device("cpu")).per_row
+    assert find_float8_matmuls(torch.device("cpu")).per_row
     monkeypatch.setattr(torch, "_scaled_mm", older)
-    assert not find_products(torch.device("cpu")).per_row
+    assert not find_float8_matmuls(torch.device("cpu")).per_row
 
 
 def test_devices_without_float8_products_are_refused(monkeypatch):
@@ -223,24 +225,28 @@ def test_devices_without_float8_products_are_refused(monkeypatch):
     for capability, can in (((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         if can:
-            check_fp8_products(torch.device("cuda"), "--fp8_fast")
+            check_float8_matmuls(torch.device("cuda"), "--fp8_fast")
         else:
             with pytest.raises(UserError, match=r"--fp8_fast multiplies .* 8\.9 .*, but NVIDIA GeForce RTX 3090 has 8\.6; leave"):
-                check_fp8_products(torch.device("cuda"), "--fp8_fast")
+                check_float8_matmuls(torch.device("cuda"), "--fp8_fast")
     monkeypatch.setattr(torch.version, "hip", "6.2")
     with pytest.raises(UserError, match="built for AMD"):
-        check_fp8_products(torch.device("cuda"), "--fp8_fast")
+        check_float8_matmuls(torch.device("cuda"), "--fp8_fast")
     with pytest.raises(UserError, match=r"fp8_fast .*this runs on cpu"):
-        load_transformer("none.safetensors", device="cpu", dtype=torch.float32, fp8=True, fp8_fast=True)
+        load_transformer(
+            "none.safetensors", device="cpu", dtype=torch.float32, runtime=RuntimeSettings(WeightFormat.FP8, fp8_fast=True)
+        )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_transformer_computes_with_them(tiny_model, monkeypatch, scaled):
     """As on a card that can, with the CPU's kernel."""
-    monkeypatch.setattr("hunyuan_model.runtime.loading.check_fp8_products", lambda *_: None)
+    monkeypatch.setattr("hunyuan_model.runtime.loading.check_float8_matmuls", lambda *_: None)
     monkeypatch.setattr(torch, "_scaled_mm", counted := Counted(stand_in))
-    options = {"device": "cpu", "dtype": torch.float32, "fp8": True}
-    fast = load_transformer(tiny_model.dit, fp8_scaled=scaled, fp8_fast=True, **options)
+    options = {"device": "cpu", "dtype": torch.float32}
+    fast = load_transformer(
+        tiny_model.dit, runtime=RuntimeSettings(WeightFormat.FP8_SCALED if scaled else WeightFormat.FP8, fp8_fast=True), **options
+    )
     scales = [value for name, value in fast.named_parameters() if name.endswith("_scale")]
     assert bool(scales) == scaled and all(value.shape[1] == 1 for value in scales)
     wide = load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32)
@@ -273,7 +279,7 @@ class Counted:
 
 def test_the_function_of_the_whole_layer_is_that_of_linear():
     """The definition, without this repository's parts: rounded by hand."""
-    layer, _ = twins(linear(), Products(per_row=True))
+    layer, _ = twins(linear(), Float8Matmuls(per_row=True))
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(4)).clamp(-6, 6).bfloat16()
     x[:, 0] = 7.0  # 448 is 64 times that
     rounded = (x.float() * 64).to(FP8_DTYPE).float() / 64

@@ -9,21 +9,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from examples.toy.model_files import FOLDER, files_in
-from hunyuan_model.quantization.linear import (
-    BLOCK,
+from hunyuan_model.quantization.formats import (
     FP8_DTYPE,
-    dequantise,
-    enable_fp8_linears,
-    is_fp8_target,
-    quantise_blocks,
-    quantise_channels,
-    quantise_plainly,
-    replace_weight,
-    true_weight,
-    weight_scale,
+    WeightFormat,
+    cast_to_float8,
+    dequantize,
+    is_quantized_name,
+    quantize_channels,
+    quantize_groups,
 )
+from hunyuan_model.quantization.formats import GROUP as BLOCK
+from hunyuan_model.quantization.linear import dequantized_weight, enable_quantized_linears, replace_weight, weight_scale
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from networks.lora import create_network
+from utils.errors import UserError
 
 INPUTS, OUTPUTS = 128, 40
 
@@ -34,7 +34,7 @@ def one_scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale).to(FP8_DTYPE), scale.reshape(1, 1)
 
 
-QUANTISERS = {"blocks": quantise_blocks, "channels": quantise_channels, "one scale": one_scale}
+QUANTISERS = {"blocks": quantize_groups, "channels": quantize_channels, "one scale": one_scale}
 
 
 def linear(kind: str, bias: bool = True) -> nn.Linear:
@@ -62,10 +62,10 @@ def test_whole_numbers_are_within_half_a_step_of_the_weights():
     weight = torch.randn(300, 192, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 3, 300)[:, None]
     weight[5] = 0
     weight[6, :64] = 0
-    codes, scale = quantise_blocks(weight)
+    codes, scale = quantize_groups(weight)
     assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (torch.int8, weight.shape, torch.bfloat16, (300, 3))
     steps = scale.float().repeat_interleave(BLOCK, dim=1)
-    distance = (weight - dequantise(codes, torch.float32, scale)).abs()
+    distance = (weight - dequantize(codes, torch.float32, scale)).abs()
     assert bool((distance <= steps * 0.76).all())  # the largest of a block, whose scale may have been rounded down
     assert bool((distance <= steps * 0.501).float().mean() > 0.99)
     largest = weight.abs().unflatten(1, (3, BLOCK)).amax(2)
@@ -76,35 +76,35 @@ def test_whole_numbers_are_within_half_a_step_of_the_weights():
 def test_channels_use_all_of_float8():
     weight = torch.randn(300, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 3, 300)[:, None]
     weight[5] = 0
-    codes, scale = quantise_channels(weight)
+    codes, scale = quantize_channels(weight)
     assert (codes.dtype, scale.dtype, scale.shape) == (FP8_DTYPE, torch.float32, (300, 1))
     assert set(codes.float().abs().amax(1).tolist()) == {448.0, 0.0}
-    distance = (weight - dequantise(codes, torch.float32, scale)).abs()
+    distance = (weight - dequantize(codes, torch.float32, scale)).abs()
     assert bool((distance <= (weight.abs() / 16).clamp(min=2**-10 * scale) * 1.001).all())  # 3 bits, or below the smallest normal
     assert not codes[5].float().any()
 
 
 def test_sides_that_blocks_do_not_divide_get_a_scale_per_channel():
     weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(1))
-    codes, scale = quantise_blocks(weight)
-    assert scale.shape == (20, 1) and relative(dequantise(codes, torch.float32, scale), weight) < 0.01
+    codes, scale = quantize_groups(weight)
+    assert scale.shape == (20, 1) and relative(dequantize(codes, torch.float32, scale), weight) < 0.01
 
 
-@pytest.mark.parametrize("quantise", [quantise_blocks, quantise_channels])
+@pytest.mark.parametrize("quantise", [quantize_groups, quantize_channels])
 def test_broken_weights_stay_visible(quantise):
     for broken in (torch.nan, torch.inf):
         weight = torch.ones(4, 64)
         weight[2, 3] = broken
         codes, scale = quantise(weight)
-        assert not dequantise(codes, torch.float32, scale)[2].isfinite().all()
+        assert not dequantize(codes, torch.float32, scale)[2].isfinite().all()
 
 
 @pytest.mark.parametrize("slice_elements", [64, 1 << 22])
 def test_slices_change_nothing(monkeypatch, slice_elements):
     weight = torch.randn(50, 128, generator=torch.Generator().manual_seed(1))
-    expected = [quantise(weight) for quantise in (quantise_blocks, quantise_channels)]
-    monkeypatch.setattr("hunyuan_model.quantization.linear.SLICE_ELEMENTS", slice_elements)
-    for quantise, (codes, scale) in zip((quantise_blocks, quantise_channels), expected):
+    expected = [quantise(weight) for quantise in (quantize_groups, quantize_channels)]
+    monkeypatch.setattr("hunyuan_model.quantization.formats.SLICE_ELEMENTS", slice_elements)
+    for quantise, (codes, scale) in zip((quantize_groups, quantize_channels), expected):
         again = quantise(weight)
         assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(again[1], scale)
 
@@ -113,7 +113,7 @@ def test_slices_change_nothing(monkeypatch, slice_elements):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dequantised_values(kind, dtype):
     layer = linear(kind)
-    wide = dequantise(layer.weight, dtype, layer.weight_scale)
+    wide = dequantize(layer.weight, dtype, layer.weight_scale)
     assert wide.dtype == dtype
     precision = {torch.float32: 1e-7, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(wide.float(), values(layer), rtol=precision, atol=6e-8 if dtype == torch.float16 else 0)
@@ -124,7 +124,7 @@ def test_dequantised_values(kind, dtype):
 def test_forward_and_gradient_equal_a_wide_linear(kind, dtype):
     layer = linear(kind)
     layer.bias.requires_grad_(True)
-    assert enable_fp8_linears(layer, dtype) == 1
+    assert enable_quantized_linears(layer, dtype) == 1
     weight, bias = values(layer).to(dtype), layer.bias.detach().to(dtype).requires_grad_()
     x = torch.randn(2, 5, INPUTS, dtype=dtype).requires_grad_()
     x_twin = x.detach().clone().requires_grad_()
@@ -142,7 +142,7 @@ def test_forward_and_gradient_equal_a_wide_linear(kind, dtype):
 @pytest.mark.parametrize("kind", QUANTISERS)
 def test_only_codes_and_scale_are_kept_for_backward(kind):
     layer = linear(kind)
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(torch.randn(2, 3, INPUTS, requires_grad=True))
@@ -152,7 +152,7 @@ def test_only_codes_and_scale_are_kept_for_backward(kind):
 @pytest.mark.parametrize("kind", QUANTISERS)
 def test_codes_and_scale_are_read_at_every_call(kind):
     layer = linear(kind, bias=False)
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     x = torch.randn(3, INPUTS)
     plain = layer(x)
     copied = copy.deepcopy(layer)
@@ -168,7 +168,7 @@ def test_codes_and_scale_are_read_at_every_call(kind):
 
 def test_autocast_and_checkpointing():
     layer = linear("blocks")
-    enable_fp8_linears(layer, torch.float32)
+    enable_quantized_linears(layer, torch.float32)
     x = torch.randn(6, INPUTS, requires_grad=True)
     (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
     recomputed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
@@ -189,8 +189,8 @@ def test_the_error_of_a_full_width_layer_is_at_most_half_of_the_plain_casts(spre
     x = torch.randn(4, 3072, generator=generator)
     exact = x @ weight.T
     errors = [
-        relative(x @ dequantise(codes, torch.float32, scale).T, exact)
-        for codes, scale in (quantise_plainly(weight), quantise_blocks(weight))
+        relative(x @ dequantize(codes, torch.float32, scale).T, exact)
+        for codes, scale in (cast_to_float8(weight), quantize_groups(weight))
     ]
     assert 0 < errors[1] <= 0.25 * errors[0], errors
 
@@ -198,7 +198,8 @@ def test_the_error_of_a_full_width_layer_is_at_most_half_of_the_plain_casts(spre
 @pytest.fixture(scope="module")
 def toy() -> dict[str, nn.Module]:
     path = files_in(FOLDER).dit
-    options = {"wide": {}, "plain": {"fp8": True}, "scaled": {"fp8": True, "fp8_scaled": True}}
+    formats = {"wide": WeightFormat.PLAIN, "plain": WeightFormat.FP8, "scaled": WeightFormat.INT8}
+    options = {name: {"runtime": RuntimeSettings(weights)} for name, weights in formats.items()}
     return {name: load_transformer(path, device="cpu", dtype=torch.float32, **given) for name, given in options.items()}
 
 
@@ -220,28 +221,28 @@ def test_the_error_of_the_toy_model_is_at_most_half_of_the_plain_casts(toy):
 
 def test_what_loading_stores(toy):
     stored, wide = dict(toy["scaled"].named_parameters()), dict(toy["wide"].named_parameters())
-    assert {name for name in stored if name.endswith("_scale")} == {f"{name}_scale" for name in wide if is_fp8_target(name)}
+    assert {name for name in stored if name.endswith("_scale")} == {f"{name}_scale" for name in wide if is_quantized_name(name)}
     for name, value in wide.items():
-        if is_fp8_target(name):
-            codes, scale = quantise_blocks(value)
+        if is_quantized_name(name):
+            codes, scale = quantize_groups(value)
             assert torch.equal(stored[name], codes) and torch.equal(stored[f"{name}_scale"], scale)
         else:
             assert torch.equal(stored[name], value)
     assert not any(parameter.requires_grad for parameter in stored.values())
-    size = sum(parameter.nbytes for name, parameter in stored.items() if is_fp8_target(name.removesuffix("_scale")))
-    weights = sum(value.numel() for name, value in wide.items() if is_fp8_target(name))
+    size = sum(parameter.nbytes for name, parameter in stored.items() if is_quantized_name(name.removesuffix("_scale")))
+    weights = sum(value.numel() for name, value in wide.items() if is_quantized_name(name))
     assert size <= 1.04 * weights  # one byte each, and two for 64
 
 
 def test_a_float8_file_keeps_its_bytes(tmp_path, toy):
     path = tmp_path / "m.pt"
     tensors = load_file(files_in(FOLDER).dit)
-    stored = {name: tensor.to(FP8_DTYPE) if is_fp8_target(name) else tensor for name, tensor in tensors.items()}
+    stored = {name: tensor.to(FP8_DTYPE) if is_quantized_name(name) else tensor for name, tensor in tensors.items()}
     torch.save(stored, path)
-    model = load_transformer(path, device="cpu", dtype=torch.float32, fp8=True, fp8_scaled=True)
+    model = load_transformer(path, device="cpu", dtype=torch.float32, runtime=RuntimeSettings(WeightFormat.INT8))
     for name, parameter in model.named_parameters():
         assert not name.endswith("_scale")
-        if is_fp8_target(name):
+        if is_quantized_name(name):
             assert torch.equal(parameter.view(torch.uint8), stored[name].view(torch.uint8))
     # A weight that is changed on the way is rounded anew, with a scale; the others stay.
     changed = "single_blocks.1.linear1"
@@ -249,15 +250,16 @@ def test_a_float8_file_keeps_its_bytes(tmp_path, toy):
     def patch(name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight + 0.001 if name == f"{changed}.weight" else weight
 
-    model = load_transformer(path, device="cpu", dtype=torch.float32, fp8=True, fp8_scaled=True, patch=patch)
+    model = load_transformer(path, device="cpu", dtype=torch.float32, runtime=RuntimeSettings(WeightFormat.INT8), patch=patch)
     assert [name for name, _ in model.named_parameters() if name.endswith("_scale")] == [f"{changed}.weight_scale"]
     expected = stored[f"{changed}.weight"].float() + 0.001
-    assert relative(true_weight(model.get_submodule(changed)), expected) < 0.01
+    assert relative(dequantized_weight(model.get_submodule(changed)), expected) < 0.01
 
 
-def test_scales_without_float8_are_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match="give fp8 as well"):
-        load_transformer(files_in(FOLDER).dit, device="cpu", dtype=torch.float32, fp8_scaled=True)
+def test_settings_that_miss_each_other_are_refused():
+    for settings in ({"weights": WeightFormat.INT8, "fp8_fast": True}, {"gradient_checkpointing_cpu_offload": True}):
+        with pytest.raises(UserError, match="or leave --"):
+            RuntimeSettings(**settings)
 
 
 def test_a_lora_is_merged_into_scaled_weights_and_trains_beside_them(toy):
@@ -269,10 +271,10 @@ def test_a_lora_is_merged_into_scaled_weights_and_trains_beside_them(toy):
         nn.init.normal_(lora.lora_up.weight)
     path = "double_blocks.0.img_mlp.fc1"
     layer, lora = scaled.get_submodule(path), getattr(network, "lora_unet_" + path.replace(".", "_"))
-    before = true_weight(layer)
+    before = dequantized_weight(layer)
     network.merge_to(None, scaled)
     expected = before + lora.lora_up.weight.detach() @ lora.lora_down.weight.detach()
-    assert layer.weight.dtype == torch.int8 and relative(true_weight(layer), expected) < 0.01
+    assert layer.weight.dtype == torch.int8 and relative(dequantized_weight(layer), expected) < 0.01
     assert relative(before, expected) > 0.1
 
     network.merge_to(None, scaled, dtype=torch.float32)
@@ -288,4 +290,4 @@ def test_a_weight_is_replaced_in_the_way_in_which_it_is_stored(kind):
     dtype = layer.weight.dtype
     replace_weight(layer, value)
     assert layer.weight.dtype == dtype
-    assert relative(true_weight(layer), value) < (0.008 if kind == "blocks" else 0.03)
+    assert relative(dequantized_weight(layer), value) < (0.008 if kind == "blocks" else 0.03)

@@ -13,7 +13,8 @@ from torch import nn
 
 import hunyuan_model
 from hunyuan_model.checkpoints.reading import load_weights, open_checkpoint
-from hunyuan_model.quantization.linear import FP8_DTYPE, cast, enable_fp8_linears, is_fp8_target
+from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat, cast, is_quantized_name
+from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.block_swap import (
     SLOTS,
     BlockSwapper,
@@ -28,6 +29,7 @@ from hunyuan_model.runtime.block_swap import (
 )
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.transfers import DirectTransfers, ThreadTransfers
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
@@ -79,9 +81,9 @@ def make_transformer(fp8: bool = False) -> nn.Module:
     transformer = HYVideoDiffusionTransformer(CONFIG).requires_grad_(False).eval()
     if fp8:
         for name, parameter in transformer.named_parameters():
-            if is_fp8_target(name):
+            if is_quantized_name(name):
                 parameter.data = cast(parameter.data, FP8_DTYPE)
-        assert enable_fp8_linears(transformer, torch.float32)
+        assert enable_quantized_linears(transformer, torch.float32)
     return transformer
 
 
@@ -533,13 +535,15 @@ def test_gradients_inside_an_embedder():
 # Loading
 
 
-@pytest.mark.parametrize("fp8", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}], ids=["float32", "float8", "scaled"])
+@pytest.mark.parametrize("weights", WeightFormat)
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
-def test_loading_into_host_memory(fp8, merged):
+def test_loading_into_host_memory(weights, merged):
     path = GOLDENS / "dit.safetensors"
     patch = merge_patch(read_lora_files([GOLDENS / "lora.safetensors"]), path) if merged else None
-    options = {"device": "cpu", "dtype": torch.float32, "patch": patch, **fp8}
-    expected, swapped = load_transformer(path, **options), load_transformer(path, **options, swap=SwapSettings(3, embedders=True))
+    options = {"device": "cpu", "dtype": torch.float32, "patch": patch}
+    runtime = RuntimeSettings(weights, blocks_to_swap=3, img_in_txt_in_offloading=True)
+    expected = load_transformer(path, **options, runtime=RuntimeSettings(weights))
+    swapped = load_transformer(path, **options, runtime=runtime)
     assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
     assert [parameter.dtype for parameter in swapped.parameters()] == [parameter.dtype for parameter in expected.parameters()]
     assert not any(parameter.requires_grad for parameter in swapped.parameters()) and not swapped.training

@@ -21,7 +21,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import hunyuan_model
-from hunyuan_model.quantization.linear import FP8_DTYPE, cast, enable_fp8_linears, is_fp8_target
+from hunyuan_model.quantization.formats import FP8_DTYPE, cast, is_quantized_name
+from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime import compilation
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
@@ -58,9 +59,9 @@ def make(double: int = 2, single: int = 2, fp8: bool = False) -> nn.Module:
     transformer.requires_grad_(False).eval()
     if fp8:
         for name, parameter in transformer.named_parameters():
-            if is_fp8_target(name):
+            if is_quantized_name(name):
                 parameter.data = cast(parameter.data, FP8_DTYPE)
-        assert enable_fp8_linears(transformer, torch.float32)
+        assert enable_quantized_linears(transformer, torch.float32)
     return transformer
 
 

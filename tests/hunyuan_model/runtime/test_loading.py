@@ -14,8 +14,9 @@ from torch import nn
 import hunyuan_model
 from hunyuan_model.checkpoints.identify import Kind, check_is, check_text_encoder_files, check_vae_file, describe_shapes, identify
 from hunyuan_model.checkpoints.reading import open_checkpoint
-from hunyuan_model.quantization.linear import is_fp8_target
+from hunyuan_model.quantization.formats import WeightFormat, is_quantized_name
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,10 +75,10 @@ def test_dtype_and_attention_options(io):
 
 
 def test_fp8_stores_block_linears_and_computes_with_their_values(tmp_path, weights, io):
-    model = load(fp8=True)
+    model = load(runtime=RuntimeSettings(WeightFormat.FP8))
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (FP8 if is_fp8_target(name) else torch.float32)
-    rounded = {name: tensor.to(FP8).float() if is_fp8_target(name) else tensor for name, tensor in weights.items()}
+        assert parameter.dtype == (FP8 if is_quantized_name(name) else torch.float32)
+    rounded = {name: tensor.to(FP8).float() if is_quantized_name(name) else tensor for name, tensor in weights.items()}
     save_file(rounded, tmp_path / "rounded.safetensors")
     twin = load(tmp_path / "rounded.safetensors")
 
@@ -97,9 +98,9 @@ def test_a_float8_file_keeps_its_bytes_or_is_widened(tmp_path, suffix, weights, 
     stored = {name: tensor.to(FP8 if name.endswith(".weight") else torch.bfloat16) for name, tensor in weights.items()}
     path = tmp_path / f"m{suffix}"
     save_file(stored, path) if suffix == ".safetensors" else torch.save({"module": stored}, path)
-    kept = load(path, fp8=True)
+    kept = load(path, runtime=RuntimeSettings(WeightFormat.FP8))
     for name, parameter in kept.named_parameters():
-        if is_fp8_target(name):
+        if is_quantized_name(name):
             assert torch.equal(parameter.view(torch.uint8), stored[name].view(torch.uint8))
         else:
             assert torch.equal(parameter, stored[name].float())
@@ -109,7 +110,7 @@ def test_a_float8_file_keeps_its_bytes_or_is_widened(tmp_path, suffix, weights, 
 
 
 def test_fp8_under_autocast(io):
-    model = load(fp8=True)
+    model = load(runtime=RuntimeSettings(WeightFormat.FP8))
     with torch.autocast("cpu", torch.bfloat16):
         out = run(model, io)
     assert out.isfinite().all()
@@ -177,7 +178,7 @@ def test_an_incomplete_transformer(tmp_path, weights):
 
 
 def test_float8_weights_with_scales_in_the_same_file_are_refused(tmp_path, weights):
-    stored = {name: tensor.to(FP8 if is_fp8_target(name) else torch.bfloat16) for name, tensor in weights.items()}
+    stored = {name: tensor.to(FP8 if is_quantized_name(name) else torch.bfloat16) for name, tensor in weights.items()}
     save_file(stored | {"single_blocks.0.linear1.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
     with pytest.raises(UserError, match=r"float8 weights with scales \(such as single_blocks\.0\.linear1\.scale_weight\)"):
         load(tmp_path / "scaled.safetensors")

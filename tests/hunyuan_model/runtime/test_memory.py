@@ -10,19 +10,19 @@ from allocations import peak_bytes, saved_bytes
 from torch import Tensor, nn
 
 import hunyuan_model
-from hunyuan_model.runtime.block_swap import SwapSettings
+from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.memory import (
     ActivationBytes,
     BatchSize,
     Computation,
-    Storage,
     loss_bytes,
     sampling_activations,
     table_bytes,
     training_activations,
     weight_bytes,
 )
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
@@ -152,12 +152,13 @@ def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
     assert close(sampling_activations(case.config, case.batch, case.dtype), counted)
 
 
-@pytest.mark.parametrize("fp8", [{}, {"fp8": True}, {"fp8": True, "fp8_scaled": True}], ids=lambda flags: "_".join(flags) or "wide")
-@pytest.mark.parametrize("swap", [SwapSettings(), SwapSettings(blocks=1), SwapSettings(blocks=4, embedders=True)], ids=str)
-def test_weights_lie_where_they_are_expected(tiny_model, fp8, swap) -> None:
-    model = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=BF16, swap=swap, **fp8)
-    predicted = weight_bytes(model.config, Storage(BF16, "fp8" in fp8, "fp8_scaled" in fp8), swap)
-    assert predicted.slots == pytest.approx(model.block_swap.slot_bytes if swap.blocks else 0, abs=1024)
+@pytest.mark.parametrize("weights", WeightFormat)
+@pytest.mark.parametrize("blocks", [0, 1, 4])
+def test_weights_lie_where_they_are_expected(tiny_model, weights, blocks) -> None:
+    runtime = RuntimeSettings(weights, blocks_to_swap=blocks, img_in_txt_in_offloading=blocks == 4)
+    model = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=BF16, runtime=runtime)
+    predicted = weight_bytes(model.config, BF16, runtime)
+    assert predicted.slots == pytest.approx(model.block_swap.slot_bytes if blocks else 0, abs=1024)
     pieces = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
     by_piece = {}
     for weight in model.parameters():
@@ -169,11 +170,11 @@ def test_weights_lie_where_they_are_expected(tiny_model, fp8, swap) -> None:
 
 
 def test_the_published_model_has_its_known_sizes() -> None:
-    assert weight_bytes(FULL, Storage(BF16), SwapSettings()).resident == 2 * 12_821_012_544
-    narrow = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings())
+    assert weight_bytes(FULL, BF16, RuntimeSettings()).resident == 2 * 12_821_012_544
+    narrow = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8))
     assert narrow.resident == 2 * 12_821_012_544 - 9_059_696_640
-    assert narrow.widened == 2 * 3072 * 21504
-    swapped = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings(blocks=58))
+    assert narrow.dequantized == 2 * 3072 * 21504
+    swapped = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8, blocks_to_swap=58))
     assert 1.5e9 < swapped.resident + swapped.slots < 1.7e9 and 15.8e9 < swapped.host < 16e9
 
 
@@ -196,7 +197,7 @@ def test_block_inputs_on_the_host_leave_the_device() -> None:
     assert (on_host.kept, on_host.working) == (on_device.kept, on_device.working)
 
 
-def test_a_widened_weight_counts_where_it_is_larger_than_what_comes_and_goes() -> None:
+def test_a_dequantized_weight_counts_where_it_is_larger_than_what_comes_and_goes() -> None:
     tiny, how = BatchSize(1, (1, 4, 4), 8), Computation(BF16, checkpointing=True)
-    widened = weight_bytes(FULL, Storage(BF16, fp8=True), SwapSettings()).widened
-    assert training_activations(FULL, tiny, how, widened).working > widened > training_activations(FULL, tiny, how).working
+    dequantized = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8)).dequantized
+    assert training_activations(FULL, tiny, how, dequantized).working > dequantized > training_activations(FULL, tiny, how).working

@@ -11,7 +11,8 @@ from test_block_swap import CONFIG, a_life, add_lora, blocks_of, make_inputs, ma
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hunyuan_model.quantization.linear import enable_fp8_linears, is_fp8_target, quantise_blocks
+from hunyuan_model.quantization.formats import is_quantized_name, quantize_groups
+from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.compilation import CompileSettings, enable_compile
@@ -61,10 +62,10 @@ def wholly() -> Callable[[nn.Module], None]:
 def narrow(transformer: nn.Module) -> nn.Module:
     """The weights as whole numbers with scales."""
     for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, nn.Linear) and is_fp8_target(f"{name}.weight"):
-            layer.weight.data, scale = quantise_blocks(layer.weight.data)
+        if isinstance(layer, nn.Linear) and is_quantized_name(f"{name}.weight"):
+            layer.weight.data, scale = quantize_groups(layer.weight.data)
             layer.weight_scale = nn.Parameter(scale, requires_grad=False)
-    enable_fp8_linears(transformer, torch.float32)
+    enable_quantized_linears(transformer, torch.float32)
     return transformer
 
 

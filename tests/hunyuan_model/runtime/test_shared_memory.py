@@ -14,11 +14,13 @@ import pytest
 import torch
 from test_block_swap import CPU, GOLDENS, MOST, a_life, add_lora, blocks_of, make_transformer, same
 
+from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import loading, shared_memory
-from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
+from hunyuan_model.runtime.block_swap import PartsOnHost, SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.host_weights import page_lock
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.shared_memory import Address, SharedMemory
 from networks.training import shared_weights
 
@@ -124,7 +126,8 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
     lives = []
     for memory in (None, first, second):
         transformer = make_transformer()
-        enable_block_swap(transformer, SwapSettings(MOST, embedders=True, recomputed=True, shared=memory), CPU)
+        settings = SwapSettings(MOST, embedders=True, recomputed=True)
+        enable_block_swap(transformer, settings, CPU, PartsOnHost(transformer, settings, CPU, memory and memory.take))
         enable_gradient_checkpointing(transformer)
         written = Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes()
         lives.append((a_life(transformer, add_lora(transformer)), transformer))
@@ -138,12 +141,12 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
 
 
 @linux
-@pytest.mark.parametrize("fp8", [{}, {"fp8": True, "fp8_scaled": True}], ids=["float32", "scaled"])
-def test_loading_settles_each_block_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch, fp8: dict[str, bool]):
-    options = {"device": "cpu", "dtype": torch.float32, **fp8}
-    expected = load_transformer(GOLDENS / "dit.safetensors", **options)
+@pytest.mark.parametrize("weights", [WeightFormat.PLAIN, WeightFormat.INT8])
+def test_loading_settles_each_block_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch, weights: WeightFormat):
+    options = {"device": "cpu", "dtype": torch.float32}
+    expected = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=RuntimeSettings(weights))
     memory = SharedMemory.create()
-    settings = SwapSettings(3, embedders=True, shared=memory)
+    settings = RuntimeSettings(weights, blocks_to_swap=3, img_in_txt_in_offloading=True)
     after: list[int] = []
     load_weights = loading.load_weights
 
@@ -153,7 +156,7 @@ def test_loading_settles_each_block_as_soon_as_it_is_there(monkeypatch: pytest.M
 
     monkeypatch.setattr(loading, "load_weights", loads)
     monkeypatch.setattr(shared_memory, "host_memory", lambda _: pytest.fail("memory of its own"))
-    swapped = load_transformer(GOLDENS / "dit.safetensors", **options, swap=settings)
+    swapped = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=settings, shared=memory)
     assert after == [memory.shared_bytes] and after[0] > 0
     assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
     pieces = {parameter.untyped_storage().data_ptr() for block in blocks_of(swapped) for parameter in block.parameters()}
@@ -255,5 +258,5 @@ def test_auto_goes_by_the_fullest_card_of_all_processes(train, monkeypatch, capl
         ended = train("--blocks_to_swap", "auto", "--max_train_steps", 1)
     assert ended.status == 0
     messages = [record.message for record in caplog.records]
-    assert "--blocks_to_swap auto: 2, for the card with the least free memory" in messages
+    assert "--blocks_to_swap auto: 2, for the GPU with the least free memory" in messages
     assert any(message.startswith("4 of 6 blocks come to the device in turn") for message in messages)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hunyuan_model.runtime.arguments import apply_kernel_arguments
+from hunyuan_model.runtime.settings import KernelSettings
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -31,10 +30,6 @@ def found() -> tuple[bool, bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
 
 
-def flags(**given: bool) -> argparse.Namespace:
-    return argparse.Namespace(**{"tf32": False, "cudnn_benchmark": False} | given)
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -45,19 +40,19 @@ def flags(**given: bool) -> argparse.Namespace:
     ],
 )
 def test_what_a_card_may_use(given: dict[str, bool], expected: tuple[bool, bool, bool], caplog) -> None:
-    apply_kernel_arguments(flags(**given), CARD)
+    KernelSettings(**given).apply(CARD)
     assert found() == expected and not caplog.messages
 
 
 def test_convolutions_follow_where_somebody_switched_them_off() -> None:
     torch.backends.cudnn.allow_tf32 = False
-    apply_kernel_arguments(flags(cudnn_benchmark=True), CARD)
+    KernelSettings(cudnn_benchmark=True).apply(CARD)
     assert found() == (False, False, True)
-    apply_kernel_arguments(flags(tf32=True), CARD)
+    KernelSettings(tf32=True).apply(CARD)
     assert found() == (True, True, True)
 
 
 def test_on_the_cpu_nothing_changes_and_that_is_said(caplog) -> None:
-    apply_kernel_arguments(flags(tf32=True, cudnn_benchmark=True), CPU)
+    KernelSettings(tf32=True, cudnn_benchmark=True).apply(CPU)
     assert found() == (False, True, False)
     assert caplog.messages == ["--tf32, --cudnn_benchmark: no effect on cpu; only CUDA has a choice of such kernels."]

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from examples.toy.toy_model import ToyModel
-from hunyuan_model.runtime.block_swap import SwapSettings, max_blocks_to_swap
+from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling import step_cache
 from hunyuan_model.sampling.euler import initial_noise, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
@@ -194,7 +195,10 @@ def test_two_branches_side_by_side_do_not_meet(transformer, middling):
 def test_swapped_blocks_change_no_bit_and_stay_away_in_skipped_steps(transformer, tiny_model, middling):
     most = max_blocks_to_swap(transformer.config)
     swapped = load_transformer(
-        tiny_model.dit, device=CPU, dtype=torch.float32, swap=SwapSettings(blocks=most, embedders=True, pinned=False)
+        tiny_model.dit,
+        device=CPU,
+        dtype=torch.float32,
+        runtime=RuntimeSettings(blocks_to_swap=most, img_in_txt_in_offloading=True, pinned_swap_memory=False),
     )
     begun = []
     plain = swapped.block_swap.begin

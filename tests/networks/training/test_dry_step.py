@@ -30,7 +30,7 @@ def test_cards_are_tried_unless_told_otherwise(choice: str, device: str, wanted:
     [
         "--network_dropout 0.5 --network_args rank_dropout=0.3 module_dropout=0.2 --num_timestep_buckets 4",
         "--gradient_checkpointing --blocks_to_swap 4 --gradient_accumulation_steps 2 --optimizer_type SGD",
-        "--mixed_precision bf16 --fp8_base --fp8_scaled",
+        "--mixed_precision bf16 --int8_base",
     ],
 )
 def test_the_training_is_the_same_to_the_bit(train, tmp_path, flags: str) -> None:
@@ -73,7 +73,7 @@ def test_the_largest_batch_is_tried_first_and_leaves_no_gradients(train, monkeyp
     assert seen == [((2, 16, 1, 4, 4), [0.5, 0.5])]
 
 
-def test_out_of_memory_in_the_dry_step_names_the_batch_and_the_next_flag(train, monkeypatch) -> None:
+def test_out_of_memory_in_the_dry_step_explain_batch_out_of_memory_and_the_next_flag(train, monkeypatch) -> None:
     def full(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -81,7 +81,7 @@ def test_out_of_memory_in_the_dry_step_names_the_batch_and_the_next_flag(train, 
     ended = train("--dry_step", "always", "--gradient_checkpointing")
     assert ended.status == 2
     assert "out of memory while trying the largest batch, 2 x 32x32 (c.x_0032x0032_hv.safetensors, b_1_" in ended.stderr
-    assert "; give --fp8_base --fp8_scaled next, which saves about" in ended.stderr
+    assert "; give --int8_base next, which saves about" in ended.stderr
 
 
 def test_the_largest_batch_has_the_most_tokens_and_the_longest_captions(tmp_path) -> None:

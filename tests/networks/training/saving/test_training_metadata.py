@@ -19,7 +19,7 @@ SS_KEYS = """
  ss_session_id ss_training_started_at ss_output_name ss_learning_rate ss_num_train_items ss_num_batches_per_epoch
 ss_num_epochs ss_gradient_checkpointing ss_gradient_accumulation_steps ss_max_train_steps ss_lr_warmup_steps
 ss_lr_scheduler ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_dropout
-ss_network_args ss_mixed_precision ss_seed ss_training_comment ss_optimizer ss_max_grad_norm ss_fp8_base ss_fp8_scaled
+ss_network_args ss_mixed_precision ss_seed ss_training_comment ss_optimizer ss_max_grad_norm ss_fp8_base ss_int8_base ss_fp8_scaled
 ss_fp8_fast ss_fp8_llm ss_weighting_scheme ss_logit_mean ss_logit_std ss_mode_scale ss_guidance_scale
 ss_timestep_sampling ss_sigmoid_scale ss_discrete_flow_shift ss_datasets ss_sd_model_name ss_vae_name
 ss_training_finished_at ss_steps ss_epoch
@@ -43,6 +43,7 @@ def arguments(**changed) -> argparse.Namespace:
         "training_comment": "a stripéd star",
         "max_grad_norm": 1.0,
         "fp8_base": False,
+        "int8_base": False,
         "fp8_scaled": True,
         "fp8_fast": False,
         "fp8_llm": True,

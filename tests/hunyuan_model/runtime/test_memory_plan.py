@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import hv_train_network
 from benchmarks.card_table import card_table, training_plan
+from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import BatchSize
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_report import advice, batch_name, explain_batch_out_of_memory, plan_table, verdict
 from hunyuan_model.transformer.config import TransformerConfig
-from networks.training import memory_report
-from networks.training.memory_plan import MemoryPlan
-from networks.training.memory_report import advice, batch_name, names_the_batch, plan_table, verdict
-from networks.training.saving.disk_space import NetworkSize
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
@@ -34,33 +34,35 @@ def clip() -> MemoryPlan:
     return training_plan(CLIP)
 
 
-def offering(plan: MemoryPlan, *flags: str, **settings: object) -> MemoryPlan:
-    return plan.changed(offers=frozenset(flags), **settings)
+def used_up(plan: MemoryPlan) -> MemoryPlan:
+    """With every flag that saves memory."""
+    most = max_blocks_to_swap(plan.config)
+    offloaded = {"gradient_checkpointing": True, "gradient_checkpointing_cpu_offload": True, "img_in_txt_in_offloading": True}
+    return plan.changed(weights=WeightFormat.INT8, blocks_to_swap=most, **offloaded)
 
 
 def test_the_full_model_needs_what_is_known_of_it(picture: MemoryPlan, clip: MemoryPlan) -> None:
-    parts = picture.need().device
-    assert parts["weights of the transformer"] == 2 * 12_821_012_544
-    assert picture.network == NetworkSize(117_964_800, picture.network.tensors)
-    assert parts["trained network, float32"] == parts["its gradients"] == 4 * 117_964_800
-    assert parts["state of the optimiser"] == 8 * 117_964_800
-    assert picture.need().host == {}
+    need = picture.need()
+    assert need.weights == 2 * 12_821_012_544
+    assert picture.network_values == 117_964_800
+    assert need.network == need.gradients == 4 * 117_964_800
+    assert need.optimizer == 8 * 117_964_800
+    assert need.on_host == 0
     # Pictures of 960x544 take 2040 tokens, clips of 33 frames nine times as many; the captions come on top.
-    kept = "activations kept by the blocks"
-    assert clip.need().device[kept] / parts[kept] == pytest.approx((9 * 2040 + 256) / (2040 + 256), rel=0.02)
+    assert clip.need().activations / need.activations == pytest.approx((9 * 2040 + 256) / (2040 + 256), rel=0.02)
 
 
 def test_narrow_weights_and_swapping_move_what_they_say(picture: MemoryPlan) -> None:
-    narrow = picture.changed(storage=replace(picture.settings.storage, fp8=True))
+    narrow = picture.changed(weights=WeightFormat.FP8)
     assert picture.need().on_device - narrow.need().on_device == pytest.approx(9_059_696_640, rel=0.03)
     swapped = narrow.with_blocks(40)
-    assert swapped.need().host["blocks and embedders that come in turn"] == pytest.approx(9.1e9, rel=0.01)
+    assert swapped.need().host_weights == pytest.approx(9.1e9, rel=0.01)
     assert narrow.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
 
 
 @pytest.mark.parametrize("gigabytes", [8, 12, 16, 20, 24])
 def test_auto_swaps_as_few_blocks_as_fit(picture: MemoryPlan, gigabytes: int) -> None:
-    plan = picture.changed(checkpointing=True, storage=replace(picture.settings.storage, fp8=True, scaled=True))
+    plan = picture.changed(gradient_checkpointing=True, weights=WeightFormat.INT8)
     count = plan.blocks_that_fit(gigabytes * GB)
     assert 0 <= count < max_blocks_to_swap(plan.config)
     assert plan.with_blocks(count).need().on_device <= gigabytes * GB
@@ -75,29 +77,22 @@ def test_auto_swaps_all_it_can_where_nothing_suffices_and_none_on_the_processor(
 
 
 def test_what_to_give_next_follows_from_what_is_given(picture: MemoryPlan, clip: MemoryPlan) -> None:
-    flags = (
-        "gradient_checkpointing",
-        "fp8_base",
-        "gradient_checkpointing_cpu_offload",
-        "blocks_to_swap",
-        "img_in_txt_in_offloading",
-    )
-    plan, seen = offering(picture, *flags), []
+    plan, seen = picture, []
     while (remedy := plan.next_remedy()) is not None:
         assert remedy.saves == plan.need().on_device - remedy.plan.need().on_device > 0
         plan = remedy.plan
         seen.append(remedy.text)
-    assert seen[:3] == ["--gradient_checkpointing", "--fp8_base --fp8_scaled", "--blocks_to_swap 15"]
+    assert seen[:3] == ["--gradient_checkpointing", "--int8_base", "--blocks_to_swap 15"]
     assert "--blocks_to_swap 58" in seen and len(seen) == len(set(seen))
     # Of a clip the block inputs are large enough to come before the weights.
-    long = offering(clip, *flags, checkpointing=True, storage=replace(clip.settings.storage, fp8=True))
+    long = clip.changed(gradient_checkpointing=True, weights=WeightFormat.FP8)
     assert long.next_remedy().text == "--gradient_checkpointing_cpu_offload"
 
 
 def test_a_batch_of_several_may_become_smaller(picture: MemoryPlan) -> None:
-    plan = offering(replace(picture, batch=replace(picture.batch, samples=4)), checkpointing=True)
+    plan = used_up(replace(picture, batch=replace(picture.batch, samples=4)))
     assert "give batch_size = 2 in the dataset config next, which saves about" in advice(plan)
-    plan = offering(picture, checkpointing=True)
+    plan = used_up(picture)
     assert advice(plan) == "use fewer frames or a smaller resolution: every flag that saves memory is in use"
 
 
@@ -123,7 +118,7 @@ def test_the_table_tells_parts_sum_and_verdict(picture: MemoryPlan, monkeypatch)
 
 def test_main_memory_that_does_not_suffice_for_swapping_is_told(picture: MemoryPlan) -> None:
     swapped = picture.with_blocks(58)
-    assert "main memory holds 24.9 GB of it." in plan_table(swapped, 200 * GB, 64 * GB)
+    assert "main memory holds 24.9 GB more." in plan_table(swapped, 200 * GB, 64 * GB)
     assert "but only 16.0 GB are free" in plan_table(swapped, 200 * GB, 16 * GB)
 
 
@@ -132,24 +127,24 @@ def test_on_the_processor_everything_is_in_main_memory(picture: MemoryPlan) -> N
     need, table = plan.need(), plan_table(plan, 32 * GB, 32 * GB)
     assert "memory in main memory" not in table and "main memory for the largest batch" in table
     assert f"{(need.on_device + need.on_host) / GB:.1f} GB of 32.0 GB free" in table
-    assert not any("guess" in part for part in need.device)
+    assert need.kernels == 0
     assert f"{(need.on_device + need.on_host - 32 * GB) / GB:.1f} GB are missing" in table
 
 
 def test_a_network_of_unknown_size_is_said_to_be_missing(picture: MemoryPlan) -> None:
-    assert "without what is trained" in plan_table(replace(picture, network=None), 24 * GB, None)
+    assert "without the trained network" in plan_table(replace(picture, network_values=None), 24 * GB, None)
 
 
 def test_a_large_sample_counts_where_it_needs_more_than_a_step(picture: MemoryPlan) -> None:
-    plan = picture.changed(checkpointing=True)
+    plan = picture.changed(gradient_checkpointing=True)
     small, large = BatchSize(1, (1, 32, 32), 256), BatchSize(1, (33, 90, 160), 256)
     assert replace(plan, sample=small).need() == plan.need()
     more = replace(plan, sample=large).need()
-    assert more.device["more for sampling"] > GB and more.on_device > plan.need().on_device
+    assert more.sampling > GB and more.on_device > plan.need().on_device
 
 
 def test_verdict_without_a_flag_left(picture: MemoryPlan) -> None:
-    assert verdict(offering(picture), 10 * GB).endswith("are missing: use fewer frames or a smaller resolution.")
+    assert verdict(used_up(picture), GB).endswith("are missing: use fewer frames or a smaller resolution.")
 
 
 def test_batches_are_named_by_their_pixels() -> None:
@@ -157,14 +152,17 @@ def test_batches_are_named_by_their_pixels() -> None:
     assert batch_name(BatchSize(1, (9, 68, 120), 9)) == "1 x 960x544x33"
 
 
-def test_running_out_of_memory_names_the_batch_and_what_to_give(picture: MemoryPlan) -> None:
+def test_running_out_of_memory_explain_batch_out_of_memory_and_what_to_give(picture: MemoryPlan) -> None:
     def batch(samples: int, frames: int, *names: str) -> dict[str, object]:
         return {"latents": torch.zeros(samples, 16, frames, 4, 4), "text_states": torch.zeros(samples, 8, 3), "names": [*names]}
 
-    with pytest.raises(UserError) as caught, names_the_batch(picture, [batch(2, 1, "a", "b"), batch(1, 9, "c")], "training on"):
+    with (
+        pytest.raises(UserError) as caught,
+        explain_batch_out_of_memory(picture, [batch(2, 1, "a", "b"), batch(1, 9, "c")], "training on"),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert str(caught.value).startswith("out of memory while training on 1 x 32x32x33 (c); give --fp8_base --fp8_scaled next")
-    with pytest.raises(KeyError), names_the_batch(picture, [batch(1, 1, "a")], "training on"):
+    assert str(caught.value).startswith("out of memory while training on 1 x 32x32x33 (c); give --int8_base next")
+    with pytest.raises(KeyError), explain_batch_out_of_memory(picture, [batch(1, 1, "a")], "training on"):
         raise KeyError("something else")
 
 
@@ -193,7 +191,7 @@ def test_a_card_tells_what_is_free_and_what_was_used(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22_500_000_000)
     with pytest.raises(UserError) as caught, explain_out_of_memory("testing", lambda: "use less", torch.device("cuda", 0)):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "(0.3 of 24.0 GB are free on the card, and this process used up to 22.5 GB); use less." in str(caught.value)
+    assert "(0.3 of 24.0 GB are free on the GPU, and this process used up to 22.5 GB); use less." in str(caught.value)
 
 
 def test_training_prints_its_plan_and_auto_is_nothing_on_the_processor(train, caplog) -> None:
@@ -205,11 +203,11 @@ def test_training_prints_its_plan_and_auto_is_nothing_on_the_processor(train, ca
 
 def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(memory_report, "free_device_memory", lambda device: 0)
+    monkeypatch.setattr(hv_train_network, "free_device_memory", lambda device: 0)
     monkeypatch.setattr(MemoryPlan, "blocks_that_fit", lambda plan, free: 3 if free == 0 else 0)
     ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
     assert ended.status == 0
-    assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks come to the device" in caplog.text
+    assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks" in caplog.text
 
 
 def test_neither_a_number_nor_auto_is_refused(train) -> None:
@@ -229,11 +227,11 @@ def test_the_table_of_cards_has_a_row_for_each(picture: MemoryPlan) -> None:
     lines = card_table(picture, (4, 24, 200)).splitlines()
     assert len(lines) == 5
     assert lines[2].startswith("| 4 GB | too small") and "none needed" in lines[4]
-    assert "`--gradient_checkpointing --fp8_base --fp8_scaled" in lines[3]
+    assert "`--gradient_checkpointing --int8_base" in lines[3]
 
 
 def test_a_config_without_single_blocks_has_a_plan() -> None:
     config = TransformerConfig(hidden_size=128, heads=1, double_depth=3, single_depth=0, mlp_size=512)
     plan = training_plan(PICTURE, rank=1)
-    plan = replace(plan, config=config, network=None)
-    assert plan.need().on_device > plan.changed(checkpointing=True).need().on_device
+    plan = replace(plan, config=config, network_values=None)
+    assert plan.need().on_device > plan.changed(gradient_checkpointing=True).need().on_device

@@ -1,0 +1,223 @@
+"""What a run will need on the device and in host memory, which changes would make it need less, and how many blocks to swap."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.arguments import AUTO
+from hunyuan_model.runtime.block_swap import max_blocks_to_swap
+from hunyuan_model.runtime.memory import (
+    BatchSize,
+    Computation,
+    loss_bytes,
+    sampling_activations,
+    table_bytes,
+    training_activations,
+    weight_bytes,
+)
+from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.transformer.config import TransformerConfig
+
+logger = logging.getLogger(__name__)
+
+# What arithmetic cannot know, on a GPU: kernels, which load when they first run, with the workspaces of matmuls; and what the
+# allocator cannot use of the memory that is taken and given back.
+KERNEL_BYTES = 400_000_000
+FRAGMENTS = 0.04
+
+SWAP_STEPS = 4  # in which blocks are offered for swapping
+CLEAR_SHARE, LEAST_SHARE = 0.1, 0.02  # of the whole: what a change should save to be offered at once, and to be offered at all
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes by what they are for.
+
+    Attributes:
+        kernels: a guess, for kernels and fragmentation.
+        sampling: what sampling takes beyond a training step.
+        host_weights, host_inputs: in host memory; everything else is on the device.
+    """
+
+    weights: int = 0
+    swap_slots: int = 0
+    network: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    block_inputs: int = 0
+    activations: int = 0
+    working: int = 0
+    sampling: int = 0
+    tables: int = 0
+    kernels: int = 0
+    host_weights: int = 0
+    host_inputs: int = 0
+
+    @property
+    def on_host(self) -> int:
+        return self.host_weights + self.host_inputs
+
+    @property
+    def on_device(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self)) - self.on_host
+
+    @property
+    def of_step(self) -> int:
+        """Of the tensors that a training step has on the device at its peak."""
+        return self.on_device - self.kernels - self.sampling
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change: what to give or do, the plan that it makes, and the bytes that it saves on the device."""
+
+    text: str
+    plan: MemoryPlan
+    saves: int
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What was given, the plan with it, and whether that is enough."""
+
+    flags: list[str]
+    plan: MemoryPlan
+    enough: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A run, as far as its memory is concerned.
+
+    Attributes:
+        config: of the transformer.
+        device: where it runs; of a plan for the CPU everything is in main memory.
+        batch: the largest; of training, or of sampling where ``trains`` is False.
+        dtype: of the weights that are not quantized.
+        compute_dtype: of the activations.
+        network_values: numbers in what is trained; None where they are not known yet.
+        optimizer_bytes: for each of them.
+        sample: the largest that is sampled during training.
+        may_quantize: whether quantized weights may be recommended.
+    """
+
+    config: TransformerConfig
+    device: torch.device
+    runtime: RuntimeSettings
+    batch: BatchSize
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    network_values: int | None = None
+    optimizer_bytes: float = 0.0
+    sample: BatchSize | None = None
+    trains: bool = True
+    may_quantize: bool = True
+
+    def need(self) -> Need:
+        """What the plan comes to. On the CPU swapped weights are in the same memory."""
+        config, runtime = self.config, self.runtime
+        weights = weight_bytes(config, self.dtype, runtime)
+        values = self.network_values or 0
+        inputs = kept = working = host_inputs = 0
+        if self.trains:
+            how = Computation(
+                self.compute_dtype, runtime.gradient_checkpointing, runtime.gradient_checkpointing_cpu_offload, values
+            )
+            step = training_activations(config, self.batch, how, weights.dequantized)
+            inputs, kept, working, host_inputs = step.inputs, step.kept, step.working, step.host_inputs
+        samples = [batch for batch in (self.sample, None if self.trains else self.batch) if batch is not None]
+        sampling = max((sampling_activations(config, one, self.compute_dtype, weights.dequantized) for one in samples), default=0)
+        temporary = max(inputs + kept + working, sampling)
+        return Need(
+            weights=weights.resident,
+            swap_slots=weights.slots,
+            network=torch.float32.itemsize * values,
+            gradients=torch.float32.itemsize * values if self.trains else 0,
+            optimizer=round(self.optimizer_bytes * values),
+            block_inputs=inputs,
+            activations=kept,
+            working=working,
+            sampling=temporary - inputs - kept - working,
+            tables=loss_bytes(config, self.batch) + table_bytes(config, self.batch),
+            kernels=KERNEL_BYTES + round(FRAGMENTS * temporary) if self.device.type == "cuda" else 0,
+            host_weights=weights.host,
+            host_inputs=host_inputs,
+        )
+
+    def changed(self, **settings: object) -> MemoryPlan:
+        """With other runtime settings."""
+        return replace(self, runtime=replace(self.runtime, **settings))
+
+    def with_blocks(self, count: int) -> MemoryPlan:
+        """With ``count`` blocks swapped."""
+        return self.changed(blocks_to_swap=count)
+
+    def blocks_that_fit(self, free: int | None) -> int:
+        """The fewest blocks to swap so that the device suffices; as many as possible if it never does; none on the CPU."""
+        if self.device.type != "cuda" or free is None:
+            return 0
+        limit = max_blocks_to_swap(self.config)
+        return next((count for count in range(limit) if self.with_blocks(count).need().on_device <= free), limit)
+
+    def resolved(self, free: int | None) -> MemoryPlan:
+        """With a number in the place of ``blocks_to_swap`` = auto, for ``free`` bytes of the device."""
+        if self.runtime.blocks_to_swap != AUTO:
+            return self
+        count = self.blocks_that_fit(free)
+        logger.info("--blocks_to_swap auto: %d", count)
+        return self.with_blocks(count)
+
+    def remedies(self) -> Iterator[Remedy]:
+        """What could be changed next, in the order in which to try it."""
+        runtime, on_gpu = self.runtime, self.device.type == "cuda"
+        if self.trains and not runtime.gradient_checkpointing:
+            yield self._remedy("--gradient_checkpointing", self.changed(gradient_checkpointing=True))
+        if self.may_quantize and runtime.weights is WeightFormat.PLAIN:
+            yield self._remedy("--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8))
+        if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:
+            yield self._remedy("--gradient_checkpointing_cpu_offload", self.changed(gradient_checkpointing_cpu_offload=True))
+        limit = max_blocks_to_swap(self.config)
+        if on_gpu and runtime.blocks_to_swap < limit:
+            step = -(-limit // SWAP_STEPS)
+            count = min(limit, (runtime.blocks_to_swap // step + 1) * step)
+            yield self._remedy(f"--blocks_to_swap {count}", self.with_blocks(count))
+        if on_gpu and not runtime.img_in_txt_in_offloading:
+            yield self._remedy("--img_in_txt_in_offloading", self.changed(img_in_txt_in_offloading=True))
+        if self.trains and self.batch.samples > 1:
+            half = replace(self.batch, samples=self.batch.samples // 2)
+            yield self._remedy(f"batch_size = {half.samples} in the dataset config", replace(self, batch=half))
+
+    def _remedy(self, text: str, plan: MemoryPlan) -> Remedy:
+        return Remedy(text, plan, self.need().on_device - plan.need().on_device)
+
+    def next_remedy(self) -> Remedy | None:
+        """The first one that saves much, else the first that saves a little; None where only a smaller video is left."""
+        whole, remedies = self.need().on_device, list(self.remedies())
+        for share in (CLEAR_SHARE, LEAST_SHARE):
+            for remedy in remedies:
+                if remedy.saves >= share * whole:
+                    return remedy
+        return None
+
+    def until_it_fits(self, free: int) -> Fitting:
+        """What to give, one after the other, for ``free`` bytes of the device to suffice."""
+        plan, given = self, {}
+        while plan.need().on_device > free:
+            remedy = plan.next_remedy()
+            if remedy is None:
+                return Fitting(list(given.values()), plan, enough=False)
+            before, plan = plan.runtime, remedy.plan
+            if plan.runtime.blocks_to_swap != before.blocks_to_swap:
+                plan = plan.with_blocks(plan.blocks_that_fit(free))
+                given["--blocks_to_swap"] = f"--blocks_to_swap {plan.runtime.blocks_to_swap}"
+            else:
+                given[remedy.text.split()[0]] = remedy.text
+        if "--blocks_to_swap" in given:  # what was given after it may have made room for some
+            plan = plan.with_blocks(plan.blocks_that_fit(free))
+            given["--blocks_to_swap"] = f"--blocks_to_swap {plan.runtime.blocks_to_swap}"
+        return Fitting(list(given.values()), plan, enough=True)

@@ -1,0 +1,114 @@
+"""Memory plans in words: before a run starts, and when memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any
+
+from hunyuan_model.runtime.memory import BatchSize
+from hunyuan_model.runtime.memory_plan import MemoryPlan, Need
+from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
+from utils.devices import explain_out_of_memory
+from utils.disk_space import readable
+
+MAX_TEXT_TOKENS = 256  # of a prompt
+SMALLER = "fewer frames or a smaller resolution"
+
+
+def labels(plan: MemoryPlan) -> dict[str, str]:
+    """What the fields of ``Need`` are called."""
+    kept_by = "one block" if plan.runtime.gradient_checkpointing else "the blocks"
+    return {
+        "weights": "weights of the transformer",
+        "swap_slots": "room for swapped blocks",
+        "network": "trained network, float32",
+        "gradients": "its gradients",
+        "optimizer": "optimizer state",
+        "block_inputs": "inputs of the blocks",
+        "activations": f"activations kept by {kept_by}",
+        "working": "working memory of a block",
+        "sampling": "more for sampling",
+        "tables": "latents and tables",
+        "kernels": "kernels and fragmentation (a guess)",
+        "host_weights": "swapped blocks and embedders",
+        "host_inputs": "offloaded inputs of the blocks",
+    }
+
+
+def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str:
+    """What the plan needs, part by part, beside what is free, and which flags would make it fit. Several lines.
+
+    Args:
+        free: bytes on the plan's device; None where that is not known.
+        free_main: bytes of main memory.
+    """
+    need, on_gpu = plan.need(), plan.device.type == "cuda"
+    place = f"memory on {plan.device}" if on_gpu else "main memory"
+    tokens = plan.batch.tokens(plan.config)
+    lines = [f"{place} for the largest batch, {batch_name(plan.batch)} ({tokens} tokens):"]
+    sizes = {field.name: getattr(need, field.name) for field in fields(Need)}
+    rows = [(text, sizes[name]) for name, text in labels(plan).items() if not (on_gpu and name.startswith("host_"))]
+    total = need.on_device if on_gpu else need.on_device + need.on_host
+    rows = [row for row in rows if row[1] > 0] + [("in all", total)]
+    width = max(len(text) for text, _ in rows)
+    lines += [f"  {text:<{width}}  {readable(size):>9}" for text, size in rows]
+    lines[-1] += "" if free is None else f" of {readable(free)} free"
+    if plan.trains and plan.network_values is None:
+        lines.append("  without the trained network, whose size its module shows only later")
+    if free is not None:
+        lines.append(f"  {verdict(plan, free if on_gpu else free - need.on_host)}")
+    if on_gpu and need.on_host:
+        held = f"  main memory holds {readable(need.on_host)} more"
+        if free_main is not None and need.on_host > free_main:
+            held += f", but only {readable(free_main)} are free: close other programs, or swap fewer blocks"
+        lines.append(held + ".")
+    return "\n".join(lines)
+
+
+def verdict(plan: MemoryPlan, free: int) -> str:
+    """Whether the plan fits into ``free`` bytes of its device, and what would make it fit."""
+    missing = plan.need().on_device - free
+    if missing <= 0:
+        return "It fits."
+    short = f"{readable(missing)} are missing"
+    fitting = plan.until_it_fits(free)
+    if not fitting.flags:
+        return f"{short}: use {SMALLER}."
+    return f"{short}: give {' '.join(fitting.flags)}{'' if fitting.enough else f', and use {SMALLER}'}."
+
+
+def advice(plan: MemoryPlan) -> str:
+    """What to change next after running out of memory."""
+    remedy = plan.next_remedy()
+    if remedy is None:
+        return f"use {SMALLER}: every flag that saves memory is in use"
+    return f"give {remedy.text} next, which saves about {readable(remedy.saves)}"
+
+
+def batch_name(batch: BatchSize) -> str:
+    """Samples, width, height and frames in pixels: ``2 x 960x544x33``."""
+    frames, height, width = batch.size
+    length = "" if frames == 1 else f"x{TIME_COMPRESSION * (frames - 1) + 1}"
+    return f"{batch.samples} x {SPATIAL_COMPRESSION * width}x{SPATIAL_COMPRESSION * height}{length}"
+
+
+def size_of(batch: Mapping[str, Any]) -> BatchSize:
+    """Of a training batch: ``latents`` (B, C, F, H, W) and ``text_states`` (B, L, width)."""
+    samples, _, *size = batch["latents"].shape
+    return BatchSize(samples, tuple(size), batch["text_states"].shape[1])
+
+
+def sample_size(height: int, width: int, frames: int) -> BatchSize:
+    """Of one sample in pixels, whose caption may have any length."""
+    return BatchSize(1, latent_size(height, width, frames), MAX_TEXT_TOKENS)
+
+
+def explain_batch_out_of_memory(plan: MemoryPlan, batches: Sequence[Mapping[str, Any]], doing: str) -> AbstractContextManager[None]:
+    """For computing ``batches`` inside: running out of memory names the largest of them and what to change next."""
+    largest = max(batches, key=lambda batch: size_of(batch).tokens(plan.config))
+    size = size_of(largest)
+    where = f"{doing} {batch_name(size)} ({', '.join(largest['names'])})"
+    return explain_out_of_memory(where, lambda: advice(replace(plan, batch=size)), plan.device)

@@ -1,0 +1,117 @@
+"""What is put on a transformer from outside, as frozen settings. ``loading.py`` applies them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
+from hunyuan_model.runtime.arguments import AUTO
+from hunyuan_model.runtime.block_swap import SwapSettings, check_blocks_to_swap
+from hunyuan_model.runtime.compilation import CompileSettings, check_compile
+from hunyuan_model.transformer.attention import check_attention_device, check_attention_dtype, make_attention
+from hunyuan_model.transformer.config import TransformerConfig
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """How a transformer is stored, attends, and where its weights and activations are. The fields have the names of flags.
+
+    Attributes:
+        weights: storage of the blocks' Linear weights.
+        fp8_fast: multiply float8 by float8 on GPUs that can.
+        attn_mode, split_attn: see ``hunyuan_model.transformer.attention.make_attention``.
+        blocks_to_swap: how many blocks fewer the device holds; "auto" until a memory plan has put a number in its place.
+        img_in_txt_in_offloading: keep the embedders in host memory too.
+        pinned_swap_memory: page-lock the host memory that is copied from and to, where the system allows it.
+        gradient_checkpointing: compute each block again in the backward pass.
+        gradient_checkpointing_cpu_offload: keep the inputs of blocks in host memory until then.
+        compile: compile the blocks; None leaves them as they are.
+
+    Raises:
+        UserError: settings that exclude or miss each other.
+    """
+
+    weights: WeightFormat = WeightFormat.PLAIN
+    fp8_fast: bool = False
+    attn_mode: str = "torch"
+    split_attn: bool = False
+    blocks_to_swap: int | str = 0
+    img_in_txt_in_offloading: bool = False
+    pinned_swap_memory: bool = True
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_cpu_offload: bool = False
+    compile: CompileSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.fp8_fast and not self.weights.is_float8:
+            raise UserError("--fp8_fast multiplies weights that are stored in float8; store them so, or leave --fp8_fast out.")
+        if self.gradient_checkpointing_cpu_offload and not self.gradient_checkpointing:
+            raise UserError(
+                "--gradient_checkpointing_cpu_offload moves what --gradient_checkpointing keeps; give --gradient_checkpointing as "
+                "well, or leave --gradient_checkpointing_cpu_offload out."
+            )
+
+    def check(self, device: torch.device, dtype: torch.dtype, config: TransformerConfig | None = None) -> None:
+        """Refuse what cannot work here, before anything is loaded; compiling is tried with a small function.
+
+        Args:
+            dtype: in which the layers compute.
+            config: of the transformer, for the number of blocks.
+
+        Raises:
+            UserError: a package, a device or a transformer that does not do what is asked for.
+        """
+        check_attention_dtype(self.attn_mode, dtype)
+        check_attention_device(self.attn_mode, device)
+        make_attention(self.attn_mode)
+        if self.fp8_fast:
+            check_float8_matmuls(device, "--fp8_fast")
+        if config is not None and self.blocks_to_swap != AUTO:
+            check_blocks_to_swap(self.blocks_to_swap, config)
+        if self.compile is not None:
+            check_compile(device, self.compile)
+
+    def with_blocks(self, count: int) -> RuntimeSettings:
+        """With ``count`` blocks swapped."""
+        return replace(self, blocks_to_swap=count)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether any weights live in host memory."""
+        return bool(self.blocks_to_swap) or self.img_in_txt_in_offloading
+
+    @property
+    def swap(self) -> SwapSettings:
+        """What block swap has to know of it, once a number stands for auto."""
+        return SwapSettings(
+            blocks=self.blocks_to_swap,
+            embedders=self.img_in_txt_in_offloading,
+            pinned=self.pinned_swap_memory,
+            recomputed=self.gradient_checkpointing,
+        )
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """Which kernels torch may use on a GPU, for the whole process."""
+
+    tf32: bool = False
+    cudnn_benchmark: bool = False
+
+    def apply(self, device: torch.device) -> None:
+        """Set them, or say that they have no effect on ``device``."""
+        given = [f"--{name}" for name in ("tf32", "cudnn_benchmark") if getattr(self, name)]
+        if given and device.type != "cuda":
+            logger.warning("%s: no effect on %s; only CUDA has a choice of such kernels.", ", ".join(given), device)
+        elif given:
+            if self.tf32:
+                torch.backends.cuda.matmul.allow_tf32 = True
+                torch.backends.cudnn.allow_tf32 = True  # torch's default
+            torch.backends.cudnn.benchmark = self.cudnn_benchmark or torch.backends.cudnn.benchmark

@@ -68,8 +68,8 @@ class RuntimeSettings:
         Raises:
             UserError: a package, a device or a transformer that does not do what is asked for.
         """
-        check_attention_dtype(self.attn_mode, dtype)
         check_attention_device(self.attn_mode, device)
+        check_attention_dtype(self.attn_mode, dtype)
         make_attention(self.attn_mode)
         if self.fp8_fast:
             check_float8_matmuls(device, "--fp8_fast")

@@ -135,6 +135,7 @@ def test_cuda_flags_without_cuda(train, flags):
 
 def test_a_package_for_halves_only_is_refused_before_anything_is_loaded(train, monkeypatch):
     monkeypatch.setattr(hv_train_network, "attention_mode", lambda args: "flash")
+    monkeypatch.setattr("hunyuan_model.runtime.settings.check_attention_device", lambda *_: None)
     monkeypatch.setattr("hunyuan_model.load_transformer", None)
     ended = train("--dit_dtype", "float32", "--mixed_precision", "no")
     assert ended.status == 2 and "float16 or bfloat16 only" in ended.stderr

@@ -1,12 +1,12 @@
-"""Activation offload: what checkpointing keeps of each block, its inputs, waits in host memory for the backward pass.
+"""Activation offload: the inputs of blocks that checkpointing keeps are in host memory until the backward pass.
 
-The inputs of a block are copied to host memory while it computes, and leave the device once the copy is done. In the backward
-pass they come back while the block behind theirs computes. The last blocks of a forward pass are the first ones of the backward
-pass, so their inputs stay. What all blocks share (conditioning, rotation tables) is not copied.
+The inputs of a block are copied to host memory while it computes, and freed on the device once the copy is done. In the backward
+pass they are copied back while the block after theirs computes. The last blocks of a forward pass are the first ones of the
+backward pass, so their inputs stay. What all blocks share (conditioning, RoPE tables) is not copied.
 
-Memory of the device is given up only after the computation has been told to wait for the copies that read or write it:
-whatever gets that memory next then comes after them, however far Python runs ahead of the device. Copies are made in the order
-in which they were asked for, so a piece of host memory can be used anew while the last copy from it or to it is under way.
+Device memory is freed only after the computation has been told to wait for the copies that read or write it: whoever gets that
+memory next is ordered after them, however far Python runs ahead of the device. Copies are made in the order in which they were
+asked for, so host memory can be reused while the last copy from it or to it is under way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,103 +27,86 @@ from hunyuan_model.runtime.transfers import Transfers, make_transfers
 
 logger = logging.getLogger(__name__)
 
-ON_DEVICE = 2  # blocks whose inputs the device holds: those of one are computed on while those of another go or come
-
-
-@dataclass(eq=False)
-class HostPiece:
-    """A piece of host memory, uint8."""
-
-    memory: Tensor
-
-    def view(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Its beginning as a tensor."""
-        return self.memory[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+ON_DEVICE = 2  # blocks whose inputs the device holds: of one that computes, and of one that is being copied
 
 
 class HostPool:
-    """Pieces of host memory that are taken and given back: a step uses again what the one before it needed.
+    """Host memory that is taken and given back: each step uses the memory of the one before it.
 
     Args:
-        pinned_for: the CUDA device for which they are page-locked; None leaves them pageable.
+        pinned_for: the CUDA device for which it is page-locked; None leaves it pageable.
     """
 
     def __init__(self, pinned_for: torch.device | None = None) -> None:
         self._pinned_for = pinned_for
-        self._free: list[HostPiece] = []
-        self._lock = threading.RLock()  # for two threads; in one of them a garbage collection may give back at any moment
+        self._free: list[Tensor] = []
+        # Two threads use it, and garbage collection may give memory back inside ``take``: it only appends, so indices stay.
+        self._lock = threading.RLock()
 
     @property
     def free_bytes(self) -> int:
-        """Of the pieces that nobody holds."""
-        return sum(piece.memory.nbytes for piece in self._free)
+        """Of the memory that nobody holds."""
+        return sum(memory.nbytes for memory in self._free)
 
-    def take(self, size: int) -> HostPiece:
-        """At least ``size`` bytes, which hold anything."""
+    def take(self, size: int) -> Tensor:
+        """(at least ``size``,) uint8 of unknown content."""
         with self._lock:
-            free = sorted(self._free, key=lambda piece: piece.memory.nbytes)
-            fitting = next((piece for piece in free if piece.memory.nbytes >= size), None)
-            if chosen := fitting or (free[-1] if free else None):  # one that is too small makes room for a larger one
-                self._free.remove(chosen)
-        del free, chosen
-        return fitting or self._make(size)
+            sizes = [memory.nbytes for memory in self._free]
+            if fitting := [nbytes for nbytes in sizes if nbytes >= size]:
+                return self._free.pop(sizes.index(min(fitting)))
+            if sizes:  # the largest is too small: it makes room for a larger one
+                self._free.pop(sizes.index(max(sizes)))
+        return self._allocate(size)
 
-    def give_back(self, piece: HostPiece) -> None:
-        """Have ``piece`` for whoever asks next."""
+    def give_back(self, memory: Tensor) -> None:
+        """Have ``memory`` for whoever asks next."""
         with self._lock:
-            self._free.append(piece)
+            self._free.append(memory)
 
-    def _make(self, size: int) -> HostPiece:
-        piece = HostPiece(host_memory(size))
-        if self._pinned_for is not None and not page_lock(piece.memory, self._pinned_for, owner=piece):
+    def _allocate(self, size: int) -> Tensor:
+        memory = host_memory(size)
+        if self._pinned_for is not None and not page_lock(memory, self._pinned_for, owner=memory):
             logger.warning("the system does not allow to pin more memory for activations; copying them takes longer.")
             self._pinned_for = None
-        return piece
+        return memory
 
 
-@dataclass(eq=False)
-class _Kept:
-    """One tensor.
+class _KeptTensor:
+    """One input of a block.
 
     Attributes:
-        on_device: while it is there, or comes.
-        arrival: of the copy that brings it, until it was waited for.
-        host: where it is in host memory; None if it stays on the device.
+        on_device: None while it is in host memory only.
+        on_host: its copy, in ``memory`` of the pool; both None for an input that stays on the device.
+        arrival: of the copy back to the device, until it was waited for.
     """
 
-    on_device: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-    arrival: Any = None
-    host: HostPiece | None = None
+    def __init__(self, tensor: Tensor) -> None:
+        self.on_device: Tensor | None = tensor.detach()
+        self.device = tensor.device
+        self.requires_grad = tensor.requires_grad
+        self.memory: Tensor | None = None
+        self.on_host: Tensor | None = None
+        self.arrival: Any = None
 
 
 class KeptInputs:
-    """The inputs of one pass through a block, which live for as long as a backward pass may ask for them."""
+    """The inputs of one pass through a block, which live for as long as a backward pass may ask for them.
 
-    def __init__(self, offloader: ActivationOffloader, tensors: Sequence[Tensor], before: KeptInputs | None) -> None:
-        self.tensors = [_Kept(x.detach(), x.shape, x.dtype, x.device, x.requires_grad) for x in tensors]
+    Attributes:
+        previous: those of the pass that began before this one.
+    """
+
+    def __init__(self, offloader: ActivationOffloader, tensors: Sequence[Tensor], previous: KeptInputs | None) -> None:
+        self.tensors = [_KeptTensor(tensor) for tensor in tensors]
+        self.previous = weakref.ref(previous) if previous is not None else lambda: None
         self._offloader = offloader
-        self._before = weakref.ref(before) if before is not None else None
-
-    @property
-    def before(self) -> KeptInputs | None:
-        """Those of the pass that began before this one, if they live."""
-        return self._before() if self._before is not None else None
-
-    @property
-    def on_device(self) -> bool:
-        """Whether they are there, or come."""
-        return all(kept.on_device is not None for kept in self.tensors)
 
     def __del__(self) -> None:
-        self._offloader.drop(self)
+        self._offloader.release(self)
 
 
 class ActivationOffloader:
-    """Sends the inputs of blocks to host memory, and has them on the device again before they are needed.
+    """Copies the inputs of blocks to host memory, and back to the device before they are needed.
 
     Args:
         depth: number of blocks.
@@ -135,57 +117,59 @@ class ActivationOffloader:
         self.depth = depth
         self._transfers = transfers
         self._pool = pool
-        self._leaving: deque[list[tuple[_Kept, Tensor, Any]]] = deque()  # what is copied to the host, by block
-        self._latest: weakref.ref[KeptInputs] | None = None
+        # By block: its inputs, the tensors that are copied to the host, and the marks of these copies.
+        self._offloading: deque[list[tuple[_KeptTensor, Tensor, Any]]] = deque()
+        self._latest: Callable[[], KeptInputs | None] = lambda: None
 
     def keep(self, block: int, tensors: Sequence[Tensor]) -> KeptInputs:
-        """Start to send away the inputs of ``block``, which begins a forward pass; the last ones stay."""
-        while self._leaving and (block == 0 or len(self._leaving) >= ON_DEVICE):
-            self._part_with(self._leaving.popleft())
-        inputs = KeptInputs(self, tensors, self._latest() if self._latest is not None else None)
+        """Start to offload the inputs of ``block``, which begins a forward pass; those of the last blocks stay."""
+        while self._offloading and (block == 0 or len(self._offloading) >= ON_DEVICE):
+            self._free_on_device(self._offloading.popleft())
+        inputs = KeptInputs(self, tensors, self._latest())
         self._latest = weakref.ref(inputs)
-        self._leaving.append([self._send(kept) for kept in inputs.tensors] if block < self.depth - ON_DEVICE else [])
+        offloaded = inputs.tensors if block < self.depth - ON_DEVICE else []
+        self._offloading.append([self._copy_to_host(kept) for kept in offloaded])
         return inputs
 
-    def bring(self, inputs: KeptInputs) -> list[Tensor]:
-        """The inputs on the device, for a backward pass through their block that begins; those before them come next."""
-        self._fetch(inputs)
+    def restore(self, inputs: KeptInputs) -> list[Tensor]:
+        """The inputs on the device, for a backward pass through their block that begins; those of the previous block follow."""
+        self._copy_to_device(inputs)
         tensors = []
         for kept in inputs.tensors:
             self._wait_for(kept)
             tensors.append(kept.on_device.detach().requires_grad_(kept.requires_grad))
-            if kept.host is not None:
-                kept.on_device = None  # from here on whoever computes with it keeps it
-        if inputs.before is not None:
-            self._fetch(inputs.before)
+            if kept.on_host is not None:
+                kept.on_device = None  # whoever computes with it holds it from here on
+        if (previous := inputs.previous()) is not None:
+            self._copy_to_device(previous)
         return tensors
 
-    def drop(self, inputs: KeptInputs) -> None:
-        """Nobody asks for ``inputs`` any more."""
+    def release(self, inputs: KeptInputs) -> None:
+        """Give back the host memory of ``inputs``, for which nobody asks any more."""
         for kept in inputs.tensors:
             self._wait_for(kept)
-            if kept.host is not None:
-                self._pool.give_back(kept.host)
+            if kept.memory is not None:
+                self._pool.give_back(kept.memory)
 
-    def _send(self, kept: _Kept) -> tuple[_Kept, Tensor, Any]:
-        kept.host = self._pool.take(kept.on_device.nbytes)
-        at_host = kept.host.view(kept.shape, kept.dtype)
-        return kept, kept.on_device, self._transfers.copy(at_host, kept.on_device, self._transfers.mark())
+    def _copy_to_host(self, kept: _KeptTensor) -> tuple[_KeptTensor, Tensor, Any]:
+        tensor = kept.on_device
+        kept.memory = self._pool.take(tensor.nbytes)
+        kept.on_host = kept.memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return kept, tensor, self._transfers.copy(kept.on_host, tensor, self._transfers.mark())
 
-    def _part_with(self, leaving: Sequence[tuple[_Kept, Tensor, Any]]) -> None:
-        for kept, tensor, departure in leaving:
-            self._transfers.wait(departure)
+    def _free_on_device(self, copies: Sequence[tuple[_KeptTensor, Tensor, Any]]) -> None:
+        for kept, tensor, arrival in copies:
+            self._transfers.wait(arrival)
             if kept.on_device is tensor:
                 kept.on_device = None
 
-    def _fetch(self, inputs: KeptInputs) -> None:
+    def _copy_to_device(self, inputs: KeptInputs) -> None:
         for kept in inputs.tensors:
             if kept.on_device is None:
-                kept.on_device = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-                at_host = kept.host.view(kept.shape, kept.dtype)
-                kept.arrival = self._transfers.copy(kept.on_device, at_host, self._transfers.mark())
+                kept.on_device = torch.empty_like(kept.on_host, device=kept.device)
+                kept.arrival = self._transfers.copy(kept.on_device, kept.on_host, self._transfers.mark())
 
-    def _wait_for(self, kept: _Kept) -> None:
+    def _wait_for(self, kept: _KeptTensor) -> None:
         arrival, kept.arrival = kept.arrival, None
         if arrival is not None:
             self._transfers.wait(arrival)
@@ -222,7 +206,7 @@ class OffloadedForward:
         kept = self.offloader.keep(self.index, given)
 
         def compute(*shared: Any) -> Any:
-            tensors = list(given) or self.offloader.bring(kept)
+            tensors = list(given) or self.offloader.restore(kept)
             given.clear()  # or this function, which lives until the backward pass, would hold them on the device
             return self.forward(*tensors, *shared)
 

@@ -1,12 +1,12 @@
-"""Block swap: blocks whose frozen weights live in host memory and come to the device for their turn.
+"""Block swap: the frozen weights of some blocks are in host memory and are copied to the device when the block computes.
 
-Nothing is ever copied back, as frozen weights do not change: each block has one lasting copy in host memory, and on the
-device a few slots take the blocks in turn. While one computes the next is on its way. In a backward pass the blocks come in
-reverse order, and those that the forward pass ended with are still there.
+Nothing is ever copied back, as frozen weights do not change: host memory holds each block, and a few slots on the device hold
+one block each. While one computes, the next is copied. A backward pass needs the blocks in reverse order, and finds those with
+which the forward pass ended still there.
 
 When a slot may be overwritten follows from one fact: blocks begin one after the other, in forward passes, when checkpointing
-computes them again, and in backward passes (autograd runs later nodes first). So once a block begins, everything that any
-other one will read of its weights has been given to the device, and the end of that is a mark that a copy can wait for.
+recomputes them, and in backward passes (autograd runs later nodes first). So once a block begins, everything that reads the
+weights of another one has been queued on the device, and a copy can wait for the mark at the end of that queue.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SLOTS = 2  # one computes while the other is filled
+SLOTS = 2  # blocks that the device holds in turn: one computes while the next is copied
 EMBEDDERS = ("img_in", "txt_in")
 
 _BLOCK_NAME = re.compile(r"(double|single)_blocks\.(\d+)\.")
@@ -41,14 +41,14 @@ _BLOCK_NAME = re.compile(r"(double|single)_blocks\.(\d+)\.")
 
 @dataclass(frozen=True)
 class SwapSettings:
-    """What lives in host memory.
+    """What is kept in host memory.
 
     Attributes:
-        blocks: how many blocks less the device holds.
+        blocks: how many blocks fewer the device holds.
         embedders: img_in and txt_in too.
         pinned: whether the host memory is to be page-locked where the system allows; matters for CUDA only.
-        recomputed: gradient checkpointing wraps every block on top of this, so that none is kept for a backward pass. Leave
-            it False without checkpointing: the backward pass then fetches the weights that autograd asks for.
+        recomputed: gradient checkpointing wraps every block on top of this, so that autograd saves no weights. Without
+            checkpointing it must be False: the backward pass then fetches the weights that autograd asks for.
     """
 
     blocks: int = 0
@@ -77,19 +77,19 @@ def check_blocks_to_swap(count: int, config: TransformerConfig, flag: str = "--b
 
 
 def block_sizes(config: TransformerConfig) -> list[int]:
-    """Weights of each block's linear layers, in the order of a forward pass; the rest is next to nothing."""
+    """Number of weights in each block's Linear layers, in the order of a forward pass; the rest is negligible."""
     hidden, mlp = config.hidden_size, config.mlp_size
     double, single = 2 * hidden * (10 * hidden + 2 * mlp), hidden * (7 * hidden + 2 * mlp)
     return [double] * config.double_depth + [single] * config.single_depth
 
 
 def streamed_blocks(sizes: Sequence[int], swapped: int) -> tuple[int, ...]:
-    """Which blocks have no place of their own on the device, where it is to hold ``swapped`` blocks less.
+    """Which blocks share the slots, so that the device holds ``swapped`` blocks fewer.
 
-    As the slots take room too, these are some more. They are spread over the depth so that what has to be copied is the same
-    everywhere: a copy then goes on while the blocks compute that stay, and a large block, which computes hardly longer than
-    a small one but takes longer to come, has more of these before it. A few are of the smallest kind alone, as one large
-    block among them would take large slots.
+    The slots take room too, so these are ``SLOTS`` more. They are spread over the depth so that the bytes to copy are the same
+    everywhere: a copy runs while the blocks compute that stay, and a large block, which computes hardly longer than a small one
+    but takes longer to copy, has more of these before it. A few blocks are of the smallest kind alone, as one large block among
+    them would make the slots large.
 
     Args:
         sizes: of all blocks, in the order of a forward pass.
@@ -131,7 +131,7 @@ def _shares(sizes: Sequence[int], total: int) -> list[Fraction]:
 
 
 def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str], bool]:
-    """Whether the weight of a name lives in host memory.
+    """Whether the weight of a name is kept in host memory.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
@@ -148,16 +148,16 @@ def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str]
 
 
 class PartsOnHost:
-    """The blocks and embedders of a transformer that live in host memory, each settled there as soon as it is loaded.
+    """The blocks and embedders of a transformer that are kept in host memory, each moved there as soon as it is loaded.
 
-    Until then its weights are where they were loaded to. So there are two copies of the part under way alone, and where
-    processes share the memory, each needs little beside it.
+    Until then its weights are where they were loaded to. So only the part that is loading exists twice, and processes that share
+    the memory need little beside it.
 
     Args:
-        allocate: gives a size host memory, shared by the processes of this machine, say; by default this process's own.
+        allocate: gives host memory of a size, such as memory that processes share; by default this process's own.
 
     Attributes:
-        weights: of the parts that are settled, by the names of the modules.
+        weights: of the parts that were moved, by the names of the modules.
     """
 
     def __init__(
@@ -175,14 +175,14 @@ class PartsOnHost:
         self._device = device
 
     def loaded(self, name: str) -> None:
-        """Take down that the weight ``name`` is there, and settle its part if that was the last one."""
+        """Count the weight ``name`` as loaded, and move its part if that was the last one."""
         if self.wants(name):
             part = _part_of(name)
             self._missing[part] -= 1
             if not self._missing[part]:
-                self.settle(part)
+                self.move(part)
 
-    def settle(self, part: str) -> HostWeights:
+    def move(self, part: str) -> HostWeights:
         """The weights of the module ``part``, in host memory from now on."""
         if part not in self.weights:
             self.weights[part] = HostWeights(self._transformer.get_submodule(part), self._device, self._allocate)
@@ -197,9 +197,9 @@ def _part_of(name: str) -> str:
 def enable_block_swap(
     transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: PartsOnHost | None = None
 ) -> None:
-    """Have blocks and embedders of ``transformer`` live in host memory and compute on ``device``, from outside.
+    """Keep blocks and embedders of ``transformer`` in host memory and compute them on ``device``, from outside.
 
-    Classes, names and parameter objects stay; the values of the parameters are elsewhere. Parameters that are trainable now,
+    Classes, names and parameter objects stay; only the parameters' values are elsewhere. Parameters that are trainable now,
     and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and before ``enable_gradient_checkpointing``.
     The weights must not be written to from then on.
 
@@ -207,7 +207,7 @@ def enable_block_swap(
 
     Args:
         transformer: its weights may be on any device: blocks that are in host memory never fill the device.
-        parts: those of ``transformer`` that are settled already, with these settings.
+        parts: those of ``transformer`` that were moved to host memory already, with these settings.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
@@ -218,28 +218,29 @@ def enable_block_swap(
     parts = parts or PartsOnHost(transformer, settings, device)
     names = [f"double_blocks.{index}" for index in range(transformer.config.double_depth)]
     names += [f"single_blocks.{index}" for index in range(transformer.config.single_depth)]
-    weights = {index: parts.settle(names[index]) for index in streamed}
-    embedders = [getattr(transformer, name) for name in EMBEDDERS] if settings.embedders else []
-    visitors = [parts.settle(name) for name in EMBEDDERS if settings.embedders]
+    weights = {index: parts.move(names[index]) for index in streamed}
+    embedders = {name: parts.move(name) for name in EMBEDDERS if settings.embedders}
 
-    every = [*weights.values(), *visitors]
+    every = [*weights.values(), *embedders.values()]
     pinned = device.type == "cuda" and settings.pinned and all(one.pin(device) for one in every)
     if device.type == "cuda" and settings.pinned and not pinned:
         logger.warning("the system does not allow to pin the memory of all swapped weights; copying them takes longer.")
     if every and device.type != "cuda":
         logger.warning("swapped weights save no memory where the processor itself computes.")
 
-    for embedder, visitor in zip(embedders, visitors):
-        embedder.forward = functools.partial(_visiting_forward, visitor, device, embedder.forward)
+    for name, embedder_weights in embedders.items():
+        embedder = getattr(transformer, name)
+        embedder.forward = functools.partial(_forward_with_copy, embedder_weights, device, embedder.forward)
     if weights:
         swapper = BlockSwapper(len(blocks), weights, make_transfers(device, pinned), recomputed=settings.recomputed)
         for index, block in enumerate(blocks):
             block.forward = SwappedForward(swapper, index, block.forward)
         transformer.block_swap = swapper
         logger.info(
-            "%d of %d blocks come to the device in turn; %.1f GiB are in host memory",
+            "%d of %d blocks share %d places on the device; %.1f GiB of weights are in host memory",
             len(weights),
             len(blocks),
+            SLOTS,
             sum(one.memory.nbytes for one in every) / 2**30,
         )
 
@@ -249,8 +250,8 @@ class _Slot:
     """Room for one block on the device.
 
     Attributes:
-        block: whose weights it holds, or will when ``arrival`` has come.
-        released: the mark behind the last computation that reads what it held before.
+        block: whose weights it holds, once the copy ``arrival`` is done.
+        released: the mark after the last computation that reads what it held before.
     """
 
     memory: Tensor
@@ -261,7 +262,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _SavedWeight:
-    """In place of a tensor that autograd keeps of a slot: where it lies in the weights of a block."""
+    """In place of a tensor in a slot that autograd saves: which part it is of a block's weights."""
 
     block: int
     dtype: torch.dtype
@@ -271,7 +272,7 @@ class _SavedWeight:
 
 
 class BlockSwapper:
-    """Has the weights of a block on the device when the block begins, and those that come next on their way.
+    """Has the weights of a block on the device when the block begins, and copies ahead those that are needed next.
 
     Args:
         depth: number of blocks; each must begin through ``begin``, also those that stay on the device.
@@ -295,12 +296,12 @@ class BlockSwapper:
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """The blocks that come and go, in the order of a forward pass."""
+        """The blocks that share the slots, in the order of a forward pass."""
         return tuple(self._weights)
 
     @property
     def loaded(self) -> tuple[int, ...]:
-        """The streamed blocks that are on the device or on their way."""
+        """The streamed blocks that are on the device or are being copied there."""
         return tuple(sorted(slot.block for slot in self._slots if slot.block is not None))
 
     @property
@@ -309,7 +310,7 @@ class BlockSwapper:
         return sum(slot.memory.nbytes for slot in self._slots)
 
     def begin(self, block: int) -> None:
-        """Have the weights of ``block`` there, for what is computed from now on; no other block computes any more."""
+        """Have the weights of ``block`` on the device for what is computed from now on; no other block computes any more."""
         if block == self._current and (block not in self._weights or self._slot_of(block) is not None):
             return
         self._release_current()
@@ -324,16 +325,16 @@ class BlockSwapper:
             try:
                 self._transfers.wait(slot.arrival)
             except Exception:
-                slot.block = None  # nothing came
+                slot.block = None  # nothing was copied
                 raise
             self._weights[block].point_at(self._views[block, id(slot)])
 
     def kept_for_backward(self) -> AbstractContextManager[Any]:
-        """Inside, autograd keeps no memory of slots, but finds it again in the backward pass."""
+        """Inside, autograd saves where weights are instead of memory of the slots, and has them copied for the backward pass."""
         return nullcontext() if self.recomputed else saved_tensors_hooks(self._pack, self._unpack)
 
     def note_graph(self, block: int, outputs: object) -> None:
-        """Take down whether there will be a backward pass through ``block``, which has just computed ``outputs``."""
+        """Record whether there can be a backward pass through ``block``, which has just computed ``outputs``."""
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         if any(tensor.requires_grad for tensor in tensors):
             self._outside_graph.discard(block)
@@ -345,7 +346,7 @@ class BlockSwapper:
         if slot is not None:
             slot.released = self._transfers.mark()
             self._slots.remove(slot)
-            self._slots.append(slot)  # the one that was released first is filled first
+            self._slots.append(slot)  # the slot that was released first is filled first
 
     def _next_needed(self, block: int) -> Iterator[int]:
         """The streamed blocks from ``block`` on, in the order in which they will probably begin, each once."""
@@ -364,7 +365,7 @@ class BlockSwapper:
             return
         slot = next(slot for slot in self._slots if slot.block not in wanted)
         if slot.block is not None:
-            self._weights[slot.block].go_home()
+            self._weights[slot.block].point_at_host()
             slot.block = None
         memory = self._weights[block].memory
         slot.arrival = self._transfers.copy(slot.memory[: memory.nbytes], memory, slot.released)
@@ -387,7 +388,7 @@ class BlockSwapper:
 
 
 def owner_of_forward(block: nn.Module) -> nn.Module | SwappedForward:
-    """What has the ``forward`` that computes ``block``: the block, or what sees to its weights first."""
+    """What has the ``forward`` that computes ``block``: the block, or what fetches its weights first."""
     return block.forward if isinstance(block.forward, SwappedForward) else block
 
 
@@ -397,7 +398,7 @@ def computes_itself(block: nn.Module) -> bool:
 
 
 class SwappedForward:
-    """In place of a block's ``forward``: sees to its weights, then calls ``forward``, which a compiler may wrap or replace."""
+    """In place of a block's ``forward``: fetches its weights, then calls ``forward``, which a compiler may wrap or replace."""
 
     def __init__(self, swapper: BlockSwapper, index: int, forward: Callable[..., Any]) -> None:
         self.swapper = swapper
@@ -414,13 +415,13 @@ class SwappedForward:
         return outputs
 
 
-def _visiting_forward(weights: HostWeights, device: torch.device, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """Forward of a module whose weights are on the device only for this; what autograd keeps of them stays there."""
+def _forward_with_copy(weights: HostWeights, device: torch.device, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Forward of a module whose weights are on the device only for this; what autograd saves of them stays there."""
     memory = weights.memory.to(device, non_blocking=True, copy=True)
     weights.point_at(weights.views(memory))
     try:
-        # Hooks that change nothing: autograd then keeps the memory that the parameters show now, and not the parameters.
+        # Hooks that change nothing: autograd then saves the memory that the parameters show now, and not the parameters.
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return forward(*inputs)
     finally:
-        weights.go_home()
+        weights.point_at_host()

@@ -18,8 +18,8 @@ ALIGNMENT = 256  # of each weight within the piece: what CUDA gives any tensor, 
 class HostWeights:
     """The frozen parameters of ``module``: the one lasting copy of their values is ``memory``, which nothing writes to.
 
-    The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. What else
-    the module has, trainable parameters and buffers, is moved to the device and stays there.
+    The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. Trainable
+    parameters and buffers of the module are moved to the device and stay there.
 
     Args:
         allocate: gives a size the memory; by default that of this process alone.
@@ -38,10 +38,10 @@ class HostWeights:
             end = start + parameter.nbytes
             self._places.append((start, end))
         self.memory = (allocate or host_memory)(end)
-        self._home = self.views(self.memory)
-        for parameter, home in zip(self.parameters, self._home):
-            home.copy_(parameter.detach())
-            parameter.data = home  # and with that the memory where it was is free before the next one is copied
+        self._host_views = self.views(self.memory)
+        for parameter, view in zip(self.parameters, self._host_views):
+            view.copy_(parameter.detach())
+            parameter.data = view  # frees the memory where it was before the next one is copied
         _move_the_rest(module, device)
 
     def views(self, memory: Tensor) -> list[Tensor]:
@@ -58,12 +58,12 @@ class HostWeights:
                 raise RuntimeError("weights that live in host memory cannot be trained; make them trainable before, then they stay")
             parameter.data = view
 
-    def go_home(self) -> None:
+    def point_at_host(self) -> None:
         """Have the parameters show the host memory.
 
-        What autograd has kept of them for a backward pass is no longer right: it refuses to use it.
+        What autograd has saved of them for a backward pass is not valid any more: it refuses to use it.
         """
-        self.point_at(self._home)
+        self.point_at(self._host_views)
         for parameter in self.parameters:
             torch.autograd.graph.increment_version(parameter)
 
@@ -75,8 +75,8 @@ class HostWeights:
 def host_memory(size: int) -> Tensor:
     """(size,) uint8 on pages of its own.
 
-    Page-locking knows whole pages only; and they go back to the system as soon as nobody holds them, which the memory of
-    ordinary tensors under 32 MB does not.
+    Page-locking works on whole pages only, and they are freed as soon as nobody holds them, which the memory of ordinary
+    tensors under 32 MB is not.
     """
     options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, max(1, size), **options), dtype=torch.uint8)[:size]
@@ -114,7 +114,7 @@ def _unpin(address: int, device: torch.device) -> None:
 
 
 def _forget_cuda_error(device: torch.device) -> None:
-    """CUDA reports an error once more at the next kernel, whoever starts it; so start one that may fail."""
+    """CUDA reports an error again at the next kernel, whoever starts it; so start one that may fail."""
     try:
         torch.zeros(1, device=device).add_(1)
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Transfers(Protocol):
-    """What moves weights and activations. Marks and arrivals mean nothing to anyone else.
+    """What copies weights and activations. Marks and arrivals mean nothing to anyone else.
 
     Copies are made in the order in which they were asked for.
     """
@@ -34,7 +34,7 @@ class Transfers(Protocol):
 
 
 class DirectTransfers:
-    """Copies at once: on a device that computes in the order in which it is told, such as the CPU."""
+    """Copies at once: for devices that compute in the order of the calls, such as the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,7 +82,7 @@ class StreamTransfers:
 
 
 class ThreadTransfers:
-    """As ``StreamTransfers``, with pageable host memory: the driver holds up whoever asks for such a copy, here a thread."""
+    """As ``StreamTransfers``, for pageable host memory: the driver blocks whoever asks for such a copy, here a thread."""
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
@@ -98,7 +98,7 @@ class ThreadTransfers:
 
 
 def make_transfers(device: torch.device, pinned: bool) -> Transfers:
-    """Transfers between the host and ``device``; ``pinned`` says whether all of the host memory that they touch is."""
+    """Transfers between the host and ``device``; ``pinned``: all host memory that they are given is page-locked."""
     if device.type != "cuda":
         return DirectTransfers(device)
     return StreamTransfers(device) if pinned else ThreadTransfers(StreamTransfers(device))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition, nop
 from safetensors.torch import load_file
-from test_block_swap import CONFIG, CPU, add_lora, blocks_of, make_inputs, same
+from small_transformer import CONFIG, CPU, add_lora, blocks_of, make_inputs, same
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 

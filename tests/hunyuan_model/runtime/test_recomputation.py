@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_block_swap import CONFIG, a_life, add_lora, blocks_of, make_inputs, make_transformer, same
+from small_transformer import CONFIG, add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,7 +102,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, network_args: dic
         enable(transformer)
         network = add_lora(transformer, **network_args)
         torch.manual_seed(3)
-        return [tensor for tensor in a_life(transformer, network) if tensor is not None]  # of modules that are left out
+        return [tensor for tensor in train_and_sample(transformer, network) if tensor is not None]  # of modules that are left out
 
     assert same(life(enable_gradient_checkpointing), life(wholly))
 

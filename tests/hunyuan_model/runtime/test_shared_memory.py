@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_block_swap import CPU, GOLDENS, MOST, a_life, add_lora, blocks_of, make_transformer, same
+from small_transformer import CPU, GOLDENS, MOST, add_lora, blocks_of, make_transformer, same, train_and_sample
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import loading, shared_memory
@@ -130,7 +130,7 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
         enable_block_swap(transformer, settings, CPU, PartsOnHost(transformer, settings, CPU, memory and memory.take))
         enable_gradient_checkpointing(transformer)
         written = Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes()
-        lives.append((a_life(transformer, add_lora(transformer)), transformer))
+        lives.append((train_and_sample(transformer, add_lora(transformer)), transformer))
         assert Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes() == written
     assert same(lives[0][0], lives[1][0]) and same(lives[0][0], lives[2][0])
     assert first.shared_bytes == second.shared_bytes > 0 and first.own_bytes == second.own_bytes == 0
@@ -259,4 +259,4 @@ def test_auto_goes_by_the_fullest_card_of_all_processes(train, monkeypatch, capl
     assert ended.status == 0
     messages = [record.message for record in caplog.records]
     assert "--blocks_to_swap auto: 2, for the GPU with the least free memory" in messages
-    assert any(message.startswith("4 of 6 blocks come to the device in turn") for message in messages)
+    assert any(message.startswith("4 of 6 blocks") for message in messages)

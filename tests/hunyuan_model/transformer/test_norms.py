@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_block_swap import CONFIG, add_lora, make_transformer
+from small_transformer import CONFIG, add_lora, make_transformer
 from torch.profiler import ProfilerActivity, profile
 
 from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm

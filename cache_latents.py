@@ -8,55 +8,41 @@ from __future__ import annotations
 import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
-import hashlib
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import hunyuan_model
-from dataset import load_dataset_config
 from dataset.arguments import add_dataset_arguments
-from dataset.batches.report import (
-    CachingOutcome,
-    DatasetReport,
-    count_caches,
-    deal_with_orphans,
-    format_table,
-    report_items,
-    require_batches,
-    require_items,
+from dataset.cache.caching import (
+    CachingSettings,
+    Job,
+    close_job,
+    open_caching,
+    open_jobs,
+    print_failures,
+    require_writable_caches,
 )
-from dataset.cache.debug_view import CONSOLE_BACKS, console_picture, describe, save_clip, save_sheet
-from dataset.cache.files import CacheKey, NonFiniteError, list_caches, save_latents
+from dataset.cache.debug_view import CONSOLE_BACKS, ViewSettings, show_items
 from dataset.cache.freshness import Verdict, judge_latents
-from dataset.cache.orphans import abandoned_files, orphaned_latents
-from dataset.cache.preparation import Failure, Finished, Prepared, Result, Target, prepare
-from dataset.cache.records import latent_record
-from dataset.cache.sizes import missing_latents_bytes
-from dataset.items import Item, list_items, settle_captions
-from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
-from hunyuan_model.vae.arguments import add_vae_arguments, next_vae_settings, vae_settings_given, vae_tile_size
-from hunyuan_model.vae.loading import check_vae_options, configure_vae
-from hunyuan_model.vae.memory import Clip, VAEFit
-from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
+from dataset.cache.latents import LatentEncoder, collect_batches
+from dataset.cache.names import CacheKey, list_caches
+from dataset.cache.orphans import orphaned_latents
+from dataset.cache.plan import Target, missing_latents_bytes
+from dataset.cache.preparation import Failure, Finished, prepare
+from dataset.cache.report import CachingOutcome, DatasetReport, format_table, require_batches
+from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
+from hunyuan_model.vae.loading import check_vae_options
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
-from utils.devices import choose_dtype, pick_device, warn_of_cpu
+from utils.cli.settings import settings_from
+from utils.devices import pick_device, warn_of_cpu
 from utils.disk_space import require_room
-from utils.errors import STATUS_FAILED, UserError, run_script
-from utils.files import require_writable_folder
+from utils.errors import UserError, run_script
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
 
-CONSOLE_WIDTH = 80
-MAX_CONSOLE_WIDTH = 1000  # wider than any terminal; every character of a drawing costs 40 bytes
-WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory
+MAX_CONSOLE_WIDTH = 1000  # more than any terminal has; every character of a drawing costs 40 bytes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,242 +77,114 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Everything that can be said before media are read.
-
-    Raises:
-        UserError: --vae is missing or not a VAE, or the tile size is impossible.
-    """
-    if args.debug_mode != "console":
+def warn_of_flags_without_effect(settings: CachingSettings, view: ViewSettings) -> None:
+    """Flags of caching while looking at the data, and the other way round."""
+    if view.debug_mode != "console":
         for name in ("console_width", "console_back", "console_num_images"):
-            if getattr(args, name) is not None:
+            if getattr(view, name) is not None:
                 logger.warning("--%s has an effect only with --debug_mode console.", name)
-    if args.debug_mode is not None:
+    if view.debug_mode is not None:
         for name in ("skip_existing", "remove_orphans"):
-            if getattr(args, name):
+            if getattr(settings, name):
                 logger.warning("--%s has no effect with --debug_mode, which caches nothing.", name)
-        return
-    if args.vae is None:
-        raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-    check_vae_options(args.vae, tile_size=vae_tile_size(args))
 
 
-def show_items(args: argparse.Namespace, items: Sequence[Item]) -> list[Failure]:
-    """Write or draw every picture and window as training will see it; returns the items that could not be read."""
-    failures = []
-    shown = 0
-    for result in prepare(items, args.num_workers):
-        if isinstance(result, Failure):
-            failures.append(result)
-        elif isinstance(result, Prepared):
-            print(describe(result))
-            if args.debug_mode == "console":
-                print(console_picture(result.pixels, args.console_width or CONSOLE_WIDTH, args.console_back))
-                shown += 1
-                if shown == args.console_num_images:
-                    break
-            else:
-                save = save_sheet if args.debug_mode == "image" else save_clip
-                print(f"    {save(result)}")
-    return failures
+def look_at(settings: CachingSettings, view: ViewSettings) -> int:
+    """Show every picture and window as training will see it, and cache nothing."""
+    jobs = open_jobs(settings.dataset_config)
+    if view.debug_mode != "console":
+        require_writable_caches(jobs)
+    return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
 
 
-def encode(
-    vae: AutoencoderKLCausal3D,
-    batch: Sequence[Prepared],
-    device: torch.device,
-    dtype: torch.dtype,
-    fit: VAEFit | None = None,
-    lighter: str = "",
-) -> list[torch.Tensor]:
-    """One sample of the posterior for each, (16, F, H, W). It depends on the item and its cache name, not on the batch or run.
-
-    Args:
-        fit: what chooses chunks and tiles by free memory; a batch that would need them goes item by item before. None: as it is.
-        lighter: flags that take less memory.
-    """
-    if fit is not None:
-        frames, height, width = batch[0].pixels.shape[:3]
-        if len(batch) > 1 and fit.must_split(Clip(len(batch), frames, height, width)):
-            return [sample for prepared in batch for sample in encode(vae, [prepared], device, dtype, fit, lighter)]
-        fit.fit(Clip(len(batch), frames, height, width))
-    try:
-        x = torch.stack([pixels_to_input(prepared, device, dtype) for prepared in batch])
-        with torch.inference_mode():
-            posterior = vae.encode(x)
-    except torch.OutOfMemoryError as error:
-        frames, height, width = batch[0].pixels.shape[:3]
-        advice = " and ".join(filter(None, (lighter, "--batch_size 1" if len(batch) > 1 else "")))
-        raise UserError(
-            f"out of memory while encoding {len(batch)} x {frames} frame(s) of {width}x{height}; "
-            f"use {advice or 'a smaller resolution or fewer target_frames'}."
-        ) from error
-    samples = []
-    for prepared, mean, logvar in zip(batch, posterior.mean, posterior.logvar):
-        digest = hashlib.sha256(os.fsencode(prepared.target.cache_path.name)).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-        samples.append(DiagonalGaussian(mean, logvar).sample(generator))
-    return samples
-
-
-def pixels_to_input(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast, frame by frame."""
-    pixels = torch.from_numpy(prepared.pixels).to(device).permute(3, 0, 1, 2)
-    out = torch.empty(pixels.shape, dtype=dtype, device=device)
-    for frame, place in zip(pixels.unbind(1), out.unbind(1)):
-        place.copy_(frame.float().div_(127.5).sub_(1))
-    return out
-
-
-def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list[Prepared] | Finished | Failure]:
-    """Gather what can be encoded together, of one bucket and number of frames; other results pass at once.
-
-    Batches are not full at the end, and where more than ``WAITING_BYTES`` wait: then the fullest goes first.
-    """
-    waiting: dict[tuple[tuple[int, int], int], list[Prepared]] = {}
-
-    def size(key: tuple[tuple[int, int], int]) -> int:
-        return sum(prepared.pixels.nbytes for prepared in waiting[key])
-
-    for result in results:
-        if not isinstance(result, Prepared):
-            yield result
-            continue
-        key = (result.target.bucket, result.target.frames)
-        waiting.setdefault(key, []).append(result)
-        if len(waiting[key]) == batch_size:
-            yield waiting.pop(key)
-        while sum(map(size, waiting)) > WAITING_BYTES:
-            yield waiting.pop(max(waiting, key=lambda key: (len(waiting[key]), size(key))))
-    yield from waiting.values()
-
-
-def cache_batch(
-    vae: AutoencoderKLCausal3D,
-    fingerprint: str,
-    batch: Sequence[Prepared],
-    device: torch.device,
-    dtype: torch.dtype,
-    fit: VAEFit | None,
-    lighter: str,
-) -> Iterator[Target | Failure]:
-    """Encode and save; yields each target that is cached, and a failure for latents that are not numbers. See ``encode``."""
-    for prepared, latents in zip(batch, encode(vae, batch, device, dtype, fit, lighter)):
-        target = prepared.target
-        record = prepared.source.record() | latent_record(target.bucket, target.window, target.frame_rate, fingerprint)
-        try:
-            save_latents(target.cache_path, latents, target.original_size, target.window and target.frames, record)
-        except NonFiniteError as error:
-            yield Failure(target.item, f"{target.label}: {error}")
-        else:
-            yield target
-
-
-def cache_dataset(
-    args: argparse.Namespace,
-    save: Callable[[Sequence[Prepared]], Iterable[Target | Failure]],
-    fingerprint: str,
-    items: Sequence[Item],
-    report: DatasetReport,
-) -> list[Failure]:
-    """Cache one dataset, fill in its report, and return what failed. ``save``: ``cache_batch`` of the VAE of ``fingerprint``."""
-    listing = list_caches(report.dataset)
-    batch_size = min(args.batch_size or report.dataset.batch_size, report.dataset.batch_size)
+def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -> list[Failure]:
+    """Cache one dataset, fill in its report, and return what failed."""
+    report, listing = job.report, list_caches(job.dataset)
+    batch_size = min(settings.batch_size or job.dataset.batch_size, job.dataset.batch_size)
     verdicts: dict[CacheKey, Verdict] = {}
 
     def wanted(target: Target) -> bool:  # called in threads, once for each target
-        verdicts[target.key] = judge_latents(listing, target, fingerprint, args.skip_existing)
+        verdicts[target.key] = judge_latents(listing, target, encoder.fingerprint, settings.skip_existing)
         return verdicts[target.key].reason is not None
 
     failures: list[Failure] = []
     called_for: dict[CacheKey, Path] = {}
-    outcome = report.outcome = CachingOutcome(skipped=report.found - len(items))
+    report.outcome = CachingOutcome(skipped=report.found - len(job.items))
     report.decoded = report.too_short = 0
-    with ProgressBar(total=len(items), desc=report.dataset.label, unit="item") as progress:
-        for result in collect_batches(prepare(items, args.num_workers, wanted), batch_size):
+    with ProgressBar(total=len(job.items), desc=job.dataset.label, unit="item") as progress:
+        for result in collect_batches(prepare(job.items, settings.num_workers, wanted), batch_size):
             if isinstance(result, list):
-                for saved in save(result):
+                for saved in encoder.save(result):
                     if isinstance(saved, Failure):
                         failures.append(saved)
                     else:
-                        outcome.count(verdicts[saved.key].reason)
+                        report.outcome.count(verdicts[saved.key].reason)
                 continue
             progress.update()
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
-            report.decoded += result.decoded
+            count_item(report, result)
             called_for |= {target.key: verdicts[target.key].path for target in result.targets}
-            outcome.kept += sum(verdicts[target.key].reason is None for target in result.targets)
-            if not result.targets:
-                report.too_short += 1
-                logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
-            elif result.targets[0].resampling is not None:
-                report.resampled.setdefault(str(result.targets[0].resampling), []).append(result.item.path.name)
-    failed = {failure.item.stem for failure in failures}
-    report.failed = len(failed)
-    orphans = orphaned_latents(report.dataset, called_for, failed) + abandoned_files(report.dataset)
-    deal_with_orphans(report, orphans, args.remove_orphans)
-    count_caches(report)
+            report.outcome.kept += sum(verdicts[target.key].reason is None for target in result.targets)
+    orphans = orphaned_latents(job.dataset, called_for, {failure.item.stem for failure in failures})
+    close_job(job, failures, orphans, settings.remove_orphans)
     return failures
 
 
+def count_item(report: DatasetReport, finished: Finished) -> None:
+    """Count an item that has been read, and a clip that is too short."""
+    report.decoded += finished.decoded
+    if not finished.targets:
+        report.too_short += 1
+        logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", finished.item.path)
+    elif (resampling := finished.targets[0].resampling) is not None:
+        report.resampled.setdefault(str(resampling), []).append(finished.item.path.name)
+
+
 def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
-    """Say which datasets got nothing where others got something: training refuses them."""
+    """Name the datasets that got nothing where others got something: training refuses them."""
     if any(report.latents for report in reports):
         for report in reports:
             if not report.latents:
                 logger.warning(
-                    "%s has no latents: the table says what became of its items. Training needs some, or take the data set out.",
+                    "%s has no latents: the table shows what became of its items. Training needs some, or take the data set out.",
                     report.dataset.label,
                 )
 
 
 def main() -> int:
-    """Parse, check, load, cache, report."""
+    """Settings, data, room on the disk, VAE, one dataset after the other, report."""
     args = parse_with_config(build_parser())
-    check_arguments(args)
+    settings, view = settings_from(CachingSettings, args), settings_from(ViewSettings, args)
+    warn_of_flags_without_effect(settings, view)
     device = pick_device(args.device)
-    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, on_cuda=torch.float16)
-    group = load_dataset_config(args.dataset_config)
-    listed = [list_items(dataset) for dataset in group.datasets]
-    reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
-    print(format_table(reports), flush=True)
-    require_items(reports)
-    if args.debug_mode != "console":
-        for dataset in group.datasets:
-            require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
+    vae = vae_settings(args, device)
+    if view.debug_mode:
+        return look_at(settings, view)
+    if vae.vae is None:
+        raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
+    check_vae_options(vae.vae)
 
-    failures: list[Failure] = []
-    if args.debug_mode:
-        failures = show_items(args, [item for items in listed for item in items])
-    else:
-        settled = [settle_captions(items, args.missing_caption) for items in listed]
-        require_room(
-            {
-                dataset.cache_directory: missing_latents_bytes(dataset, items, dtype, args.num_workers)
-                for dataset, items in zip(group.datasets, settled)
-            },
-            "the latents that are still to be cached take",
-            "give another cache_directory",
-        )
-        warn_of_cpu(args.device, device)
-        vae = hunyuan_model.load_vae(args.vae, device=device, dtype=dtype)
-        configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=vae_tile_size(args))
-        fingerprint = fingerprint_weights(args.vae, "--vae")
-        fit = None if vae_settings_given(args) else VAEFit(vae, encode=True)
-        save = partial(cache_batch, vae, fingerprint, device=device, dtype=dtype, fit=fit, lighter=next_vae_settings(args))
-        for items, report in zip(settled, reports):
-            failures += cache_dataset(args, save, fingerprint, items, report)
-        print(format_table(reports), flush=True)
-        warn_of_empty_datasets(reports)
-    if failures:
-        print(f"{len(failures)} failure(s):", file=sys.stderr)
-    for failure in failures:
-        print(f"  {failure.message}", file=sys.stderr)
-    if not args.debug_mode:
-        require_batches(reports)
-    return STATUS_FAILED if failures else 0
+    jobs = open_caching(settings)
+    reports = [job.report for job in jobs]
+    require_room(
+        {
+            job.dataset.cache_directory: missing_latents_bytes(job.dataset, job.items, vae.vae_dtype, settings.num_workers)
+            for job in jobs
+        },
+        "the latents that are still to be cached take",
+        "give another cache_directory",
+    )
+    warn_of_cpu(args.device, device)
+    encoder = LatentEncoder.load(vae, device)
+    failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
+
+    print(format_table(reports), flush=True)
+    warn_of_empty_datasets(reports)
+    status = print_failures(failures)
+    require_batches(reports)
+    return status
 
 
 if __name__ == "__main__":

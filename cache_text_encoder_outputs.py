@@ -10,7 +10,6 @@ import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -18,34 +17,29 @@ from typing import TYPE_CHECKING
 import torch
 
 import hunyuan_model
-from dataset import DatasetConfig, load_dataset_config
+from dataset import DatasetConfig
 from dataset.arguments import add_dataset_arguments
-from dataset.batches.report import (
-    CachingOutcome,
-    DatasetReport,
-    count_caches,
-    deal_with_orphans,
-    format_table,
-    report_items,
-    require_items,
-)
-from dataset.cache.files import NonFiniteError, list_caches, save_text, text_cache_path
+from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, print_failures
+from dataset.cache.files import NonFiniteError, save_text
 from dataset.cache.freshness import NEW, Verdict, judge_text
-from dataset.cache.orphans import abandoned_files, orphaned_texts
+from dataset.cache.names import list_caches, text_cache_path
+from dataset.cache.orphans import orphaned_texts
+from dataset.cache.plan import text_bytes
 from dataset.cache.preparation import Failure
 from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
-from dataset.cache.sizes import text_bytes
-from dataset.items import Item, list_items, settle_captions
+from dataset.cache.report import CachingOutcome, format_table
+from dataset.items import Item
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
-from hunyuan_model.text.arguments import add_text_encoder_arguments
+from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
+from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.text.template import TEXT_LENGTH
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
-from utils.devices import choose_dtype, free_memory, pick_device, warn_of_cpu
+from utils.cli.settings import settings_from
+from utils.devices import explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.disk_space import require_room
-from utils.errors import STATUS_FAILED, UserError, name_some, run_script
-from utils.files import require_writable_folder
+from utils.errors import name_some, run_script
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -74,11 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fingerprints(args: argparse.Namespace, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> dict[str, str]:
-    """What tells these encoders and tokenizers from others, by the keys of the records."""
-    encoders = (args.text_encoder1, args.text_encoder2)
-    weights = {key: fingerprint_weights(path, f"--{key}") for key, path in zip(TEXT_ENCODERS, encoders)}
+def fingerprints(
+    encoders: TextEncoderSettings, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+) -> dict[str, str]:
+    """What distinguishes these encoders and tokenizers from others, by the keys of the records."""
+    paths = (encoders.text_encoder1, encoders.text_encoder2)
+    weights = {key: fingerprint_weights(path, f"--{key}") for key, path in zip(TEXT_ENCODERS, paths)}
     return weights | dict(zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers)))
+
+
+def judge_texts(jobs: Sequence[Job], record: dict[str, str], settings: CachingSettings) -> list[list[tuple[Item, Verdict]]]:
+    """For each dataset, what becomes of the cache file of each item."""
+    with ThreadPoolExecutor(settings.num_workers) as readers:
+        return [
+            list(zip(job.items, readers.map(lambda item: judge_text(item, record, settings.skip_existing), job.items)))
+            for job in jobs
+        ]
 
 
 def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Item]]:
@@ -93,32 +98,26 @@ def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Ite
     return batches
 
 
+def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``encoder.encode``, with what to do when memory does not suffice."""
+    with explain_out_of_memory(f"encoding {len(captions)} captions", "use a smaller --batch_size, or --fp8_llm"):
+        return encoder.encode(captions)
+
+
 def encode_clip(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Sequence[Sequence[Item]],
-    device: torch.device,
-    dtype: torch.dtype,
+    encoders: TextEncoderSettings, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[Item]], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The pooled output (768,) for each caption, on the CPU. Encoder 2 is gone from the device afterwards."""
-    encoder = hunyuan_model.load_text_encoder_2(args.text_encoder2, device=device, dtype=dtype, tokenizer=tokenizer)
+    dtype = encoders.text_encoder_dtype
+    encoder = hunyuan_model.load_text_encoder_2(encoders.text_encoder2, device=device, dtype=dtype, tokenizer=tokenizer)
     pooled = {}
-    for batch in ProgressBar(batches, desc="text encoder 2", unit="batch"):
-        captions = [item.caption for item in batch]
-        pooled |= dict(zip(captions, encode(encoder, captions).cpu()))
+    with ProgressBar(batches, desc="text encoder 2", unit="batch") as progress:
+        for batch in progress:
+            captions = [item.caption for item in batch]
+            pooled |= dict(zip(captions, encode(encoder, captions).cpu()))
     del encoder
     free_memory(device)
     return pooled
-
-
-def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``encoder.encode``, with what to do when memory does not suffice."""
-    try:
-        return encoder.encode(captions)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory while encoding {len(captions)} captions; use a smaller --batch_size, or --fp8_llm."
-        ) from error
 
 
 def encode_and_save(
@@ -129,9 +128,9 @@ def encode_and_save(
     num_workers: int,
 ) -> Iterator[Failure]:
     """Encode each batch with encoder 1 and write its cache files while the next one is computed; yields what failed."""
-    with ThreadPoolExecutor(num_workers) as writers:
+    with ThreadPoolExecutor(num_workers) as writers, ProgressBar(batches, desc="text encoder 1", unit="batch") as progress:
         writing: list[tuple[Item, Future]] = []
-        for batch in ProgressBar(batches, desc="text encoder 1", unit="batch"):
+        for batch in progress:
             states, masks = (output.cpu() for output in encode(encoder, [item.caption for item in batch]))
             yield from finish(writing)
             writing = [
@@ -142,7 +141,7 @@ def encode_and_save(
 
 
 def finish(writing: Sequence[tuple[Item, Future]]) -> Iterator[Failure]:
-    """Wait for cache files; values that are not numbers fail their item, a disk that is full ends the run."""
+    """Wait for cache files; values that are not finite fail their item, a disk that is full ends the run."""
     for item, future in writing:
         try:
             future.result()
@@ -151,95 +150,75 @@ def finish(writing: Sequence[tuple[Item, Future]]) -> Iterator[Failure]:
 
 
 def cache(
-    args: argparse.Namespace,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     items: Sequence[Item],
+    settings: CachingSettings,
+    encoders: TextEncoderSettings,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     record: dict[str, str],
     device: torch.device,
-    dtype: torch.dtype,
 ) -> list[Failure]:
     """Make the cache files of ``items``; returns what failed. ``record``: the fingerprints that go into the files."""
-    batches = make_batches(items, args.batch_size)
-    clip = encode_clip(args, tokenizers[1], batches, device, dtype)
+    batches = make_batches(items, settings.batch_size)
+    clip = encode_clip(encoders, tokenizers[1], batches, device)
     encoder = hunyuan_model.load_text_encoder_1(
-        args.text_encoder1, device=device, dtype=dtype, fp8=args.fp8_llm, tokenizer=tokenizers[0]
+        encoders.text_encoder1, device=device, dtype=encoders.text_encoder_dtype, fp8=encoders.fp8_llm, tokenizer=tokenizers[0]
     )
-    return list(encode_and_save(encoder, batches, clip, record, args.num_workers))
+    return list(encode_and_save(encoder, batches, clip, record, settings.num_workers))
 
 
-def finish_report(
-    report: DatasetReport, verdicts: Sequence[tuple[Item, Verdict]], failures: Sequence[Failure], remove_orphans: bool
-) -> None:
-    """Fill in what became of a dataset's items and what the cache directory holds now; list the orphans."""
-    failed = {failure.item.stem for failure in failures if failure.item.dataset is report.dataset}
-    report.failed = len(failed)
-    report.outcome = CachingOutcome(skipped=report.found - len(verdicts))
-    for item, verdict in verdicts:
-        if item.stem not in failed:
-            report.outcome.count(verdict.reason)
-    orphans = orphaned_texts(report.dataset, [verdict.path for _, verdict in verdicts]) + abandoned_files(report.dataset)
-    deal_with_orphans(report, orphans, remove_orphans)
-    count_caches(report)
-    warn_of_latents_without_text(report)
-
-
-def warn_of_latents_without_text(report: DatasetReport) -> None:
-    """Training refuses latents without text encoder outputs; say so now where items were skipped."""
-    listing = list_caches(report.dataset)
+def count_outcome(job: Job, judged: Sequence[tuple[Item, Verdict]], failures: Sequence[Failure], settings: CachingSettings) -> None:
+    """Count what became of a dataset's items; list the orphans, and the latents that have no text."""
+    failed = {failure.item for failure in failures}
+    outcome = job.report.outcome = CachingOutcome(skipped=job.report.found - len(judged))
+    for item, verdict in judged:
+        if item not in failed:
+            outcome.count(verdict.reason)
+    close_job(job, failures, orphaned_texts(job.dataset, [verdict.path for _, verdict in judged]), settings.remove_orphans)
+    listing = list_caches(job.dataset)
     without = sorted({stem for stem, _ in listing.latents} - set(listing.texts))
-    if report.outcome.skipped and without:
+    if outcome.skipped and without:
         logger.warning(
             "%s: %d item(s) have latents, but no text encoder outputs, which training refuses: %s. Give both scripts the same "
             "--missing_caption; cache_latents.py --skip_existing --missing_caption skip --remove_orphans deletes their latents.",
-            report.dataset.label,
+            job.dataset.label,
             len(without),
             name_some(without),
         )
 
 
 def main() -> int:
-    """Parse, check, load, cache, report."""
+    """Settings, data, tokenizers, what is to be made, room on the disk, one encoder after the other, report."""
     args = parse_with_config(build_parser())
+    settings = settings_from(CachingSettings, args)
     device = pick_device(args.device)
-    dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, on_cuda=torch.float16)
-    widths = hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
-    group = load_dataset_config(args.dataset_config)
-    listed = [list_items(dataset) for dataset in group.datasets]
-    reports = [report_items(dataset, items) for dataset, items in zip(group.datasets, listed)]
-    print(format_table(reports), flush=True)
-    require_items(reports)
-    listed = [settle_captions(items, args.missing_caption) for items in listed]
-    for dataset in group.datasets:
-        require_writable_folder(dataset.cache_directory, f"cache_directory of {dataset.label}")
+    encoders = text_encoder_settings(args, device)
+    widths = hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
+    jobs = open_caching(settings)
     tokenizers = (
-        hunyuan_model.load_tokenizer_1(args.text_encoder1, args.tokenizer1),
-        hunyuan_model.load_tokenizer_2(args.text_encoder2, args.tokenizer2),
+        hunyuan_model.load_tokenizer_1(encoders.text_encoder1, encoders.tokenizer1),
+        hunyuan_model.load_tokenizer_2(encoders.text_encoder2, encoders.tokenizer2),
     )
-
-    record = fingerprints(args, tokenizers)
-    with ThreadPoolExecutor(args.num_workers) as readers:
-        verdicts = [
-            list(zip(items, readers.map(lambda item: judge_text(item, record, args.skip_existing), items))) for items in listed
-        ]
-    items = [item for judged in verdicts for item, verdict in judged if verdict.reason is not None]
-    each = text_bytes(TEXT_LENGTH, widths, dtype)
-    new = [(report.dataset, sum(verdict.reason == NEW for _, verdict in judged)) for report, judged in zip(reports, verdicts)]
+    record = fingerprints(encoders, tokenizers)
+    verdicts = judge_texts(jobs, record, settings)
+    each = text_bytes(TEXT_LENGTH, widths, encoders.text_encoder_dtype)
     require_room(
-        {dataset.cache_directory: count * each for dataset, count in new},
+        {
+            job.dataset.cache_directory: each * sum(verdict.reason == NEW for _, verdict in judged)
+            for job, judged in zip(jobs, verdicts)
+        },
         "the text encoder outputs that are still to be cached take",
         "give another cache_directory",
     )
     warn_of_cpu(args.device, device)
-    failures = cache(args, tokenizers, items, record, device, dtype) if items else []
+    items = [item for judged in verdicts for item, verdict in judged if verdict.reason is not None]
+    failures = cache(items, settings, encoders, tokenizers, record, device) if items else []
 
-    for report, judged in zip(reports, verdicts):
-        finish_report(report, judged, failures, args.remove_orphans)
-    print(format_table(reports))
-    found = sum(map(len, listed))
+    for job, judged in zip(jobs, verdicts):
+        count_outcome(job, judged, failures, settings)
+    print(format_table([job.report for job in jobs]))
+    found = sum(map(len, verdicts))
     print(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")
-    for failure in failures:
-        print(f"  {failure.message}", file=sys.stderr)
-    return STATUS_FAILED if failures else 0
+    return print_failures(failures)
 
 
 if __name__ == "__main__":

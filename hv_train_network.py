@@ -36,7 +36,8 @@ from dataset.batches.batches import (
 from dataset.batches.data_facts import data_facts
 from dataset.batches.largest_batch import largest_batch
 from dataset.batches.reading import EpochReader, HeldOut
-from dataset.batches.report import format_table, report_cached_group, require_batches
+from dataset.batches.report import report_cached_group
+from dataset.cache.report import format_table, require_batches
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.arguments import kernel_settings, runtime_settings
 from hunyuan_model.runtime.compilation import CompileWatch

@@ -6,6 +6,7 @@ the one in the cache file: nothing here computes a bucket.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,18 +18,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from dataset.cache.files import (
-    CachedItem,
-    LatentShape,
-    list_caches,
-    newest_latents,
-    read_latent_shape,
-    read_latents,
-    read_text,
-    read_text_widths,
-)
+from dataset.cache.files import CachedItem, LatentShape, read_latent_shape, read_latents, read_text, read_text_widths
+from dataset.cache.names import list_caches, newest_latents
 from dataset.config import DatasetConfig, DatasetGroup
 from utils.errors import UserError, name_some
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(TypedDict):
@@ -36,7 +31,7 @@ class Batch(TypedDict):
 
     latents (B, C, F, H, W) as stored, not multiplied by the scaling factor; text_states (B, L, D), L the longest caption in
     the batch (at least 1), rows beyond a caption are zero; text_mask (B, L) int64, the ones come first; text_states_2 (B, D2);
-    names: the items, for messages. prior_preservation: what is to be learnt is the model's own prediction, not the latents.
+    names: the items, for messages. prior_preservation: the target is the model's own prediction, not the latents.
     """
 
     latents: torch.Tensor
@@ -84,7 +79,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
         reason, remedy = "", "mend that"
         if dataset.kind == "video" and dataset.frame_extraction != "full":
             shortest = min(dataset.target_frames)
-            reason, remedy = f": clips shorter than target_frames ({shortest}), say", "lower target_frames"
+            reason, remedy = f": for example, clips shorter than target_frames ({shortest})", "lower target_frames"
         raise UserError(
             f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ... "
             f"If it has been run, the table at its end says why nothing was cached{reason}; "
@@ -95,11 +90,19 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
         raise UserError(
             f"{where} has latents without text encoder outputs for {len(without_text)} item(s): {name_some(without_text)}; run: "
             f"python cache_text_encoder_outputs.py --dataset_config {toml} --text_encoder1 ... --text_encoder2 ..., "
-            "or delete the latents of items that are gone."
+            "or cache_latents.py with --skip_existing --remove_orphans, which deletes the latents of items that are gone."
         )
+    chosen = newest_latents(listing)
+    for key, path in chosen.items():
+        if others := [other.name for other in listing.latents[key] if other != path]:
+            logger.warning(
+                "%s is used because it is the newest; cache_latents.py --skip_existing --remove_orphans deletes %s.",
+                path,
+                name_some(others),
+            )
     items = (
         CachedItem(stem, window, path, listing.texts[stem], read_latent_shape(path), dataset.prior_preservation)
-        for (stem, window), path in newest_latents(listing).items()
+        for (stem, window), path in chosen.items()
     )
     return CachedGroup(dataset, tuple(items))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dataset.cache.preparation import Prepared
+from dataset.cache.preparation import Failure, Prepared, prepare
+from dataset.items import Item
 from dataset.media.frame_rate import MODEL_FPS
 from utils.media_writing import save_picture, save_video
 
@@ -24,6 +27,37 @@ CONSOLE_BACKS = {
     "WHITE": (229, 229, 229),
 }
 RESET = "\x1b[0m"
+CONSOLE_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """The flags of looking at the data: ``debug_mode`` is "image", "video", "console", or None to cache instead."""
+
+    debug_mode: str | None = None
+    console_width: int | None = None
+    console_back: str | None = None
+    console_num_images: int | None = None
+
+
+def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> list[Failure]:
+    """Write or print every picture and window as training will see it; returns the items that could not be read."""
+    failures = []
+    shown = 0
+    for result in prepare(items, num_workers):
+        if isinstance(result, Failure):
+            failures.append(result)
+        elif isinstance(result, Prepared):
+            print(describe(result))
+            if view.debug_mode == "console":
+                print(console_picture(result.pixels, view.console_width or CONSOLE_WIDTH, view.console_back))
+                shown += 1
+                if shown == view.console_num_images:
+                    break
+            else:
+                save = save_sheet if view.debug_mode == "image" else save_clip
+                print(f"    {save(result)}")
+    return failures
 
 
 def describe(prepared: Prepared) -> str:

@@ -1,57 +1,45 @@
-"""Whether a cache file is still what its item calls for: which are kept, which are made again, and why."""
+"""Whether a cache file is still what its item calls for: which are kept, which are made again, and why.
+
+The caching scripts and the table that opens a training ask the same questions (``latents_mismatch``, ``text_mismatch``); training
+knows less, as it reads no media.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.cache.files import (
-    CAPTION,
-    CachedItem,
-    CacheListing,
-    bucket_of,
-    latent_cache_path,
-    latent_shape_for,
-    newest,
-    read_latent_header,
-    read_text_metadata,
-    text_cache_path,
-)
-from dataset.cache.preparation import Target
-from dataset.cache.records import (
-    BUCKET,
-    FRAME_RATE,
-    REASONS,
-    SOURCE_BYTES,
-    SOURCE_HASH,
-    SOURCE_NEWER,
-    SOURCE_REPLACED,
-    SOURCE_TIME,
-    WINDOW,
-    first_difference,
-    has_record,
-    is_same_source,
-    latent_record,
-)
+from dataset.cache.files import CAPTION, CachedItem, LatentShape, latent_shape_for, read_latent_header, read_text_metadata
+from dataset.cache.names import CacheListing, latent_cache_path, newest, text_cache_path
+from dataset.cache.plan import Target
+from dataset.cache.records import FRAME_RATE, SOURCE_HASH, TEXT_ENCODERS, TOKENIZERS, VAE, has_record, is_same_source
 from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.buckets import choose_bucket
 from dataset.media.frame_rate import possible_records
-from dataset.media.frames import Window, is_cut
+from dataset.media.frames import is_cut
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Reasons why a cache file is made or made again.
 NEW = "new"
-ASKED = "without --skip_existing"
+NOT_KEPT = "without --skip_existing"
 UNREADABLE = "unreadable"
-OTHER_CAPTION = "another caption"
 GONE = "no such item any more"
+SOURCE_REPLACED = "source replaced"
+SOURCE_NEWER = "source newer"  # all that can be known without a record
 SOURCE_TOUCHED = "source perhaps changed, its time has"
+OTHER_SIZE = "another size"
+OTHER_WINDOW = "another window"
+OTHER_FRAME_RATE = "another frame rate"
+OTHER_VAE = "another VAE"
+OTHER_CAPTION = "another caption"
+OTHER_ENCODERS = dict.fromkeys(TEXT_ENCODERS, "another text encoder") | dict.fromkeys(TOKENIZERS, "another tokenizer")
 
 
 @dataclass(frozen=True)
@@ -67,69 +55,118 @@ class Verdict:
     path: Path
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What latents must be to fit their dataset; None: not known, and not compared.
+
+    Attributes:
+        shape: of the latents.
+        is_cut: whether the dataset cuts this window.
+        frame_rates: records of how frames may have been chosen.
+        vae: the fingerprint of the VAE.
+    """
+
+    shape: LatentShape | None
+    is_cut: bool = True
+    frame_rates: Collection[str] | None = None
+    vae: str | None = None
+
+
+def latents_mismatch(
+    shape: LatentShape, metadata: Mapping[str, str], wanted: Wanted, source: Item | None, read_source: bool
+) -> str | None:
+    """Why latents that carry a record are not the wanted ones; None if they are, or if that cannot be known.
+
+    Args:
+        source: the item they belong to, None where it cannot be reached.
+        read_source: whether the media file may be read, to tell a copied file from a changed one.
+    """
+    is_same = True
+    if source is not None:
+        is_same = is_same_source(metadata, source.path, source.dataset.kind, read_source)
+    if is_same is False:
+        return SOURCE_REPLACED
+    if wanted.shape not in (None, shape):
+        return OTHER_SIZE
+    if not wanted.is_cut:
+        return OTHER_WINDOW
+    if wanted.frame_rates is not None and metadata.get(FRAME_RATE) not in (None, *wanted.frame_rates):
+        return OTHER_FRAME_RATE
+    if wanted.vae is not None and metadata.get(VAE) not in (None, wanted.vae):
+        return OTHER_VAE
+    return SOURCE_TOUCHED if is_same is None else None
+
+
+def text_mismatch(metadata: Mapping[str, str], caption: str | None, encoders: Mapping[str, str]) -> str | None:
+    """Why text encoder outputs are not those of ``caption`` by ``encoders``; what either side lacks is not compared.
+
+    Args:
+        encoders: fingerprints under the keys of ``records.TEXT_ENCODERS`` and ``records.TOKENIZERS``.
+    """
+    if metadata.get(CAPTION) not in (None, caption or ""):
+        return OTHER_CAPTION
+    for key, reason in OTHER_ENCODERS.items():
+        if key in metadata and key in encoders and metadata[key] != encoders[key]:
+            return reason
+    return None
+
+
 def judge_latents(listing: CacheListing, target: Target, vae: str, skip_existing: bool) -> Verdict:
     """Whether the latents of a target are kept; judged is the file that training would use.
 
     A file without a record is kept if it has the right shape, a name of ours or of other tools, and is younger than its
-    source: from an older one one cannot tell.
+    source.
 
     Args:
         listing: of the cache directory before this run.
         vae: the fingerprint of the VAE that is to encode.
     """
-    ours = target.cache_path
     paths = listing.latents.get(target.key)
-    if not paths:
-        return Verdict(NEW, ours)
-    if not skip_existing:
-        return Verdict(ASKED, ours)
+    if not paths or not skip_existing:
+        return Verdict(NOT_KEPT if paths else NEW, target.cache_path)
     found = newest(paths)
-    reason = _why_not_latents(found, target, vae)
-    return Verdict(None, found) if reason is None else Verdict(reason, ours)
+    reason = _why_again(found, target, vae)
+    return Verdict(reason, found if reason is None else target.cache_path)
 
 
-def _why_not_latents(path: Path, target: Target, vae: str) -> str | None:
+def _why_again(path: Path, target: Target, vae: str) -> str | None:
     try:
         shape, metadata = read_latent_header(path)
     except UserError as error:
         logger.warning("%s; it is made again.", error)
         return UNREADABLE
-    source = target.item.path
+    wanted_shape = latent_shape_for(target.bucket, target.frames)
     if SOURCE_HASH in metadata:
-        if not is_same_source(metadata, source, target.item.dataset.kind):
-            return SOURCE_REPLACED
-        difference = first_difference(metadata, latent_record(target.bucket, target.window, target.frame_rate, vae))
-        if difference is not None:
-            return difference
-    else:
-        names = {target.cache_path.name}
-        if target.window is not None:
-            names.add(latent_cache_path(target.item, target.bucket, target.window).name)
-        if path.name not in names:
-            return SOURCE_REPLACED
-        if path.stat().st_mtime_ns < source.stat().st_mtime_ns:
-            return SOURCE_NEWER
-    return None if shape == latent_shape_for(target.bucket, target.frames) else REASONS[BUCKET]
+        wanted = Wanted(wanted_shape, frame_rates=_frame_rates(target.window, {target.frame_rate or ""}), vae=vae)
+        return latents_mismatch(shape, metadata, wanted, target.item, read_source=True)
+    names = {target.cache_path.name}
+    if target.window is not None:
+        names.add(latent_cache_path(target.item, target.bucket, target.window).name)
+    if path.name not in names:
+        return SOURCE_REPLACED
+    if path.stat().st_mtime_ns < target.item.path.stat().st_mtime_ns:
+        return SOURCE_NEWER
+    return None if shape == wanted_shape else OTHER_SIZE
+
+
+def _frame_rates(window: tuple[int, int] | None, rates: Collection[str]) -> Collection[str] | None:
+    """``rates``, if they matter: a picture has none, and the first frame of a clip is the same at every rate."""
+    return None if window in (None, (0, 1)) else rates
 
 
 def judge_text(item: Item, encoders: Mapping[str, str], skip_existing: bool) -> Verdict:
-    """Whether the text encoder outputs of an item are kept. A file that does not say what made it is.
-
-    ``encoders``: fingerprints under the keys of ``records.TEXT_ENCODERS`` and ``records.TOKENIZERS``.
-    """
+    """Whether the text encoder outputs of an item are kept. ``encoders``: as in ``text_mismatch``."""
     path = text_cache_path(item)
     if not path.is_file():
         return Verdict(NEW, path)
     if not skip_existing:
-        return Verdict(ASKED, path)
+        return Verdict(NOT_KEPT, path)
     try:
         metadata = read_text_metadata(path)
     except UserError as error:
         logger.warning("%s; it is made again.", error)
         return Verdict(UNREADABLE, path)
-    if metadata.get(CAPTION, item.caption) != item.caption:
-        return Verdict(OTHER_CAPTION, path)
-    return Verdict(first_difference(metadata, encoders), path)
+    return Verdict(text_mismatch(metadata, item.caption, encoders), path)
 
 
 @dataclass
@@ -137,12 +174,18 @@ class CacheCheck:
     """What a quick look at caches found.
 
     Attributes:
-        without_record: files that do not say what made them.
+        without_record: number of files that do not tell what made them.
         mismatches: names of files by what does not match.
     """
 
     without_record: int = 0
     mismatches: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, path: Path, metadata: Mapping[str, str], mismatch: str | None) -> None:
+        """Count one file."""
+        self.without_record += not has_record(metadata)
+        if mismatch is not None:
+            self.mismatches.setdefault(mismatch, []).append(path.name)
 
 
 def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: Iterable[Item] | None) -> CacheCheck:
@@ -158,21 +201,19 @@ def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: It
     for entry in cached:
         source = None if sources is None else sources.get(entry.stem)
         with suppress(UserError):  # whoever reads the file says what is wrong with it
-            _, metadata = read_latent_header(entry.latents_path)
-            gone = GONE if sources is not None and source is None else None
-            _note(check, entry.latents_path, metadata, gone or _latent_mismatch(dataset, entry, metadata, source, last_starts))
+            shape, metadata = read_latent_header(entry.latents_path)
+            mismatch = GONE if sources is not None and source is None else None
+            if mismatch is None and SOURCE_HASH in metadata:
+                reachable = source if source is not None and os.path.exists(source.path) else None
+                wanted = _wanted_without_media(dataset, entry, metadata, last_starts)
+                mismatch = latents_mismatch(shape, metadata, wanted, reachable, read_source=False)
+            check.add(entry.latents_path, metadata, mismatch)
         if entry.text_path not in texts:
             texts.add(entry.text_path)
             with suppress(UserError):
                 metadata = read_text_metadata(entry.text_path)
-                _note(check, entry.text_path, metadata, _text_mismatch(metadata, source))
+                check.add(entry.text_path, metadata, None if source is None else text_mismatch(metadata, source.caption, {}))
     return check
-
-
-def _note(check: CacheCheck, path: Path, metadata: Mapping[str, str], mismatch: str | None) -> None:
-    check.without_record += not has_record(metadata)
-    if mismatch is not None:
-        check.mismatches.setdefault(mismatch, []).append(path.name)
 
 
 def _last_starts(cached: Iterable[CachedItem]) -> dict[tuple[str, int], int]:
@@ -185,54 +226,23 @@ def _last_starts(cached: Iterable[CachedItem]) -> dict[tuple[str, int], int]:
     return found
 
 
-def _latent_mismatch(
-    dataset: DatasetConfig,
-    entry: CachedItem,
-    metadata: Mapping[str, str],
-    source: Item | None,
-    last_starts: Mapping[tuple[str, int], int],
-) -> str | None:
-    if SOURCE_HASH not in metadata:
-        return None
-    found = None
-    if source is not None:
-        with suppress(OSError):  # the media may be elsewhere
-            found = os.stat(source.path)
-    if found is not None and metadata.get(SOURCE_BYTES) != str(found.st_size):
-        return SOURCE_REPLACED
-    if not _has_size(dataset, entry, metadata):
-        return REASONS[BUCKET]
-    if entry.window is not None and (difference := _other_frames(dataset, entry, entry.window, metadata, last_starts)):
-        return difference
-    return SOURCE_TOUCHED if found is not None and metadata.get(SOURCE_TIME) != str(found.st_mtime_ns) else None
-
-
-def _has_size(dataset: DatasetConfig, entry: CachedItem, metadata: Mapping[str, str]) -> bool:
-    width, height = (metadata.get(side, "") for side in ("width", "height"))
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        return True
-    bucket = choose_bucket((int(width), int(height)), dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
-    return bucket == bucket_of(entry.shape)[:2]
-
-
-def _other_frames(
-    dataset: DatasetConfig,
-    entry: CachedItem,
-    window: Window,
-    metadata: Mapping[str, str],
-    last_starts: Mapping[tuple[str, int], int],
-) -> str | None:
-    """Why the dataset would not cut these frames of a clip, as far as that can be told without reading it."""
+def _wanted_without_media(
+    dataset: DatasetConfig, entry: CachedItem, metadata: Mapping[str, str], last_starts: Mapping[tuple[str, int], int]
+) -> Wanted:
+    """What the latents of ``entry`` must be, from the size of their source in the metadata and from the dataset alone."""
+    shape = None
+    sides = [metadata.get(side, "") for side in ("width", "height")]
+    if all(side.isdecimal() and int(side) for side in sides):
+        size = (int(sides[0]), int(sides[1]))
+        bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
+        channels = entry.shape[0]  # those of the model are compared when it is known
+        shape = latent_shape_for(bucket, 1 if entry.window is None else entry.window[1], channels)
+    if entry.window is None:
+        return Wanted(shape)
     mode, stride, sample = dataset.frame_extraction, dataset.frame_stride, dataset.frame_sample
-    if not is_cut(window, last_starts[entry.stem, window[1]], dataset.target_frames, mode, stride, sample, dataset.max_frames):
-        return REASONS[WINDOW]
-    made_with = metadata.get(FRAME_RATE)
-    is_same = made_with is None or made_with in possible_records(dataset.target_fps, dataset.source_fps)
-    # the first frame is the same at every rate
-    return None if is_same or window == (0, 1) else REASONS[FRAME_RATE]
-
-
-def _text_mismatch(metadata: Mapping[str, str], source: Item | None) -> str | None:
-    if source is None or metadata.get(CAPTION) in (None, source.caption or ""):
-        return None
-    return OTHER_CAPTION
+    last_start = last_starts[entry.stem, entry.window[1]]
+    return Wanted(
+        shape,
+        is_cut(entry.window, last_start, dataset.target_frames, mode, stride, sample, dataset.max_frames),
+        _frame_rates(entry.window, possible_records(dataset.target_fps, dataset.source_fps)),
+    )

@@ -1,4 +1,8 @@
-"""Cache files that belong to no item any more. Training would use them, so they are listed, and removed when asked."""
+"""Cache files that belong to no item any more.
+
+``cache_latents.py`` lists those of latents, ``cache_text_encoder_outputs.py`` those of text encoder outputs, at the end of each
+dataset. With --remove_orphans a script deletes what it lists. Training goes by the cache files alone: it uses orphans too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from dataset.cache.files import CacheKey, list_caches
+from dataset.cache.names import CacheKey, list_caches
 from dataset.config import DatasetConfig
 from utils.files import is_temporary
 
@@ -22,7 +26,7 @@ def orphaned_latents(dataset: DatasetConfig, called_for: Mapping[CacheKey, Path]
 
     Args:
         called_for: the right file of each picture and window.
-        unknown: stems of items that could not be read; nothing is said of theirs.
+        unknown: stems of items that could not be read; theirs are no orphans.
     """
     right = _identities(called_for.values())
     latents = list_caches(dataset).latents
@@ -47,7 +51,7 @@ def _identities(paths: Iterable[Path]) -> set[tuple[int, int]]:
 
 
 def abandoned_files(dataset: DatasetConfig) -> list[Path]:
-    """What killed runs left of cache files that they were writing."""
+    """Unfinished cache files that killed runs left."""
     folder = dataset.cache_directory
     if not folder.is_dir():
         return []

@@ -12,73 +12,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from queue import Full, Queue
 from threading import Event
 
 import numpy as np
 
-from dataset.cache.files import CacheKey, latent_cache_path
+from dataset.cache.plan import Target, plan_targets
 from dataset.cache.records import SourceStamp, stamp_source
 from dataset.items import Item
-from dataset.media.buckets import choose_bucket
-from dataset.media.decoding import frame_times, probe_image, probe_video, read_clip_windows, read_image
-from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
-from dataset.media.frames import Window, cut_windows, frames_needed
+from dataset.media.decoding import read_clip_windows, read_image
+from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-RATE_SECONDS = 1.0  # of a video, at least, tell its frame rate; single gaps between frames vary
-
-
-@dataclass(frozen=True)
-class Target:
-    """One latent cache file that an item calls for.
-
-    Attributes:
-        window: (first frame, frames) of a clip, None for a picture.
-        original_size: (W, H) of the source.
-        bucket: (W, H) to train at.
-        resampling: which frames of the file the clip is cut from, None for every frame. Windows count the chosen frames.
-    """
-
-    item: Item
-    window: Window | None
-    original_size: tuple[int, int]
-    bucket: tuple[int, int]
-    resampling: Resampling | None = None
-
-    @property
-    def key(self) -> CacheKey:
-        """Stem and window, under which the listing has the cache file."""
-        return self.item.stem, self.window
-
-    @property
-    def frames(self) -> int:
-        """Number of frames; 1 for a picture."""
-        return 1 if self.window is None else self.window[1]
-
-    @property
-    def cache_path(self) -> Path:
-        """The cache file."""
-        return latent_cache_path(self.item, self.original_size, self.window)
-
-    @property
-    def label(self) -> str:
-        """For messages: the file, and the frames for a clip."""
-        if self.window is None:
-            return str(self.item.path)
-        resampled = f" ({self.resampling})" if self.resampling else ""
-        return f"{self.item.path} frames {self.window[0]} to {self.window[0] + self.window[1] - 1}{resampled}"
-
-    @property
-    def frame_rate(self) -> str | None:
-        """How the frames are chosen, for the record; None for a picture."""
-        if self.window is None:
-            return None
-        return EVERY_FRAME if self.resampling is None else self.resampling.record
 
 
 @dataclass(frozen=True)
@@ -108,39 +55,6 @@ class Failure:
 
 
 Result = Prepared | Finished | Failure
-
-
-def plan_targets(item: Item) -> tuple[Target, ...]:
-    """The cache files an item calls for, without decoding more than that needs. MediaError if the file is unreadable."""
-    dataset = item.dataset
-    windows: list[Window | None]
-    resampling = None
-    if dataset.kind == "image":
-        size, windows = probe_image(item.path), [None]
-    else:
-        info = probe_video(item.path)
-        size = (info.width, info.height)
-        mode = dataset.frame_extraction
-        times, resampling = _choose_frames(item, info.fps)
-        frames = len(times if resampling is None else resampling.indices)
-        windows = list(
-            cut_windows(frames, dataset.target_frames, mode, dataset.frame_stride, dataset.frame_sample, dataset.max_frames)
-        )
-    bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
-    return tuple(Target(item, window, size, bucket, resampling) for window in windows)
-
-
-def _choose_frames(item: Item, stated_fps: float | None) -> tuple[list[float], Resampling | None]:
-    """The times of the frames that decide an item's windows, and how the clip is resampled."""
-    dataset = item.dataset
-    fps = dataset.source_fps or stated_fps
-    given = dataset.source_fps is not None
-    needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
-    limit = None
-    if needed is not None:
-        limit = needed, max(needed / dataset.target_fps, RATE_SECONDS) if dataset.target_fps else 0.0
-    times = frame_times(item.path, fps, not given, limit)
-    return times, resample(times, fps, dataset.target_fps, given)
 
 
 def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:

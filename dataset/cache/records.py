@@ -1,8 +1,9 @@
-"""What made a cache file, as strings in its metadata, so that a later run finds what has changed since.
+"""What was done to a file to make its cache, as strings in the metadata of the cache, so that a later run finds what changed.
 
 Latents carry the source (bytes, modification time, hash), the bucket, the window, how frames were chosen, and the VAE; text
-encoder outputs carry the caption, the encoders and the tokenizers. Caches without a record, of other tools or of earlier
-versions, stay valid.
+encoder outputs carry the caption, the encoders and the tokenizers. A new processing step gets its key here: written by
+``latent_record`` and compared by ``freshness.latents_mismatch``. Caches without a record, of other tools or of earlier versions,
+stay valid.
 """
 
 from __future__ import annotations
@@ -10,33 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.media.frames import Window
 
 HASH_BYTES = 16
-WHOLE_BYTES = 64 * 2**20  # a video beyond this is told by its size, its beginning and its end
+WHOLE_BYTES = 64 * 2**20  # of a larger video only the size, the beginning and the end are hashed
 PART_BYTES = 8 * 2**20
 
 SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH = "source_bytes", "source_mtime_ns", "source_hash"
-SOURCE_KEYS = (SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH)
 BUCKET, WINDOW, FRAME_RATE, VAE = "bucket", "window", "frame_rate", "vae"
 TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
 TOKENIZERS = ("tokenizer1", "tokenizer2")
-
-# why a cache is made again, by the key of the record that differs
-REASONS = {
-    BUCKET: "another size",
-    WINDOW: "another window",
-    FRAME_RATE: "another frame rate",
-    VAE: "another VAE",
-    **dict.fromkeys(TEXT_ENCODERS, "another text encoder"),
-    **dict.fromkeys(TOKENIZERS, "another tokenizer"),
-}
-SOURCE_REPLACED = "source replaced"
-SOURCE_NEWER = "source newer"  # all that can be told without a record
 
 
 @dataclass(frozen=True)
@@ -55,11 +43,11 @@ class SourceStamp:
 def stamp_source(path: Path, kind: str) -> SourceStamp:
     """The stamp of a media file of ``kind`` "image" or "video". Take it before decoding: a change in between is then found."""
     found = os.stat(path)
-    return SourceStamp(found.st_size, found.st_mtime_ns, _known_hash(path, kind, found.st_size, found.st_mtime_ns))
+    return SourceStamp(found.st_size, found.st_mtime_ns, _cached_hash(path, kind, found.st_size, found.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=256)
-def _known_hash(path: Path, kind: str, size: int, mtime_ns: int) -> str:
+def _cached_hash(path: Path, kind: str, size: int, mtime_ns: int) -> str:
     """``hash_source``, once for all windows of a clip."""
     return hash_source(path, kind)
 
@@ -78,18 +66,22 @@ def hash_source(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def is_same_source(record: Mapping[str, str], path: Path, kind: str) -> bool:
-    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read."""
+def is_same_source(record: Mapping[str, str], path: Path, kind: str, read: bool = True) -> bool | None:
+    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read.
+
+    Returns:
+        None where only reading the file could tell, and ``read`` is False.
+    """
     found = os.stat(path)
     if record.get(SOURCE_BYTES) != str(found.st_size):
         return False
     if record.get(SOURCE_TIME) == str(found.st_mtime_ns):
         return True
-    return record[SOURCE_HASH] == _known_hash(path, kind, found.st_size, found.st_mtime_ns)
+    return record[SOURCE_HASH] == _cached_hash(path, kind, found.st_size, found.st_mtime_ns) if read else None
 
 
 def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: str | None, vae: str) -> dict[str, str]:
-    """What latents are made with, besides the source.
+    """How latents were made from their source.
 
     ``frame_rate``: how the frames of a clip were chosen; None with the window of a picture. ``vae``: the fingerprint of its
     weights.
@@ -101,13 +93,5 @@ def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: st
 
 
 def has_record(metadata: Mapping[str, str]) -> bool:
-    """Whether a cache file says what made it."""
+    """Whether the metadata of a cache tell what made it."""
     return SOURCE_HASH in metadata or TEXT_ENCODERS[0] in metadata
-
-
-def first_difference(metadata: Mapping[str, str], wanted: Mapping[str, str], keys: Iterable[str] = tuple(REASONS)) -> str | None:
-    """Why a cache with this metadata is not the one ``wanted``; None if it is. What the metadata lack is not compared."""
-    for key in keys:
-        if key in metadata and key in wanted and metadata[key] != wanted[key]:
-            return REASONS[key]
-    return None

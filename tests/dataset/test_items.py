@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.cache.files import latent_cache_path, text_cache_path
+from dataset.cache.names import latent_cache_path, text_cache_path
 from dataset.config import DatasetConfig
 from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions, settle_captions
 from utils.errors import UserError

@@ -79,17 +79,17 @@ def test_missing_latents_and_missing_text_name_the_script_to_run(group, tmp_path
 def test_no_latents_although_they_were_cached_is_explained(tmp_path):
     images = dataset_in(tmp_path / "none")
     clips = DatasetConfig(0, "video", tmp_path, None, tmp_path / "none", target_frames=(129, 201))
-    said = {}
+    message = {}
     for dataset in (images, clips):
         with pytest.raises(UserError) as caught:
             find_cached_items(DatasetGroup(tmp_path / "d.toml", (dataset,)))
-        said[dataset.kind] = str(caught.value)
-    assert "has no latents of videos; run: python cache_latents.py" in said["video"]
-    assert said["video"].endswith(
-        "--vae ... If it has been run, the table at its end says why nothing was cached: clips shorter than target_frames (129), "
-        "say; then lower target_frames or take the data set out."
+        message[dataset.kind] = str(caught.value)
+    assert "has no latents of videos; run: python cache_latents.py" in message["video"]
+    assert message["video"].endswith(
+        "--vae ... If it has been run, the table at its end says why nothing was cached: for example, clips shorter than "
+        "target_frames (129); then lower target_frames or take the data set out."
     )
-    assert "says why nothing was cached; then" in said["image"] and "target_frames" not in said["image"]
+    assert "says why nothing was cached; then" in message["image"] and "target_frames" not in message["image"]
 
 
 def test_newest_of_two_names_for_one_window_is_used(group, tmp_path, caplog):

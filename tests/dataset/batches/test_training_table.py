@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dataset.batches.batches import CachedGroup, find_cached_items
-from dataset.batches.report import format_table, report_cached_group
+from dataset.batches.report import report_cached_group
 from dataset.cache.files import save_latents, save_text
 from dataset.cache.records import latent_record, stamp_source
+from dataset.cache.report import format_table
 from dataset.config import DatasetConfig, DatasetGroup
 from dataset.media.frame_rate import EVERY_FRAME, possible_records, resample
 from dataset.media.frames import cut_windows, is_cut
@@ -105,7 +106,7 @@ def test_caches_made_with_other_settings_are_named(dataset, caplog, windows, rat
 def test_caches_without_a_record_are_not_judged(dataset):
     cached_clip(dataset, "a", SLIDE, with_record=False)
     [without_record, no_nine] = reversed(report_cached_group(group_of(dataset)).notes)
-    assert without_record.startswith("3 cache(s) do not say") and "9 frame(s)" in no_nine
+    assert without_record.startswith("3 cache(s) carry no record") and "9 frame(s)" in no_nine
 
 
 @pytest.mark.parametrize("mode", ["head", "chunk", "slide", "uniform"])

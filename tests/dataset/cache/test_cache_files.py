@@ -13,17 +13,15 @@ from dataset.cache.files import (
     CAPTION,
     NonFiniteError,
     bucket_of,
-    latent_cache_path,
     latent_shape_for,
-    list_caches,
     read_latent_shape,
     read_latents,
     read_text,
     read_text_metadata,
     save_latents,
     save_text,
-    text_cache_path,
 )
+from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
 from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.frames import cut_windows

@@ -17,14 +17,18 @@ from PIL import Image
 
 import cache_latents
 import hunyuan_model
+from dataset.cache import latents
 from dataset.cache.files import read_latent_shape, read_latents, save_latents
-from dataset.cache.preparation import Failure, Prepared, Target
+from dataset.cache.latents import LatentEncoder
+from dataset.cache.plan import Target
+from dataset.cache.preparation import Failure, Prepared
 from dataset.cache.records import SourceStamp
 from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.decoding import iterate_frames, probe_video
 from dataset.media.resizing import fit_to_bucket
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
+from hunyuan_model.vae.settings import VAESettings
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
 
@@ -134,8 +138,8 @@ def test_reruns_and_other_batches_give_the_same_latents(run, pictures, tmp_path)
 
 def test_batch_size_is_the_smaller_of_flag_and_dataset(run, pictures, tmp_path, monkeypatch):
     sizes = []
-    encode = cache_latents.encode
-    monkeypatch.setattr(cache_latents, "encode", lambda vae, batch, *rest: sizes.append(len(batch)) or encode(vae, batch, *rest))
+    encode = LatentEncoder.encode
+    monkeypatch.setattr(LatentEncoder, "encode", lambda self, batch: sizes.append(len(batch)) or encode(self, batch))
     write_dataset(tmp_path, "images", batch_size=4)  # without buckets all six have one size
     for flag, expected in (([], [4, 2]), (["--batch_size", 3], [3, 3]), (["--batch_size", 9], [4, 2])):
         sizes.clear()
@@ -205,7 +209,8 @@ def test_any_name_gives_a_seed(vae_folder):
     vae = hunyuan_model.load_vae(vae_folder, device="cpu", dtype=torch.float32)
     dataset = DatasetConfig(0, "image", Path("x"), None, Path("x"))
     items = (Item(dataset, Path("x/a.png"), "", stem) for stem in (os.fsdecode(b"caf\xe9"), "café"))
-    first, second = cache_latents.encode(vae, [prepared(item, 16) for item in items], torch.device("cpu"), torch.float32)
+    encoder = LatentEncoder(vae, VAESettings(None, torch.float32), "")
+    first, second = encoder.encode([prepared(item, 16) for item in items])
     assert not torch.equal(first, second)
 
 
@@ -214,10 +219,10 @@ def prepared(item: Item, side: int) -> Prepared:
 
 
 def test_waiting_pixels_are_bounded(monkeypatch):
-    monkeypatch.setattr(cache_latents, "WAITING_BYTES", 4 * 32 * 32 * 3)
+    monkeypatch.setattr(latents, "WAITING_BYTES", 4 * 32 * 32 * 3)
     item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
     sides = [16, 16, 32, 32, 32, 32, 64, 128, 16]
-    batches = cache_latents.collect_batches([prepared(item, side) for side in sides], batch_size=8)
+    batches = latents.collect_batches([prepared(item, side) for side in sides], batch_size=8)
     # The fourth 32 is too much and all four go. 64 fills the budget alone, so that the two of 16 go, and it goes itself with
     # the last 16; 128 is more than the budget and goes at once.
     assert [[result.target.bucket[0] for result in batch] for batch in batches] == [[32] * 4, [16] * 2, [128], [64], [16]]
@@ -227,7 +232,7 @@ def test_full_batches_and_the_rest_without_pressure():
     item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
     failure = Failure(item, "broken")
     results = [prepared(item, 16), prepared(item, 32), failure, prepared(item, 16), prepared(item, 16)]
-    assert list(cache_latents.collect_batches(results, batch_size=2)) == [
+    assert list(latents.collect_batches(results, batch_size=2)) == [
         failure,
         [results[0], results[3]],
         [results[1]],
@@ -247,7 +252,7 @@ def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(cache_latents, "ProgressBar", Bar)
-    monkeypatch.setattr(cache_latents, "cache_batch", broken)
+    monkeypatch.setattr(LatentEncoder, "save", broken)
     with pytest.raises(MemoryError) as caught:
         run("--dataset_config", pictures)
     assert caught.traceback and closed  # the traceback keeps the bar from being collected, which would close it
@@ -284,13 +289,12 @@ def test_broken_files_are_listed_and_the_others_cached(run, pictures, tmp_path, 
 
 
 def test_latents_that_are_no_numbers_are_not_saved(run, pictures, tmp_path, monkeypatch, capsys):
-    encode = cache_latents.encode
+    encode = LatentEncoder.encode
 
-    def overflow(vae, batch, *rest):
-        latents = encode(vae, batch, *rest)
-        return [x * float("nan") if p.target.item.stem == "red_circle" else x for p, x in zip(batch, latents)]
+    def overflow(self, batch):
+        return [x * float("nan") if p.target.item.stem == "red_circle" else x for p, x in zip(batch, encode(self, batch))]
 
-    monkeypatch.setattr(cache_latents, "encode", overflow)
+    monkeypatch.setattr(LatentEncoder, "encode", overflow)
     assert run("--dataset_config", pictures) == 1
     assert len(caches(tmp_path / "cache")) == 5
     assert re.search(r"red_circle\.png: the latents for red_circle_.* hold NaN", capsys.readouterr().err)

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 import cache_text_encoder_outputs
 from dataset import load_dataset_config
-from dataset.cache.files import read_text, text_cache_path
+from dataset.cache.files import read_text
+from dataset.cache.names import text_cache_path
 from dataset.items import Item, list_items
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2
 from hunyuan_model.text.clip import CLIPTextEncoder

@@ -8,13 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import dataset.cache.records as records
 from dataset.batches.batches import CachedGroup, find_cached_items
-from dataset.batches.report import CachingOutcome, report_cached_group
-from dataset.cache.files import save_latents, save_text
-from dataset.cache.records import first_difference, hash_source, is_same_source, latent_record, stamp_source
+from dataset.batches.report import report_cached_group
+from dataset.cache.files import latent_shape_for, save_latents, save_text
+from dataset.cache.freshness import (
+    OTHER_FRAME_RATE,
+    OTHER_SIZE,
+    OTHER_VAE,
+    OTHER_WINDOW,
+    Verdict,
+    Wanted,
+    judge_latents,
+    latents_mismatch,
+    text_mismatch,
+)
+from dataset.cache.names import list_caches
+from dataset.cache.plan import plan_targets
+from dataset.cache.records import hash_source, is_same_source, latent_record, stamp_source
+from dataset.cache.report import CachingOutcome
 from dataset.config import DatasetConfig, DatasetGroup
+from dataset.items import Item
 
 
 def touch_later(path: Path) -> None:
@@ -76,14 +92,34 @@ def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkey
 
 def test_reasons_name_what_differs_and_what_is_not_written_is_not_compared():
     made = latent_record((64, 48), (0, 9), "every frame", "vae")
-    assert first_difference(made, made) is None
-    assert first_difference(made, latent_record((48, 64), (0, 9), "every frame", "vae")) == "another size"
-    assert first_difference(made, latent_record((64, 48), (0, 9), "every frame", "other")) == "another VAE"
-    assert first_difference(made, latent_record((64, 48), (9, 9), "every frame", "vae")) == "another window"
-    assert first_difference(made, latent_record((64, 48), (0, 9), "24 from timestamps", "vae")) == "another frame rate"
-    assert first_difference({}, made) is None
-    assert first_difference({"text_encoder2": "a"}, {"text_encoder2": "b"}) == "another text encoder"
-    assert first_difference({"tokenizer1": "a"}, {"tokenizer1": "b"}) == "another tokenizer"
+    shape = latent_shape_for((64, 48), 9)
+    for wanted, reason in (
+        (Wanted(shape, True, {"every frame"}, "vae"), None),
+        (Wanted(None), None),
+        (Wanted(latent_shape_for((48, 64), 9)), OTHER_SIZE),
+        (Wanted(shape, is_cut=False), OTHER_WINDOW),
+        (Wanted(shape, frame_rates={"24 from timestamps"}), OTHER_FRAME_RATE),
+        (Wanted(shape, vae="other"), OTHER_VAE),
+    ):
+        assert latents_mismatch(shape, made, wanted, None, read_source=True) == reason
+    assert latents_mismatch(shape, {}, Wanted(shape, True, {"every frame"}, "vae"), None, read_source=True) is None
+    assert text_mismatch({}, "x", {"tokenizer1": "b"}) is None
+    assert text_mismatch({"caption1": "y", "tokenizer1": "a"}, "x", {"tokenizer1": "b"}) == "another caption"
+    assert text_mismatch({"text_encoder2": "a"}, "x", {"text_encoder2": "b"}) == "another text encoder"
+    assert text_mismatch({"tokenizer1": "a"}, "x", {"tokenizer1": "b"}) == "another tokenizer"
+
+
+def test_latents_in_a_bucket_that_was_chosen_without_the_last_step_are_made_again(tmp_path):
+    """Caches of 128x96 pictures near 7:6 were made at 128x96 before there was the bucket 112x96."""
+    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", resolution=(128, 96), enable_bucket=True)
+    Image.new("RGB", (224, 192)).save(tmp_path / "a.png")
+    [target] = plan_targets(Item(dataset, tmp_path / "a.png", "", "a"))
+    assert target.bucket == (112, 96)
+    for bucket, reason in (((128, 96), OTHER_SIZE), ((112, 96), None)):
+        record = stamp_source(target.item.path, "image").record() | latent_record(bucket, None, None, "vae")
+        save_latents(target.cache_path, torch.zeros(latent_shape_for(bucket)), target.original_size, None, record)
+        verdict = judge_latents(list_caches(dataset), target, "vae", skip_existing=True)
+        assert verdict == Verdict(reason, target.cache_path)
 
 
 def test_the_outcome_in_numbers():
@@ -117,7 +153,7 @@ def group(tmp_path) -> CachedGroup:
 
 
 def test_training_says_how_many_caches_carry_no_record(group, caplog):
-    assert report_cached_group(group).notes == ["2 cache(s) do not say what made them: whether they match is not known"]
+    assert report_cached_group(group).notes == ["2 cache(s) carry no record of what made them: whether they match is not known"]
     assert not caplog.records
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.cache.preparation import Prepared, plan_targets, prepare_item
+from dataset.cache.plan import plan_targets
+from dataset.cache.preparation import Prepared, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import list_items
 from dataset.media.decoding import frame_times, iterate_frames, read_clip_windows

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hv_train_network
-from dataset.cache.sizes import HEADER_BYTES, missing_latents_bytes
+from dataset.cache.plan import HEADER_BYTES, missing_latents_bytes
 from dataset.config import load_dataset_config
 from dataset.items import list_items
 from networks.training.saving.disk_space import require_room_for_save

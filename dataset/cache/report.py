@@ -1,0 +1,192 @@
+"""The table that opens and closes the caching scripts and opens training: what became of each dataset's items and caches."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dataset.cache.files import LatentShape, bucket_of, read_latent_shape
+from dataset.cache.freshness import NEW
+from dataset.cache.names import list_caches, newest_latents
+from dataset.config import DatasetConfig
+from dataset.items import Item
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CachingOutcome:
+    """What a caching run did with the cache files of one dataset.
+
+    Attributes:
+        made: where there was none.
+        redone: where there was one, by the reason.
+        skipped: items that were left out.
+        orphans: files that belong to no item any more.
+        removed: of those.
+    """
+
+    made: int = 0
+    kept: int = 0
+    redone: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
+    orphans: int = 0
+    removed: int = 0
+
+    def count(self, reason: str | None) -> None:
+        """Count one cache file by the reason of its verdict, see ``freshness.Verdict``."""
+        if reason is None:
+            self.kept += 1
+        elif reason == NEW:
+            self.made += 1
+        else:
+            self.redone[reason] += 1
+
+    def __str__(self) -> str:
+        redone = f"{self.redone.total()} redone"
+        if self.redone:
+            redone += f" ({', '.join(f'{count} {reason}' for reason, count in self.redone.most_common())})"
+        orphans = f"{self.orphans} orphans" + (f" ({self.removed} removed)" if self.removed else "")
+        return f"{self.made} made, {self.kept} kept, {redone}, {self.skipped} skipped, {orphans}"
+
+
+# The columns of the table, each an attribute of DatasetReport; None is shown as "-".
+COLUMNS = {
+    "found": "found",
+    "no caption": "without_caption",
+    "decoded": "decoded",
+    "too short": "too_short",
+    "failed": "failed",
+    "latents": "latents",
+    "texts": "texts",
+    "used": "used",
+    "batches": "batches",
+}
+
+
+@dataclass
+class DatasetReport:
+    """Counts of one dataset; None where this stage did not look.
+
+    Attributes:
+        found: media files in the folder, or lines of the JSONL file.
+        without_caption: of those.
+        decoded: files decoded in this run.
+        failed: files that could not be decoded or encoded in this run.
+        too_short: clips with fewer frames than every target_frames.
+        latents: pictures and windows whose latents are cached.
+        texts: items whose text encoder outputs are cached.
+        used: pictures and windows that have both, which is what training sees.
+        buckets: pictures and windows by (W, H, frames) in pixels, of all cached latents.
+        resampled: names of the clips whose frame rate was changed, by what was done.
+        outcome: what a caching run did; None before it and in training.
+        notes: lines about the caches, for training.
+    """
+
+    dataset: DatasetConfig
+    found: int | None = None
+    without_caption: int | None = None
+    decoded: int | None = None
+    failed: int | None = None
+    too_short: int | None = None
+    latents: int = 0
+    texts: int = 0
+    used: int = 0
+    buckets: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    resampled: dict[str, list[str]] = field(default_factory=dict)
+    outcome: CachingOutcome | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return sum(map(self.batches_of, self.buckets.values()))
+
+    def batches_of(self, items: int) -> int:
+        """Batches that so many items of one bucket make in an epoch, repeats included."""
+        return -(-items * self.dataset.num_repeats // self.dataset.batch_size)
+
+    def count_items(self, items: Sequence[Item]) -> None:
+        """Set the counts of items."""
+        self.found = len(items)
+        self.without_caption = sum(item.caption is None for item in items)
+
+    def count_shapes(self, shapes: Iterable[LatentShape]) -> None:
+        """Set the counts of latents and buckets."""
+        counted = Counter(shapes)
+        self.latents = counted.total()
+        self.buckets = {bucket_of(shape): count for shape, count in sorted(counted.items())}
+
+    def count_caches(self) -> None:
+        """Set the counts of cache files from what lies in the cache directory now. Unreadable ones are left out, with a warning."""
+        listing = list_caches(self.dataset)
+        shapes = {}
+        for key, path in newest_latents(listing).items():
+            try:
+                shapes[key] = read_latent_shape(path)
+            except UserError as error:
+                logger.warning("%s", error)
+        self.count_shapes(shapes.values())
+        self.texts = len(listing.texts)
+        self.used = sum(stem in listing.texts for stem, _ in shapes)
+
+    def lines(self) -> Iterable[str]:
+        """What stands below the dataset's row of the table."""
+        dataset = self.dataset
+        yield f"{dataset.source} -> {dataset.cache_directory}"
+        for (width, height, frames), items in self.buckets.items():
+            bucket = f"{width}x{height}" + (f", {frames} frame(s)" if dataset.kind == "video" else "")
+            yield f"{bucket}: {items} in {self.batches_of(items)} batch(es) of up to {dataset.batch_size}"
+        yield from (f"{done}: {', '.join(names)}" for done, names in sorted(self.resampled.items()))
+        if self.outcome is not None:
+            yield f"cache files: {self.outcome}"
+        yield from self.notes
+
+
+def format_table(reports: Sequence[DatasetReport]) -> str:
+    """The counts as plain text: a row for each dataset, and lines below it."""
+    labels = [f"{report.dataset.index + 1} ({report.dataset.kind}s)" for report in reports]
+    width = max(len("dataset"), *map(len, labels))
+    lines = ["  ".join(["dataset".ljust(width), *COLUMNS])]
+    for label, report in zip(labels, reports):
+        values = {name: getattr(report, attribute) for name, attribute in COLUMNS.items()}
+        cells = (("-" if value is None else str(value)).rjust(len(name)) for name, value in values.items())
+        lines.append("  ".join([label.ljust(width), *cells]))
+        lines += [f"    {line}" for line in report.lines()]
+    return "\n".join(lines)
+
+
+def require_items(reports: Iterable[DatasetReport]) -> None:
+    """Raise a UserError for the first dataset in which no media file was found."""
+    for report in reports:
+        if report.found == 0:
+            dataset = report.dataset
+            what = "no lines" if dataset.jsonl_file else f"no {dataset.kind} files with a known file ending"
+            raise UserError(f"{dataset.label}: {dataset.source} holds {what}; put some there, or take the dataset out.")
+
+
+def require_batches(reports: Sequence[DatasetReport]) -> None:
+    """Raise a UserError with the rule that removed the items, if not one batch is left."""
+    if any(report.batches for report in reports):
+        return
+    require_items(reports)
+    raise UserError("there is nothing to train on. " + " ".join(f"{_why_empty(report)}." for report in reports))
+
+
+def _why_empty(report: DatasetReport) -> str:
+    dataset, found = report.dataset, report.found
+    reasons = []
+    if report.outcome is not None and report.outcome.skipped:
+        reasons.append(f"{report.outcome.skipped} of {found} item(s) have no caption and were skipped (--missing_caption skip)")
+    if report.too_short:
+        shortest = min(dataset.target_frames)
+        reasons.append(
+            f"{report.too_short} of {found} clip(s) have fewer frames than the {shortest} that target_frames asks for at least "
+            "(lower target_frames or use longer clips)"
+        )
+    if report.failed:
+        reasons.append(f"{report.failed} of {found} file(s) could not be cached (they are listed above)")
+    return f"In {dataset.label}: " + (" and ".join(reasons) or "no latents are cached (run cache_latents.py)")

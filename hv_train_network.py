@@ -82,9 +82,17 @@ from networks.training.run import (
 )
 from networks.training.samples.sampling import TrainingSamples, check_samples, prepare_samples
 from networks.training.saving.disk_space import require_room_for_save
-from networks.training.saving.files import SaveRules, epoch_name, final_name, remove_leftovers, state_name, step_name
+from networks.training.saving.files import SaveSettings, epoch_name, final_name, remove_leftovers, state_name, step_name
 from networks.training.saving.metadata import new_session_id, training_metadata
-from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, restore, state_identity
+from networks.training.saving.resume import (
+    Resumed,
+    ResumeSettings,
+    check_resumed,
+    find_resumed,
+    is_complete,
+    restore,
+    state_identity,
+)
 from networks.training.saving.state import LATEST, Progress, check_state_can_be_saved, recover_state
 from networks.training.shared_weights import shared_host_memory
 from networks.training.skipped_steps import TrainingBroken, count_skipped
@@ -137,7 +145,7 @@ def train(training: Training) -> int:
             if request.stops:
                 return stop(training, request)
         require_finite_weights(training)
-        if training.save_rules.state_at_end:  # before the model, whose presence says that everything is done
+        if training.saving.state_at_end:  # before the model, whose presence says that everything is done
             save_training_state(training, final_name(args.output_name))
         save_model(training, final_name(args.output_name), progress.epoch)
         draw_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.reader))
@@ -146,7 +154,7 @@ def train(training: Training) -> int:
 
 def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar) -> Request:
     """The rest of the epoch under way, up to the last step of the training; returns early with a request to stop."""
-    args, progress, rules = training.args, training.progress, training.save_rules
+    args, progress, rules = training.args, training.progress, training.saving
     name, epoch = args.output_name, progress.epoch
     if progress.batches == 0:
         training.flow_matching.timesteps.begin_epoch()
@@ -170,7 +178,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         request, due = requests.poll(), rules.due_after_step(progress.step)
         if due or request in (Request.SAVE, Request.SAVE_AND_STOP):
             asked = request is not Request.NOTHING
-            save(training, step_name(name, progress.step), epoch, rules.states or asked)
+            save(training, step_name(name, progress.step), epoch, rules.save_state or asked)
             if due:
                 rotate(training, step=progress.step)
         elif request.is_signal:
@@ -182,7 +190,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         started = time.monotonic()
     progress.epoch, progress.batches = epoch + 1, 0
     if rules.due_after_epoch(epoch):
-        save(training, epoch_name(name, epoch), epoch, rules.states)
+        save(training, epoch_name(name, epoch), epoch, rules.save_state)
         rotate(training, epoch=epoch)
     draw_samples(training, requests, epoch, epoch_ended=True)
     return Request.NOTHING
@@ -313,7 +321,7 @@ def prepare(
             network_off=partial(network_off, network),
         ),
         steps=steps,
-        save_rules=SaveRules.from_args(args),
+        saving=settings_from(SaveSettings, args),
         progress=progress,
         samples=samples,
         logs=logs,
@@ -321,9 +329,11 @@ def prepare(
     )
     if resumed is not None:
         order = batch_order(args, reader, accelerator)
-        training.progress = restore(args, resumed, training.restorable, order, steps)
+        training.progress = restore(
+            settings_from(ResumeSettings, args), resumed, training.restorable, order, public_flags(args), steps
+        )
     training.progress.log_runs = logs.runs
-    training.metadata = training_metadata(args, training_facts(training, data_facts(groups), DEFAULT_RANK), network_args)
+    training.metadata = training_metadata(vars(args), training_facts(training, data_facts(groups), DEFAULT_RANK), network_args)
     return training
 
 
@@ -356,7 +366,10 @@ def main() -> int:
     if args.resume == LATEST and accelerator.is_main_process:
         recover_state(Path(args.output_dir), args.output_name)
     accelerator.wait_for_everyone()
-    resumed = find_resumed(args)
+    resuming = settings_from(ResumeSettings, args)
+    resumed = find_resumed(resuming)
+    if args.seed is None and resumed is not None:
+        args.seed = resumed.state.seed
     if args.seed is None:
         args.seed = int(broadcast_object_list([random_seed()])[0])
         logger.info("seed %d", args.seed)
@@ -372,15 +385,15 @@ def main() -> int:
     lr_scheduler = check_lr_scheduler(settings_from(ScheduleSettings, args), optimizer, steps)
     check_state_can_be_saved(optimizer, lr_scheduler, wanted=args.save_state or args.save_state_on_train_end)
     if resumed is not None:
-        check_resumed(args, resumed, state_identity(args, planned.network, optimizer), steps)
-    if args.resume == LATEST and is_complete(args, steps, resumed):
+        check_resumed(resuming, resumed, state_identity(vars(args), planned.network, optimizer), public_flags(args), steps)
+    if resuming.latest and is_complete(resuming, steps, resumed):
         logger.info("%s is complete: it was trained for %d steps", Path(args.output_dir) / final_name(args.output_name), steps)
         return 0
     if planned.size is not None and accelerator.is_main_process:
         require_room_for_save(
             Path(args.output_dir),
             planned.size.model_bytes(save_dtype(args, accelerator)),
-            planned.size.state_bytes(state_bytes_per_value(optimizer)) if SaveRules.from_args(args).state_at_end else 0,
+            planned.size.state_bytes(state_bytes_per_value(optimizer)) if settings_from(SaveSettings, args).state_at_end else 0,
         )
     largest = largest_batch(groups, planned.config)
     sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in prompts]

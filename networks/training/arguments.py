@@ -19,7 +19,7 @@ from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import TRAINABLE_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments
 from networks.training.logging.loss_log import check_loss_log
-from networks.training.saving.files import SaveRules, final_name, state_name, step_name
+from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
 from utils.cli.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
 from utils.cli.config_files import add_config_file_argument
 from utils.cli.hub_arguments import add_hub_arguments
@@ -420,7 +420,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
     require_writable_folder(args.output_dir, "--output_dir")
-    SaveRules.from_args(args)
+    settings_from(SaveSettings, args)
     settings_from(HubSettings, args)
     if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
         raise UserError("--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well.")

@@ -21,7 +21,7 @@ from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights, paused_training
 from networks.training.samples.sampling import TrainingSamples
-from networks.training.saving.files import SaveRules, remove_outdated, save_network, state_name
+from networks.training.saving.files import SaveSettings, remove_outdated, save_network, state_name
 from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata
 from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
@@ -58,7 +58,7 @@ class Training:
     reader: BatchReader
     flow_matching: FlowMatching
     steps: int
-    save_rules: SaveRules
+    saving: SaveSettings
     progress: Progress
     samples: TrainingSamples
     logs: TrainingLogs
@@ -159,7 +159,7 @@ def save_training_state(training: Training, model_name: str) -> None:
     state = StateFile(
         progress=training.progress,
         seed=args.seed,
-        identity=state_identity(args, training.network, training.optimizer),
+        identity=state_identity(vars(args), training.network, training.optimizer),
         order=batch_order(args, training.reader, training.accelerator),
         flags=public_flags(args),
         saved_at=time.time(),
@@ -186,11 +186,10 @@ def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
 
 
 def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:
-    """Remove what the save rules no longer keep, now that what belongs to this step or epoch is saved."""
+    """Remove what is no longer kept, now that what belongs to this step or epoch is saved."""
     if training.accelerator.is_main_process:
         uploaded = training.uploads.wait_for if training.uploads is not None else None
-        folder, name = Path(training.args.output_dir), training.args.output_name
-        remove_outdated(folder, name, training.save_rules, step=step, epoch=epoch, before_removal=uploaded)
+        remove_outdated(training.saving, step=step, epoch=epoch, before_removal=uploaded)
 
 
 def require_finite_weights(training: Training) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -57,87 +56,76 @@ def save_network(network: nn.Module, path: str | os.PathLike[str], dtype: torch.
 
 
 @dataclass(frozen=True)
-class SaveRules:
-    """When models and states are saved, and which older ones are kept; every number as its flag has it, None for no limit.
+class SaveSettings:
+    """Where models and states are saved, when, and which older ones are kept. Fields have the names of their flags.
 
-    Attributes:
-        keep_epochs, keep_epoch_states: how many of the models (states) of --save_every_n_epochs stay.
-        keep_steps, keep_step_states: for how many steps those of --save_every_n_steps stay.
+    Raises:
+        UserError: a limit for what is never saved.
     """
 
-    every_n_steps: int | None = None
-    every_n_epochs: int | None = None
-    keep_steps: int | None = None
-    keep_step_states: int | None = None
-    keep_epochs: int | None = None
-    keep_epoch_states: int | None = None
-    states: bool = False
-    state_at_end: bool = False
+    output_dir: str
+    output_name: str
+    save_every_n_epochs: int | None = None
+    save_every_n_steps: int | None = None
+    save_last_n_epochs: int | None = None
+    save_last_n_epochs_state: int | None = None
+    save_last_n_steps: int | None = None
+    save_last_n_steps_state: int | None = None
+    save_state: bool = False
+    save_state_on_train_end: bool = False
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> SaveRules:
-        """The rules that the flags make; a limit for states that is not given is that for models.
-
-        Raises:
-            UserError: a limit for what is never saved.
-        """
-        _require_partner(args, "save_last_n_steps", "save_every_n_steps")
-        _require_partner(args, "save_last_n_epochs", "save_every_n_epochs")
-        for limit, every in (
-            ("save_last_n_steps_state", "save_every_n_steps"),
-            ("save_last_n_epochs_state", "save_every_n_epochs"),
+    def __post_init__(self) -> None:
+        for limit, partners in (
+            ("save_last_n_steps", ("save_every_n_steps",)),
+            ("save_last_n_epochs", ("save_every_n_epochs",)),
+            ("save_last_n_steps_state", ("save_state", "save_every_n_steps")),
+            ("save_last_n_epochs_state", ("save_state", "save_every_n_epochs")),
         ):
-            _require_partner(args, limit, "save_state")
-            _require_partner(args, limit, every)
-        return cls(
-            every_n_steps=args.save_every_n_steps,
-            every_n_epochs=args.save_every_n_epochs,
-            keep_steps=args.save_last_n_steps,
-            keep_step_states=args.save_last_n_steps_state or args.save_last_n_steps,
-            keep_epochs=args.save_last_n_epochs,
-            keep_epoch_states=args.save_last_n_epochs_state or args.save_last_n_epochs,
-            states=args.save_state,
-            state_at_end=args.save_state or args.save_state_on_train_end,
-        )
+            for partner in partners:
+                if getattr(self, limit) and not getattr(self, partner):
+                    raise UserError(f"--{limit} limits what --{partner} writes; give --{partner} as well.")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def state_at_end(self) -> bool:
+        return self.save_state or self.save_state_on_train_end
 
     def due_after_step(self, step: int) -> bool:
-        return self.every_n_steps is not None and step % self.every_n_steps == 0
+        return self.save_every_n_steps is not None and step % self.save_every_n_steps == 0
 
     def due_after_epoch(self, epoch: int) -> bool:
-        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
-
-
-def _require_partner(args: argparse.Namespace, flag: str, partner: str) -> None:
-    if getattr(args, flag) and not getattr(args, partner):
-        raise UserError(f"--{flag} says what is kept of what --{partner} writes; give --{partner} as well.")
+        return self.save_every_n_epochs is not None and epoch % self.save_every_n_epochs == 0
 
 
 def remove_outdated(
-    folder: Path,
-    name: str,
-    rules: SaveRules,
+    settings: SaveSettings,
     *,
     step: int | None = None,
     epoch: int | None = None,
     before_removal: Callable[[Path], None] | None = None,
 ) -> None:
-    """Remove what the rules no longer keep, now that the model (and the state) of ``step`` or ``epoch`` is whole.
+    """Remove what the settings no longer keep, now that the model (and the state) of ``step`` or ``epoch`` is whole.
 
-    Only names that the rules themselves gave are touched: models of other runs, and those saved on request, stay.
+    Only names that the settings themselves gave are touched: models of other runs, and those saved on request, stay. States
+    without a limit of their own have that of the models.
 
     Args:
         before_removal: called with each file or folder that goes; returns when nobody needs it any more.
     """
-    if step is not None:
-        first_model, first_state = (None if keep is None else step - keep for keep in (rules.keep_steps, rules.keep_step_states))
-        numbered, every = re.compile(re.escape(name) + r"-step(\d{8,})"), rules.every_n_steps
-    else:
-        models, states = (None if keep is None else keep - 1 for keep in (rules.keep_epochs, rules.keep_epoch_states))
-        every = rules.every_n_epochs
-        first_model, first_state = (None if count is None else epoch - count * every for count in (models, states))
-        numbered = re.compile(re.escape(name) + r"-(\d{6,})")
+    if step is not None:  # the models of the last n steps stay
+        every, models = settings.save_every_n_steps, settings.save_last_n_steps
+        first_model, first_state = (n and step - n for n in (models, settings.save_last_n_steps_state or models))
+        digits = r"-step(\d{8,})"
+    else:  # the last n models stay
+        every, models = settings.save_every_n_epochs, settings.save_last_n_epochs
+        first_model, first_state = (n and epoch - (n - 1) * every for n in (models, settings.save_last_n_epochs_state or models))
+        digits = r"-(\d{6,})"
+    pattern = re.compile(re.escape(settings.output_name) + digits)
     for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, remove_folder)):
-        for path, number in _numbered(folder, numbered, suffix):
+        for path, number in _numbered(settings.folder, pattern, suffix):
             if first is not None and number < first and number % every == 0:
                 if before_removal is not None:
                     before_removal(path)

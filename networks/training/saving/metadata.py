@@ -5,7 +5,6 @@ All values are text, as safetensors headers hold nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -48,6 +47,7 @@ _FROM_FLAGS = {
     "ss_sigmoid_scale": "sigmoid_scale",
     "ss_discrete_flow_shift": "discrete_flow_shift",
 }
+_FILE_NAMES = {"ss_sd_model_name": "dit", "ss_vae_name": "vae"}
 _KEPT_WITHOUT_METADATA = ("ss_base_model_version", "ss_network_")
 
 
@@ -88,22 +88,23 @@ class TrainingFacts:
 
 
 def new_session_id() -> str:
-    """A number for ss_session_id. Not drawn from the training's generators: an identifier must not move them."""
+    """A number for ss_session_id. It does not come from the generators of the training: an identifier must not move them."""
     return str(random.SystemRandom().randint(0, 2**32))
 
 
 def training_metadata(
-    args: argparse.Namespace, facts: TrainingFacts, network_args: Mapping[str, Any] | None = None
+    flags: Mapping[str, Any], facts: TrainingFacts, network_args: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """Everything that is known when training starts; ``finished_metadata`` adds the rest at each save.
 
     With --no_metadata only the keys that loaders need are kept: ss_base_model_version and ss_network_*.
 
     Args:
+        flags: the value of every flag, also of those that were not given.
         network_args: --network_args as given.
     """
-    values: dict[str, Any] = {key: getattr(args, flag) for key, flag in _FROM_FLAGS.items() if hasattr(args, flag)}
-    values["ss_lr_scheduler"] = getattr(args, "lr_scheduler_type", None) or values.get("ss_lr_scheduler")
+    values: dict[str, Any] = {key: flags[flag] for key, flag in _FROM_FLAGS.items() if flag in flags}
+    values["ss_lr_scheduler"] = flags.get("lr_scheduler_type") or values.get("ss_lr_scheduler")
     values |= {
         "ss_session_id": facts.session_id or new_session_id(),
         "ss_training_started_at": facts.started_at,
@@ -116,32 +117,31 @@ def training_metadata(
         "ss_datasets": json.dumps(list(facts.data.datasets), ensure_ascii=False, default=str),
         "ss_network_args": json.dumps(dict(network_args or {}), ensure_ascii=False, default=str),
     }
-    overrides = {"dim": facts.network_dim, "alpha": facts.network_alpha}
-    values |= {f"ss_network_{name}": value for name, value in overrides.items() if value is not None}
-    if facts.mixed_precision is not None:
-        values["ss_mixed_precision"] = facts.mixed_precision
-    for key, flag in (("ss_sd_model_name", "dit"), ("ss_vae_name", "vae")):
-        if path := getattr(args, flag, None):
-            values[key] = Path(path).name
+    known_later = {
+        "ss_network_dim": facts.network_dim,
+        "ss_network_alpha": facts.network_alpha,
+        "ss_mixed_precision": facts.mixed_precision,
+    }
+    values |= {key: value for key, value in known_later.items() if value is not None}
+    values |= {key: Path(flags[flag]).name for key, flag in _FILE_NAMES.items() if flags.get(flag)}
     metadata = {key: str(value) for key, value in values.items()}
-    if getattr(args, "no_metadata", False):
+    if flags.get("no_metadata"):
         return {key: value for key, value in metadata.items() if key.startswith(_KEPT_WITHOUT_METADATA)}
-    return metadata | modelspec_metadata(args, facts)
+    return metadata | _modelspec(flags, facts)
 
 
-def modelspec_metadata(args: argparse.Namespace, facts: TrainingFacts) -> dict[str, str]:
+def _modelspec(flags: Mapping[str, Any], facts: TrainingFacts) -> dict[str, str]:
     """The modelspec.* keys; author, description, license and tags only where given. ``date`` is added at each save."""
-    low, high = getattr(args, "min_timestep", None), getattr(args, "max_timestep", None)
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": ARCHITECTURE,
         "implementation": IMPLEMENTATION,
-        "title": getattr(args, "metadata_title", None) or args.output_name,
+        "title": flags.get("metadata_title") or flags["output_name"],
         "resolution": "{}x{}".format(*facts.data.resolution),
     }
-    for name in ("author", "description", "license", "tags"):
-        if value := getattr(args, f"metadata_{name}", None):
-            spec[name] = value
+    given = {name: flags.get(f"metadata_{name}") for name in ("author", "description", "license", "tags")}
+    spec |= {name: value for name, value in given.items() if value}
+    low, high = flags.get("min_timestep"), flags.get("max_timestep")
     if low is not None or high is not None:
         spec["timestep_range"] = f"{0 if low is None else low:g},{1000 if high is None else high:g}"
     return {f"modelspec.{name}": value for name, value in spec.items()}

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from networks.lora import DEFAULT_RANK
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.saving.files import final_name
-from networks.training.saving.state import (
-    LATEST,
-    Progress,
-    Restorable,
-    StateFile,
-    find_latest_state,
-    load_state,
-    read_state_file,
-    require_same,
-)
-from utils.cli.arguments import public_flags
+from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, find_latest_state, load_state, read_state_file
 from utils.errors import UserError
 from utils.hub import download_state
 from utils.safetensors_io import read_header
@@ -33,6 +24,27 @@ from utils.safetensors_io import read_header
 logger = logging.getLogger(__name__)
 
 PLACE_FLAGS = ("resume", "seed")  # those that say where to go on, and the one that is checked by itself
+NETWORK_SIZES = "a network of sizes"  # the entry of a state's identity that holds their hash
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """Which state a training goes on from. Fields have the names of their flags."""
+
+    output_dir: str
+    output_name: str
+    resume: str | None = None
+    resume_from_huggingface: bool = False
+    huggingface_token: str | None = field(default=None, repr=False)
+    seed: int | None = None
+
+    @property
+    def latest(self) -> bool:
+        return self.resume == LATEST
+
+    @property
+    def final_model(self) -> Path:
+        return Path(self.output_dir) / final_name(self.output_name)
 
 
 @dataclass(frozen=True)
@@ -43,102 +55,142 @@ class Resumed:
     state: StateFile
 
 
-def find_resumed(args: argparse.Namespace) -> Resumed | None:
-    """The state that --resume names, or None where training begins anew. Takes over its seed where none is given.
+def find_resumed(settings: ResumeSettings) -> Resumed | None:
+    """The state that --resume names, or None where training begins anew. Without --seed, training takes that of the state.
 
     Raises:
         UserError: no such state, one that is damaged, or one with another seed than --seed.
     """
-    if args.resume is None:
+    if settings.resume is None:
         return None
-    if args.resume == LATEST:
-        folder = find_latest_state(Path(args.output_dir), args.output_name)
+    if settings.latest:
+        folder = find_latest_state(Path(settings.output_dir), settings.output_name)
         if folder is None:
-            logger.info("no state of %s in %s yet; training begins anew", args.output_name, args.output_dir)
+            logger.info("no state of %s in %s yet; training begins anew", settings.output_name, settings.output_dir)
             return None
+    elif settings.resume_from_huggingface:
+        folder = download_state(settings.resume, settings.huggingface_token)
     else:
-        folder = download_state(args.resume, args.huggingface_token) if args.resume_from_huggingface else Path(args.resume)
+        folder = Path(settings.resume)
     state = read_state_file(folder)
-    if args.seed is None:
-        args.seed = state.seed
-    if args.seed != state.seed:
-        raise UserError(f"--seed {args.seed} is not that of the state {folder}, {state.seed}; leave --seed out or give that one.")
+    if settings.seed not in (None, state.seed):
+        raise UserError(
+            f"--seed {settings.seed} is not that of the state {folder}, {state.seed}; leave --seed out or give that one."
+        )
     return Resumed(folder, state)
 
 
-def is_complete(args: argparse.Namespace, steps: int, resumed: Resumed | None) -> bool:
-    """Whether the model of this output name was trained for all the steps already: it says so itself, or the state does."""
-    path = Path(args.output_dir) / final_name(args.output_name)
-    if not path.is_file():
+def is_complete(settings: ResumeSettings, steps: int, resumed: Resumed | None) -> bool:
+    """Whether the model of this output name was trained for all the steps already, by its metadata or by the state."""
+    if not settings.final_model.is_file():
         return False
     if resumed is not None and resumed.state.progress.step >= steps:
         return True
     try:
-        return read_header(path).metadata.get("ss_steps") == str(steps)
+        return read_header(settings.final_model).metadata.get("ss_steps") == str(steps)
     except UserError:
         return False
 
 
-def state_identity(args: argparse.Namespace, network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def state_identity(flags: Mapping[str, Any], network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, object]:
     """What must be the same for a state to fit; without a network, all but its sizes."""
     identity: dict[str, object] = {
-        "--network_module": args.network_module,
+        "--network_module": flags["network_module"],
         "--optimizer_type": describe_optimizer(optimizer),
-        "--lr_scheduler": args.lr_scheduler_type or args.lr_scheduler,
+        "--lr_scheduler": flags.get("lr_scheduler_type") or flags["lr_scheduler"],
     }
     if network is not None:
         sizes = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
-        identity["a network of sizes"] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+        identity[NETWORK_SIZES] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
     return identity
 
 
-def check_resumed(args: argparse.Namespace, resumed: Resumed, identity: Mapping[str, Any], steps: int) -> None:
+def check_resumed(
+    settings: ResumeSettings, resumed: Resumed, identity: Mapping[str, Any], flags: Mapping[str, Any], steps: int
+) -> None:
     """Refuse a state that does not fit this training.
 
     Args:
         identity: of this training, as far as it is known; see ``state_identity``.
+        flags: of this training.
         steps: of the whole training.
 
     Raises:
         UserError: a state of another network, optimiser or schedule, or one that is past the last step.
     """
-    state = resumed.state
-    require_same(state, resumed.folder, identity)
-    final = Path(args.output_dir) / final_name(args.output_name)
-    only_unsaved = args.resume == LATEST and state.progress.step == steps and not final.exists()  # killed after the last state
-    complete = args.resume == LATEST and is_complete(args, steps, resumed)
-    if state.progress.step >= steps and not (only_unsaved or complete):
+    folder, state = resumed.folder, resumed.state
+    for name, now in identity.items():
+        then = state.identity.get(name)
+        if json.loads(json.dumps(now, default=str)) != then:
+            what = _network_difference(state.flags, flags) if name == NETWORK_SIZES else f"{name} {then}, now {now}"
+            raise UserError(
+                f"the state {folder} does not fit this training: {what}. Use the flags of that run, "
+                "or leave --resume out; to begin anew from its weights give its model as --network_weights."
+            )
+    # --resume latest ends well where everything is done, and saves the model where a kill came between it and the last state.
+    done = is_complete(settings, steps, resumed) or (state.progress.step == steps and not settings.final_model.exists())
+    if state.progress.step >= steps and not (settings.latest and done):
         raise UserError(
-            f"the state {resumed.folder} was saved after step {state.progress.step}, and this training has {steps}; "
+            f"the state {folder} was saved after step {state.progress.step}, and this training has {steps}; "
             "raise --max_train_steps to go on."
         )
 
 
-def restore(args: argparse.Namespace, resumed: Resumed, parts: Restorable, order: Mapping[str, Any], steps: int) -> Progress:
+def _network_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why the network has other sizes, for a sentence: ``rank 16, now 24``."""
+    ranks = [flags.get("network_dim") or DEFAULT_RANK for flags in (then, now)]
+    differences = [f"rank {ranks[0]}, now {ranks[1]}"] if ranks[0] != ranks[1] else []
+    names = ("network_alpha", "network_args", "network_weights", "dim_from_weights", "dit")
+    return "; ".join([*differences, *_differing(then, now, names)]) or "its network has layers of other sizes"
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+    """``--learning_rate 0.01, now 0.001`` for each of the flags whose values differ."""
+
+    def text(value: object) -> str:
+        if value in (None, False, [], ""):
+            return "not given"
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    for name in names:
+        before, after = text(then.get(name)), text(now.get(name))
+        if before != after:
+            yield f"--{name} {before}, now {after}"
+
+
+def restore(
+    settings: ResumeSettings,
+    resumed: Resumed,
+    parts: Restorable,
+    order: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    steps: int,
+) -> Progress:
     """Put everything where the state was saved; returns where that was.
 
     Where the data sets or their division changed, the place inside the epoch means nothing: the epoch begins anew.
 
     Args:
         order: what the order of the batches depends on now.
+        flags: of this training, without secrets.
         steps: of the whole training.
 
     Raises:
         UserError: see ``check_resumed``.
     """
     state = resumed.state
-    check_resumed(args, resumed, state_identity(args, parts.network, parts.optimizer), steps)
+    check_resumed(settings, resumed, state_identity(flags, parts.network, parts.optimizer), flags, steps)
     load_state(resumed.folder, parts)
     progress = state.progress
     if changed := [name for name, value in order.items() if state.order.get(name) != value]:
         logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), progress.epoch)
         progress.batches = 0
-    flags = public_flags(args)
-    differing = sorted(name for name in flags.keys() | state.flags.keys() if flags.get(name) != state.flags.get(name))
-    if differing := [f"--{name}" for name in differing if name not in PLACE_FLAGS]:
+    names = sorted((flags.keys() | state.flags.keys()) - set(PLACE_FLAGS))
+    if differing := list(_differing(state.flags, flags, names)):
         logger.warning(
-            "flags that differ from those of the state: %s. The optimiser and the schedule go on with the numbers in the state.",
-            ", ".join(differing),
+            "flags that differ from those of the state: %s. The network's alpha, the optimiser and the schedule go on with the "
+            "numbers in the state.",
+            "; ".join(differing),
         )
     logger.info("resumed from %s: step %d, epoch %d", resumed.folder, progress.step, progress.epoch)
     return progress

@@ -50,7 +50,7 @@ class Progress:
         epoch: the one under way, counted from 1.
         batches: of this epoch that each process has used.
         losses: of the last steps, for their average.
-        skipped: how many of the last steps in a row were, because nothing could be learnt from them.
+        skipped: how many of the last steps in a row were, because their loss or gradient was not finite.
         started_at: seconds since 1970 when the training first began.
         session_id: of that beginning.
         log_runs: by which names the runs in TensorBoard and W&B are continued.
@@ -68,7 +68,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StateFile:
-    """What a state says of itself.
+    """What state.json holds.
 
     Attributes:
         identity: what must be as it was for the state to fit: a word or number for each name.
@@ -243,7 +243,7 @@ def find_latest_state(folder: Path, name: str) -> Path | None:
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """What the state in ``folder`` says of itself.
+    """What the state.json in ``folder`` holds.
 
     Raises:
         UserError: no state there, one of another format, or one whose files are missing or cut short.
@@ -272,22 +272,17 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def _require_types(content: Mapping[str, Any]) -> None:
-    for names, kind in (
-        (("step", "epoch", "batches", "skipped", "seed"), int),
-        (("started_at", "saved_at"), (int, float)),
-        (("identity", "order", "flags", "files", "log_runs"), dict),
-        (("losses",), list),
-        (("session_id",), str),
-    ):
-        for name in names:
-            if not isinstance(content[name], kind) or isinstance(content[name], bool):
-                raise TypeError(f"{name} is {content[name]!r}")
+    kinds = {"seed": int, "started_at": (int, float), "saved_at": (int, float), "losses": list, "session_id": str}
+    kinds |= dict.fromkeys(("identity", "order", "flags", "files", "log_runs"), dict)
+    least = {"step": 0, "epoch": 1, "batches": 0, "skipped": 0}
+    for name, kind in (kinds | dict.fromkeys(least, int)).items():
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise TypeError(f"{name} is {content[name]!r}")
+        if name in least and content[name] < least[name]:
+            raise ValueError(f"{name} is {content[name]}")
     for name, run in content["log_runs"].items():
         if not isinstance(run, str):
             raise TypeError(f"the run in {name} is {run!r}")
-    for name, least in (("step", 0), ("epoch", 1), ("batches", 0), ("skipped", 0)):
-        if content[name] < least:
-            raise ValueError(f"{name} is {content[name]}")
 
 
 def recover_state(folder: Path, name: str) -> None:
@@ -309,21 +304,6 @@ def recover_state(folder: Path, name: str) -> None:
 
 def _names_state_of(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?" + re.escape(STATE_SUFFIX))
-
-
-def require_same(state: StateFile, folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a state of another network, optimiser or schedule.
-
-    Raises:
-        UserError: names what differs.
-    """
-    for name, now in identity.items():
-        then = state.identity.get(name)
-        if json.loads(json.dumps(now, default=str)) != then:
-            raise UserError(
-                f"the state {folder} was made with {name} {then}, but now it is {now}. Use the flags of that run, "
-                "or leave --resume out; to begin anew from its weights give its model as --network_weights."
-            )
 
 
 def load_state(folder: Path, parts: Restorable) -> None:

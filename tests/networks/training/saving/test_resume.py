@@ -134,9 +134,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(train, whole: Pa
     state = whole / "lora-step00000004-state"
     monkeypatch.setattr("hunyuan_model.load_transformer", None)  # nothing is loaded before
     cases = [
-        (("--network_dim", 8), "a network of sizes"),
+        (("--network_dim", 8), "does not fit this training: rank 4, now 8."),
         (("--optimizer_type", "SGD"), "--optimizer_type"),
-        (("--lr_scheduler", "linear"), "--lr_scheduler cosine"),
+        (("--lr_scheduler", "linear"), "--lr_scheduler cosine, now linear"),
         (("--seed", 4), "--seed 4 is not that of the state"),
         (("--max_train_steps", 4), "raise --max_train_steps"),
         (("--resume", tmp_path), "is not a state of this trainer"),
@@ -179,7 +179,7 @@ def test_changed_data_sets_begin_the_epoch_anew(train, whole: Path, cached: Path
 
 def test_flags_that_differ_are_named(train, whole: Path, caplog) -> None:
     flags = (*FLAGS, "--learning_rate", 1e-3, "--resume", whole / "lora-step00000004-state")
-    assert train(*flags, name="other").status == 0 and "--learning_rate, --loss_log, --output_name" in caplog.text
+    assert train(*flags, name="other").status == 0 and "--learning_rate 0.01, now 0.001; --loss_log" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

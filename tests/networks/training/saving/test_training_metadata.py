@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 
@@ -26,7 +25,7 @@ ss_training_finished_at ss_steps ss_epoch
 """
 
 
-def arguments(**changed) -> argparse.Namespace:
+def arguments(**changed) -> dict[str, object]:
     values = {
         "output_name": "zorp",
         "learning_rate": 1e-3,
@@ -61,7 +60,7 @@ def arguments(**changed) -> argparse.Namespace:
         "min_timestep": None,
         "max_timestep": None,
     }
-    return argparse.Namespace(**values | changed)
+    return values | changed
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def test_no_metadata_keeps_what_loaders_need(facts):
 
 def test_flags_that_training_does_not_have_are_left_out(facts):
     args = arguments()
-    del args.fp8_llm, args.vae
+    del args["fp8_llm"], args["vae"]
     metadata = training_metadata(args, facts)
     assert "ss_fp8_llm" not in metadata and "ss_vae_name" not in metadata
 

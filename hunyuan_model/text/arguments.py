@@ -40,7 +40,7 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
         help="precision of the text encoders (default: float16 on CUDA, float32 on the CPU)",
     )
     group.add_argument(
-        "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: half the memory (default: off)"
+        "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: 7.6 GB in place of 14.1 GB (default: off)"
     )
 
 

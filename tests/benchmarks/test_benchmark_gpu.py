@@ -1,9 +1,7 @@
 """The benchmark of graphics cards, with a tiny model on the CPU: its rows, what it counts, and going on after a cut."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from benchmarks.gpu import all_rows, line_of, measure_or_say_why_not, ratios, re
 from benchmarks.gpu_workloads import SIZES, VALID_TEXT, Row, block_flops, make_inputs, our_transformer
 from hunyuan_model.transformer.config import TransformerConfig
 
-SCRIPT = Path(gpu.__file__)
 CPU = torch.device("cpu")
 
 
@@ -80,12 +77,9 @@ def test_a_row_is_measured(row):
 
 
 @pytest.mark.parametrize(
-    ("module", "row"),
-    [("compilation", Row("step", "image540", compile=True)), ("activation_offload", Row("step", "image540", offload=True))],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "row", [Row("step", "image540", compile=True), Row("step", "image540", offload=True)], ids=lambda row: row.name
 )
-def test_compiling_and_offloading_are_plugged_in(module, row):
-    pytest.importorskip(f"hunyuan_model.{module}")
+def test_compiling_and_offloading_are_plugged_in(row):
     assert "error" not in measured(row)
 
 
@@ -117,32 +111,39 @@ def test_lines_and_ratios():
     assert line.startswith("- clip33, step, ours, bf16, swap 20: 1.50 times the larger of 2.00 s of computing, 0.")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--steps", "1", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """``run(*flags)`` -> what the benchmark prints."""
+
+    def call(*flags: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--steps", "1", *map(str, flags)])
+        capsys.readouterr()
+        gpu.main()
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_a_run_goes_on_with_what_is_missing_in_its_file(tmp_path):
+@pytest.mark.slow  # a process for each row
+def test_a_run_goes_on_with_what_is_missing_in_its_file(run, tmp_path):
     output = tmp_path / "gpu.jsonl"
     done = Row("step", "image540")
     rows = [row for row in all_rows() if row.name.startswith(done.name)]
     assert done in rows
     lines = [{"name": row.name, "result": {"seconds": 1.0, "first": 2.0, "model_rate": 1.0, "done_rate": 1.0}} for row in rows]
     output.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "cut o', encoding="utf-8")
-    ended = run("--output", output, "--only", done.name, "--minutes", 5)
-    assert ended.returncode == 0, ended.stderr
-    assert "| bf16 product |" in ended.stdout and done.name not in ended.stdout
+    printed = run("--tiny", "--output", output, "--only", done.name, "--minutes", 5)
+    assert "| bf16 product |" in printed and done.name not in printed
     assert set(read_results(output)) == {Row("product").name, Row("copy").name, *(row.name for row in rows)}
-    report = run("--output", output, "--report")
-    assert f"| {done.name} | 1.000 | 2.0 |" in report.stdout
+    assert f"| {done.name} | 1.000 | 2.0 |" in run("--output", output, "--report")
 
 
-def test_the_time_that_is_given_is_kept(tmp_path):
-    ended = run("--output", tmp_path / "gpu.jsonl", "--minutes", 0)
-    assert ended.returncode == 0 and f"{len(all_rows())} rows are missing" in ended.stdout
+def test_the_time_that_is_given_is_kept(run, tmp_path):
+    assert f"{len(all_rows())} rows are missing" in run("--tiny", "--output", tmp_path / "gpu.jsonl", "--minutes", 0)
     assert not read_results(tmp_path / "gpu.jsonl")
 
 
-def test_the_published_size_is_refused_on_the_cpu():
-    ended = subprocess.run([sys.executable, str(SCRIPT), "--device", "cpu"], capture_output=True, text=True)
-    assert ended.returncode == 2 and "--tiny" in ended.stderr
+def test_the_published_size_is_refused_on_the_cpu(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "--tiny" in capsys.readouterr().err

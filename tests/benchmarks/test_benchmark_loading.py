@@ -48,6 +48,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_table_of_loading(tmp_path):
     ended = run(tmp_path, "--formats", ".pt", "--kinds", "fp8_scaled")
     assert ended.returncode == 0, ended.stderr
@@ -57,6 +58,7 @@ def test_the_table_of_loading(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_table_of_drawing(tmp_path):
     ended = run(tmp_path, "--generate", "--side", "32", "--steps", "1", "--dtype", "float32")
     assert ended.returncode == 0, ended.stderr

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import picture, refused
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 LORA = GOLDENS / "lora.safetensors"
@@ -24,18 +25,14 @@ LATENTS, TEXTS, TRAIN, GENERATE, CONVERT = (
 # script, flags that follow a command line without fault, what the answer holds
 ROWS = [
     (LATENTS, ["--batch_size", 0], ["--batch_size", "0 is not a whole number of at least 1"]),
-    (LATENTS, ["--batch_size", "2.5"], ["--batch_size", "'2.5' is not a whole number"]),
     (LATENTS, ["--num_workers", "all"], ["--num_workers", "'all' is not a whole number"]),
     (LATENTS, ["--vae_chunk_size", BEYOND], ["--vae_chunk_size", "is beyond 2147483647"]),
     (LATENTS, ["--debug_mode", "console", "--console_width", 2000], ["--console_width", "above 1000"]),
     (LATENTS, ["--debug_mode", "console", "--console_back", "pink"], ["--console_back", "invalid choice: 'PINK'"]),
     (LATENTS, ["--debug_mode", "movie"], ["--debug_mode", "invalid choice: 'movie'"]),
     (LATENTS, ["--vae_dtype", "float64"], ["--vae_dtype", "'float64'; use float32"]),
-    (LATENTS, ["--vae_dtype", ""], ["--vae_dtype", "''; use float32"]),
     (LATENTS, ["--device", "cuda:x"], ["--device", "'cuda:x'; use cpu"]),
-    (LATENTS, ["--device", ""], ["--device", "''; use cpu"]),
     (LATENTS, ["--vae_tilin"], ["unrecognized arguments: --vae_tilin"]),
-    (LATENTS, ["--vae_tiling", "yes"], ["unrecognized arguments: yes"]),
     (LATENTS, ["--vae", "x" * 300], ["--vae not found"]),
     (LATENTS, ["--dataset_config", "y" * 300], ["dataset config not found"]),
     (LATENTS, ["--dataset_config", ""], ["dataset config must be a file"]),
@@ -43,33 +40,21 @@ ROWS = [
     (TEXTS, ["--text_encoder_dtype", "8"], ["--text_encoder_dtype", "use float32"]),
     (TEXTS, ["--tokenizer1", "no/such/folder"], ["--tokenizer1 no/such/folder", "Give a folder"]),
     (TEXTS, ["--tokenizer2", "y" * 300 + "/a/b"], ["--tokenizer2 yyy", "Give a folder"]),
-    (TEXTS, ["--num_workers", -3], ["--num_workers", "at least 1"]),
     (TEXTS, ["--text_encoder2", "/dev/null"], ["--text_encoder2", "not a regular file"]),
     (TRAIN, ["--max_train_steps", "1e3"], ["--max_train_steps", "'1e3' is not a whole number"]),
-    (TRAIN, ["--max_train_steps", BEYOND], ["--max_train_steps", "beyond"]),
-    (TRAIN, ["--max_train_epochs", "0"], ["--max_train_epochs", "at least 1"]),
     (TRAIN, ["--learning_rate", "fast"], ["--learning_rate", "'fast' is not a number"]),
     (TRAIN, ["--learning_rate", "1e400"], ["--learning_rate", "not a finite number"]),
     (TRAIN, ["--learning_rate", "5" * 5000 + "x"], ["--learning_rate", "is not a number"]),
     (TRAIN, ["--max_data_loader_n_workers", -1], ["--max_data_loader_n_workers is negative; use 0"]),
-    (TRAIN, ["--max_data_loader_n_workers", "two"], ["--max_data_loader_n_workers", "'two' is not a whole number"]),
-    (TRAIN, ["--gradient_accumulation_steps", 0], ["--gradient_accumulation_steps", "at least 1"]),
     (TRAIN, ["--save_every_n_steps", 0], ["--save_every_n_steps", "at least 1"]),
-    (TRAIN, ["--save_every_n_epochs", "x"], ["--save_every_n_epochs", "'x' is not a whole number"]),
-    (TRAIN, ["--mixed_precision", "fp8"], ["--mixed_precision", "'fp8'", "bf16"]),
     (TRAIN, ["--fp8_scaled"], ["--fp8_scaled says how --fp8_base is done; give --fp8_base"]),
     (TRAIN, ["--fp8_fast"], ["--fp8_fast says how --fp8_base is done"]),
     (TRAIN, ["--timestep_sampling", "logit"], ["--timestep_sampling", "'logit'", "sigmoid"]),
-    (TRAIN, ["--weighting_scheme", "gauss"], ["--weighting_scheme", "'gauss'", "logit_normal"]),
-    (TRAIN, ["--show_timesteps", "gif"], ["--show_timesteps", "'gif'", "console"]),
-    (TRAIN, ["--network_dim", 0], ["--network_dim", "at least 1"]),
     (TRAIN, ["--network_alpha", -1], ["--network_alpha", "is negative"]),
     (TRAIN, ["--seed", 5_000_000_000], ["--seed", "outside 0 to 4294967295"]),
-    (TRAIN, ["--seed", "1.5"], ["--seed", "'1.5' is not a whole number"]),
     (TRAIN, ["--scale_weight_norms", "nan"], ["--scale_weight_norms", "not a finite number"]),
     (TRAIN, ["--lr_warmup_steps", "soon"], ["--lr_warmup_steps", "'soon'", "percentage"]),
-    (TRAIN, ["--lr_scheduler", "cosine", "--lr_warmup_steps", "150%"], ["--lr_warmup_steps 150%", "the training has 1600"]),
-    (TRAIN, ["--lr_scheduler_min_lr_ratio", -0.1], ["--lr_scheduler_min_lr_ratio", "is negative"]),
+    (TRAIN, ["--lr_scheduler", "cosine", "--lr_warmup_steps", "150%"], ["--lr_warmup_steps 150%", "the training has 4"]),
     (TRAIN, ["--lr_scheduler_args", "x"], ["--lr_scheduler_args", "key=value"]),
     (TRAIN, ["--optimizer_args", "eps=1e-8", "eps=1e-7"], ["--optimizer_args", "'eps' twice"]),
     (TRAIN, ["--optimizer_args", "betas=0.9"], ["the optimiser adamw", "betas=0.9"]),
@@ -78,7 +63,6 @@ ROWS = [
     (TRAIN, ["--network_args", "exclude_patterns={[]: 1}"], ["--network_args exclude_patterns", "Python literal"]),
     (TRAIN, ["--network_args", "include_patterns='x'"], ["--network_args include_patterns", "list of regular expressions"]),
     (TRAIN, ["--network_args", "module_dropout=1.0"], ["module_dropout", "below 1"]),
-    (TRAIN, ["--network_args", "loraplus_lr_ratio=0"], ["loraplus_lr_ratio", "positive number"]),
     (TRAIN, ["--network_args", "exclude_patterns=['.*']"], ["no linear layer is left", "exclude_patterns"]),
     (TRAIN, ["--output_name", "a\tb"], ["--output_name", "no file name"]),
     (TRAIN, ["--training_comment", NOT_UTF8], ["--training_comment", "not UTF-8"]),
@@ -87,15 +71,11 @@ ROWS = [
     (GENERATE, ["--video_size", 256], ["--video_size", "expected 2 arguments"]),
     (GENERATE, ["--video_size", -16, 256], ["-16 x 256", "not divisible by 16"]),
     (GENERATE, ["--video_size", 0, 0], ["0 x 0", "use 16 x 16"]),
-    (GENERATE, ["--video_size", "16.0", 16], ["--video_size", "'16.0' is not a whole number"]),
     (GENERATE, ["--video_length", 0], ["length 0", "use 1, say"]),
     (GENERATE, ["--video_length", 400_000_001], ["400000001 frames", "smaller or shorter"]),
-    (GENERATE, ["--video_length", BEYOND], ["--video_length", "beyond"]),
     (GENERATE, ["--infer_steps", 20_000], ["--infer_steps", "above 10000"]),
     (GENERATE, ["--fp8_scaled"], ["--fp8_scaled says how --fp8 is done; give --fp8 as well"]),
     (GENERATE, ["--fp8", "--fp8_fast", "--device", "cpu"], ["--fp8_fast", "compute capability 8.9", "runs on cpu"]),
-    (GENERATE, ["--fps", 0], ["--fps", "at least 1"]),
-    (GENERATE, ["--seed", ""], ["--seed", "'' is not a whole number"]),
     (GENERATE, ["--lora_multiplier", "half"], ["--lora_multiplier", "'half' is not a number"]),
     (GENERATE, ["--prompt", NOT_UTF8], ["--prompt", "not UTF-8"]),
     (GENERATE, ["--latent_path", "none.safetensors"], ["--latent_path not found", "none.safetensors"]),
@@ -108,50 +88,23 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def call_with(call_script, tiny_model, cached, tmp_path):
-    """``call_with(script, flags)``: the script with a command line that would work, followed by these flags."""
-
-    def call(script: str, flags: list):
-        encoders = ["--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2]
-        for name in ("gone/a.png", "gone/a.txt", "gone_too/c.mp4", "gone_too/c.txt"):  # what nobody opens
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        base = {
-            LATENTS: ["--dataset_config", cached, "--vae", tiny_model.vae],
-            TEXTS: ["--dataset_config", cached, *encoders],
-            TRAIN: ["--dataset_config", cached, "--dit", tiny_model.dit, "--output_dir", tmp_path / "out", "--output_name", "x"],
-            GENERATE: [
-                "--dit",
-                tiny_model.dit,
-                "--vae",
-                tiny_model.vae,
-                *encoders,
-                "--prompt",
-                "x",
-                "--save_path",
-                tmp_path / "out",
-            ],
-            CONVERT: ["--input", LORA, "--output", tmp_path / "out" / "x.safetensors", "--target", "other"],
-        }
-        return call_script(script, *base[script], *flags)
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("script", "flags", "says"), ROWS, ids=[f"{script} {' '.join(map(str, flags))}"[:70] for script, flags, _ in ROWS]
 )
-def test_a_flag_that_cannot_work_is_named(call_with, tmp_path, script, flags, says):
+def test_a_flag_that_cannot_work_is_named(bench, script, flags, says):
     if None in flags or ("/dev/null" in flags and not os.path.exists("/dev/null")):
         pytest.skip("other systems have no such bytes and devices")
-    ended = call_with(script, flags)
-    assert ended.status == 2, ended.stderr
-    answer = ended.stderr.splitlines()[-1]
-    assert "error: " in answer and "Traceback" not in ended.stderr
-    assert all(part in answer for part in says), answer
-    assert len(answer) < 600
-    assert not (tmp_path / "out").exists()
+    run = {
+        LATENTS: lambda: bench.latents(bench.media("image", a_png=picture()), *flags),
+        TEXTS: lambda: bench.texts(bench.media("image", a_png=picture()), *flags),
+        TRAIN: lambda: bench.train(*flags),
+        GENERATE: lambda: bench.generate(*flags),
+        CONVERT: lambda: bench.convert(LORA, bench.folder / "out" / "x.safetensors", *flags),
+    }
+    ended = run[script]()
+    refused(ended, *says)
+    assert len(ended.stderr.splitlines()[-1]) < 600
+    assert not any((bench.folder / name).exists() for name in ("out", "cache"))
 
 
 @pytest.mark.parametrize(

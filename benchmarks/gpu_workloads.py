@@ -77,7 +77,7 @@ def block_flops(config: TransformerConfig, size: tuple[int, int, int]) -> tuple[
 
 
 def last_layer_flops(config: TransformerConfig, size: tuple[int, int, int]) -> float:
-    """Operations of the products that our recomputation leaves out."""
+    """Operations of the matmuls that our recomputation leaves out; those of the text are too few to count."""
     inputs = config.double_depth * config.mlp_size + config.single_depth * (config.hidden_size + config.mlp_size)
     return 2.0 * tokens_of(size) * config.hidden_size * inputs
 

@@ -82,29 +82,19 @@ class LoRAModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), dtype of the base layer's output."""
-        base = self.base_forward(x)
         if self.multiplier == 0 or self._left_out():
-            return base
+            return self.base_forward(x)
         hidden = F.linear(x, self.lora_down.weight.to(x.dtype))  # (..., rank)
         if self.training:
             hidden = F.dropout(hidden, self.neuron_dropout)
             hidden = self._drop_ranks(hidden)
             hidden = self._maybe_without(hidden)
-        # Scaling the narrow tensor is the same update for a fraction of the memory traffic.
+        # Scaling (..., rank) is the same update for a fraction of the memory traffic.
         hidden = hidden * (self.multiplier * self.scale)
-        up = self.lora_up.weight.to(hidden.dtype)
-        if self._may_overwrite(base, hidden):
-            base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, self.rank), up.t())
-            return base
-        return F.linear(hidden, up).to(base.dtype).add_(base)  # in place: a third wide tensor costs time and memory
-
-    forward.only_adds = True  # to the base layer's result, which no gradient depends on: see hunyuan_model.runtime.recomputation
-
-    @staticmethod
-    def _may_overwrite(base: torch.Tensor, hidden: torch.Tensor) -> bool:
-        """Whether the update may be added to ``base`` by its own product: no gradient is asked for, and no compiler plans it."""
-        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not kept and base.dtype == hidden.dtype and base.is_contiguous() and hidden.is_contiguous()
+        update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype))
+        # The base comes last: of its result no gradient depends, so a checkpointed block need not compute it once more.
+        base = self.base_forward(x)
+        return update.to(base.dtype).add_(base)  # in place: a third tensor of this size costs time and memory
 
     def _left_out(self) -> bool:
         if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():

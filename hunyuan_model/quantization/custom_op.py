@@ -1,7 +1,7 @@
 """Functions into which ``torch.compile`` does not look.
 
-A compiler that sees how a narrow weight is widened, in the forward and in the backward pass, widens it once and keeps the wide
-copy in between. Behind an operator of their own the two are nothing to it but tensors in and a tensor out.
+A compiler that sees a weight dequantized in the forward and in the backward pass dequantizes it once and keeps the copy in
+between. Behind operators of their own it sees only tensors in and a tensor out.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from torch import nn
 
 from hunyuan_model.quantization.custom_op import opaque
 from hunyuan_model.quantization.formats import FP8_DTYPES, SCALE_SUFFIX, cast, dequantize, quantize_channels, quantize_groups
-from hunyuan_model.quantization.scaled_mm import Float8Matmuls, fits_float8_matmuls, fp8_linear
-from hunyuan_model.runtime.recomputation import result_unneeded, stand_in
+from hunyuan_model.quantization.scaled_mm import Float8Matmuls, fits_float8_matmuls, float8_input_gradient, float8_linear
 
 
 @opaque(lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
@@ -32,25 +31,81 @@ def _dequantized_gradient(gradient: torch.Tensor, weight: torch.Tensor, scale: t
     return gradient.matmul(dequantize(weight, gradient.dtype, scale))
 
 
-class _QuantizedLinear(torch.autograd.Function):
-    """``x @ weight.T + bias`` that keeps only the quantized weight for backward. The weight is frozen: it has no gradient."""
+class _Path(torch.autograd.Function):
+    """The way of the gradient through ``x @ weight.T + bias``: (..., in) -> zeros (..., out) that take no memory.
+
+    It keeps only the codes and scales for the backward pass. The weight is frozen: it has no gradient. The path is a Function of
+    its own, and comes before the matmul, because autograd keeps what a Function asks for after its forward: checkpointing, which
+    stops a recomputation once everything is kept, then leaves the matmul out.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        matmuls: Float8Matmuls | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
-        if result_unneeded():
-            return stand_in(x, len(weight))
+        ctx.matmuls = matmuls
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0] and ctx.matmuls is not None:
+            of_x = float8_input_gradient(gradient, weight, scale, ctx.matmuls)
+        elif ctx.needs_input_grad[0]:
+            of_x = _dequantized_gradient(gradient, weight, scale)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return of_x, None, None, of_bias, None
+
+
+class _Value(torch.autograd.Function):
+    """The matmul, whose gradient goes along ``path``."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        path: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        matmuls: Float8Matmuls | None,
+    ) -> torch.Tensor:
+        if matmuls is not None:
+            return float8_linear(x, weight, scale, bias, matmuls)
         return _dequantized_matmul(x, weight, scale, bias)
 
     @staticmethod
-    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _dequantized_gradient(grad_output, weight, scale)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_x, None, None, grad_bias
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradient, None, None, None, None, None
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    matmuls: Float8Matmuls | None = None,
+) -> torch.Tensor:
+    """``x @ (weight * scale).T + bias``, with a gradient for x and bias. No dequantized weight outlives its matmul.
+
+    Args:
+        x: (..., in), in whose dtype the layer computes.
+        weight: codes (out, in), with ``scale`` (out or 1, groups of inputs) or None.
+        matmuls: multiply float8 by float8 in this way; only for what ``fits_float8_matmuls``. None dequantizes.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    path = _Path.apply(x, weight, scale, bias, matmuls)
+    return _Value.apply(path, x.detach(), weight, scale, None if bias is None else bias.detach(), matmuls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +114,16 @@ class QuantizedForward:
 
     linear: nn.Linear
     compute_dtype: torch.dtype
-    products: Float8Matmuls | None
+    matmuls: Float8Matmuls | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like any Linear it answers in the autocast dtype under autocast, else in x's dtype."""
         weight, scale, bias = self.linear.weight, weight_scale(self.linear), self.linear.bias
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype
-        if self.products is not None and fits_float8_matmuls(x, weight, scale):
-            out = fp8_linear(x.to(dtype), weight, scale, bias, self.products)
-        else:
-            out = _QuantizedLinear.apply(x.to(dtype), weight, scale, bias)
+        matmuls = self.matmuls if self.matmuls is not None and fits_float8_matmuls(x, weight, scale) else None
+        out = quantized_linear(x.to(dtype), weight, scale, bias, matmuls)
         return out if autocast else out.to(x.dtype)
-
-    forward.only_multiplies = True  # see hunyuan_model.runtime.recomputation
 
 
 def weight_scale(linear: nn.Module) -> torch.Tensor | None:
@@ -85,13 +136,13 @@ def is_quantized(linear: nn.Linear) -> bool:
     return linear.weight.dtype in FP8_DTYPES or weight_scale(linear) is not None
 
 
-def enable_quantized_linears(module: nn.Module, compute_dtype: torch.dtype, products: Float8Matmuls | None = None) -> int:
+def enable_quantized_linears(module: nn.Module, compute_dtype: torch.dtype, matmuls: Float8Matmuls | None = None) -> int:
     """Give every ``nn.Linear`` in ``module`` that stores a quantized weight a forward which computes in ``compute_dtype``.
 
     Call it once after loading, before anything else wraps ``forward``. Under autocast the autocast dtype wins.
 
     Args:
-        products: multiply float8 by float8, in this way, in the layers whose sizes and scales allow it.
+        matmuls: multiply float8 by float8, in this way, in the layers whose sizes and scales allow it.
 
     Returns:
         How many layers were found.
@@ -99,7 +150,7 @@ def enable_quantized_linears(module: nn.Module, compute_dtype: torch.dtype, prod
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and is_quantized(layer)]
     for linear in linears:
         linear.weight.requires_grad_(False)
-        linear.forward = QuantizedForward(linear, compute_dtype, products).forward
+        linear.forward = QuantizedForward(linear, compute_dtype, matmuls).forward
     return len(linears)
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.runtime.host_weights import host_memory, page_lock
-from hunyuan_model.runtime.recomputation import LastLayer, checkpoint_block
 from hunyuan_model.runtime.transfers import Transfers, make_transfers
 
 logger = logging.getLogger(__name__)
@@ -176,13 +176,12 @@ class ActivationOffloader:
 
 
 class OffloadedForward:
-    """In place of a block's ``forward``: checkpoints it, and keeps its inputs with an offloader.
+    """In place of a block's ``branches``: checkpoints them, and keeps the block's inputs with an offloader.
 
     Args:
         index: the block's place in the order of a forward pass.
         count: how many of the first arguments are the block's own; the others are those of all blocks.
         forward: what computes the block, which something else may wrap or replace.
-        last_layers: of the block, as ``checkpoint_block`` takes them.
     """
 
     def __init__(
@@ -191,13 +190,11 @@ class OffloadedForward:
         index: int,
         count: int,
         forward: Callable[..., Any],
-        last_layers: Sequence[LastLayer] = (),
     ) -> None:
         self.offloader = offloader
         self.index = index
         self.count = count
         self.forward = forward
-        self.last_layers = last_layers
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -210,7 +207,7 @@ class OffloadedForward:
             given.clear()  # or this function, which lives until the backward pass, would hold them on the device
             return self.forward(*tensors, *shared)
 
-        return checkpoint_block(self.last_layers, compute, *inputs[self.count :])
+        return checkpoint(compute, *inputs[self.count :], use_reentrant=False)
 
 
 def make_offloader(depth: int, device: torch.device, *, pinned: bool) -> ActivationOffloader:

@@ -203,7 +203,7 @@ def enable_block_swap(
     and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and before ``enable_gradient_checkpointing``.
     The weights must not be written to from then on.
 
-    Each block's forward becomes a ``SwappedForward``. ``transformer.block_swap`` is the ``BlockSwapper``, if there is one.
+    Each block's ``branches`` becomes a ``SwappedForward``. ``transformer.block_swap`` is the ``BlockSwapper``, if there is one.
 
     Args:
         transformer: its weights may be on any device: blocks that are in host memory never fill the device.
@@ -234,7 +234,7 @@ def enable_block_swap(
     if weights:
         swapper = BlockSwapper(len(blocks), weights, make_transfers(device, pinned), recomputed=settings.recomputed)
         for index, block in enumerate(blocks):
-            block.forward = SwappedForward(swapper, index, block.forward)
+            block.branches = SwappedForward(swapper, index, block.branches)
         transformer.block_swap = swapper
         logger.info(
             "%d of %d blocks share %d places on the device; %.1f GiB of weights are in host memory",
@@ -387,18 +387,8 @@ class BlockSwapper:
         return self._slot_of(saved.block).memory.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
 
-def owner_of_forward(block: nn.Module) -> nn.Module | SwappedForward:
-    """What has the ``forward`` that computes ``block``: the block, or what fetches its weights first."""
-    return block.forward if isinstance(block.forward, SwappedForward) else block
-
-
-def computes_itself(block: nn.Module) -> bool:
-    """Whether ``block`` is computed by the method of its class, and neither wrapped nor replaced but for its weights."""
-    return getattr(owner_of_forward(block).forward, "__func__", None) is type(block).forward
-
-
 class SwappedForward:
-    """In place of a block's ``forward``: fetches its weights, then calls ``forward``, which a compiler may wrap or replace."""
+    """In place of a block's ``branches``: fetches its weights, then calls ``forward``, which a compiler may replace."""
 
     def __init__(self, swapper: BlockSwapper, index: int, forward: Callable[..., Any]) -> None:
         self.swapper = swapper

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.runtime.block_swap import computes_itself, owner_of_forward
+from hunyuan_model.runtime.block_swap import SwappedForward
 from hunyuan_model.transformer.attention import Attention
 from utils.errors import UserError
 
@@ -99,22 +99,27 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
     compiled: dict[type, Callable[..., Any]] = {}
     attentions: dict[int, _CompilableAttention] = {}
     for block in (*transformer.double_blocks, *transformer.single_blocks):
-        owner = owner_of_forward(block)
-        if not computes_itself(block):
+        swapped = block.branches if isinstance(block.branches, SwappedForward) else None
+        own = swapped.forward if swapped else block.branches
+        if getattr(own, "__func__", None) is not type(block).branches:
             raise RuntimeError("something wraps this block already; compile it before that")
         if type(block) not in compiled:
-            compiled[type(block)] = settings.compiled(type(block).forward)
+            compiled[type(block)] = settings.compiled(type(block).branches)
         if id(block.attention) not in attentions:
             attentions[id(block.attention)] = _CompilableAttention(block.attention)
         block.attention = attentions[id(block.attention)]
-        owner.forward = CompiledForward(block, compiled[type(block)])
+        forward = CompiledForward(block, compiled[type(block)])
+        if swapped:
+            swapped.forward = forward
+        else:
+            block.branches = forward
 
 
 class CompiledForward:
-    """In place of a block's ``forward``, or of what ``SwappedForward`` calls: prepares the inputs for the compiled function.
+    """In place of a block's ``branches``, or of what ``SwappedForward`` calls: prepares the inputs for the compiled function.
 
     Args:
-        forward: compiled, of the block's class.
+        forward: ``branches`` of the block's class, compiled.
     """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:

@@ -184,14 +184,18 @@ def training_activations(config: TransformerConfig, batch: BatchSize, how: Compu
     return ActivationBytes(on_device, blocks * one_input, kept, working)
 
 
-def sampling_activations(config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0) -> int:
-    """Of one forward pass without a backward pass."""
+def sampling_activations(
+    config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0, *, network: bool = False
+) -> int:
+    """Of one forward pass without a backward pass; ``network`` says that a LoRA computes beside the layers."""
     hidden, mlp = config.hidden_size, config.mlp_size
     # Before linear2: tokens, what linear1 gives, attended, and linear2's input.
     single = 6 * hidden + 2 * mlp
+    if network:  # In linear1: tokens, their norm, what linear1 gives and what is added to it.
+        single = max(single, 8 * hidden + 2 * mlp)
     # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and what the kernel works with.
-    # In the MLP: tokens twice, attended, their norm, and what fc1 gives.
-    double = max(12 * hidden, 4 * hidden + mlp)
+    # In the MLP: tokens twice, attended, their norm, what fc1 gives and its GELU.
+    double = max(12 * hidden, 4 * hidden + 2 * mlp)
     return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + dequantized
 
 

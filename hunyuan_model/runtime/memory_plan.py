@@ -131,7 +131,10 @@ class MemoryPlan:
             step = training_activations(config, self.batch, how, weights.dequantized)
             inputs, kept, working, host_inputs = step.inputs, step.kept, step.working, step.host_inputs
         samples = [batch for batch in (self.sample, None if self.trains else self.batch) if batch is not None]
-        sampling = max((sampling_activations(config, one, self.compute_dtype, weights.dequantized) for one in samples), default=0)
+        sampling = max(
+            (sampling_activations(config, one, self.compute_dtype, weights.dequantized, network=self.trains) for one in samples),
+            default=0,
+        )
         temporary = max(inputs + kept + working, sampling)
         return Need(
             weights=weights.resident,

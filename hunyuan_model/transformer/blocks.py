@@ -3,6 +3,10 @@
 Blocks take tensors and a list of lengths, and know nothing of devices, memory or training: checkpointing, weight
 swapping, fp8 and LoRA wrap them, or the linear layers in them, from outside. For that reason nothing here looks at the
 dtype of a linear layer's weight.
+
+A block is two functions. ``branches`` has all of its layers and is what checkpointing, swapping and compiling wrap. ``forward``
+adds the last branch, times its gate, to the tokens. As the addition keeps the gate alone for the backward pass, a checkpointed
+block computes its last matmul once: the recomputation stops before it. In a double block that is the image's.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.transformer.attention import Attention
 from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.transformer.gelu import gelu, join_gelu
+from hunyuan_model.transformer.gelu import cat_gelu, gelu
 from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
 from hunyuan_model.transformer.rope import apply_rope
 
@@ -33,7 +37,7 @@ class ModulateDiT(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, tanh-approximated GELU, Linear. Without gradients the GELU takes the place of what fc1 gave."""
+    """Linear, tanh-approximated GELU, Linear."""
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
@@ -80,6 +84,11 @@ class MMDoubleStreamBlock(nn.Module):
         Returns:
             img and txt, updated.
         """
+        img, img_gate, img_branch, txt, txt_gate, txt_branch = self.branches(img, txt, vec, rope, lengths)
+        return torch.addcmul(img, img_gate, img_branch), torch.addcmul(txt, txt_gate, txt_branch)
+
+    def branches(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, ...]:
+        """Everything but the last addition: for img, then for txt, the tokens after attention, the gate, and the MLP's branch."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
@@ -100,10 +109,11 @@ class MMDoubleStreamBlock(nn.Module):
         del img_qkv, img_q, img_k, img_v, txt_qkv, txt_q, txt_k, txt_v  # before the MLPs begin
 
         img = torch.addcmul(img, img_gate1, self.img_attn_proj(img_attended))
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn_proj(txt_attended))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
-        return img, txt
+        del attended, img_attended, txt_attended
+        txt_branch = self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        # The larger of the two comes last, as a recomputation leaves out what comes last.
+        return img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)), txt, txt_gate2, txt_branch
 
 
 class MMSingleStreamBlock(nn.Module):
@@ -130,7 +140,15 @@ class MMSingleStreamBlock(nn.Module):
             vec: (B, hidden) conditioning.
             rope: (L, head_dim / 2, 2) float32, where the rows of text tokens do not rotate.
             lengths: valid tokens of each sample; None if all are valid.
+
+        Returns:
+            x, updated.
         """
+        gate, branch = self.branches(x, vec, rope, lengths)
+        return torch.addcmul(x, gate, branch)
+
+    def branches(self, x: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """Everything but the addition: the gate and the branch of attention and MLP."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.split_sizes, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, D)
@@ -138,9 +156,9 @@ class MMSingleStreamBlock(nn.Module):
         k = apply_rope(self.k_norm(k), rope).to(v.dtype)
         attended = self.attention(q, k, v, lengths)
         del q, k, v
-        joined = join_gelu(attended, mlp)
+        joined = cat_gelu(attended, mlp)
         del attended, qkv, mlp  # with them goes what linear1 gave, before linear2 begins
-        return torch.addcmul(x, gate, self.linear2(joined))
+        return gate, self.linear2(joined)
 
 
 class FinalLayer(nn.Module):

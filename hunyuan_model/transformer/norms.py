@@ -1,4 +1,4 @@
-"""Norms in float32 of what is computed in a narrower dtype; autograd keeps the narrow tensors."""
+"""Norms in float32 of what is computed in bfloat16 or float16; autograd keeps only the tensors in those."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hunyuan_model.transformer import cpu_kernels
 
 NORM_EPS = 1e-6
 
@@ -20,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # which chooses by itself what to keep
             return _rms_norm(x, self.weight)
         return _RMSNormKeepingInputs.apply(x, self.weight)
 
@@ -39,15 +41,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``, of which autograd keeps the tensors alone: the backward pass computes it once more.
 
-    For elementwise work and norms, which cost next to nothing, but would keep float32 copies of what is kept narrow anyway.
+    For elementwise work and norms, which cost next to nothing, but would keep float32 copies of half-precision tensors.
     A compiler chooses by itself what to keep.
     """
     return function(*tensors) if _nothing_to_gain(*tensors) else _KeepingInputs.apply(function, *tensors)
 
 
 def _nothing_to_gain(*tensors: Tensor) -> bool:
-    wide = all(tensor.dtype == torch.float32 for tensor in tensors)
-    return wide or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    full = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return full or torch.compiler.is_compiling()
 
 
 class _KeepingInputs(torch.autograd.Function):
@@ -78,25 +80,24 @@ class _RMSNormKeepingInputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wide, dim = x.to(torch.float32, copy=True), x.shape[-1]
-        inverse = _inverse_rms(wide)
+        exact, dim = x.to(torch.float32, copy=True), x.shape[-1]
+        inverse = _inverse_rms(exact)
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
+            of_weight = (gradient * exact * inverse).flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight
         scaled = gradient * weight.float()
-        along = torch.einsum("...d,...d->...", scaled, wide)[..., None]
-        of_x = scaled.mul_(inverse).sub_(wide.mul_(along * inverse.pow(3) / dim))
+        along = torch.einsum("...d,...d->...", scaled, exact)[..., None]
+        of_x = scaled.mul_(inverse).sub_(exact.mul_(along * inverse.pow(3) / dim))
         return of_x.to(x.dtype), of_weight
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float()
+    x, weight = x.float(), weight.float()
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # torch has no kernel of its own for it there, and makes two more tensors of its size.
-        return (wide * _inverse_rms(wide)).mul_(weight.float())
-    return F.rms_norm(wide, weight.shape, weight.float(), NORM_EPS)
+        return cpu_kernels.rms_norm(x, weight, _inverse_rms(x))
+    return F.rms_norm(x, weight.shape, weight, NORM_EPS)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:

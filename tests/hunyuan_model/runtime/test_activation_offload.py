@@ -189,9 +189,9 @@ class Tracker:
         self.held: list[int] = []
         self.to_device: list[tuple[StorageWeakRef, int]] = []
         for block in transformer.double_blocks:
-            block.forward = self._watching(block.forward, 2)
+            block.branches = self._watching(block.branches, 2)
         for block in transformer.single_blocks:
-            block.forward = self._watching(block.forward, 1)
+            block.branches = self._watching(block.branches, 1)
 
     def _watching(self, forward: Callable, count: int) -> Callable:
         def watch(*inputs: torch.Tensor) -> object:
@@ -238,11 +238,11 @@ def test_inputs_of_all_blocks_but_the_last_are_copied_once_and_come_back_while_t
     events: list[tuple[str, int]] = []
     for index, block in enumerate(blocks_of(transformer)):
 
-        def noting(*inputs: object, forward: Callable = block.forward, index: int = index) -> object:
+        def noting(*inputs: object, forward: Callable = block.branches, index: int = index) -> object:
             events.append(("compute", index))
             return forward(*inputs)
 
-        block.forward = noting
+        block.branches = noting
     transfers = offloaded(transformer)
     plain_copy = transfers.copy
 
@@ -376,6 +376,6 @@ def test_a_training_with_everything_learns_the_same(train, tmp_path):
 def test_blocks_keep_their_class_and_names():
     transformer = make_transformer()
     offloaded(transformer)
-    assert all(isinstance(block.forward, OffloadedForward) for block in blocks_of(transformer))
+    assert all(isinstance(block.branches, OffloadedForward) for block in blocks_of(transformer))
     assert {type(block).__name__ for block in blocks_of(transformer)} == {"MMDoubleStreamBlock", "MMSingleStreamBlock"}
     assert list(transformer.state_dict()) == list(make_transformer().state_dict())

@@ -200,7 +200,7 @@ def test_blocks_keep_their_class_and_parameters() -> None:
     enable_compile(transformer, TRACED)
     assert [name for name, _ in transformer.named_modules()] == [name for name, _ in plain.named_modules()]
     assert transformer.state_dict().keys() == plain.state_dict().keys()
-    assert all(isinstance(block.forward, CompiledForward) for block in blocks_of(transformer))
+    assert all(isinstance(block.branches, CompiledForward) for block in blocks_of(transformer))
 
 
 def test_what_is_wrapped_already_is_refused() -> None:

@@ -144,12 +144,14 @@ def test_training_takes_what_is_predicted(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
 def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
-    monkeypatch.setattr("hunyuan_model.transformer.gelu.SLICE_VALUES", 2**13)  # of these small tensors a slice would be the whole
+    monkeypatch.setattr(
+        "hunyuan_model.transformer.cpu_kernels.SLICE_VALUES", 2**13
+    )  # of these small tensors a slice would be the whole
     built = build(case)
     with torch.no_grad():
         built.loss()
         counted = peak_bytes(built.loss)
-    assert close(sampling_activations(case.config, case.batch, case.dtype), counted)
+    assert close(sampling_activations(case.config, case.batch, case.dtype, network=True), counted)
 
 
 @pytest.mark.parametrize("weights", WeightFormat)

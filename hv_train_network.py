@@ -259,7 +259,7 @@ def load_base_model(
     Args:
         shared: for weights that are swapped.
     """
-    bases = read_lora_files(args.base_weights, args.base_weights_multiplier)
+    bases = read_lora_files(args.base_weights, args.base_weights_multiplier, "--base_weights", "--base_weights_multiplier")
     patch = merge_patch(bases, args.dit) if bases else None
     return hunyuan_model.load_transformer(args.dit, device=device, dtype=dtype, runtime=runtime, shared=shared, patch=patch)
 

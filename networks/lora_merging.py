@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.progress import ProgressBar
 from utils.safetensors_io import save_tensor_stream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,37 @@ class MergePatch:
         return merged
 
 
-def read_lora_files(paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = ()) -> list[LoraToMerge]:
-    """Read LoRA files with their multipliers; those that are missing at the end are 1.0.
+def complete_multipliers(
+    paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float], flag: str, multiplier_flag: str
+) -> tuple[float, ...]:
+    """One multiplier for each file; those that are missing at the end are 1.0, which is logged if some were given.
+
+    Raises:
+        UserError: more multipliers than files; names both flags.
+    """
+    given, files = len(multipliers), len(paths)
+    if given > files:
+        raise UserError(
+            f"{multiplier_flag} has {given} value{'' if given == 1 else 's'} for {files} {flag} files; give one for each at most."
+        )
+    if 0 < given < files:
+        logger.info("%s has %d of %d values; the other files of %s count 1.0 each", multiplier_flag, given, files, flag)
+    return (*multipliers, *[1.0] * (files - given))
+
+
+def read_lora_files(
+    paths: Sequence[str | os.PathLike[str]],
+    multipliers: Sequence[float] = (),
+    flag: str = "--lora_weight",
+    multiplier_flag: str = "--lora_multiplier",
+) -> list[LoraToMerge]:
+    """Read LoRA files with their multipliers, see ``complete_multipliers``.
 
     Raises:
         UserError: a file is missing, damaged or not a LoRA, or there are more multipliers than files.
     """
-    if len(multipliers) > len(paths):
-        raise UserError(f"there are {len(multipliers)} LoRA multipliers for {len(paths)} LoRA files; give one for each at most.")
-    padded = [*multipliers, *[1.0] * (len(paths) - len(multipliers))]
-    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in zip(paths, padded)]
+    complete = complete_multipliers(paths, multipliers, flag, multiplier_flag)
+    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in zip(paths, complete)]
 
 
 def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -51,3 +52,29 @@ def save_video(path: Path, frames: np.ndarray, fps: int, metadata: dict[str, str
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where pictures and videos go, and in which form; the fields have the names of flags.
+
+    Attributes:
+        save_path: folder.
+        output_type: video (MP4), images (a folder of PNG), latent, or both (latent and MP4).
+        no_metadata: leave prompt and settings out of the files.
+    """
+
+    save_path: str
+    output_type: str = "video"
+    fps: int = 24
+    no_metadata: bool = False
+
+    def save_frames(self, stem: str, frames: np.ndarray, metadata: dict[str, str]) -> Path:
+        """Write uint8 RGB frames (T, H, W, 3) as a folder of PNG or as MP4; returns its path."""
+        path, metadata = Path(self.save_path) / stem, {} if self.no_metadata else metadata
+        if self.output_type == "images":
+            save_pictures(path, frames, metadata)
+            return path
+        path = path.with_name(f"{stem}.mp4")
+        save_video(path, frames, self.fps, metadata)
+        return path

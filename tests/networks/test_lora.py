@@ -485,7 +485,7 @@ def test_merge_into_file_refuses_to_overwrite_a_file_of_the_folder_it_reads(tmp_
 
 def test_multipliers_fill_up_with_one(tmp_path):
     assert [lora.multiplier for lora in read_lora_files([LORA, LORA], [0.5])] == [0.5, 1.0]
-    with pytest.raises(UserError, match="2 LoRA multipliers for 1"):
+    with pytest.raises(UserError, match="--lora_multiplier has 2 values for 1 --lora_weight"):
         read_lora_files([LORA], [0.5, 1.0])
 
 

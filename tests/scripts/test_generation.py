@@ -318,7 +318,7 @@ def test_out_of_memory_names_the_flags(generate, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("hv_generate_video.sample_latents", full)
+    monkeypatch.setattr("hunyuan_model.sampling.generation.sample_latents", full)
     ended = generate()
     assert ended.status == 2 and "out of memory while sampling 1 x 48x32x5; give --int8 next, which saves about" in ended.stderr
 

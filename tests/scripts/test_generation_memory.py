@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hunyuan_model
-import hv_generate_video
+from hunyuan_model.sampling import decoding, generation
 from hunyuan_model.text import encoding as prompt_encoding
 from networks import lora_merging
 from tiny.variants import write_lora
@@ -47,7 +47,7 @@ def test_one_network_at_a_time(generate, monkeypatch):
         (prompt_encoding, "load_text_encoder_2"),
         (prompt_encoding, "load_text_encoder_1"),
         (hunyuan_model, "load_transformer"),
-        (hunyuan_model, "load_vae"),
+        (decoding, "load_vae"),
     ):
         keep_track(monkeypatch, owner, name, alive, set())
     generate("--step_cache", 0.1, "--infer_steps", 4)
@@ -66,7 +66,7 @@ def test_a_network_that_is_still_there_would_be_noticed(generate, monkeypatch):
 def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeypatch, tmp_path):
     write_lora(tiny_model.dit, tmp_path / "lora.safetensors")
     read, found = [], []
-    plain_read, plain_sample = lora_merging.read_lora, hv_generate_video.sample_latents
+    plain_read, plain_sample = lora_merging.read_lora, generation.sample_latents
 
     def read_lora(path):
         lora = plain_read(path)
@@ -80,7 +80,7 @@ def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeyp
         return plain_sample(transformer, *arguments, **options)
 
     monkeypatch.setattr(lora_merging, "read_lora", read_lora)
-    monkeypatch.setattr(hv_generate_video, "sample_latents", sample_latents)
+    monkeypatch.setattr(generation, "sample_latents", sample_latents)
     generate("--lora_weight", tmp_path / "lora.safetensors")
     base = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32).state_dict()
     changed = {name for name in base if not torch.equal(base[name], found[0][name])}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import random
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 from utils.errors import UserError, shown
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**32 - 1
 SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
@@ -145,3 +145,17 @@ def random_seed() -> int:
 def add_device_argument(group: argparse._ArgumentGroup) -> None:
     """--device."""
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+
+
+def require_flags(args: argparse.Namespace, purpose: str, *names: str) -> None:
+    """Raise a UserError that lists those of the flags that ``purpose`` needs and that were not given."""
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
+
+
+def warn_of_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, mode: str, used: Collection[str]) -> None:
+    """Log the flags that were given and that ``mode`` does not read; ``used`` names those that it reads."""
+    given = [f"--{name}" for name, value in vars(args).items() if name not in used and value != parser.get_default(name)]
+    if given:
+        logger.warning("%s: no effect with %s.", ", ".join(given), mode)

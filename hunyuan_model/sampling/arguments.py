@@ -1,0 +1,63 @@
+"""The flags of sampling."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from hunyuan_model.sampling.settings import SamplingSettings
+from utils.cli.arguments import finite_float, int_up_to, non_negative_float, positive_float, random_seed, seed, whole_number
+from utils.cli.settings import settings_from
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS = 10_000  # the schedule has 1000 timesteps
+
+
+def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
+    """Size, seed and schedule of a video."""
+    group.add_argument(
+        "--video_size",
+        nargs=2,
+        type=whole_number,
+        default=[256, 256],
+        metavar=("H", "W"),
+        help="height and width, multiples of 16 (default: 256 256)",
+    )
+    group.add_argument(
+        "--video_length", type=whole_number, default=129, metavar="N", help="frames, 4n+1; 1 is a picture (default: 129)"
+    )
+    group.add_argument("--infer_steps", type=int_up_to(MAX_STEPS), default=50, metavar="N", help="sampling steps (default: 50)")
+    group.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: random, and logged)")
+    group.add_argument(
+        "--embedded_cfg_scale", type=finite_float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)"
+    )
+    group.add_argument(
+        "--flow_shift", type=positive_float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
+    )
+    group.add_argument(
+        "--step_cache",
+        type=non_negative_float,
+        default=0.0,
+        metavar="THRESHOLD",
+        help="skip steps while the input of the transformer's blocks changes by less than this share, 0.1 say: faster, coarser; "
+        "0 skips none (default: 0)",
+    )
+    group.add_argument(
+        "--step_cache_check",
+        action="store_true",
+        help="with --step_cache, sample with all steps as well and log how far the latents are apart: saves no time (default: off)",
+    )
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """As the flags of ``add_sampling_arguments`` say; a seed that is not given is random, and logged.
+
+    Raises:
+        UserError: see ``SamplingSettings``.
+    """
+    if args.seed is not None:
+        return settings_from(SamplingSettings, args)
+    settings = settings_from(SamplingSettings, args, seed=random_seed())
+    logger.info("seed %d", settings.seed)
+    return settings

@@ -80,6 +80,7 @@ from networks.training.run import (
     steps_per_epoch,
     training_facts,
 )
+from networks.training.samples.arguments import sample_settings
 from networks.training.samples.sampling import TrainingSamples, check_samples, prepare_samples
 from networks.training.saving.disk_space import require_room_for_save
 from networks.training.saving.files import SaveSettings, epoch_name, final_name, remove_leftovers, state_name, step_name
@@ -100,7 +101,7 @@ from networks.training.step import Step, train_step
 from utils.cli.arguments import hide_secrets, public_flags, random_seed
 from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
-from utils.devices import explain_out_of_memory
+from utils.devices import explain_out_of_memory, pick_device
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, name_some, run_script
 from utils.free_memory import free_device_memory, free_host_memory
 from utils.hub import HubSettings, open_uploads
@@ -139,7 +140,7 @@ def train(training: Training) -> int:
             compiling.tell("the dry step")
             training.dry_batch = None
         if progress.step == 0:
-            draw_samples(training, requests, progress.epoch)
+            make_samples(training, requests, progress.epoch)
         while progress.step < training.steps:
             request = train_epoch(training, requests, loss_log, bar)
             if request.stops:
@@ -148,7 +149,7 @@ def train(training: Training) -> int:
         if training.saving.state_at_end:  # before the model, whose presence says that everything is done
             save_training_state(training, final_name(args.output_name))
         save_model(training, final_name(args.output_name), progress.epoch)
-        draw_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.reader))
+        make_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.reader))
     return 0
 
 
@@ -186,13 +187,13 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         if request.stops:
             return request
         if progress.batches < len(training.reader):
-            draw_samples(training, requests, epoch)
+            make_samples(training, requests, epoch)
         started = time.monotonic()
     progress.epoch, progress.batches = epoch + 1, 0
     if rules.due_after_epoch(epoch):
         save(training, epoch_name(name, epoch), epoch, rules.save_state)
         rotate(training, epoch=epoch)
-    draw_samples(training, requests, epoch, epoch_ended=True)
+    make_samples(training, requests, epoch, epoch_ended=True)
     return Request.NOTHING
 
 
@@ -219,9 +220,9 @@ def tell_of_step(
     )
 
 
-def draw_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:
-    """Draw samples if this is a step after which they are asked for; a request to stop gives them up."""
-    drawn = training.samples.draw_if_due(
+def make_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:
+    """Make and log samples if they are due; a request to stop gives them up."""
+    saved = training.samples.sample_if_due(
         training.transformer,
         training.network,
         training.optimizer,
@@ -231,7 +232,7 @@ def draw_samples(training: Training, requests: TrainingRequests, epoch: int, epo
         epoch_ended=epoch_ended,
         stop=lambda: requests.signalled,
     )
-    training.logs.samples(drawn, training.progress.step)
+    training.logs.samples(saved, training.progress.step)
 
 
 def stop(training: Training, request: Request) -> int:
@@ -344,10 +345,12 @@ def main() -> int:
         show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
         return 0
     check_training_arguments(args)
-    prompts = check_samples(args)
+    for_samples = sample_settings(args, pick_device(None))
+    prompts = check_samples(for_samples)
     check_logs(settings_from(LogSettings, args))
-    for settings in (TimestepSettings, ScheduleSettings, LogSettings):
-        for sentence in settings_from(settings, args).without_effect():
+    made = [settings_from(settings, args) for settings in (TimestepSettings, ScheduleSettings, LogSettings)]
+    for settings in (*made, for_samples):
+        for sentence in settings.without_effect():
             logger.warning(sentence)
     planned = check_model_and_network(args)
     accelerator = make_accelerator(args)
@@ -432,7 +435,7 @@ def main() -> int:
         step=resumed.state.progress.step if same_run else 0,
     )
     with logs, explain_out_of_memory("training", lambda: advice(memory), accelerator.device):
-        samples = prepare_samples(args, prompts, accelerator, planned.config)
+        samples = prepare_samples(for_samples, prompts, accelerator, planned.config)
         training = prepare(args, accelerator, reader, steps, groups, samples, logs, memory, resumed)
         training.held_out = HeldOut(held_out)
         training.uploads = uploads

@@ -15,6 +15,7 @@ from utils.errors import UserError
 
 SHOWN_CHARACTERS = 200  # of a path that is too long
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
+MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
 
 
 @contextmanager

@@ -15,21 +15,19 @@ from hunyuan_model.runtime.arguments import (
     add_weight_format_arguments,
     runtime_settings,
 )
-from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import TRAINABLE_MODES
-from hunyuan_model.vae.arguments import add_vae_arguments
 from networks.training.logging.loss_log import check_loss_log
+from networks.training.samples.arguments import add_sample_arguments
 from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
 from utils.cli.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
 from utils.cli.config_files import add_config_file_argument
 from utils.cli.hub_arguments import add_hub_arguments
 from utils.cli.settings import settings_from
 from utils.errors import UserError
-from utils.files import require_writable_folder
+from utils.files import MAX_NAME_BYTES, require_writable_folder
 from utils.hub import HubSettings
 
 DRY_STEP_CHOICES = ("auto", "always", "never")
-MAX_NAME_BYTES = 240  # file systems allow 255; temporary names and other tools need some
 ATTENTION_FLAGS = {"sdpa": "torch", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
@@ -45,7 +43,7 @@ def build_training_parser() -> argparse.ArgumentParser:
     _add_flow_matching(parser.add_argument_group("flow matching"))
     _add_network(parser.add_argument_group("network (what is trained)"))
     _add_output(parser.add_argument_group("output"))
-    _add_samples(parser.add_argument_group("samples while training"))
+    add_sample_arguments(parser.add_argument_group("samples while training"))
     _add_logs(parser.add_argument_group("logs"))
     _add_metadata(parser.add_argument_group("metadata of the saved file"))
     add_hub_arguments(parser.add_argument_group("Hugging Face hub"))
@@ -319,21 +317,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--loss_log", metavar="FILE", help="write the loss and the learning rate of every step to this CSV file (default: no log)"
     )
-
-
-def _add_samples(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--sample_prompts", metavar="FILE", help="prompts to draw while training: .txt, .toml or .json (default: no samples)"
-    )
-    group.add_argument("--sample_at_first", action="store_true", help="draw samples before the first step (default: off)")
-    group.add_argument(
-        "--sample_every_n_steps", type=positive_int, metavar="N", help="draw samples after every N steps (default: never)"
-    )
-    group.add_argument(
-        "--sample_every_n_epochs", type=positive_int, metavar="N", help="draw samples after every N epochs (default: never)"
-    )
-    add_vae_arguments(group, required=False)
-    add_text_encoder_arguments(group, required=False)
 
 
 def _add_logs(group: argparse._ArgumentGroup) -> None:

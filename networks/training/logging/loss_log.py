@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
-from utils.files import atomic_path, remove_leftovers_of, require_writable_folder
+from utils.files import MAX_NAME_BYTES, atomic_path, remove_leftovers_of, require_writable_folder
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "epoch", "loss", "average_loss", "learning_rate", "validation_loss")
-MAX_NAME_BYTES = 240  # file systems allow 255; temporary names need some
 
 
 def check_loss_log(path: str | os.PathLike[str]) -> None:

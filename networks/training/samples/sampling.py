@@ -1,13 +1,12 @@
-"""Samples that training draws of itself: when they are due, their prompts, and the drawing, which training does not feel."""
+"""Samples while training: when they are due, their prompts, and how they are made. The training stays as it is."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,18 +18,17 @@ import hunyuan_model
 from hunyuan_model.sampling.decoding import decode_latents
 from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
-from hunyuan_model.text.arguments import text_encoder_settings
+from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.vae.arguments import next_vae_settings, vae_settings_given, vae_tile_size
-from hunyuan_model.vae.loading import check_vae_options, configure_vae
+from hunyuan_model.vae.loading import check_vae_options
 from hunyuan_model.vae.memory import Clip, VAEFit
-from networks.training.arguments import MAX_NAME_BYTES
+from hunyuan_model.vae.settings import VAESettings
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
 from utils.cli.arguments import random_seed
-from utils.devices import choose_dtype, explain_out_of_memory, free_memory, parse_dtype
+from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
-from utils.files import require_writable_folder
+from utils.files import MAX_NAME_BYTES, require_writable_folder
 from utils.media_writing import save_picture, save_video, unused_stem
 from utils.progress import ProgressBar
 
@@ -46,16 +44,85 @@ SCHEDULE_FLAGS = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epo
 Result = TypeVar("Result")
 
 
-class _StopAskedFor(Exception):
-    """Training is to end: the samples that are being drawn are given up."""
+@dataclass(frozen=True)
+class SampleSettings:
+    """The flags of the samples.
+
+    Attributes:
+        vae_settings, text_settings: how samples are decoded and prompts encoded.
+        no_metadata: write nothing about a sample into its file.
+    """
+
+    vae_settings: VAESettings
+    text_settings: TextEncoderSettings
+    output_dir: str
+    output_name: str
+    sample_prompts: str | None = None
+    sample_at_first: bool = False
+    sample_every_n_steps: int | None = None
+    sample_every_n_epochs: int | None = None
+    no_metadata: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sample_prompts is None:
+            if self.scheduled:
+                raise UserError(f"--{self.scheduled[0]} needs --sample_prompts, a file with the prompts to sample.")
+            return
+        paths = {
+            "vae": self.vae_settings.vae,
+            "text_encoder1": self.text_settings.text_encoder1,
+            "text_encoder2": self.text_settings.text_encoder2,
+        }
+        if missing := [f"--{name}" for name, path in paths.items() if path is None]:
+            raise UserError(f"--sample_prompts needs {', '.join(missing)}, or leave it out.")
+
+    @property
+    def scheduled(self) -> list[str]:
+        """The flags that say when samples are made."""
+        return [name for name in SCHEDULE_FLAGS if getattr(self, name)]
+
+    @property
+    def folder(self) -> Path:
+        """Where samples go."""
+        return Path(self.output_dir) / FOLDER
+
+    def without_effect(self) -> list[str]:
+        """A sentence on prompts that nothing asks for."""
+        if self.sample_prompts is None or self.scheduled:
+            return []
+        return [f"--sample_prompts has no effect without {' or '.join(f'--{name}' for name in SCHEDULE_FLAGS)}."]
+
+    def due(self, step: int, epoch: int, epoch_ended: bool = False) -> str | None:
+        """The epoch or step for the names of the samples to make after ``step`` optimiser steps; None for no samples.
+
+        Args:
+            step: 0 is the beginning of a training that is not resumed.
+            epoch: the current epoch, from 1.
+            epoch_ended: whether ``step`` was its last.
+        """
+        if self.sample_prompts is None:
+            return None
+        if step == 0:
+            return f"{step:06d}" if self.sample_at_first else None
+        if epoch_ended and self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0:
+            return f"e{epoch:06d}"
+        return f"{step:06d}" if self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0 else None
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt and its text as the transformer takes it, on the CPU."""
+    """A prompt and its text as the transformer takes it, on the CPU.
 
+    Attributes:
+        index: place of the prompt in its file, from 0.
+    """
+
+    index: int
     prompt: SamplePrompt
     text: TextConditions
+
+    def __str__(self) -> str:
+        return f"{self.index:02d} ({self.prompt.where}: {shortened(self.prompt.prompt)})"
 
 
 @dataclass(frozen=True)
@@ -64,7 +131,7 @@ class SavedSample:
 
     Attributes:
         index: place of the prompt in its file, from 0.
-        seed: of the noise; drawn where the prompt has none.
+        seed: of the noise; random where the prompt has none.
     """
 
     path: Path
@@ -73,58 +140,26 @@ class SavedSample:
     seed: int
 
 
-def check_samples(args: argparse.Namespace) -> list[SamplePrompt]:
-    """The prompts to draw, none where no samples are asked for, once everything they need has been looked at.
+def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
+    """The prompts to sample, none where nothing asks for them. Reads the headers of the VAE and the text encoders.
 
     Raises:
-        UserError: a flag that is missing or has no effect without another, a file that is missing or not what its flag expects,
-            or a prompt that cannot be drawn.
+        UserError: a file that is missing or not what its flag expects, or a prompt that cannot be sampled.
     """
-    scheduled = [f"--{name}" for name in SCHEDULE_FLAGS if getattr(args, name)]
-    if args.sample_prompts is None:
-        if scheduled:
-            raise UserError(f"{scheduled[0]} needs --sample_prompts, a file with the prompts to draw.")
+    if settings.sample_prompts is None:
         return []
-    prompts = read_sample_prompts(args.sample_prompts)
-    missing = [f"--{name}" for name in ("vae", "text_encoder1", "text_encoder2") if getattr(args, name) is None]
-    if missing:
-        raise UserError(f"--sample_prompts needs {', '.join(missing)} to draw samples, or leave it out.")
-    for name in ("vae_dtype", "text_encoder_dtype"):
-        if getattr(args, name) is not None:
-            parse_dtype(getattr(args, name), f"--{name}")
-    check_vae_options(args.vae, tile_size=vae_tile_size(args))
-    hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
-    longest = _stem(args.output_name, f"e{0:06d}", len(prompts) - 1, 2**32 - 1)
+    prompts = read_sample_prompts(settings.sample_prompts)
+    check_vae_options(settings.vae_settings.vae)
+    hunyuan_model.check_text_encoder_files(settings.text_settings.text_encoder1, settings.text_settings.text_encoder2)
+    longest = _stem(settings.output_name, f"e{0:06d}", len(prompts) - 1, 2**32 - 1)
     if len(os.fsencode(longest)) + len(".png") > MAX_NAME_BYTES:
         raise UserError(f"--output_name is too long for the names of samples, which have at most {MAX_NAME_BYTES} bytes.")
-    require_writable_folder(Path(args.output_dir) / FOLDER, f"the folder {FOLDER} of --output_dir,")
-    if not scheduled:
-        logger.warning("--sample_prompts has no effect without --%s or --%s or --%s.", *SCHEDULE_FLAGS)
-        return []
-    return prompts
-
-
-def samples_due(args: argparse.Namespace, step: int, epoch: int, epoch_ended: bool = False) -> bool:
-    """Whether samples are drawn after ``step`` optimiser steps; step 0 is the beginning of a training that is not resumed.
-
-    Args:
-        epoch: the current epoch, from 1.
-        epoch_ended: whether ``step`` was its last.
-    """
-    if args.sample_prompts is None:
-        return False
-    if step == 0:
-        return bool(args.sample_at_first)
-    by_steps = args.sample_every_n_steps is not None and step % args.sample_every_n_steps == 0
-    return by_steps or _due_by_epoch(args, epoch, epoch_ended)
-
-
-def _due_by_epoch(args: argparse.Namespace, epoch: int, epoch_ended: bool) -> bool:
-    return epoch_ended and args.sample_every_n_epochs is not None and epoch % args.sample_every_n_epochs == 0
+    require_writable_folder(settings.folder, f"the folder {FOLDER} of --output_dir,")
+    return prompts if settings.scheduled else []
 
 
 def prepare_samples(
-    args: argparse.Namespace, prompts: Sequence[SamplePrompt], accelerator: Accelerator, config: TransformerConfig
+    settings: SampleSettings, prompts: Sequence[SamplePrompt], accelerator: Accelerator, config: TransformerConfig
 ) -> TrainingSamples:
     """Encode the prompts on the main process, before the transformer is loaded; the text encoders are gone afterwards.
 
@@ -132,7 +167,7 @@ def prepare_samples(
 
     Args:
         prompts: from ``check_samples``.
-        config: of the transformer that will draw.
+        config: of the transformer.
 
     Raises:
         UserError: as the loading of text encoders; or they do not belong to the transformer, or memory does not suffice.
@@ -141,12 +176,12 @@ def prepare_samples(
     if prompts and accelerator.is_main_process:
         device = accelerator.device
         with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], text_encoder_settings(args, device), device)
-        encoded = [EncodedPrompt(prompt, text) for prompt, text in zip(prompts, texts)]
-        _require_widths(encoded[0].text, config)
+            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], settings.text_settings, device)
+        encoded = [EncodedPrompt(index, prompt, text) for index, (prompt, text) in enumerate(zip(prompts, texts))]
+        _require_widths(texts[0], config)
     if prompts:
         accelerator.wait_for_everyone()
-    return TrainingSamples(args, accelerator, encoded)
+    return TrainingSamples(settings, accelerator, encoded)
 
 
 def _require_widths(text: TextConditions, config: TransformerConfig) -> None:
@@ -160,14 +195,14 @@ def _require_widths(text: TextConditions, config: TransformerConfig) -> None:
 
 @dataclass
 class TrainingSamples:
-    """The encoded prompts of a training, and when they were drawn last."""
+    """The encoded prompts of a training, and the step they were sampled at last."""
 
-    args: argparse.Namespace
+    settings: SampleSettings
     accelerator: Accelerator
     prompts: Sequence[EncodedPrompt]
-    drawn_at: int | None = None
+    sampled_at: int | None = None
 
-    def draw_if_due(
+    def sample_if_due(
         self,
         transformer: nn.Module,
         network: nn.Module,
@@ -179,192 +214,158 @@ class TrainingSamples:
         epoch_ended: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[SavedSample]:
-        """Draw every prompt if ``samples_due`` says so and this step has not been drawn.
+        """Sample every prompt if ``SampleSettings.due`` and not done at this step already.
 
-        Every process calls this at the same steps; the main one draws and the others wait for it.
+        Every process calls this at the same steps; the main one samples and the others wait for it.
 
         Args:
             dtype: what the transformer computes in while training.
-            stop: asked between sampling steps; once it says True the samples are given up, as training is to end.
+            stop: asked between sampling steps; once it is True the rest is given up, as training is to end.
 
         Returns:
-            What was written, on the main process. What failed is missing here, and was told in a warning.
+            What was written, on the main process. What failed is missing here, and was logged as a warning.
         """
-        if step == self.drawn_at or not samples_due(self.args, step, epoch, epoch_ended):
+        name = self.settings.due(step, epoch, epoch_ended)
+        if name is None or step == self.sampled_at:
             return []
-        self.drawn_at = step
-        drawn: list[SavedSample] = []
+        self.sampled_at = step
+        saved: list[SavedSample] = []
         if self.accelerator.is_main_process:
-            place = f"e{epoch:06d}" if step and _due_by_epoch(self.args, epoch, epoch_ended) else f"{step:06d}"
-            drawing = Drawing(self.args, self.accelerator, transformer, dtype, place, step, stop)
+            sample_round = SampleRound(self.settings, self.accelerator, transformer, dtype, name, step, stop)
             with paused_training(transformer, network, optimizer, self.accelerator.device):
-                drawn = draw_samples(drawing, self.prompts)
+                saved = sample_round.run(self.prompts)
         self.accelerator.wait_for_everyone()
-        return drawn
+        return saved
+
+
+class _Stopped(Exception):
+    """Training is to end: the rest of the round is given up."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """One round of samples: what draws them, and how they are called.
+class SampleRound:
+    """One round of samples. A prompt that fails, for want of memory or disk space say, is a warning and is left out.
 
     Attributes:
         transformer: with the network as it is now.
         dtype: what the transformer computes in.
-        place: the epoch or step as file names have it.
+        name: the epoch or step in the names of files.
         step: optimiser steps done, for the metadata.
-        stop: once it says True the round is given up.
+        stop: once it is True the round is given up.
     """
 
-    args: argparse.Namespace
+    settings: SampleSettings
     accelerator: Accelerator
     transformer: nn.Module
     dtype: torch.dtype
-    place: str
+    name: str
     step: int
     stop: Callable[[], bool] = lambda: False
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    def run(self, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
+        """First the latents of all prompts; then the VAE is loaded, decodes them and goes. Call it under ``paused_training``."""
+        started = time.monotonic()
+        saved: list[SavedSample] = []
+        try:
+            if sampled := self._sample_all(prompts):
+                for sample in self._save_all(sampled):
+                    saved.append(sample)
+                    logger.info("saved %s", sample.path)
+        except _Stopped:
+            logger.info("the rest of the samples is given up: training is to end.")
+        free_memory(self.accelerator.device)
+        logger.info("%d of %d samples in %.1f s", len(saved), len(prompts), time.monotonic() - started)
+        return saved
 
-    def give_up_if_asked(self) -> None:
-        if self.stop():
-            raise _StopAskedFor
+    def _sample_all(self, prompts: Sequence[EncodedPrompt]) -> list[tuple[EncodedPrompt, int, Tensor]]:
+        """(prompt, seed, latents (1, 16, F, H, W) on the CPU) of every prompt that did not fail."""
+        sampled = []
+        steps = sum(entry.prompt.sample_steps for entry in prompts)
+        with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
+            for entry in prompts:
+                seed = random_seed() if entry.prompt.seed is None else entry.prompt.seed
+                latents = self._or_warn(f"sample {entry} was not made", self._sample, entry, seed, progress)
+                if latents is not None:
+                    sampled.append((entry, seed, latents))
+        return sampled
 
+    def _sample(self, entry: EncodedPrompt, seed: int, progress: ProgressBar) -> Tensor:
+        def advance(_: int) -> None:
+            progress.update()
+            self._stop_if_asked()
 
-def draw_samples(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
-    """Draw every prompt and write the pictures and videos into the folder of samples. Call it under ``paused_training``.
+        prompt = entry.prompt
+        size = latent_size(prompt.height, prompt.width, prompt.frame_count)
+        with self.accelerator.autocast():  # as in training
+            latents = sample_latents(
+                self.transformer,
+                initial_noise(size, torch.Generator().manual_seed(seed)),
+                *entry.text,
+                sigmas=flow_sigmas(prompt.sample_steps, prompt.discrete_flow_shift),
+                guidance_scale=prompt.guidance_scale,
+                device=self.accelerator.device,
+                dtype=self.dtype,
+                on_step=advance,
+            )
+        if not torch.isfinite(latents).all():
+            raise UserError("the network gives NaN or infinity")
+        return latents.cpu()
 
-    First the latents of all, then the VAE is loaded, decodes them and goes. A prompt that fails, for want of memory or disk
-    space say, is a warning and is left out.
-    """
-    started = time.monotonic()
-    drawn: list[SavedSample] = []
-    try:
-        sampled = _sample_all(drawing, prompts)
-        if sampled:
-            _write_all(drawing, sampled, drawn)
-    except _StopAskedFor:
-        logger.info("the samples are given up: training is to end.")
-    free_memory(drawing.device)
-    logger.info("%d of %d samples in %.1f s", len(drawn), len(prompts), time.monotonic() - started)
-    return drawn
+    def _save_all(self, sampled: Sequence[tuple[EncodedPrompt, int, Tensor]]) -> Iterator[SavedSample]:
+        """Load the VAE, decode and write. What failed is left out; the VAE is gone afterwards."""
+        fit = self._or_warn("no sample was written, as --vae failed", self._load_vae)
+        if fit is None:
+            return
+        for entry, seed, latents in sampled:
+            self._stop_if_asked()
+            path = self._or_warn(f"sample {entry} was not written", self._decode_and_save, fit, entry, seed, latents)
+            if path is not None:
+                yield SavedSample(path, entry.index, entry.prompt, seed)
 
+    def _load_vae(self) -> VAEFit:
+        settings = self.settings.vae_settings
+        vae = hunyuan_model.load_vae(settings.vae, device=self.accelerator.device, dtype=settings.vae_dtype)
+        return VAEFit(vae, settings, encode=False)
 
-def _sample_all(drawing: Drawing, prompts: Sequence[EncodedPrompt]) -> list[tuple[int, EncodedPrompt, int, Tensor]]:
-    """(index, prompt, seed, latents (1, 16, F, H, W) on the CPU) of every prompt that did not fail."""
-    sampled = []
-    with ProgressBar(
-        total=sum(entry.prompt.sample_steps for entry in prompts), desc="samples", unit="step", leave=False
-    ) as progress:
-        for index, entry in enumerate(prompts):
-            seed = random_seed() if entry.prompt.seed is None else entry.prompt.seed
-            failed = f"sample {_called(index, entry.prompt)} was not drawn"
-            latents = _or_warn(failed, drawing, _sample, drawing, entry, seed, progress)
-            if latents is not None:
-                sampled.append((index, entry, seed, latents))
-    return sampled
-
-
-def _sample(drawing: Drawing, entry: EncodedPrompt, seed: int, progress: ProgressBar) -> Tensor:
-    def advance(_: int) -> None:
-        progress.update()
-        drawing.give_up_if_asked()
-
-    prompt = entry.prompt
-    size = latent_size(prompt.height, prompt.width, prompt.frame_count)
-    with drawing.accelerator.autocast():  # as in training
-        latents = sample_latents(
-            drawing.transformer,
-            initial_noise(size, torch.Generator().manual_seed(seed)),
-            *entry.text,
-            sigmas=flow_sigmas(prompt.sample_steps, prompt.discrete_flow_shift),
-            guidance_scale=prompt.guidance_scale,
-            device=drawing.device,
-            dtype=drawing.dtype,
-            on_step=advance,
-        )
-    if not torch.isfinite(latents).all():
-        raise UserError("the network gives NaN or infinity")
-    return latents.cpu()
-
-
-def _write_all(drawing: Drawing, sampled: Sequence[tuple[int, EncodedPrompt, int, Tensor]], drawn: list[SavedSample]) -> None:
-    """Load the VAE, decode and write, and add to ``drawn`` what did not fail. The VAE is gone afterwards."""
-    vae = _or_warn("no sample was written, as --vae failed", drawing, _load_vae, drawing)
-    if vae is None:
-        return
-    fit = None if vae_settings_given(drawing.args) else VAEFit(vae, encode=False)
-    for index, entry, seed, latents in sampled:
-        drawing.give_up_if_asked()
-        failed = f"sample {_called(index, entry.prompt)} was not written"
-        path = _or_warn(failed, drawing, _decode_and_write, drawing, vae, fit, index, entry.prompt, seed, latents)
-        if path is not None:
-            logger.info("saved %s", path)
-            drawn.append(SavedSample(path, index, entry.prompt, seed))
-
-
-def _load_vae(drawing: Drawing) -> nn.Module:
-    args = drawing.args
-    dtype = choose_dtype(args.vae_dtype, "--vae_dtype", drawing.device, torch.float16)
-    vae = hunyuan_model.load_vae(args.vae, device=drawing.device, dtype=dtype)
-    configure_vae(vae, chunk_size=args.vae_chunk_size, tile_size=vae_tile_size(args))
-    return vae
-
-
-def _decode_and_write(
-    drawing: Drawing, vae: nn.Module, fit: VAEFit | None, index: int, prompt: SamplePrompt, seed: int, latents: Tensor
-) -> Path:
-    if fit is not None:
+    def _decode_and_save(self, fit: VAEFit, entry: EncodedPrompt, seed: int, latents: Tensor) -> Path:
         fit.fit(Clip.of_latents(latents))
-    dtype = next(vae.parameters()).dtype
-    frames = decode_latents(vae, latents, device=drawing.device, dtype=dtype)[0].numpy()  # (T, H, W, 3)
-    args, folder = drawing.args, Path(drawing.args.output_dir) / FOLDER
-    settings = {} if args.no_metadata else sample_settings(prompt, seed, drawing.step)
-    stem = unused_stem(folder, _stem(args.output_name, drawing.place, index, seed), endings=(".png", ".mp4"))
-    if len(frames) == 1:
-        path = folder / f"{stem}.png"
-        save_picture(path, frames[0], settings)
-    else:
-        path = folder / f"{stem}.mp4"
-        save_video(path, frames, FPS, settings)
-    return path
+        frames = decode_latents(fit.vae, latents, device=self.accelerator.device, dtype=fit.dtype)[0].numpy()  # (T, H, W, 3)
+        metadata = {} if self.settings.no_metadata else sample_metadata(entry.prompt, seed, self.step)
+        folder, stem = self.settings.folder, _stem(self.settings.output_name, self.name, entry.index, seed)
+        stem = unused_stem(folder, stem, endings=(".png", ".mp4"))
+        if len(frames) == 1:
+            path = folder / f"{stem}.png"
+            save_picture(path, frames[0], metadata)
+        else:
+            path = folder / f"{stem}.mp4"
+            save_video(path, frames, FPS, metadata)
+        return path
+
+    def _stop_if_asked(self) -> None:
+        if self.stop():
+            raise _Stopped
+
+    def _or_warn(self, failed: str, function: Callable[..., Result], *arguments: object) -> Result | None:
+        """What ``function`` returns; where it fails, a warning and None: training is worth more than its samples."""
+        try:
+            return function(*arguments)
+        except _Stopped:
+            raise
+        except torch.OutOfMemoryError:
+            lighter = self.settings.vae_settings.lighter_flags
+            advice = f"Make it smaller or shorter{', or give ' if lighter else ''}{lighter}."
+            logger.warning("%s: out of memory; training goes on. %s", failed, advice)
+        except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
+            logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
+        free_memory(self.accelerator.device)  # the error is gone by now, and with it what its frames held
+        return None
 
 
-def sample_settings(prompt: SamplePrompt, seed: int, step: int) -> dict[str, str]:
-    """What made a sample, for the metadata of its file."""
-    return {
-        "prompt": prompt.prompt,
-        "seed": str(seed),
-        "width": str(prompt.width),
-        "height": str(prompt.height),
-        "frame_count": str(prompt.frame_count),
-        "sample_steps": str(prompt.sample_steps),
-        "guidance_scale": f"{prompt.guidance_scale:g}",
-        "discrete_flow_shift": f"{prompt.discrete_flow_shift:g}",
-        "training_steps": str(step),
-    }
+def sample_metadata(prompt: SamplePrompt, seed: int, step: int) -> dict[str, str]:
+    """What made a sample, for its file."""
+    values = asdict(prompt) | {"seed": seed, "training_steps": step}
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items() if name != "where"}
 
 
 def _stem(name: str, place: str, index: int, seed: int) -> str:
     return f"{name}_{place}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}_{seed}"
-
-
-def _called(index: int, prompt: SamplePrompt) -> str:
-    return f"{index:02d} ({prompt.where}: {shortened(prompt.prompt)})"
-
-
-def _or_warn(failed: str, drawing: Drawing, function: Callable[..., Result], *arguments: object) -> Result | None:
-    """What ``function`` returns; where it fails, a warning and None: training is worth more than its samples."""
-    try:
-        return function(*arguments)
-    except _StopAskedFor:
-        raise
-    except torch.OutOfMemoryError:
-        lighter = next_vae_settings(drawing.args)
-        advice = f"Make it smaller or shorter{', or give ' if lighter else ''}{lighter}."
-        logger.warning("%s: out of memory; training goes on. %s", failed, advice)
-    except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
-        logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
-    free_memory(drawing.device)  # the error is gone by now, and with it what its frames held
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 from dataclasses import replace
@@ -21,27 +20,28 @@ from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpo
 from networks.lora import create_network
 from networks.training.arguments import build_training_parser
 from networks.training.samples import sampling as training_samples
-from networks.training.samples.sampling import check_samples, prepare_samples, samples_due
+from networks.training.samples.arguments import sample_settings
+from networks.training.samples.sampling import SampleSettings, check_samples, prepare_samples
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
 PROMPTS = "a red ball --w 48 --h 32 --d 7 --s 2\na blue cube --w 32 --h 32 --f 5 --s 2 --g 1 --fs 3\n"
 
 
-def parsed(*flags: object) -> argparse.Namespace:
-    return build_training_parser().parse_args([str(flag) for flag in flags])
+def parsed(*flags: object) -> SampleSettings:
+    return sample_settings(build_training_parser().parse_args([str(flag) for flag in flags]), CPU)
 
 
 @pytest.fixture
-def sampling_args(tiny_model, tmp_path):
-    """``sampling_args(*flags)``: the flags of a training that draws two prompts every second step."""
+def sampling(tiny_model, tmp_path):
+    """``sampling(*flags)``: the flags of a training that draws two prompts every second step."""
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
 
-    def arguments(*flags: object) -> argparse.Namespace:
+    def arguments(*flags: object) -> SampleSettings:
         encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
         output = ("--output_dir", tmp_path / "out", "--output_name", "lora")
-        sampling = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2, "--vae", tiny_model.vae)
-        return parsed("--dit", tiny_model.dit, *sampling, *encoders, *output, *flags)
+        prompts = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2, "--vae", tiny_model.vae)
+        return parsed("--dit", tiny_model.dit, *prompts, *encoders, *output, *flags)
 
     return arguments
 
@@ -104,11 +104,11 @@ class TinyTraining:
         self.optimizer.zero_grad()
         self.losses.append(loss.item())
 
-    def samples(self, args: argparse.Namespace) -> training_samples.TrainingSamples:
-        return prepare_samples(args, check_samples(args), self.accelerator, self.transformer.config)
+    def samples(self, settings: SampleSettings) -> training_samples.TrainingSamples:
+        return prepare_samples(settings, check_samples(settings), self.accelerator, self.transformer.config)
 
-    def draw(self, samples: training_samples.TrainingSamples, step: int = 2, **options: object):
-        return samples.draw_if_due(self.transformer, self.network, self.optimizer, torch.float32, step=step, epoch=1, **options)
+    def sample(self, samples: training_samples.TrainingSamples, step: int = 2, **options: object):
+        return samples.sample_if_due(self.transformer, self.network, self.optimizer, torch.float32, step=step, epoch=1, **options)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
@@ -128,16 +128,16 @@ def states_of(training: TinyTraining) -> tuple:
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, Averaging])
-def test_training_does_not_feel_samples(sampling_args, tiny_model, optimizer_class):
+def test_training_does_not_feel_samples(sampling, tiny_model, optimizer_class):
     plain = TinyTraining(tiny_model.dit, optimizer_class)
     for _ in range(4):
         plain.step()
     sampled = TinyTraining(tiny_model.dit, optimizer_class)
-    samples = sampled.samples(sampling_args("--sample_at_first"))
+    samples = sampled.samples(sampling("--sample_at_first"))
     for step in range(5):
         before = states_of(sampled)
         weights = sampled.state()
-        drawn = sampled.draw(samples, step)
+        drawn = sampled.sample(samples, step)
         assert len(drawn) == (2 if step % 2 == 0 else 0)
         assert states_of(sampled) == before
         assert all(torch.equal(weights[name], tensor) for name, tensor in sampled.state().items())
@@ -148,11 +148,11 @@ def test_training_does_not_feel_samples(sampling_args, tiny_model, optimizer_cla
     assert all(torch.equal(after[name], tensor) for name, tensor in plain.state().items())
 
 
-def test_what_is_written(sampling_args, tiny_model, tmp_path, caplog):
+def test_what_is_written(sampling, tiny_model, tmp_path, caplog):
     training = TinyTraining(tiny_model.dit)
-    samples = training.samples(sampling_args())
+    samples = training.samples(sampling())
     with caplog.at_level(logging.INFO):
-        picture, clip = training.draw(samples)
+        picture, clip = training.sample(samples)
     folder = tmp_path / "out" / "sample"
     assert sorted(folder.iterdir()) == [picture.path, clip.path]
     assert picture.path.match("lora_000002_00_*_7.png") and clip.path.match(f"lora_000002_01_*_{clip.seed}.mp4")
@@ -167,29 +167,29 @@ def test_what_is_written(sampling_args, tiny_model, tmp_path, caplog):
     assert "2 of 2 samples in" in caplog.text
 
 
-def test_names_of_epochs_and_of_a_second_round(sampling_args, tiny_model, monkeypatch):
+def test_names_of_epochs_and_of_a_second_round(sampling, tiny_model, monkeypatch):
     monkeypatch.setattr(training_samples.time, "strftime", lambda *_: "20250101120000")
     training = TinyTraining(tiny_model.dit)
-    args = sampling_args("--sample_every_n_epochs", 1, "--no_metadata")
+    args = sampling("--sample_every_n_epochs", 1, "--no_metadata")
     (Path(args.sample_prompts)).write_text("a ball --w 32 --h 32 --s 1 --d 5", encoding="utf-8")
     samples = training.samples(args)
-    names = [sample.path.name for sample in training.draw(samples, 2, epoch_ended=True)]
+    names = [sample.path.name for sample in training.sample(samples, 2, epoch_ended=True)]
     assert names == ["lora_e000001_00_20250101120000_5.png"]
-    assert training.draw(samples, 2) == [], "the same step is not drawn twice"
-    samples.drawn_at = None
-    (again,) = training.draw(samples, 2, epoch_ended=True)
+    assert training.sample(samples, 2) == [], "the same step is not sampled twice"
+    samples.sampled_at = None
+    (again,) = training.sample(samples, 2, epoch_ended=True)
     assert again.path.name == "lora_e000001_00_20250101120000_5-2.png", "nothing is overwritten"
     with Image.open(again.path) as file:
         assert not file.text
 
 
-def test_a_sample_is_what_generation_draws_with_the_same_network(sampling_args, tiny_model, call_script, tmp_path):
+def test_a_sample_is_what_generation_draws_with_the_same_network(sampling, tiny_model, call_script, tmp_path):
     training = TinyTraining(tiny_model.dit)
     for _ in range(2):
         training.step()
     lora = tmp_path / "lora.safetensors"
     training.network.save_weights(lora, torch.float32, None)
-    picture, _ = training.draw(training.samples(sampling_args()))
+    picture, _ = training.sample(training.samples(sampling()))
     encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
     models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae, *encoders, "--prompt", "a red ball", "--seed", 7)
     size = ("--video_size", 32, 48, "--video_length", 1, "--infer_steps", 2, "--flow_shift", 14.5, "--output_type", "images")
@@ -212,7 +212,7 @@ class TestFailures:
         samples = training.samples(args)
         before = states_of(training)
         with caplog.at_level(logging.WARNING):
-            drawn = training.draw(samples)
+            drawn = training.sample(samples)
         assert states_of(training) == before
         training.step()
         return drawn, [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -228,7 +228,7 @@ class TestFailures:
             (MemoryError(), "MemoryError; training goes on"),
         ],
     )
-    def test_a_prompt_that_cannot_be_drawn(self, training, sampling_args, caplog, monkeypatch, error, says):
+    def test_a_prompt_that_cannot_be_drawn(self, training, sampling, caplog, monkeypatch, error, says):
         plain, calls = training_samples.sample_latents, []
 
         def first_fails(*args, **kwargs):
@@ -239,73 +239,73 @@ class TestFailures:
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(training_samples, "sample_latents", first_fails)
-        drawn, warnings = self.drawn(training, sampling_args(), caplog)
+        drawn, warnings = self.drawn(training, sampling(), caplog)
         assert [sample.index for sample in drawn] == [1]
         (warning,) = warnings
-        assert says in warning and "line 1: 'a red ball'" in warning and "was not drawn" in warning and "\n" not in warning
+        assert says in warning and "line 1: 'a red ball'" in warning and "was not made" in warning and "\n" not in warning
 
-    def test_a_network_that_gives_nan(self, training, sampling_args, caplog):
+    def test_a_network_that_gives_nan(self, training, sampling, caplog):
         with torch.no_grad():
             next(training.network.loras()).lora_up.weight.fill_(torch.nan)
-        drawn, warnings = self.drawn(training, sampling_args(), caplog)
+        drawn, warnings = self.drawn(training, sampling(), caplog)
         assert drawn == [] and len(warnings) == 2 and all("NaN" in warning for warning in warnings)
-        assert not list(Path(sampling_args().output_dir).rglob("*.*"))
+        assert not list(Path(sampling().output_dir).rglob("*.*"))
 
-    def test_a_vae_that_is_gone(self, training, sampling_args, caplog, monkeypatch):
+    def test_a_vae_that_is_gone(self, training, sampling, caplog, monkeypatch):
         def gone(*_args, **_kwargs):
             raise UserError("--vae not found: it does not exist.")
 
         monkeypatch.setattr(hunyuan_model, "load_vae", gone, raising=False)
-        drawn, (warning,) = self.drawn(training, sampling_args(), caplog)
+        drawn, (warning,) = self.drawn(training, sampling(), caplog)
         assert drawn == [] and "no sample was written" in warning and "does not exist; training goes on" in warning
 
-    def test_a_disk_that_is_full(self, training, sampling_args, caplog, monkeypatch):
+    def test_a_disk_that_is_full(self, training, sampling, caplog, monkeypatch):
         def full(*_args):
             raise UserError("cannot write it: No space left on device. Check the folder and the free disk space.")
 
         monkeypatch.setattr(training_samples, "save_picture", full)
-        (clip,), (warning,) = self.drawn(training, sampling_args(), caplog)
+        (clip,), (warning,) = self.drawn(training, sampling(), caplog)
         assert clip.index == 1 and "No space left" in warning and "a red ball" in warning
 
-    def test_a_folder_that_is_in_the_way(self, training, sampling_args, caplog):
-        args = sampling_args()
+    def test_a_folder_that_is_in_the_way(self, training, sampling, caplog):
+        args = sampling()
         samples = training.samples(args)
         Path(args.output_dir).mkdir()
         (Path(args.output_dir) / "sample").write_text("in the way", encoding="utf-8")
         with caplog.at_level(logging.WARNING):
-            assert training.draw(samples) == []
+            assert training.sample(samples) == []
         assert caplog.text.count("training goes on") == 2
 
-    def test_a_stop_that_is_asked_for_gives_the_samples_up(self, training, sampling_args):
-        samples, asked = training.samples(sampling_args()), []
+    def test_a_stop_that_is_asked_for_gives_the_samples_up(self, training, sampling):
+        samples, asked = training.samples(sampling()), []
 
         def stop() -> bool:
             asked.append(1)
             return len(asked) == 3  # in the middle of the second prompt
 
         before = states_of(training)
-        assert training.draw(samples, stop=stop) == []
+        assert training.sample(samples, stop=stop) == []
         assert len(asked) == 3 and states_of(training) == before
 
-    def test_an_interruption_leaves_training_as_it_was(self, training, sampling_args, monkeypatch):
-        samples, before = training.samples(sampling_args()), states_of(training)
+    def test_an_interruption_leaves_training_as_it_was(self, training, sampling, monkeypatch):
+        samples, before = training.samples(sampling()), states_of(training)
 
         def interrupted(*_args, **_kwargs):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(training_samples, "sample_latents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            training.draw(samples)
+            training.sample(samples)
         assert states_of(training) == before
 
 
-def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(sampling_args, tiny_model, monkeypatch):
-    training, args = TinyTraining(tiny_model.dit), sampling_args()
+def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(sampling, tiny_model, monkeypatch):
+    training, args = TinyTraining(tiny_model.dit), sampling()
     before = states_of(training)
     samples = training.samples(args)
     assert states_of(training) == before
     monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded again"), raising=False)
-    assert len(training.draw(samples, 2)) == 2 and len(training.draw(samples, 4)) == 2
+    assert len(training.sample(samples, 2)) == 2 and len(training.sample(samples, 4)) == 2
     load = {"device": CPU, "dtype": torch.float32}
     states, mask = hunyuan_model.load_text_encoder_1(tiny_model.text_encoder1, **load).encode(["a red ball"])
     pooled = hunyuan_model.load_text_encoder_2(tiny_model.text_encoder2, **load).encode(["a red ball"])
@@ -313,60 +313,51 @@ def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(s
         torch.testing.assert_close(found, expected)
 
 
-def test_encoders_of_another_model_are_refused(sampling_args, tiny_model):
-    training, args = TinyTraining(tiny_model.dit), sampling_args()
+def test_encoders_of_another_model_are_refused(sampling, tiny_model):
+    training, args = TinyTraining(tiny_model.dit), sampling()
     training.transformer.config = replace(training.transformer.config, pooled_dim=768)
     with pytest.raises(UserError, match=r"--text_encoder2 gives vectors of 48 numbers, the transformer in --dit takes 768"):
         training.samples(args)
 
 
-def test_only_the_main_process_draws_and_all_wait(sampling_args, tiny_model, monkeypatch):
-    training, args = TinyTraining(tiny_model.dit), sampling_args()
+def test_only_the_main_process_draws_and_all_wait(sampling, tiny_model, monkeypatch):
+    training, args = TinyTraining(tiny_model.dit), sampling()
     waited = []
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _self: waited.append(1))
     monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded"), raising=False)
     samples = training.samples(args)
-    assert training.draw(samples, 1) == [] and len(waited) == 1
-    assert training.draw(samples, 2) == [] and len(waited) == 2
+    assert training.sample(samples, 1) == [] and len(waited) == 1
+    assert training.sample(samples, 2) == [] and len(waited) == 2
     assert not Path(args.output_dir).exists()
 
 
 @pytest.mark.slow
-def test_tiles_chunks_and_dtype_of_the_vae_are_those_of_the_flags(sampling_args, tiny_model, monkeypatch):
+def test_tiles_and_chunks_of_the_vae_are_those_of_the_flags(sampling, tiny_model, monkeypatch):
     seen = []
-    plain = training_samples.configure_vae
-    monkeypatch.setattr(training_samples, "configure_vae", lambda vae, **options: seen.append(options) or plain(vae, **options))
+    plain = training_samples.VAEFit
+    monkeypatch.setattr(training_samples, "VAEFit", lambda vae, made, **options: seen.append(made) or plain(vae, made, **options))
     training = TinyTraining(tiny_model.dit)
-    for flags in ((), ("--vae_tiling",), ("--vae_spatial_tile_sample_min_size", 32, "--vae_chunk_size", 8)):
-        assert len(training.draw(training.samples(sampling_args(*flags)))) == 2
-    assert seen == [
-        {"chunk_size": None, "tile_size": None},
-        {"chunk_size": None, "tile_size": 256},
-        {"chunk_size": 8, "tile_size": 32},
-    ]
+    settings = sampling("--vae_spatial_tile_sample_min_size", 32, "--vae_chunk_size", 8)
+    assert len(training.sample(training.samples(settings))) == 2 and seen == [settings.vae_settings]
 
 
 @pytest.mark.parametrize(
     ("flags", "due"),
     [
-        (("--sample_every_n_steps", 3), ["3", "6", "9", "12"]),
-        (("--sample_every_n_epochs", 2), ["8"]),
-        (("--sample_at_first",), ["0"]),
-        (("--sample_at_first", "--sample_every_n_steps", 5, "--sample_every_n_epochs", 1), ["0", "4", "5", "8", "10", "12"]),
-        ((), []),
+        (("--sample_every_n_steps", 6), ["000006", "000012"]),
+        (("--sample_every_n_epochs", 2, "--sample_every_n_steps", 99), ["e000002"]),
+        (
+            ("--sample_at_first", "--sample_every_n_steps", 5, "--sample_every_n_epochs", 1),
+            ["000000", "e000001", "000005", "e000002", "000010", "e000003"],
+        ),
     ],
 )
-def test_when_samples_are_due(flags, due):
+def test_when_samples_are_due(sampling, flags, due):
     """Three epochs of four steps."""
-    args = parsed("--sample_prompts", "p.txt", *flags)
-    found = [str(step) for step in range(13) if samples_due(args, step, max(1, -(-step // 4)), step > 0 and step % 4 == 0)]
-    assert found == due
-
-
-def test_nothing_is_due_without_prompts():
-    args = parsed("--sample_every_n_steps", 1)
-    assert not any(samples_due(args, step, 1, True) for step in range(4))
+    settings = sampling(*flags)
+    found = [settings.due(step, max(1, -(-step // 4)), step > 0 and step % 4 == 0) for step in range(13)]
+    assert [name for name in found if name] == due
 
 
 @pytest.fixture
@@ -376,51 +367,58 @@ def nothing_loads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("flags", "says"),
     [
-        ({"sample_prompts": None}, "--sample_every_n_steps needs --sample_prompts"),
-        ({"sample_prompts": None, "sample_every_n_steps": None, "sample_at_first": True}, "--sample_at_first needs"),
-        ({"vae": None}, "--sample_prompts needs --vae"),
-        ({"text_encoder1": None, "text_encoder2": None}, "needs --text_encoder1, --text_encoder2"),
-        ({"sample_prompts": "none.txt"}, "none.txt does not exist"),
-        ({"vae": "none.pt"}, "--vae"),
-        ({"text_encoder1": "nowhere"}, "--text_encoder1"),
-        ({"vae_dtype": "fp12"}, "--vae_dtype"),
-        ({"text_encoder_dtype": "fp12"}, "--text_encoder_dtype"),
-        ({"vae_spatial_tile_sample_min_size": 33}, "multiple of 32"),
-        ({"output_name": "x" * 205}, "--output_name is too long for the names of samples"),
+        (("--sample_prompts", "none.txt"), "none.txt does not exist"),
+        (("--vae", "none.pt"), "--vae"),
+        (("--text_encoder1", "nowhere"), "--text_encoder1"),
+        (("--vae_dtype", "fp12"), "--vae_dtype"),
+        (("--text_encoder_dtype", "fp12"), "--text_encoder_dtype"),
+        (("--vae_spatial_tile_sample_min_size", 33), "multiple of 32"),
+        (("--output_name", "x" * 205), "--output_name is too long for the names of samples"),
     ],
 )
-def test_flags_that_are_refused_before_anything_loads(sampling_args, nothing_loads, change, says):
-    args = sampling_args()
-    vars(args).update(change)
+def test_flags_that_are_refused_before_anything_loads(sampling, nothing_loads, flags, says):
     with pytest.raises(UserError) as error:
-        check_samples(args)
+        check_samples(sampling(*flags))
     assert says in str(error.value)
 
 
-def test_swapped_files_are_told_apart(sampling_args, tiny_model, nothing_loads):
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--sample_every_n_steps", 1), "--sample_every_n_steps needs --sample_prompts"),
+        (("--sample_at_first",), "--sample_at_first needs"),
+        (("--sample_prompts", "p.txt", "--text_encoder1", "a", "--text_encoder2", "b"), "--sample_prompts needs --vae,"),
+        (("--sample_prompts", "p.txt", "--vae", "a"), "needs --text_encoder1, --text_encoder2"),
+    ],
+)
+def test_flags_without_their_partners_are_refused(flags, says):
+    with pytest.raises(UserError) as error:
+        parsed(*flags)
+    assert says in str(error.value)
+
+
+def test_swapped_files_are_refused(sampling, tiny_model, nothing_loads):
     with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE"):
-        check_samples(sampling_args("--vae", tiny_model.dit))
+        check_samples(sampling("--vae", tiny_model.dit))
 
 
-def test_a_folder_that_cannot_be_written_is_told(sampling_args, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(sampling, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sample").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match="the folder sample of --output_dir"):
-        check_samples(sampling_args())
+        check_samples(sampling())
 
 
-def test_prompts_without_a_time_to_draw_them_are_a_warning(sampling_args, caplog):
-    args = sampling_args()
-    args.sample_every_n_steps = None
-    with caplog.at_level(logging.WARNING):
-        assert check_samples(args) == []
-    assert "--sample_prompts has no effect without --sample_at_first" in caplog.text
+def test_prompts_that_nothing_asks_for_have_no_effect(sampling):
+    settings = replace(sampling(), sample_every_n_steps=None)
+    assert check_samples(settings) == []
+    assert settings.without_effect()[0].startswith("--sample_prompts has no effect without --sample_at_first or")
 
 
 def test_a_training_without_samples_asks_for_nothing(tiny_model):
-    args = parsed("--dit", tiny_model.dit)
-    assert check_samples(args) == []
+    settings = parsed("--dit", tiny_model.dit)
+    assert check_samples(settings) == []
     training = TinyTraining(tiny_model.dit)
-    assert training.draw(training.samples(args), 2) == []
+    assert training.sample(training.samples(settings), 2) == []

@@ -67,11 +67,11 @@ def test_epochs_draw_too_and_nothing_is_drawn_twice(sampled, tmp_path: Path) -> 
 
 def test_the_last_step_draws_after_the_last_model_is_saved(sampled, tmp_path: Path, monkeypatch) -> None:
     seen = []
-    draw = training_samples.draw_samples
+    run = training_samples.SampleRound.run
     monkeypatch.setattr(
-        training_samples,
-        "draw_samples",
-        lambda *arguments: seen.append(sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))) or draw(*arguments),
+        training_samples.SampleRound,
+        "run",
+        lambda *arguments: seen.append(sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))) or run(*arguments),
     )
     sampled("--max_train_steps", 2, "--save_every_n_steps", 1, "--sample_every_n_steps", 1)
     step_1 = "lora-step00000001.safetensors"
@@ -126,4 +126,4 @@ def test_bad_samples_are_refused_before_anything_loads(train, tiny_model, tmp_pa
     assert ended.status == 2 and "--sample_prompts" in ended.stderr and "Traceback" not in ended.stderr
     AcceleratorState._reset_state(reset_partial_state=True)
     ended = train("--sample_prompts", tmp_path / "none.txt", "--sample_at_first")
-    assert ended.status == 2 and "none.txt" in ended.stderr
+    assert ended.status == 2 and "--sample_prompts needs --vae" in ended.stderr

@@ -19,7 +19,9 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
+from networks.training.optim.optimizers import OptimizerSettings, warn_of_low_learning_rate
 from networks.training.saving.disk_space import NetworkSize
+from utils.cli.settings import settings_from
 from utils.errors import UserError, first_line
 from utils.files import require_file
 from utils.key_values import parse_key_values
@@ -78,6 +80,8 @@ def check_model_and_network(args: argparse.Namespace) -> Planned:
                 f"--network_weights {args.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
                 "give it as --network_dim, or use --dim_from_weights."
             )
+    if not args.dim_from_weights:
+        warn_of_low_learning_rate(settings_from(OptimizerSettings, args), args.network_dim or DEFAULT_RANK, args.network_alpha)
     factors = [1.0] if options.loraplus_lr_ratio is None else [1.0, options.loraplus_lr_ratio]
     return Planned(config, [args.learning_rate * factor for factor in factors], _size(network), network)
 

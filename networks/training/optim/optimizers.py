@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,15 @@ from utils.errors import UserError, first_line
 from utils.key_values import literal_key_values, nearest_name
 from utils.named_classes import construct, import_class
 
+logger = logging.getLogger(__name__)
+
 # A name here, in lower case, is a name for --optimizer_type.
 NAMED = {
     "adamw": "torch.optim.AdamW",
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor",
 }
+LOW_LORA_RATE = 1e-6  # learning rate times alpha / rank
 SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimisers
 
 
@@ -36,6 +40,17 @@ class OptimizerSettings:
     optimizer_args: Sequence[str] = ()
     learning_rate: float = 2e-6
     max_grad_norm: float = 1.0
+
+
+def warn_of_low_learning_rate(settings: OptimizerSettings, rank: int, alpha: float) -> None:
+    """Warn of a LoRA that will hardly learn: its update is scaled by alpha / rank, which comes on top of the learning rate."""
+    scale = alpha / rank if alpha else 1.0  # alpha 0 means the rank
+    if settings.learning_rate * scale < LOW_LORA_RATE and not settings.optimizer_type.lower().endswith("adafactor"):
+        logger.warning(
+            "--learning_rate %g hardly changes a LoRA of rank %d with --network_alpha %g: its update is scaled by alpha / rank, "
+            "which is %.3g. Most LoRA are trained with --learning_rate between 1e-4 and 1e-3.",
+            *(settings.learning_rate, rank, alpha, scale),
+        )
 
 
 def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.optim.Optimizer:

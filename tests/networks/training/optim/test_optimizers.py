@@ -20,6 +20,7 @@ from networks.training.optim.optimizers import (
     picks_own_learning_rate,
     set_optimizer_mode,
     state_bytes_per_value,
+    warn_of_low_learning_rate,
 )
 from utils.errors import UserError
 from utils.key_values import literal_key_values, parse_key_values
@@ -207,3 +208,19 @@ def test_key_values_keep_text_and_read_literals():
     for word in ("novalue", "=1", " =1"):
         with pytest.raises(UserError, match="--flag takes words of the form key=value"):
             parse_key_values([word], "--flag")
+
+
+@pytest.mark.parametrize(
+    ("rate", "rank", "alpha", "warned"),
+    [(2e-6, 4, 1, True), (2e-6, 4, 0, False), (2e-6, 16, 16, False), (1e-4, 32, 1, False), (2e-5, 64, 1, True)],
+)
+def test_a_learning_rate_too_low_for_a_lora_is_warned_of(caplog, rate: float, rank: int, alpha: float, warned: bool) -> None:
+    warn_of_low_learning_rate(OptimizerSettings(learning_rate=rate), rank, alpha)
+    assert ("hardly changes a LoRA" in caplog.text) == warned
+
+
+def test_the_default_learning_rate_is_warned_of_once(train, caplog) -> None:
+    assert train("--max_train_steps", 1).status == 0
+    assert caplog.text.count("hardly changes a LoRA") == 1
+    caplog.clear()
+    assert train("--max_train_steps", 1, "--learning_rate", 1e-3).status == 0 and "hardly" not in caplog.text

@@ -1,4 +1,4 @@
-"""Pictures and videos as arrays: reading and probing files, and cutting clips out of videos.
+"""Reading and probing pictures and videos, and cutting clips out of videos. ``rgb.py`` makes RGB of what is decoded.
 
 A frame is an array (height, width, 3) of uint8 in RGB. Every size is (width, height).
 """
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from dataset.media.containers import missing_bytes
 from dataset.media.frame_rate import MODEL_FPS
 from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
+from dataset.media.rgb import MediaError, frame_to_rgb, picture_to_rgb, upright_size
 from utils.errors import UserError
 
 # compared with the suffix in lower case
@@ -38,26 +39,7 @@ IMAGE_PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillo
 # Nothing else is tried: readers of other formats start programs (Ghostscript for EPS), which no picture may do.
 IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JXL")
 
-# formats whose EXIF data are known once a file is open; the readers of others turn the picture while decoding
-ORIENTATION_IN_HEADER = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
-# what makes a picture upright, by the EXIF orientation
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SWAPPING_TURNS = frozenset(
-    {Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270}
-)
 LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
-
-
-class MediaError(UserError):
-    """A picture or video that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +53,13 @@ class VideoInfo:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB, upright.
-
-    Transparent parts become white. 16 bit greys are scaled to 8 bits, floating-point greys from 0..1 or 0..255. Of an
-    animation the first frame is read.
+    """The picture as (H, W, 3) uint8 RGB, see ``picture_to_rgb``. Of an animation the first frame is read.
 
     Raises:
         MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
     """
     with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
-        if image.format not in ORIENTATION_IN_HEADER:
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-        turn = TURNS.get(_orientation(image))
-        return _to_rgb(image if turn is None else image.transpose(turn), path)
+        return picture_to_rgb(image, path)
 
 
 def probe_image(path: Path) -> tuple[int, int]:
@@ -93,16 +69,10 @@ def probe_image(path: Path) -> tuple[int, int]:
         MediaError: as ``read_image``, as far as was read.
     """
     with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
-        if image.format in ORIENTATION_IN_HEADER:
-            width, height = image.size
-            return (height, width) if TURNS.get(_orientation(image)) in SWAPPING_TURNS else (width, height)
+        if (size := upright_size(image)) is not None:
+            return size
     height, width = read_image(path).shape[:2]
     return width, height
-
-
-def _orientation(image: Image.Image) -> int | None:
-    # the method of the base class: that of PNG decodes the whole picture to look for a tag behind it
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
 
 
 @functools.cache
@@ -115,29 +85,6 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = _grey_to_8_bits(np.asarray(image), is_float=image.mode == "F", path=path)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def _grey_to_8_bits(values: np.ndarray, is_float: bool, path: Path) -> np.ndarray:
-    """Greys of 16 bits (which Pillow may hold as 32 bit integers) or of floating point -> uint8."""
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= (255 if is_float else 65535)):  # false for NaN as well
-        raise MediaError(f"{path} holds values from {low:g} to {high:g}, which no rule maps to grey; save it with 8 or 16 bits.")
-    if is_float:
-        scale = 255 if high <= 1 else 1
-    else:
-        scale = 255 / 65535
-    return np.rint(values * scale).astype(np.uint8)
-
-
 def probe_video(path: Path) -> VideoInfo:
     """Size, stated number of frames and frame rate; decodes the first frame.
 
@@ -145,7 +92,7 @@ def probe_video(path: Path) -> VideoInfo:
         MediaError: as ``iterate_frames``.
     """
     for frame in _decoded_frames(path):
-        height, width = _upright(frame).shape[:2]
+        height, width = frame_to_rgb(frame).shape[:2]
         break
     with _reading(path, "video"), _open_video(path) as container:
         stream = container.streams.video[0]
@@ -189,7 +136,7 @@ def iterate_frames(path: Path) -> Iterator[np.ndarray]:
     Raises:
         MediaError: missing, not a video, cut short, without frames, or with a frame that cannot be decoded.
     """
-    return map(_upright, _decoded_frames(path))
+    return map(frame_to_rgb, _decoded_frames(path))
 
 
 def read_clip_windows(
@@ -224,7 +171,7 @@ def read_clip_windows(
             needed_until = max(needed_until, sum(not_started.popleft()))
         if count <= needed_until:
             if frame is not fitted_frame:
-                fitted_frame, fitted = frame, fit_to_bucket(_upright(frame), bucket)
+                fitted_frame, fitted = frame, fit_to_bucket(frame_to_rgb(frame), bucket)
             kept[count - 1] = fitted
         for window in by_end.get(count, ()):
             finished.add(window)
@@ -276,21 +223,6 @@ def _open_video(path: Path) -> av.container.InputContainer:
         container.close()
         raise MediaError(f"{path} holds no video stream.")
     return container
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, turned and mirrored as the display matrix in the file says (phones write one)."""
-    pixels = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return pixels
-    # x' = a x + c y, y' = b x + d y, with x to the right and y downwards, in 16.16 fixed point
-    a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels, flip_x, flip_y = pixels.transpose(1, 0, 2), c < 0, b < 0
-    else:
-        flip_x, flip_y = a < 0, d < 0
-    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
 
-MAX_CONSOLE_WIDTH = 1000  # more than any terminal has; every character of a drawing costs 40 bytes
+MAX_CONSOLE_WIDTH = 1000  # more than any terminal has; every character of a picture costs 40 bytes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,17 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     debug.add_argument(
         "--debug_mode",
         choices=("image", "video", "console"),
-        help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or draw in the "
+        help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or print in the "
         "terminal (console) (default: cache latents)",
     )
-    debug.add_argument("--console_width", type=int_up_to(MAX_CONSOLE_WIDTH), metavar="N", help="columns of a drawing (default: 80)")
+    debug.add_argument("--console_width", type=int_up_to(MAX_CONSOLE_WIDTH), metavar="N", help="columns of a picture (default: 80)")
     debug.add_argument(
         "--console_back",
         type=str.upper,
         choices=tuple(CONSOLE_BACKS),
-        help="draw in characters on a background of this colour (default: in half blocks, which cover it)",
+        help="characters on a background of this colour (default: in half blocks, which cover it)",
     )
-    debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="draw only the first N (default: all)")
+    debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="print only the first N (default: all)")
     return parser
 
 

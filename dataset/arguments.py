@@ -9,7 +9,7 @@ from utils.cli.arguments import positive_int
 
 
 def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, num_workers: str, skip_existing: str) -> None:
-    """--dataset_config and how a caching script goes through it; the texts say what the flags mean to that script."""
+    """--dataset_config and how a caching script goes through it. Args: help texts of that script."""
     group.add_argument("--dataset_config", metavar="TOML", required=True, help="dataset description, see dataset/dataset_config.md")
     group.add_argument("--batch_size", type=positive_int, metavar="N", help=batch_size)
     workers = max(1, (os.cpu_count() or 2) - 1)
@@ -27,5 +27,6 @@ def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, nu
     group.add_argument(
         "--remove_orphans",
         action="store_true",
-        help="delete the cache files that belong to no item any more, which are listed at the end (default: list them only)",
+        help="delete the orphans, cache files that belong to no item any more: latents or text encoder outputs, whichever this "
+        "script makes (default: list them)",
     )

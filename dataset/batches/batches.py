@@ -66,8 +66,8 @@ def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:
     """
     if all(dataset.prior_preservation for dataset in group.datasets):
         raise UserError(
-            f"{group.path}: every data set has prior_preservation = true, so there is nothing to learn; take it out of those that "
-            "show what is to be learnt."
+            f"{group.path}: every data set has prior_preservation = true, so there is nothing to learn; remove it from those "
+            "with the new concept."
         )
     return [_pair_caches(dataset, group.path) for dataset in group.datasets]
 
@@ -82,7 +82,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
             reason, remedy = f": for example, clips shorter than target_frames ({shortest})", "lower target_frames"
         raise UserError(
             f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ... "
-            f"If it has been run, the table at its end says why nothing was cached{reason}; "
+            f"If it has been run, the table at its end shows why nothing was cached{reason}; "
             f"then {remedy} or take the data set out."
         )
     without_text = sorted({stem for stem, _ in listing.latents if stem not in listing.texts})
@@ -108,9 +108,9 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
 
 
 def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[list[CachedGroup], list[CachedItem]]:
-    """Divide the items into those for training and those for measuring what it has learnt.
+    """Divide the items into those for training and those for validation.
 
-    All windows of a clip stay on one side. Nothing is held out of data sets for prior preservation, of which nothing is learnt.
+    All windows of a clip stay on one side. Nothing is held out of data sets for prior preservation.
     Of each other data set with at least two pictures or clips about ``share`` of them are
     held out, one at least; which ones depends on the seed alone.
 
@@ -126,8 +126,8 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
         held_out += [item for item in group.items if item.stem in chosen]
     if not held_out:
         raise UserError(
-            "--validation_split holds items out of training, but every data set that is learnt from has only one; leave it out, "
-            "or add some."
+            "--validation_split holds items out of training, but every data set without prior_preservation has only one; "
+            "leave it out, or add some."
         )
     return kept, held_out
 
@@ -151,8 +151,8 @@ def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width
         widths = read_text_widths(path)
         if widths != (text_width, pooled_width):
             raise UserError(
-                f"{path} holds text states {widths[0]} and {widths[1]} wide, but the model takes {text_width} and {pooled_width}. "
-                "It was made with other text encoders: delete it and run cache_text_encoder_outputs.py again."
+                f"{path} holds text states of widths {widths[0]} and {widths[1]}, but the model takes {text_width} and "
+                f"{pooled_width}. It was made with other text encoders: delete it and run cache_text_encoder_outputs.py again."
             )
 
 
@@ -242,7 +242,7 @@ class ShapeBatchSampler(Sampler[list[int]]):
         self.start = 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on each rank, whatever ``skip`` said."""
+        """Batches of a whole epoch on each rank, also after ``skip``."""
         batches = sum(-(-len(pool) // size) for pool, size in self.pools)
         return -(-batches // self.world_size)
 

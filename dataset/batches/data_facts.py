@@ -1,4 +1,4 @@
-"""What the metadata of a trained file says about its data."""
+"""Facts about the data, for the metadata of a trained file."""
 
 from __future__ import annotations
 

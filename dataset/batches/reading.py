@@ -33,8 +33,8 @@ def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserErro
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
-def _how_learnt(item: CachedItem) -> tuple[str, ...]:
-    """Nothing for most items, whose fingerprint stays that of older states."""
+def _target_kind(item: CachedItem) -> tuple[str, ...]:
+    """Empty for ordinary items, so that their fingerprint stays that of older states."""
     return ("prior_preservation",) if item.prior_preservation else ()
 
 
@@ -71,7 +71,7 @@ class EpochReader:
         self._data = CachedDataset(groups)
         self._due = 0
         workers = min(workers, os.cpu_count() or 1)
-        # A generator of its own: torch draws a number at the start of each epoch, which must not move the training's.
+        # A generator of its own: torch takes a number from it at each epoch, which must not change the global one.
         self._loader = DataLoader(
             _ErrorsAsValues(self._data),
             batch_sampler=sampler,
@@ -87,8 +87,8 @@ class EpochReader:
         return len(self.sampler)
 
     def fingerprint(self) -> str:
-        """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what is learnt of them."""
-        items = [(item.latents_path.name, item.shape, *_how_learnt(item)) for item in self._data.items]
+        """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what their targets are."""
+        items = [(item.latents_path.name, item.shape, *_target_kind(item)) for item in self._data.items]
         content = repr((self.sampler.pools, items))
         return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -108,7 +108,7 @@ class EpochReader:
             self._due += 1
 
     def explain(self, error: RuntimeError) -> RuntimeError | UserError:
-        """``error`` itself, or what to tell the user if torch says with it that a worker process died.
+        """``error`` itself, or a UserError that names the files if a worker process died.
 
         torch may raise it at any moment, also outside the loader.
         """

@@ -109,7 +109,7 @@ def console_picture(pixels: np.ndarray, columns: int, back: str | None = None) -
     """The first frame of (F, H, W, 3) as text with 24-bit ANSI colours, ``columns`` characters wide.
 
     Without ``back`` every character is an upper half block, two pixels above each other. With the name of a colour in
-    ``CONSOLE_BACKS`` the picture is drawn in characters of more or less ink on that background.
+    ``CONSOLE_BACKS`` the picture is made of characters of more or less ink on that background.
     """
     _, height, width, _ = pixels.shape
     rows = max(1, round(columns * height / width / 2))  # a character cell is about twice as high as wide

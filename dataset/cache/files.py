@@ -1,6 +1,6 @@
 """What is inside cache files: tensors and metadata, written whole or not at all, and checked when read.
 
-``names.py`` has the names of the files, ``records.py`` the part of the metadata that tells what made a file.
+``names.py`` has the names of the files, ``records.py`` the part of the metadata that records what made a file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TextStates:
         llm: (L, D) states of encoder 1; rows where ``llm_mask`` is 0 mean nothing.
         llm_mask: (L,) int64, 1 for the rows of the caption.
         clip: (D2,) pooled output of encoder 2.
-        caption: the caption it was made from, None if the file does not say.
+        caption: the caption it was made from, None if the file has none.
     """
 
     llm: torch.Tensor

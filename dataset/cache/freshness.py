@@ -79,7 +79,7 @@ def latents_mismatch(
 
     Args:
         source: the item they belong to, None where it cannot be reached.
-        read_source: whether the media file may be read, to tell a copied file from a changed one.
+        read_source: whether the media file may be read, to distinguish a copied file from a changed one.
     """
     is_same = True
     if source is not None:
@@ -174,7 +174,7 @@ class CacheCheck:
     """What a quick look at caches found.
 
     Attributes:
-        without_record: number of files that do not tell what made them.
+        without_record: number of files without a record of what made them.
         mismatches: names of files by what does not match.
     """
 
@@ -200,7 +200,7 @@ def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: It
     texts = set()
     for entry in cached:
         source = None if sources is None else sources.get(entry.stem)
-        with suppress(UserError):  # whoever reads the file says what is wrong with it
+        with suppress(UserError):  # reading the file for training reports what is wrong with it
             shape, metadata = read_latent_header(entry.latents_path)
             mismatch = GONE if sources is not None and source is None else None
             if mismatch is None and SOURCE_HASH in metadata:

@@ -23,7 +23,7 @@ WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; wit
 
 
 def collect_batches(results: Iterable[Result], batch_size: int) -> Iterator[list[Prepared] | Finished | Failure]:
-    """Gather what can be encoded together, of one bucket and number of frames; other results pass at once.
+    """Gather what can be encoded together, of one bucket and number of frames; other results pass through.
 
     Batches are not full at the end, and where more than ``WAITING_BYTES`` wait: then the fullest goes first.
     """

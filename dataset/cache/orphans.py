@@ -22,7 +22,7 @@ ABANDONED_SECONDS = 600  # a cache file takes moments to write; what has been un
 
 
 def orphaned_latents(dataset: DatasetConfig, called_for: Mapping[CacheKey, Path], unknown: Collection[str]) -> list[Path]:
-    """Latent caches of items that are gone, of windows that are no longer cut, and those beside the one that is right.
+    """Latent caches of items that are gone, of windows that are no longer cut, and older ones next to the right one.
 
     Args:
         called_for: the right file of each picture and window.

@@ -93,5 +93,5 @@ def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: st
 
 
 def has_record(metadata: Mapping[str, str]) -> bool:
-    """Whether the metadata of a cache tell what made it."""
+    """Whether the metadata of a cache hold a record of what made it."""
     return SOURCE_HASH in metadata or TEXT_ENCODERS[0] in metadata

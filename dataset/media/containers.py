@@ -1,4 +1,4 @@
-"""Whether a video file was cut short, told by the sizes written in it and without decoding.
+"""Whether a video file was cut short, from the sizes written in it and without decoding.
 
 Decoders play the part that is there, some of them without a word, so that half a download would pass for a short clip.
 """

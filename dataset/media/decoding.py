@@ -44,7 +44,7 @@ LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is ta
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video says of itself. Width and height are those of the upright picture, after the rotation in the file."""
+    """What is known of a video without decoding all of it. Width and height are those of the upright picture."""
 
     width: int
     height: int
@@ -58,7 +58,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
     """
-    with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
+    with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
         return picture_to_rgb(image, path)
 
 
@@ -68,7 +68,7 @@ def probe_image(path: Path) -> tuple[int, int]:
     Raises:
         MediaError: as ``read_image``, as far as was read.
     """
-    with _reading(path, "picture"), Image.open(path, formats=_readable_formats()) as image:
+    with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
         if (size := upright_size(image)) is not None:
             return size
     height, width = read_image(path).shape[:2]
@@ -76,7 +76,7 @@ def probe_image(path: Path) -> tuple[int, int]:
 
 
 @functools.cache
-def _readable_formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     """Those of ``IMAGE_FORMATS`` that Pillow and the installed plugins can read."""
     Image.init()
     for module, _ in IMAGE_PLUGINS.values():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MODEL_FPS = 24
-TOLERANCE = 0.05  # rates that differ by less pass for equal: 23.976 and 25 for 24
+TOLERANCE = 0.05  # rates that differ by less count as equal: 23.976 and 25 as 24
 UNEVEN_FRAMES = 1.5  # how far, in frames of the wanted rate, a frame may be from its place in an even video
 ROUNDING_FRAMES = 0.05  # containers round times to milliseconds; so little more is no frame more
 TIE_SECONDS = 1e-3  # for the same reason: one video in two containers gives the same frames
@@ -29,7 +29,7 @@ class Resampling:
         target_fps: the rate after it.
         indices: the frames of the file, in order, that are the frames of the clip; one may come several times.
         uneven: whether the times between its frames differ.
-        given: whether the dataset says its rate, so that the times in the file do not count.
+        given: whether ``fps`` is the source_fps of the dataset, so that the times in the file do not count.
     """
 
     fps: float
@@ -40,7 +40,7 @@ class Resampling:
 
     @property
     def record(self) -> str:
-        """How the frames were chosen, as far as the file does not say it."""
+        """How the frames were chosen, for the record."""
         return _record(self.target_fps, self.fps if self.given else None)
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def _record(target_fps: float, given_fps: float | None) -> str:
 
 
 def possible_records(target_fps: float, source_fps: float | None) -> set[str]:
-    """What the records of clips can say with these settings of a dataset, whatever rates the files have."""
+    """Every frame_rate record that clips can get with these settings of a dataset, whatever rates the files have."""
     if not target_fps or (source_fps is not None and _is_near(source_fps, target_fps)):
         return {EVERY_FRAME}
     resampled = _record(target_fps, source_fps)
@@ -79,7 +79,7 @@ def resample(times: Sequence[float], stated_fps: float | None, target_fps: float
     uneven = bool(np.abs(shown - even).max() * target_fps > UNEVEN_FRAMES)
     if _is_near(fps, target_fps) and not uneven:
         return None
-    duration = shown[-1] + min(1 / fps, shown[-1] - shown[-2])  # no file says how long the last frame is shown
+    duration = shown[-1] + min(1 / fps, shown[-1] - shown[-2])  # files do not state how long the last frame is shown
     count = max(1, int(np.ceil(duration * target_fps - ROUNDING_FRAMES)))
     # Between two frames the nearer one wins; in the middle the earlier one.
     indices = np.searchsorted((shown[1:] + shown[:-1]) / 2, np.arange(count) / target_fps - TIE_SECONDS)

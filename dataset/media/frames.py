@@ -32,7 +32,7 @@ def cut_windows(
         target_frames: clip lengths; a length greater than the video gives no window.
         mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
             ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last; ``full`` one clip,
-            all frames but the up to three beyond 4n+1, whatever ``target_frames`` says.
+            all frames but the up to three beyond 4n+1, whatever ``target_frames`` is.
         stride: frames from one start to the next, for ``slide``.
         sample: number of clips, for ``uniform``; starts that coincide in a short video are cut once.
         max_frames: for ``full``, what a longer video is trimmed to.

@@ -54,7 +54,7 @@ def picture_to_rgb(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int] | None:
-    """(width, height) of ``picture_to_rgb``, from the header of an opened picture; None where only decoding tells."""
+    """(width, height) of ``picture_to_rgb``, from the header of an opened picture; None where that needs decoding."""
     if image.format not in ORIENTATION_IN_HEADER:
         return None
     width, height = image.size

@@ -86,10 +86,10 @@ def test_no_latents_although_they_were_cached_is_explained(tmp_path):
         message[dataset.kind] = str(caught.value)
     assert "has no latents of videos; run: python cache_latents.py" in message["video"]
     assert message["video"].endswith(
-        "--vae ... If it has been run, the table at its end says why nothing was cached: for example, clips shorter than "
+        "--vae ... If it has been run, the table at its end shows why nothing was cached: for example, clips shorter than "
         "target_frames (129); then lower target_frames or take the data set out."
     )
-    assert "says why nothing was cached; then" in message["image"] and "target_frames" not in message["image"]
+    assert "shows why nothing was cached; then" in message["image"] and "target_frames" not in message["image"]
 
 
 def test_newest_of_two_names_for_one_window_is_used(group, tmp_path, caplog):

@@ -196,7 +196,7 @@ def test_postscript_named_like_a_picture_starts_no_program(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("content", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_the_content_counts_and_not_the_ending(tmp_path, content):
-    if content not in {"MPO", *media._readable_formats()}:
+    if content not in {"MPO", *media.readable_formats()}:
         pytest.skip(f"this Pillow cannot read {content}")
     path = tmp_path / "photo.png"
     picture = Image.new("RGB", (16, 8), (200, 0, 0))
@@ -209,9 +209,9 @@ def test_the_content_counts_and_not_the_ending(tmp_path, content):
 @pytest.fixture
 def fresh_plugins():
     """Image plugins are looked for again, before and after the test."""
-    media._readable_formats.cache_clear()
+    media.readable_formats.cache_clear()
     yield
-    media._readable_formats.cache_clear()
+    media.readable_formats.cache_clear()
 
 
 def test_a_format_without_its_package_says_what_to_install(tmp_path, monkeypatch, fresh_plugins):
@@ -227,7 +227,7 @@ def test_installed_image_plugins_are_used(tmp_path, monkeypatch, fresh_plugins):
     monkeypatch.syspath_prepend(tmp_path)
     Image.new("RGB", (4, 4), (200, 0, 0)).save(tmp_path / "photo.bmp")
     read_image(tmp_path / "photo.bmp")
-    assert "JXL" in media._readable_formats()
+    assert "JXL" in media.readable_formats()
     del Image.OPEN["JXL"]
     Image.ID.remove("JXL")
 
@@ -348,7 +348,7 @@ def test_no_windows_read_nothing(tmp_path):
 
 def test_only_frames_of_windows_are_converted(lossless_clip, monkeypatch):
     converted = []
-    monkeypatch.setattr(media, "_upright", lambda frame, upright=media._upright: converted.append(frame) or upright(frame))
+    monkeypatch.setattr(media, "frame_to_rgb", lambda frame, upright=media.frame_to_rgb: converted.append(frame) or upright(frame))
     assert len(list(read_clip_windows(lossless_clip[0], [(2, 1), (5, 5)], (32, 16)))) == 2
     assert len(converted) == 6
 

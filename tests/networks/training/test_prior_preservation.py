@@ -130,7 +130,7 @@ def test_training_leaves_alone_what_it_is_told_to_preserve(train, tiny_model, ca
 
 def test_nothing_of_it_is_held_out(cached):
     assert len(hold_out(groups_of(cached), 0.5, seed=1)[1]) == 2
-    with pytest.raises(UserError, match="every data set that is learnt from has only one"):
+    with pytest.raises(UserError, match="every data set without prior_preservation has only one"):
         hold_out(groups_of(preserving(cached, 0)), 0.5, seed=1)
 
 

@@ -65,7 +65,7 @@ def test_a_data_set_of_one_cannot_be_divided(tmp_path: Path) -> None:
         f"cache_directory = '{tmp_path / 'one'}'\n",
         encoding="utf-8",
     )
-    with pytest.raises(UserError, match="every data set that is learnt from has only one"):
+    with pytest.raises(UserError, match="every data set without prior_preservation has only one"):
         hold_out(find_cached_items(load_dataset_config(toml, require_media=False)), 0.5, seed=0)
 
 

@@ -130,12 +130,6 @@ def test_jsonl_without_caption_is_a_missing_caption(tmp_path):
         require_captions(items)
 
 
-def test_jsonl_items_of_two_folders_with_one_stem_are_named(tmp_path):
-    file = write_jsonl(tmp_path, '{"image_path": "x/a.png", "caption": ""}', '{"image_path": "y/a.png", "caption": ""}')
-    with pytest.raises(UserError, match=r"x.a\.png and y.a\.png would share the cache files"):
-        list_items(jsonl_dataset(file))
-
-
 @pytest.mark.parametrize("path", ["a" * 5000 + ".png", "folder/" * 1000 + "a.png"])
 def test_jsonl_path_that_no_disk_can_hold_names_its_line(tmp_path, path):
     file = write_jsonl(tmp_path, '{"image_path": "ok.png"}', json.dumps({"image_path": path}))

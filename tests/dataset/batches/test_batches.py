@@ -74,22 +74,9 @@ def test_missing_latents_and_missing_text_name_the_script_to_run(group, tmp_path
     empty = DatasetGroup(group.path, (dataset_in(tmp_path / "none"),))
     with pytest.raises(UserError, match=r"number 1 of .*run: python cache_latents\.py --dataset_config .*d\.toml"):
         find_cached_items(empty)
-
-
-def test_no_latents_although_they_were_cached_is_explained(tmp_path):
-    images = dataset_in(tmp_path / "none")
     clips = DatasetConfig(0, "video", tmp_path, None, tmp_path / "none", target_frames=(129, 201))
-    message = {}
-    for dataset in (images, clips):
-        with pytest.raises(UserError) as caught:
-            find_cached_items(DatasetGroup(tmp_path / "d.toml", (dataset,)))
-        message[dataset.kind] = str(caught.value)
-    assert "has no latents of videos; run: python cache_latents.py" in message["video"]
-    assert message["video"].endswith(
-        "--vae ... If it has been run, the table at its end shows why nothing was cached: for example, clips shorter than "
-        "target_frames (129); then lower target_frames or take the data set out."
-    )
-    assert "shows why nothing was cached; then" in message["image"] and "target_frames" not in message["image"]
+    with pytest.raises(UserError, match=r"for example, clips shorter than target_frames \(129\); then lower target_frames or"):
+        find_cached_items(DatasetGroup(group.path, (clips,)))
 
 
 def test_newest_of_two_names_for_one_window_is_used(group, tmp_path, caplog):
@@ -190,15 +177,6 @@ def test_batch_of_empty_captions_has_one_masked_row(group):
     batch = collate([data[0], data[0]])
     assert batch["text_states"].shape == (2, 1, WIDTH) and not batch["text_states"].any()
     assert batch["text_mask"].tolist() == [[0], [0]]
-
-
-def test_nan_in_padding_rows_does_not_reach_the_batch(group, tmp_path):
-    states = torch.full((8, WIDTH), float("nan"))
-    states[:3] = 1
-    tensors = {"llm_float32": states, "llm_mask": (torch.arange(8) < 3).long(), "clipL_float32": torch.ones(POOLED)}
-    save_file(tensors, tmp_path / "images" / "pic_4_hv_te.safetensors")
-    data = CachedDataset(find_cached_items(group))
-    assert torch.isfinite(collate([data[3], data[4]])["text_states"]).all()
 
 
 def test_nan_in_latents_names_the_file(group, tmp_path):

@@ -82,11 +82,6 @@ def test_unfinished_files_and_doubles_of_macos_are_no_caches(tmp_path):
     assert set(listing.latents) == {("a", None), (".01234567.tmp", None)}
 
 
-def test_cache_directory_that_does_not_exist_is_empty(tmp_path):
-    listing = list_caches(dataset_in(tmp_path / "none"))
-    assert not listing.latents and not listing.texts
-
-
 def test_layout_of_latents_matches_reference(tmp_path):
     expected = GOLDEN["cache_file_layout"]["latent"]
     path = tmp_path / "a.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -91,26 +90,6 @@ def test_file_layout(tiny_model, tiny_dataset: Path, run_here) -> None:
     assert len(tensors["llm_mask"]) == len(tensors["llm_bfloat16"]) == 256
 
 
-def test_skip_existing_keeps_only_what_belongs_to_the_caption(tiny_model, tiny_dataset: Path, run_here, capsys) -> None:
-    assert run_here(flags(tiny_dataset, tiny_model)) == 0
-    items = all_items(tiny_dataset)
-    paths = [text_cache_path(item) for item in items]
-    for path in paths:
-        os.utime(path, (1, 1))
-    caption_file(items[0]).write_text("another caption", encoding="utf-8")
-    paths[1].write_bytes(paths[1].read_bytes()[:50])  # cut short
-    paths[2].unlink()
-    os.utime(paths[1], (1, 1))
-    capsys.readouterr()
-    assert run_here(flags(tiny_dataset, tiny_model, skip_existing=True)) == 0
-    assert "8 captions: 3 encoded, 5 kept, 0 failed" in capsys.readouterr().out
-    assert [path.stat().st_mtime == 1 for path in paths] == [False] * 3 + [True] * 5
-    assert read_text(paths[0]).caption == "another caption"
-
-    assert run_here(flags(tiny_dataset, tiny_model)) == 0  # without the switch all are made again
-    assert not any(path.stat().st_mtime == 1 for path in paths)
-
-
 def test_states_that_are_no_numbers_are_never_saved(tiny_model, tiny_dataset: Path, tmp_path: Path, run_here, capsys) -> None:
     """One token's embedding is NaN; only the caption with that token fails, in whatever batch it stands."""
     folder = tmp_path / "encoder"
@@ -139,22 +118,6 @@ def test_missing_caption_is_told_before_a_model_is_loaded(tiny_model, tiny_datas
         run_here(flags(tiny_dataset, tiny_model))
 
 
-@pytest.mark.parametrize("folder", ["file/below", "/proc/x"])
-def test_cache_directory_that_cannot_be_made_is_told_before_a_model_is_loaded(
-    tiny_model, tiny_dataset: Path, tmp_path: Path, run_here, monkeypatch, folder
-) -> None:
-    if folder.startswith("/proc") and not Path("/proc/self").exists():
-        pytest.skip("needs a folder in which nobody can write")
-    (tmp_path / "file").touch()
-    config = tmp_path / "d.toml"
-    images = (tiny_dataset.parent / "images").as_posix()
-    cache = (tmp_path / folder).as_posix()
-    config.write_text(f"[[datasets]]\nimage_directory = '{images}'\ncache_directory = '{cache}'\n", encoding="utf-8")
-    monkeypatch.setattr("hunyuan_model.load_tokenizer_1", None)
-    with pytest.raises(UserError, match=r"cache_directory of \[\[datasets\]\] number 1 .* cannot be written to"):
-        run_here(flags(config, tiny_model))
-
-
 def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
     bars = []
 
@@ -175,7 +138,7 @@ def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: 
     for encoder, count in ((LlamaTextEncoder, 2), (CLIPTextEncoder, 1)):
         bars.clear()
         monkeypatch.setattr(encoder, "encode", no_memory)
-        with pytest.raises(UserError, match="out of memory") as caught:
+        with pytest.raises(UserError, match=r"captions.*--batch_size.*--fp8_llm") as caught:
             run_here(flags(tiny_dataset, tiny_model))
         # the traceback keeps the bars from being collected, which would close them
         assert caught.traceback and [bar.closed for bar in bars] == [True] * count
@@ -203,15 +166,6 @@ def test_tokenizer_flags(tiny_model, tiny_dataset: Path, tmp_path: Path, run_her
     assert run_here(flags(tiny_dataset, tiny_model)) == 0
     for single, item in zip(from_files, all_items(tiny_dataset)):
         assert torch.equal(single.llm, read_text(text_cache_path(item)).llm)
-
-
-def test_out_of_memory_names_the_flags(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
-    def encode(self: LlamaTextEncoder, prompts: list[str]):
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr(LlamaTextEncoder, "encode", encode)
-    with pytest.raises(UserError, match=r"4 captions.*--batch_size.*--fp8_llm"):
-        run_here(flags(tiny_dataset, tiny_model, batch_size=4))
 
 
 def test_batches_hold_captions_of_like_length_from_one_dataset(tiny_dataset: Path) -> None:

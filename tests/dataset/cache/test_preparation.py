@@ -80,16 +80,6 @@ def test_windows_of_a_clip_hold_its_frames(tmp_path):
     assert {target.window for target in results[-1].targets} == set(clips)
 
 
-def test_full_clips_are_trimmed_and_a_short_one_is_used(tmp_path):
-    for name, frames in (("long", 15), ("middle", 8), ("single", 1)):
-        write_clip(tmp_path / f"{name}.mp4", frames)
-    dataset = video_dataset(tmp_path, resolution=(64, 48), frame_extraction="full", max_frames=10)
-    prepared = {result.target.item.stem: result for result in prepare(list_items(dataset), 1) if isinstance(result, Prepared)}
-    assert {stem: result.target.window for stem, result in prepared.items()} == {"long": (0, 9), "middle": (0, 5), "single": (0, 1)}
-    frames = np.stack(list(iterate_frames(tmp_path / "long.mp4")))
-    np.testing.assert_array_equal(prepared["long"].pixels, frames[:9])
-
-
 def test_clip_that_is_too_short_calls_for_nothing(tmp_path):
     write_clip(tmp_path / "a.mp4", 4)
     [finished] = prepare_item(list_items(video_dataset(tmp_path, target_frames=(5, 9)))[0])
@@ -193,18 +183,3 @@ def test_unforeseen_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
     assert [result.message for result in results] == [
         f"{tmp_path / name}: ZeroDivisionError: in some decoder" for name in ("000.png", "001.png")
     ]
-
-
-def test_real_media_are_prepared(real_media, tmp_path):
-    dataset = DatasetConfig(0, "video", tmp_path, None, tmp_path, resolution=(96, 64), target_frames=(5,), enable_bucket=True)
-    clips = [Item(dataset, path, "", path.stem) for path in real_media.clips[:1]]
-    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path, resolution=(96, 64), enable_bucket=True)
-    pictures = [Item(dataset, path, "", path.stem) for path in real_media.pictures[:6]]
-    results = list(prepare(clips + pictures, 2))
-    assert not [result for result in results if isinstance(result, Failure)]
-    prepared = [result for result in results if isinstance(result, Prepared)]
-    assert len(prepared) == 7
-    for result in prepared:
-        width, height = result.target.bucket
-        assert result.pixels.shape == (result.target.frames, height, width, 3) and result.pixels.dtype == np.uint8
-        assert result.pixels.std() > 1

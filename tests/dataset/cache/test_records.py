@@ -22,11 +22,12 @@ from dataset.cache.freshness import (
     Verdict,
     Wanted,
     judge_latents,
+    judge_text,
     latents_mismatch,
     text_mismatch,
 )
-from dataset.cache.names import list_caches
-from dataset.cache.plan import plan_targets
+from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
+from dataset.cache.plan import Target, plan_targets
 from dataset.cache.records import hash_source, is_same_source, latent_record, stamp_source
 from dataset.cache.report import CachingOutcome
 from dataset.config import DatasetConfig, DatasetGroup
@@ -120,6 +121,42 @@ def test_latents_in_a_bucket_that_was_chosen_without_the_last_step_are_made_agai
         save_latents(target.cache_path, torch.zeros(latent_shape_for(bucket)), target.original_size, None, record)
         verdict = judge_latents(list_caches(dataset), target, "vae", skip_existing=True)
         assert verdict == Verdict(reason, target.cache_path)
+
+
+def judged(target: Target) -> str | None:
+    return judge_latents(list_caches(target.item.dataset), target, "vae", skip_existing=True).reason
+
+
+def test_caches_of_other_tools_are_judged_by_name_size_and_time(tmp_path):
+    dataset = DatasetConfig(0, "video", tmp_path, None, tmp_path / "cache", resolution=(64, 64))
+    source = tmp_path / "a.mp4"
+    source.touch()
+    target = Target(Item(dataset, source, "", "a"), (0, 9), (96, 64), (64, 64))
+    shape = latent_shape_for((64, 64), 9)
+    assert judged(target) == "new"
+    by_bucket = latent_cache_path(target.item, (64, 64), (0, 9))  # how other tools name it
+    save_latents(by_bucket, torch.zeros(shape), (64, 64), 9)
+    assert judged(target) is None
+    os.utime(by_bucket, ns=(source.stat().st_mtime_ns - 1,) * 2)
+    assert judged(target) == "source newer"
+    by_bucket.rename(latent_cache_path(target.item, (32, 32), (0, 9)))
+    assert judged(target) == "source replaced"
+    for wrong in (torch.zeros(4, *shape[1:]), torch.zeros(16, 1, 8, 8)):
+        save_latents(target.cache_path, wrong, (96, 64), 9)
+        assert judged(target) == "another size"
+    target.cache_path.write_bytes(target.cache_path.read_bytes()[:200])
+    assert judged(target) == "unreadable"
+
+
+def test_text_caches_that_are_cut_short_are_made_again(tmp_path):
+    item = Item(DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache"), tmp_path / "a.png", "x", "a")
+    path = text_cache_path(item)
+    assert judge_text(item, {}, skip_existing=True) == Verdict("new", path)
+    save_text(path, torch.zeros(2, 4), torch.ones(2), torch.zeros(3), "x")
+    assert judge_text(item, {"tokenizer1": "b"}, skip_existing=True).reason is None
+    assert judge_text(item, {}, skip_existing=False).reason == "without --skip_existing"
+    path.write_bytes(path.read_bytes()[:50])
+    assert judge_text(item, {}, skip_existing=True).reason == "unreadable"
 
 
 def test_the_outcome_in_numbers():

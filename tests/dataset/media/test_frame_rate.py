@@ -65,11 +65,6 @@ def test_an_uneven_video_of_the_right_rate_on_average_is_resampled():
     assert found.indices[:6] == (0, 0, 1, 1, 2, 2) and found.indices[24:28] == (12, 13, 15, 16)
 
 
-def test_a_rate_that_is_given_counts():
-    found = resample(even_times(50, 50), 50, 24, given=True)
-    assert found.record == "24 from 50"
-
-
 @given(st.lists(st.floats(0, 0.3), min_size=1, max_size=60), st.sampled_from([8, 24, 60]))
 def test_every_moment_has_the_nearest_frame(gaps, target):
     times = [0.0, *np.cumsum(gaps).tolist()]

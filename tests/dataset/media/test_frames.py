@@ -28,35 +28,11 @@ def test_windows_equal_the_reference_each_once():
     assert repeated > 0  # the reference does cut some windows twice
 
 
-def test_coinciding_uniform_windows_are_cut_once():
-    example = REFERENCE["uniform_duplicates"]
-    assert len(example["windows"]) == 4
-    windows = cut_windows(example["frames"], example["target_frames"], "uniform", sample=example["frame_sample"])
-    assert windows == [(0, 9), (1, 9)]
-    assert len(windows) == len(example["distinct_files"])
-
-
 def test_windows_are_those_in_the_names_of_existing_cache_files():
     for row in REFERENCE["file_names"]:
         names = sorted(f"_{start:05d}-{length:03d}_" for start, length in cut(row))
         assert len(names) == len(row["latent_cache_files"])
         assert all(name in file for name, file in zip(names, row["latent_cache_files"])), row
-
-
-def test_a_repeated_length_gives_no_repeated_window():
-    assert cut_windows(30, [9, 9], "chunk") == [(0, 9), (9, 9), (18, 9)]
-
-
-def test_an_unknown_mode_is_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match="sideways"):
-        cut_windows(30, [9], "sideways")
-
-
-@pytest.mark.parametrize(
-    ("frames", "expected"), [(1, True), (5, True), (25, True), (0, False), (-3, False), (4, False), (24, False)]
-)
-def test_clip_lengths_are_4n_plus_1(frames, expected):
-    assert is_clip_length(frames) is expected
 
 
 @given(

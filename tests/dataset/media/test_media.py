@@ -15,8 +15,6 @@ from PIL import EpsImagePlugin, Image
 
 from dataset.media import decoding as media
 from dataset.media.decoding import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
     MediaError,
     frame_times,
     iterate_frames,
@@ -76,11 +74,6 @@ def test_palettes_with_and_without_transparency(tmp_path):
     assert read_image(tmp_path / "clear.png").tolist() == [[RED, WHITE, [1, 2, 3]]]
 
 
-def test_a_transparent_colour_key(tmp_path):
-    Image.fromarray(np.array([[RED, [1, 2, 3]]], dtype=np.uint8)).save(tmp_path / "key.png", transparency=(1, 2, 3))
-    assert read_image(tmp_path / "key.png").tolist() == [[RED, WHITE]]
-
-
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16_bit_greys_are_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
@@ -95,17 +88,13 @@ def test_floating_point_greys(tmp_path, values, expected):
     assert read_image(tmp_path / "f.tif")[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("values", [[0.0, np.nan], [-1.0, 0.0], [0.0, 1e6], [0.0, np.inf]])
-def test_floating_point_without_agreed_meaning_is_refused(tmp_path, values):
-    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "odd.tif")
+@pytest.mark.parametrize(
+    ("values", "dtype"), [([0, np.nan], "f"), ([-1, 0], "f"), ([0, 1e6], "f"), ([0, np.inf], "f"), ([0, 70000], np.int32)]
+)
+def test_values_without_agreed_meaning_are_refused(tmp_path, values, dtype):
+    Image.fromarray(np.array([values], dtype=dtype)).save(tmp_path / "odd.tif")
     with pytest.raises(MediaError, match=r"odd\.tif holds values"):
         read_image(tmp_path / "odd.tif")
-
-
-def test_32_bit_integers_beyond_16_bits_are_refused(tmp_path):
-    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "deep.tif")
-    with pytest.raises(MediaError, match=r"deep\.tif holds values from 0 to 70000"):
-        read_image(tmp_path / "deep.tif")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "RGB"])
@@ -232,13 +221,6 @@ def test_installed_image_plugins_are_used(tmp_path, monkeypatch, fresh_plugins):
     Image.ID.remove("JXL")
 
 
-def test_extensions_are_lower_case_and_of_one_kind():
-    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"} <= IMAGE_EXTENSIONS
-    assert {".mp4", ".mov", ".mkv", ".webm", ".avi"} <= VIDEO_EXTENSIONS
-    assert not IMAGE_EXTENSIONS & VIDEO_EXTENSIONS
-    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS)
-
-
 # ---- videos
 
 
@@ -296,15 +278,6 @@ def test_names_that_look_like_protocols_are_files(lossless_clip, monkeypatch, na
     assert probe_video(Path(name)).width == 64
 
 
-def test_ten_bits(tmp_path):
-    picture = smooth_picture(64, 48)
-    path = write_video(tmp_path / "deep.mkv", picture[None].repeat(2, 0), "ffv1", "yuv444p10le")
-    with av.open(str(path)) as container:
-        assert container.streams.video[0].codec_context.pix_fmt == "yuv444p10le"
-    for frame in iterate_frames(path):
-        np.testing.assert_allclose(frame.astype(int), picture, atol=3)
-
-
 # a, b, c, d of the display matrix: x' = a x + c y, y' = b x + d y
 MATRICES = [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)]
 
@@ -340,10 +313,6 @@ def test_windows_are_slices_of_the_fitted_frames(lossless_clip):
     for (start, length), clip in clips:
         assert clip.dtype == np.uint8
         np.testing.assert_array_equal(clip, fitted[start : start + length])
-
-
-def test_no_windows_read_nothing(tmp_path):
-    assert list(read_clip_windows(tmp_path / "none.mp4", [], (32, 16))) == []
 
 
 def test_only_frames_of_windows_are_converted(lossless_clip, monkeypatch):
@@ -427,6 +396,9 @@ def test_files_that_are_no_videos(tmp_path):
         sound.writeframes(bytes(1600))
     with pytest.raises(MediaError, match=r"sound\.wav holds no video stream"):
         frame_times(tmp_path / "sound.wav")
+    for read in (frame_times, read_image):
+        with pytest.raises(MediaError, match=f"{tmp_path.name} is a folder"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("rest", [b"", b"\x1f\x43\xb6\x75\x83\xe7\x81\x00"], ids=["header only", "empty cluster"])
@@ -439,10 +411,3 @@ def test_a_video_without_frames(lossless_clip, rest):
     path.write_bytes(data[:segment] + unknown_size + data[segment + 8 : cluster] + rest)
     with pytest.raises(MediaError, match=r"clip\.mkv has no frames"):
         frame_times(path)
-
-
-def test_a_folder_cannot_be_decoded(tmp_path):
-    with pytest.raises(MediaError, match=str(tmp_path.name)):
-        frame_times(tmp_path)
-    with pytest.raises(MediaError, match=str(tmp_path.name)):
-        read_image(tmp_path)

@@ -23,7 +23,6 @@ from torch import nn
 from hunyuan_model.checkpoints.mapped_file import MappedFile, safetensors_offsets, torch_maps_read_only
 from hunyuan_model.checkpoints.read_ahead import read_ahead
 from hunyuan_model.quantization.formats import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantizer, cast, cast_to_float8, dequantize
-from hunyuan_model.runtime.host_weights import host_copy
 from utils.errors import UserError
 from utils.files import require_file, require_there
 from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
@@ -305,6 +304,19 @@ def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
     return Checkpoint(root, what, entries, metadata)
 
 
+class HostPlacement(Protocol):
+    """Where weights go that are to end in host memory."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the weight ``name`` is one of them."""
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` in host memory."""
+
+    def loaded(self, name: str) -> None:
+        """The module has the weight ``name``, wherever it is."""
+
+
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -313,8 +325,7 @@ def load_weights(
     dtype_of: Callable[[str], torch.dtype],
     quantize: Quantizer = cast_to_float8,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    on_host: Callable[[str], bool] = lambda name: False,
-    loaded: Callable[[str], None] = lambda name: None,
+    host: HostPlacement | None = None,
     progress: str | None = None,
 ) -> None:
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
@@ -331,9 +342,8 @@ def load_weights(
         patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast. It gets the tensor on ``device`` as
             stored, float8 ones as float32 with their scales multiplied in, and must return a new tensor instead of writing
             to it, or the same one where it changes nothing.
-        on_host: the parameters that end in host memory; ``device`` sees one of them at a time, and only those that are
-            patched or cast, which gives the same bits wherever they end.
-        loaded: is told each name once its parameter is there.
+        host: which parameters end in host memory; ``device`` holds one of them at a time, and only those that are patched or
+            cast, which gives the same bits wherever they end.
         progress: text of the progress bar, which only large checkpoints show.
 
     Raises:
@@ -351,12 +361,13 @@ def load_weights(
     ):
         for name, stored in tensors:
             dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
-            swapped = on_host(name)
+            on_host = host is not None and host.wants(name)
             as_stored = patch is None and checkpoint.dtypes[name] == dtype
-            place = torch.device("cpu") if swapped and as_stored else device
+            place = torch.device("cpu") if on_host and as_stored else device
             for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch):
-                _assign(module, part, host_copy(tensor) if swapped else tensor)
-            loaded(name)
+                _assign(module, part, host.copy(tensor) if on_host else tensor)
+            if host is not None:
+                host.loaded(name)
             bar.update(_bytes(checkpoint, name))
     _move_other_buffers(module, device)
 

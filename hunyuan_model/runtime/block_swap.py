@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hunyuan_model.runtime.host_weights import HostWeights
+from hunyuan_model.runtime.host_weights import HostWeights, host_copy
 from hunyuan_model.runtime.transfers import Transfers, make_transfers
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.errors import UserError
@@ -147,8 +147,10 @@ def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str]
     return answer
 
 
-class PartsOnHost:
+class SwappedParts:
     """The blocks and embedders of a transformer that are kept in host memory, each moved there as soon as it is loaded.
+
+    ``load_weights`` takes it as the placement of weights in host memory.
 
     Until then its weights are where they were loaded to. So only the part that is loading exists twice, and processes that share
     the memory need little beside it.
@@ -174,6 +176,10 @@ class PartsOnHost:
         self._allocate = allocate
         self._device = device
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in host memory, until its part is moved."""
+        return host_copy(tensor)
+
     def loaded(self, name: str) -> None:
         """Count the weight ``name`` as loaded, and move its part if that was the last one."""
         if self.wants(name):
@@ -195,7 +201,7 @@ def _part_of(name: str) -> str:
 
 
 def enable_block_swap(
-    transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: PartsOnHost | None = None
+    transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: SwappedParts | None = None
 ) -> None:
     """Keep blocks and embedders of ``transformer`` in host memory and compute them on ``device``, from outside.
 
@@ -215,7 +221,7 @@ def enable_block_swap(
     check_blocks_to_swap(settings.blocks, transformer.config)
     blocks = [*transformer.double_blocks, *transformer.single_blocks]
     streamed = streamed_blocks(block_sizes(transformer.config), settings.blocks)
-    parts = parts or PartsOnHost(transformer, settings, device)
+    parts = parts or SwappedParts(transformer, settings, device)
     names = [f"double_blocks.{index}" for index in range(transformer.config.double_depth)]
     names += [f"single_blocks.{index}" for index in range(transformer.config.single_depth)]
     weights = {index: parts.move(names[index]) for index in streamed}

@@ -15,7 +15,7 @@ from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightForma
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls, find_float8_matmuls
 from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.block_swap import PartsOnHost, enable_block_swap
+from hunyuan_model.runtime.block_swap import SwappedParts, enable_block_swap
 from hunyuan_model.runtime.compilation import enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.settings import RuntimeSettings
@@ -83,7 +83,7 @@ def transformer_from(
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
     # 2. Its weights, each quantized and put into host memory as soon as it is read, so that none is held twice.
-    on_host = PartsOnHost(model, runtime.swap, device, shared.take if shared else None)
+    swapped = SwappedParts(model, runtime.swap, device, shared.take if shared else None)
     quantized = runtime.weights is not WeightFormat.PLAIN
     load_weights(
         model,
@@ -92,8 +92,7 @@ def transformer_from(
         dtype_of=lambda name: FP8_DTYPE if quantized and is_quantized_name(name) else dtype,
         quantize=quantizer_for(runtime.weights, checkpoint),
         patch=patch,
-        on_host=on_host.wants,
-        loaded=on_host.loaded,
+        host=swapped,
         progress="loading the transformer",
     )
     # 3. Forwards that dequantize. Before block swap, which counts the scales among a block's weights.
@@ -101,7 +100,7 @@ def transformer_from(
         count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
     # 4. Block swap. Before compiling: a compiled block does not see where its weights come from.
-    enable_block_swap(model, runtime.swap, device, on_host)
+    enable_block_swap(model, runtime.swap, device, swapped)
     # 5. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
     if runtime.compile is not None:
         enable_compile(model, runtime.compile)

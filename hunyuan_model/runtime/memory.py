@@ -1,18 +1,20 @@
-"""What the transformer takes in memory, by arithmetic, in bytes: its weights, and what a batch needs beside them.
+"""Memory of the transformer in bytes, by arithmetic: its weights, and what a batch needs beside them.
 
-Activations follow from what ``blocks.py`` keeps for a backward pass through LoRA on every linear layer of the blocks. The
-numbers of a token are added up below in the order in which a block makes them. Compiled blocks keep less than these.
+Activations follow from what ``blocks.py`` keeps for a backward pass through a LoRA on every Linear layer of the blocks. What is
+small beside that (the inner side of a LoRA, log-sum-exps, statistics of norms) is left out. Compiled blocks keep less.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from hunyuan_model.quantization.formats import GROUP, WeightFormat, is_quantized_name
+from hunyuan_model.runtime.activation_offload import ON_DEVICE
 from hunyuan_model.runtime.block_swap import SLOTS, on_host
 from hunyuan_model.runtime.host_weights import ALIGNMENT
 from hunyuan_model.runtime.settings import RuntimeSettings
@@ -21,7 +23,6 @@ from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.transformer.rope import TEXT_ROWS_STEP
 
 FLOAT32 = 4
-INPUTS_IN_FLIGHT = 2  # block inputs on the device where the others wait in host memory: one is used, one comes or goes
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,28 @@ class WeightBytes:
 
 @lru_cache
 def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: RuntimeSettings) -> WeightBytes:
-    """Where the weights are, and how large.
+    """Where the weights are, and how large; those that are not quantized have ``dtype``.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
     """
-    away = on_host(runtime.swap, config)
-    resident = host = dequantized = 0
-    streamed: dict[str, int] = {}
+    is_on_host = on_host(runtime.swap, config)
+    resident = host = largest = 0
+    swapped_blocks: Counter[str] = Counter()
     for name, shape in _shapes(config).items():
-        size = _stored_bytes(name, shape, dtype, runtime)
-        if not away(name):
-            resident += size
-        else:
+        quantized = runtime.weights is not WeightFormat.PLAIN and is_quantized_name(name)
+        size = math.prod(shape) + _scale_bytes(shape, runtime.weights) if quantized else math.prod(shape) * dtype.itemsize
+        if quantized:
+            largest = max(largest, math.prod(shape))
+        if is_on_host(name):
             size = -(-size // ALIGNMENT) * ALIGNMENT
             host += size
-            owner = ".".join(name.split(".")[:2])
-            if "blocks" in owner:
-                streamed[owner] = streamed.get(owner, 0) + size
-        if runtime.weights is not WeightFormat.PLAIN and is_quantized_name(name):
-            dequantized = max(dequantized, math.prod(shape) * _dequantized_itemsize(dtype, runtime))
-    slots = SLOTS * max(streamed.values(), default=0)
-    return WeightBytes(resident, slots, host, dequantized)
+            if "_blocks." in name:
+                swapped_blocks[".".join(name.split(".")[:2])] += size
+        else:
+            resident += size
+    slots = SLOTS * max(swapped_blocks.values(), default=0)
+    return WeightBytes(resident, slots, host, largest * _dequantized_itemsize(dtype, runtime))
 
 
 @lru_cache
@@ -96,39 +97,20 @@ def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, runtime: RuntimeSettings) -> int:
-    if runtime.weights is WeightFormat.PLAIN or not is_quantized_name(name):
-        return math.prod(shape) * dtype.itemsize
-    scales = 0
-    if runtime.weights is WeightFormat.FP8_SCALED:
-        scales = FLOAT32 * shape[0]
-    elif runtime.weights is WeightFormat.INT8:
-        scales = torch.bfloat16.itemsize * shape[0] * (shape[1] // GROUP if shape[1] % GROUP == 0 else 1)
-    return math.prod(shape) + scales
+def _scale_bytes(shape: tuple[int, ...], weights: WeightFormat) -> int:
+    channels, inputs = shape
+    if weights is WeightFormat.FP8_SCALED:
+        return FLOAT32 * channels
+    groups = inputs // GROUP if inputs % GROUP == 0 else 1
+    return torch.bfloat16.itemsize * channels * groups if weights is WeightFormat.INT8 else 0
 
 
 def _dequantized_itemsize(dtype: torch.dtype, runtime: RuntimeSettings) -> int:
     """Bytes per value of the copies of a weight that exist at once while it is dequantized."""
     if runtime.fp8_fast:
         return 1  # transposed, for the backward pass
+    # Scales may be too small for float16, so the product of codes and scales is made in float32.
     return dtype.itemsize + (FLOAT32 if runtime.weights is not WeightFormat.FP8 and dtype == torch.float16 else 0)
-
-
-@dataclass(frozen=True)
-class Computation:
-    """How a batch is computed.
-
-    Attributes:
-        dtype: of the activations.
-        checkpointing: whether blocks are computed again in the backward pass.
-        inputs_on_host: whether block inputs wait for it in host memory.
-        network_values: numbers in what is trained, spread over the linear layers of the blocks as LoRA is.
-    """
-
-    dtype: torch.dtype
-    checkpointing: bool = False
-    inputs_on_host: bool = False
-    network_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +121,7 @@ class ActivationBytes:
         inputs: of the blocks, on the device.
         host_inputs: of the blocks, in host memory.
         kept: by the blocks for their backward passes: by all of them, or with checkpointing by one.
-        working: what comes and goes beside it.
+        working: temporary memory beside it.
     """
 
     inputs: int
@@ -152,55 +134,69 @@ class ActivationBytes:
         return self.inputs + self.kept + self.working
 
 
-def training_activations(config: TransformerConfig, batch: BatchSize, how: Computation, dequantized: int = 0) -> ActivationBytes:
-    """Of a forward and a backward pass, without the loss; the peak is in the last block's backward pass.
+def training_activations(
+    config: TransformerConfig,
+    batch: BatchSize,
+    dtype: torch.dtype,
+    runtime: RuntimeSettings,
+    network_values: int = 0,
+    dequantized: int = 0,
+) -> ActivationBytes:
+    """Of a forward and a backward pass, without the loss.
 
     Args:
+        dtype: of the activations.
+        network_values: numbers in the trained network.
         dequantized: see ``WeightBytes``.
     """
-    tokens = batch.tokens(config)
-    one_input = _residual_bytes(config, how) * tokens
-    blocks = config.double_depth + config.single_depth
-    kept_by_double = _kept_by_double(config, how, batch.samples) * tokens
-    kept_by_single = _kept_by_single(config, how) * tokens
-    copies = _copies_of_network(how)
-    work_of_double = _work_of_backward(tokens, how, config.mlp_size, dequantized) + 2 * one_input
-    work_of_single = _work_of_backward(tokens, how, config.hidden_size + config.mlp_size, dequantized) + one_input
-    if not how.checkpointing:
-        inputs = blocks * one_input
-        kept = config.double_depth * kept_by_double + config.single_depth * kept_by_single + copies
-        return ActivationBytes(
-            inputs + _last(config, how) * tokens, 0, kept, work_of_single if config.single_depth else work_of_double
-        )
-    copies //= max(1, blocks)
-    phases = [(config.double_depth, kept_by_double + copies, work_of_double), (blocks, kept_by_single + copies, work_of_single)]
-    depth, kept, working = max(
-        phases if config.single_depth else phases[:1], key=lambda phase: phase[0] * one_input + phase[1] + phase[2]
-    )
-    inputs = depth * one_input + _last(config, how) * tokens
-    if not how.inputs_on_host:
-        return ActivationBytes(inputs, 0, kept, working)
-    on_device = min(inputs, INPUTS_IN_FLIGHT * one_input + _last(config, how) * tokens)
-    return ActivationBytes(on_device, blocks * one_input, kept, working)
+    hidden, mlp = config.hidden_size, config.mlp_size
+    value = batch.tokens(config) * dtype.itemsize  # bytes of one number for each token
+    # Inputs of qkv, fc1, fc2 and GELU; of the second norm; q and k before (3: parts of qkv's output) and after their norms, with
+    # v; the attention's output, which is copied where the rows of a sample's image and text are no neighbours.
+    double = (10 + (batch.samples > 1)) * hidden + 2 * mlp
+    # Inputs of linear1 and linear2; the output of linear1; rotated q and k; the attention's output.
+    single = 8 * hidden + 2 * mlp
+    # In a backward pass: the gradients of the widest layer's input, by the layer and by its LoRA; and those of the block's input.
+    double_working = _gradients(value * mlp, dequantized) + 2 * value * hidden
+    single_working = _gradients(value * (hidden + mlp), dequantized) + value * hidden
+    depth = config.double_depth + config.single_depth
+    final = value * hidden  # the input of the final layer
+    if not runtime.gradient_checkpointing:
+        kept = value * (config.double_depth * double + config.single_depth * single)
+        kept += network_values * dtype.itemsize if dtype.itemsize < FLOAT32 else 0  # the network is float32: copies in ``dtype``
+        working = single_working if config.single_depth else double_working
+        return ActivationBytes(depth * value * hidden + final, 0, kept, working)
+    # The peak is in the backward pass of the last single block or of the last double block, where fewer inputs are left.
+    peaks = [(config.double_depth, value * double, double_working), (depth, value * single, single_working)]
+    peaks = peaks if config.single_depth else peaks[:1]
+    left, kept, working = max(peaks, key=lambda peak: peak[0] * value * hidden + peak[1] + peak[2])
+    if runtime.gradient_checkpointing_cpu_offload:
+        return ActivationBytes(min(left, ON_DEVICE) * value * hidden + final, depth * value * hidden, kept, working)
+    return ActivationBytes(left * value * hidden + final, 0, kept, working)
+
+
+def _gradients(one: int, dequantized: int) -> int:
+    """By the layer and by its LoRA; or by the layer, while its weight is dequantized."""
+    return max(2 * one, one + dequantized)
 
 
 def sampling_activations(
     config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0, *, network: bool = False
 ) -> int:
-    """Of one forward pass without a backward pass; ``network`` says that a LoRA computes beside the layers."""
+    """Of one forward pass without a backward pass; ``network``: with a LoRA beside the Linear layers."""
     hidden, mlp = config.hidden_size, config.mlp_size
-    # Before linear2: tokens, what linear1 gives, attended, and linear2's input.
+    # Before linear2: tokens, linear1's output, the attention's output, and linear2's input.
     single = 6 * hidden + 2 * mlp
-    if network:  # In linear1: tokens, their norm, what linear1 gives and what is added to it.
+    if network:  # In linear1: tokens, their norm, linear1's output and the LoRA's.
         single = max(single, 8 * hidden + 2 * mlp)
-    # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and what the kernel works with.
-    # In the MLP: tokens twice, attended, their norm, what fc1 gives and its GELU.
+    # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and the kernel's work space.
+    # In the MLP: tokens twice, the attention's output, their norm, fc1's output and its GELU.
     double = max(12 * hidden, 4 * hidden + 2 * mlp)
     return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + dequantized
 
 
 def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:
-    """Of the rotation tables for one size, float32."""
+    """Of the RoPE tables for one size, float32."""
     rows = batch.image_tokens(config) + -(-max(1, batch.text_tokens) // TEXT_ROWS_STEP) * TEXT_ROWS_STEP
     return rows * config.head_dim * FLOAT32
 
@@ -208,55 +204,3 @@ def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:
 def loss_bytes(config: TransformerConfig, batch: BatchSize) -> int:
     """Of latents, noise, their mixture, the target, the velocity, and the loss with its gradients, float32."""
     return 8 * FLOAT32 * batch.samples * config.in_channels * math.prod(batch.size)
-
-
-def _residual_bytes(config: TransformerConfig, how: Computation) -> int:
-    return config.hidden_size * how.dtype.itemsize
-
-
-def _last(config: TransformerConfig, how: Computation) -> int:
-    """Bytes per token of what the final layer keeps."""
-    return config.hidden_size * how.dtype.itemsize
-
-
-def _kept_by_double(config: TransformerConfig, how: Computation, samples: int) -> int:
-    """Bytes per token that a double block keeps, its input excepted."""
-    hidden, mlp, item = config.hidden_size, config.mlp_size, how.dtype.itemsize
-    norms = item * hidden  # the input of the second one
-    linears = item * (hidden + hidden + mlp)  # inputs of qkv, fc1 and fc2
-    q_and_k = 3 * item * hidden  # as their norms read them: parts of what qkv gives
-    attention = item * (3 + 1) * hidden  # q, k and v of image and text in one piece, and the result, which proj reads
-    copy = item * hidden if samples > 1 else 0  # of that result, as the rows of one sample's image and text are neighbours
-    return norms + linears + q_and_k + attention + copy + item * mlp + _small(config, how, linears=4, norms=2)
-
-
-def _kept_by_single(config: TransformerConfig, how: Computation) -> int:
-    """Bytes per token that a single block keeps, its input excepted."""
-    hidden, mlp, item = config.hidden_size, config.mlp_size, how.dtype.itemsize
-    linears = item * (hidden + hidden + mlp)  # inputs of linear1 and linear2
-    output = item * (3 * hidden + mlp)  # of linear1, of which v, what q's and k's norms read and what the GELU reads are parts
-    q_and_k = 2 * item * hidden  # rotated
-    return linears + output + q_and_k + item * hidden + _small(config, how, linears=2, norms=1)
-
-
-def _small(config: TransformerConfig, how: Computation, linears: int, norms: int) -> int:
-    """Of the inner sides of LoRA, of the attention's sums, and of the means and deviations of the layers' norms."""
-    rank = how.network_values / _sides(config)
-    return round(linears * rank * how.dtype.itemsize) + FLOAT32 * (config.heads + 2 * norms)
-
-
-@lru_cache
-def _sides(config: TransformerConfig) -> int:
-    """Numbers in a LoRA of rank 1."""
-    return sum(sum(shape) for name, shape in _shapes(config).items() if is_quantized_name(name))
-
-
-def _copies_of_network(how: Computation) -> int:
-    """Of what is trained, which is float32, in the dtype of the activations."""
-    return how.network_values * how.dtype.itemsize if how.dtype.itemsize < FLOAT32 else 0
-
-
-def _work_of_backward(tokens: int, how: Computation, width: int, dequantized: int) -> int:
-    """The gradient of the widest layer's input, by the layer, by its LoRA, and their sum; the input itself is gone by then."""
-    one = tokens * how.dtype.itemsize * width
-    return max(2 * one, one + dequantized)

@@ -13,7 +13,6 @@ from hunyuan_model.runtime.arguments import AUTO
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import (
     BatchSize,
-    Computation,
     loss_bytes,
     sampling_activations,
     table_bytes,
@@ -125,10 +124,7 @@ class MemoryPlan:
         values = self.network_values or 0
         inputs = kept = working = host_inputs = 0
         if self.trains:
-            how = Computation(
-                self.compute_dtype, runtime.gradient_checkpointing, runtime.gradient_checkpointing_cpu_offload, values
-            )
-            step = training_activations(config, self.batch, how, weights.dequantized)
+            step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
             inputs, kept, working, host_inputs = step.inputs, step.kept, step.working, step.host_inputs
         samples = [batch for batch in (self.sample, None if self.trains else self.batch) if batch is not None]
         sampling = max(

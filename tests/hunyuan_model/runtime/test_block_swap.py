@@ -30,12 +30,12 @@ from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import (
     SLOTS,
     BlockSwapper,
+    SwappedParts,
     SwapSettings,
     block_sizes,
     check_blocks_to_swap,
     enable_block_swap,
     max_blocks_to_swap,
-    on_host,
     streamed_blocks,
 )
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
@@ -439,14 +439,13 @@ def test_loading_into_host_memory(weights, merged):
     assert all(address % mmap.PAGESIZE == 0 for piece in pieces for address in piece)
 
 
-def test_the_device_never_sees_what_is_on_the_host():
+def test_what_is_kept_on_the_host_is_never_copied_to_the_device():
     path = GOLDENS / "dit.safetensors"
     whole = load_transformer(path, device="cpu", dtype=torch.float32)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(whole.config)
-    is_on_host = on_host(SwapSettings(1, embedders=True), whole.config)
-    checkpoint = open_checkpoint(path, "--dit")
-    load_weights(transformer, checkpoint, device="meta", dtype_of=lambda _: torch.float32, on_host=is_on_host)
+    host = SwappedParts(transformer, SwapSettings(1, embedders=True), torch.device("meta"))
+    load_weights(transformer, open_checkpoint(path, "--dit"), device="meta", dtype_of=lambda _: torch.float32, host=host)
     for name, parameter in transformer.named_parameters():
         streamed = name.startswith(("single_blocks.", "img_in.", "txt_in."))
         assert parameter.device.type == ("cpu" if streamed else "meta"), name

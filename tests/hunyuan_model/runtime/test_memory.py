@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpo
 from hunyuan_model.runtime.memory import (
     ActivationBytes,
     BatchSize,
-    Computation,
     loss_bytes,
     sampling_activations,
     table_bytes,
@@ -30,6 +29,7 @@ from networks.lora import create_network
 FULL = TransformerConfig()
 WITHIN = 0.15
 BF16, FP32 = torch.bfloat16, torch.float32
+CHECKPOINTING = RuntimeSettings(gradient_checkpointing=True)
 
 
 def config(hidden: int = 128, doubles: int = 2, singles: int = 3, mlp: int = 512) -> TransformerConfig:
@@ -98,8 +98,8 @@ class Built:
 
     def predicted(self) -> ActivationBytes:
         values = sum(parameter.numel() for parameter in self.network.parameters())
-        how = Computation(self.case.dtype, checkpointing=self.case.checkpointing, network_values=values)
-        return training_activations(self.case.config, self.case.batch, how)
+        runtime = RuntimeSettings(gradient_checkpointing=self.case.checkpointing)
+        return training_activations(self.case.config, self.case.batch, self.case.dtype, runtime, values)
 
 
 def build(case: Case) -> Built:
@@ -191,15 +191,16 @@ def test_sizes_of_a_batch() -> None:
 
 def test_block_inputs_on_the_host_leave_the_device() -> None:
     clip = BatchSize(1, (9, 68, 120), 256)
-    on_device = training_activations(FULL, clip, Computation(BF16, checkpointing=True))
-    on_host = training_activations(FULL, clip, Computation(BF16, checkpointing=True, inputs_on_host=True))
+    on_device = training_activations(FULL, clip, BF16, CHECKPOINTING)
+    on_host = training_activations(FULL, clip, BF16, replace(CHECKPOINTING, gradient_checkpointing_cpu_offload=True))
     assert on_host.host_inputs == 60 * 2 * 3072 * clip.tokens(FULL)
     assert on_device.host_inputs == 0
     assert on_host.inputs < 0.1 * on_device.inputs
     assert (on_host.kept, on_host.working) == (on_device.kept, on_device.working)
 
 
-def test_a_dequantized_weight_counts_where_it_is_larger_than_what_comes_and_goes() -> None:
-    tiny, how = BatchSize(1, (1, 4, 4), 8), Computation(BF16, checkpointing=True)
+def test_a_dequantized_weight_counts_where_it_is_larger_than_temporary_activations() -> None:
+    tiny = BatchSize(1, (1, 4, 4), 8)
     dequantized = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8)).dequantized
-    assert training_activations(FULL, tiny, how, dequantized).working > dequantized > training_activations(FULL, tiny, how).working
+    with_copy, without = (training_activations(FULL, tiny, BF16, CHECKPOINTING, 0, copy) for copy in (dequantized, 0))
+    assert with_copy.working > dequantized > without.working

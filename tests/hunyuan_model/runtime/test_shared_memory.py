@@ -16,7 +16,7 @@ from small_transformer import CPU, GOLDENS, MOST, add_lora, blocks_of, make_tran
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import loading, shared_memory
-from hunyuan_model.runtime.block_swap import PartsOnHost, SwapSettings, enable_block_swap
+from hunyuan_model.runtime.block_swap import SwappedParts, SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.host_weights import page_lock
 from hunyuan_model.runtime.loading import load_transformer
@@ -127,7 +127,7 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
     for memory in (None, first, second):
         transformer = make_transformer()
         settings = SwapSettings(MOST, embedders=True, recomputed=True)
-        enable_block_swap(transformer, settings, CPU, PartsOnHost(transformer, settings, CPU, memory and memory.take))
+        enable_block_swap(transformer, settings, CPU, SwappedParts(transformer, settings, CPU, memory and memory.take))
         enable_gradient_checkpointing(transformer)
         written = Path(f"/proc/self/fd/{first.address.descriptor}").read_bytes()
         lives.append((train_and_sample(transformer, add_lora(transformer)), transformer))

@@ -45,7 +45,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 
 import hv_train_network
-from hunyuan_model.checkpoints import reading as checkpoint
+from hunyuan_model.runtime import block_swap
 from utils.errors import run_script
 
 
@@ -55,7 +55,7 @@ def host_copy(tensor):
 
 
 if os.environ["RANK"] == {rank!r}:
-    checkpoint.host_copy = host_copy
+    block_swap.host_copy = host_copy
 run_script(hv_train_network.main)
 """
 

@@ -25,7 +25,7 @@ from examples.toy.contact_sheet import Cell, film_strip, save_contact_sheet
 from examples.toy.reading import read
 from examples.toy.scoring import (
     NO_ZORP,
-    Drawn,
+    Generated,
     Prompt,
     Table,
     held_out_prompts,
@@ -137,7 +137,7 @@ def read_photographs(folder: Path) -> np.ndarray:
 # The contact sheet
 
 
-def sheet_rows(groups: Sequence[Drawn], numbers: Sequence[int]) -> list[list[Cell]]:
+def sheet_rows(groups: Sequence[Generated], numbers: Sequence[int]) -> list[list[Cell]]:
     """Film strips of the first clips of each group with their prompts.
 
     Those that do not show what was asked for have a red frame, and their caption says what was read.
@@ -155,7 +155,7 @@ def sheet_rows(groups: Sequence[Drawn], numbers: Sequence[int]) -> list[list[Cel
 # The script
 
 
-def draw_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Prompt], frames: int) -> Drawn:
+def generate_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Prompt], frames: int) -> Generated:
     """The model's clips of the prompts, read, and their drawings read too."""
     started = time.perf_counter()
     with explain_out_of_memory("sampling", "use a smaller --batch_size or fewer --frames"):
@@ -173,22 +173,22 @@ def draw_and_read(args: argparse.Namespace, model: ToyModel, prompts: list[Promp
     drawings = np.stack([prompt.drawn for prompt in prompts])
     rebuilt = model.through_vae(drawings, args.batch_size)
     readings = ([read(clip) for clip in group] for group in (clips, drawings, rebuilt))
-    return Drawn(prompts, clips, seconds, *readings)
+    return Generated(prompts, clips, seconds, *readings)
 
 
 def evaluate(args: argparse.Namespace, model: ToyModel, photographs: np.ndarray | None) -> None:
     """Score ``model``, print the tables, and write the contact sheet and the scores."""
     started = time.perf_counter()
-    held_out = draw_and_read(args, model, held_out_prompts(args.prompts, args.frames, args.seed), args.frames)
+    held_out = generate_and_read(args, model, held_out_prompts(args.prompts, args.frames, args.seed), args.frames)
     tables, groups = {"prompts": score_prompts(held_out)}, {NO_ZORP: held_out}
     of_clips = args.concept_samples // 2 if args.frames > 1 else 0
     for name, number, frames in (("a picture", args.concept_samples - of_clips, 1), ("a clip", of_clips, args.frames)):
         if number:
-            groups[f"zorp, {name}"] = draw_and_read(args, model, zorp_prompts(number, frames, args.seed), frames)
+            groups[f"zorp, {name}"] = generate_and_read(args, model, zorp_prompts(number, frames, args.seed), frames)
     if args.concept_samples:
         tables["zorps"] = score_zorps(groups)
     tables["vae"] = score_vae(model, photographs, args.seed)
-    alone = draw_and_read(args, model, held_out.prompts[:1], args.frames).seconds
+    alone = generate_and_read(args, model, held_out.prompts[:1], args.frames).seconds
     times = {"per_clip": held_out.seconds / args.prompts, "clip_alone": alone, "total": time.perf_counter() - started}
 
     rows = sheet_rows(list(groups.values()), (SHEET_PROMPTS, SHEET_ZORPS // 2, SHEET_ZORPS // 2))
@@ -204,7 +204,7 @@ def evaluate(args: argparse.Namespace, model: ToyModel, photographs: np.ndarray 
     print(args.output / "scores.json")
 
 
-def write_scores(args: argparse.Namespace, groups: dict[str, Drawn], tables: dict[str, Table], times: dict[str, float]) -> None:
+def write_scores(args: argparse.Namespace, groups: dict[str, Generated], tables: dict[str, Table], times: dict[str, float]) -> None:
     """Everything that was counted, with the flags of the run and what was read of every clip."""
     scores = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},

@@ -33,7 +33,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """Prompts with the model's clips of them, and readings of these clips, of the drawings, and of those after the VAE."""
 
     prompts: list[Prompt]
@@ -92,7 +92,7 @@ def zorp_prompts(number: int, frames: int, first_seed: int) -> list[Prompt]:
 # Scores
 
 
-def score_prompts(group: Drawn) -> Table:
+def score_prompts(group: Generated) -> Table:
     """How often each word of the prompts was drawn."""
     chances = {"background": 1 / len(world.COLOURS), "colour": 1 / (len(world.COLOURS) - 1), "shape": 1 / len(world.SHAPES)}
     if group.prompts[0].attributes.motion:
@@ -117,7 +117,7 @@ def _is_right(reading: Reading, prompt: Prompt, name: str) -> bool:
     return all(right.values()) if name == ALL_WORDS else right[name]
 
 
-def score_zorps(groups: dict[str, Drawn]) -> Table:
+def score_zorps(groups: dict[str, Generated]) -> Table:
     """How many of each group are zorps, and of all that shall be."""
     rows, scores = [], {}
     asked_for = [group for name, group in groups.items() if name != NO_ZORP]

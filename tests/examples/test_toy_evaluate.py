@@ -72,12 +72,6 @@ def test_loras_are_merged_with_their_multipliers(model: ToyModel, folder: Path, 
     torch.testing.assert_close(change, 0.5 * up @ down, rtol=1e-4, atol=1e-4)
 
 
-def test_what_comes_back_from_the_vae_has_the_size_it_had(model: ToyModel) -> None:
-    clips = world.draw_batch(world.generator(0), 3, 5).clips
-    assert model.through_vae(clips, batch_size=2).shape == clips.shape
-    assert differences(model.through_vae(clips, batch_size=2), model.through_vae(clips)) <= 1
-
-
 def test_a_folder_without_a_model_is_refused_before_anything_else(call_script, tmp_path: Path) -> None:
     ended = call_script("examples.toy.evaluate", "--model", tmp_path / "none", "--output", tmp_path / "out")
     assert ended.status == 2
@@ -150,7 +144,7 @@ def test_scores_count_what_is_right() -> None:
     attributes = world.Attributes("circle", "red", "blue", "left")
     prompts = [scoring.Prompt("a red circle", attributes, seed, np.empty(0)) for seed in range(4)]
     right, wrong = Reading("circle", "red", "blue", "left"), Reading("square", "red", "blue", None)
-    group = scoring.Drawn(prompts, np.empty(0), 1.0, [right, wrong, wrong, wrong], [right] * 4, [right, right, wrong, wrong])
+    group = scoring.Generated(prompts, np.empty(0), 1.0, [right, wrong, wrong, wrong], [right] * 4, [right, right, wrong, wrong])
     scores = scoring.score_prompts(group).scores
     assert (scores["shape"]["right"], scores["colour"]["right"], scores["all of them"]["right"]) == (0.25, 1.0, 0.25)
     assert (scores["motion"]["right_of_drawn"], scores["motion"]["right_of_drawn_through_vae"]) == (1.0, 0.5)

@@ -27,8 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.progress import ProgressBar
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -39,6 +37,7 @@ from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  #
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig  # noqa: E402
 from networks.lora import create_network  # noqa: E402
+from utils.progress import ProgressBar  # noqa: E402
 
 Run = Callable[[], object]
 

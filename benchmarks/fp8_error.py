@@ -103,14 +103,16 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def inputs_for(config: TransformerConfig, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """A 128x128 image at t = 500 with 20 tokens of text and guidance 6."""
+    """Images of 128x128 at several t, with 20 tokens of text and guidance 6."""
+    t = torch.tensor([100.0, 300.0, 500.0, 700.0, 900.0])
+    count = len(t)
     return (
-        torch.randn(1, config.in_channels, 1, 16, 16, generator=generator),
-        torch.tensor([500.0]),
-        torch.randn(1, 20, config.text_dim, generator=generator),
-        torch.ones(1, 20),
-        torch.randn(1, config.pooled_dim, generator=generator),
-        torch.tensor([6000.0]),
+        torch.randn(count, config.in_channels, 1, 16, 16, generator=generator),
+        t,
+        torch.randn(count, 20, config.text_dim, generator=generator),
+        torch.ones(count, 20),
+        torch.randn(count, config.pooled_dim, generator=generator),
+        torch.full((count,), 6000.0),
     )
 
 
@@ -130,10 +132,12 @@ def some_weights() -> dict[str, torch.Tensor]:
 def measure_layers() -> None:
     """Print the table of single weights."""
     weights = some_weights()
-    print("| stored as | " + " | ".join(weights) + " |\n|---|" + "---|" * len(weights))
-    for way, quantise in WAYS.items():
-        errors = [f"{100 * relative(widened(quantise, weight), weight):.2f} %" for weight in weights.values()]
-        print(f"| {way} | " + " | ".join(errors) + " |", flush=True)
+    print("| stored as | bytes per weight | " + " | ".join(weights) + " |\n|---|---|" + "---|" * len(weights))
+    for way, quantize in WAYS.items():
+        errors = [f"{100 * relative(restored(quantize, weight), weight):.2f} %" for weight in weights.values()]
+        codes, scale = quantize(next(iter(weights.values())))
+        size = (codes.nbytes + (0 if scale is None else scale.nbytes)) / codes.numel()
+        print(f"| {way} | {size:.3f} | " + " | ".join(errors) + " |", flush=True)
     print()
 
 
@@ -143,18 +147,18 @@ def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: tor
     exact = {name: weight for name, weight in transformer.named_parameters() if is_quantized_name(name)}
     reference = transformer(*inputs)
     print(f"| {title} | weights | output |\n|---|---|---|")
-    for way, quantise in WAYS.items():
-        if quantise is searched_blocks:  # slow, and told by the first table
+    for way, quantize in WAYS.items():
+        if quantize is searched_blocks:  # slow, and in the first table
             continue
-        wide = transformer.state_dict() | {name: widened(quantise, weight) for name, weight in exact.items()}
-        squares = [((wide[name] - weight).square().sum(), weight.square().sum()) for name, weight in exact.items()]
+        changed = transformer.state_dict() | {name: restored(quantize, weight) for name, weight in exact.items()}
+        squares = [((changed[name] - weight).square().sum(), weight.square().sum()) for name, weight in exact.items()]
         error = (sum(square for square, _ in squares) / sum(whole for _, whole in squares)).sqrt().item()
-        output = torch.func.functional_call(transformer, wide, inputs)
+        output = torch.func.functional_call(transformer, changed, inputs)
         print(f"| {way} | {100 * error:.2f} % | {100 * relative(output, reference):.2f} % |", flush=True)
-        del wide
-    for way, quantise in FAST.items():
+        del changed
+    for way, quantize in FAST.items():
         for name, weight in exact.items():
-            store(transformer.get_submodule(name.removesuffix(".weight")), quantise(weight))
+            store(transformer.get_submodule(name.removesuffix(".weight")), quantize(weight))
         enable_quantized_linears(transformer, torch.float32, Float8Matmuls(per_row=True))
         print(f"| `--fp8_fast`: {way} | | {100 * relative(transformer(*inputs), reference):.2f} % |", flush=True)
         for name, weight in exact.items():
@@ -164,20 +168,20 @@ def measure(title: str, transformer: HYVideoDiffusionTransformer, generator: tor
     print()
 
 
-def widened(quantise: Callable[[torch.Tensor], Quantized], weight: torch.Tensor) -> torch.Tensor:
-    codes, scale = quantise(weight)
+def restored(quantize: Callable[[torch.Tensor], Quantized], weight: torch.Tensor) -> torch.Tensor:
+    codes, scale = quantize(weight)
     return dequantize(codes, torch.float32, scale)
 
 
-def store(linear: nn.Linear, quantised: Quantized) -> None:
-    codes, scale = quantised
+def store(linear: nn.Linear, quantized: Quantized) -> None:
+    codes, scale = quantized
     linear.weight = nn.Parameter(codes, requires_grad=False)
     linear.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what narrow weights change in a transformer's output.")
+    parser = argparse.ArgumentParser(description="Measure what quantized weights change in a transformer's output.")
     parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("D", "S"), help="full-width blocks (default: 1 1)")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)

@@ -268,7 +268,15 @@ def read_state_file(folder: Path) -> StateFile:
     for name, size in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
+    parts["flags"] = _with_present_names(parts["flags"])
     return StateFile(progress=progress, **parts)
+
+
+def _with_present_names(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags of a state. In older ones, --fp8_scaled without --fp8_fast means what --int8_base is now."""
+    if "int8_base" in flags or not flags.get("fp8_scaled") or flags.get("fp8_fast"):
+        return flags
+    return flags | {"int8_base": True, "fp8_base": False, "fp8_scaled": False}
 
 
 def _require_types(content: Mapping[str, Any]) -> None:

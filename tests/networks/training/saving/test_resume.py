@@ -126,6 +126,27 @@ def test_latest_takes_the_newest_that_is_whole(train, whole: Path, caplog) -> No
     assert find_latest_state(whole, "lor") is None and find_latest_state(whole / "none", "lora") is None
 
 
+@pytest.mark.parametrize(
+    ("older", "differing"),
+    [
+        (("fp8_base", "fp8_scaled"), ["--fp8_base not given, now True", "--int8_base True, now not given"]),
+        (("fp8_base", "fp8_scaled", "fp8_fast"), ["--fp8_fast True, now not given"]),
+    ],
+    ids=["int8 then", "float8 then too"],
+)
+def test_older_states_with_fp8_scaled_name_what_their_weights_were(train, whole: Path, tmp_path: Path, caplog, older, differing):
+    state = tmp_path / "older-state"
+    shutil.copytree(whole / "lora-step00000004-state", state)
+    content = json.loads((state / "state.json").read_text(encoding="utf-8"))
+    del content["flags"]["int8_base"]
+    content["flags"] |= dict.fromkeys(older, True)
+    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    assert train(*FLAGS, "--fp8_base", "--fp8_scaled", "--resume", state, "--max_train_steps", 5, name="scaled").status == 0
+    warning = next(line for line in caplog.text.splitlines() if "flags that differ" in line)
+    assert all(words in warning for words in differing)
+    assert ("--fp8_scaled" in warning) == ("fp8_fast" not in older)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 

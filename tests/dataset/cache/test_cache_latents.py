@@ -17,18 +17,11 @@ from PIL import Image
 
 import cache_latents
 import hunyuan_model
-from dataset.cache import latents
 from dataset.cache.files import read_latent_shape, read_latents
 from dataset.cache.latents import LatentEncoder
-from dataset.cache.plan import Target
-from dataset.cache.preparation import Failure, Prepared
-from dataset.cache.records import SourceStamp
-from dataset.config import DatasetConfig
-from dataset.items import Item
 from dataset.media.decoding import iterate_frames, probe_video
 from dataset.media.resizing import fit_to_bucket
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
-from hunyuan_model.vae.settings import VAESettings
 from utils.errors import run_script
 from utils.safetensors_io import read_header, save_tensors
 
@@ -166,42 +159,6 @@ def test_vae_dtype_is_that_of_the_cache(run, pictures, tmp_path):
     assert run("--dataset_config", pictures, "--vae_dtype", "bf16") == 0
     header = read_header(next((tmp_path / "cache").glob("green_triangle*")))
     assert list(header.shapes) == ["latents_1x8x8_bfloat16"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
-def test_any_name_gives_a_seed(vae_folder):
-    vae = hunyuan_model.load_vae(vae_folder, device="cpu", dtype=torch.float32)
-    dataset = DatasetConfig(0, "image", Path("x"), None, Path("x"))
-    items = (Item(dataset, Path("x/a.png"), "", stem) for stem in (os.fsdecode(b"caf\xe9"), "café"))
-    encoder = LatentEncoder(vae, VAESettings(None, torch.float32), "")
-    first, second = encoder.encode([prepared(item, 16) for item in items])
-    assert not torch.equal(first, second)
-
-
-def prepared(item: Item, side: int) -> Prepared:
-    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), SourceStamp(0, 0, ""))
-
-
-def test_waiting_pixels_are_bounded(monkeypatch):
-    monkeypatch.setattr(latents, "WAITING_BYTES", 4 * 32 * 32 * 3)
-    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
-    sides = [16, 16, 32, 32, 32, 32, 64, 128, 16]
-    batches = latents.collect_batches([prepared(item, side) for side in sides], batch_size=8)
-    # The fourth 32 is too much and all four go. 64 fills the budget alone, so that the two of 16 go, and it goes itself with
-    # the last 16; 128 is more than the budget and goes at once.
-    assert [[result.target.bucket[0] for result in batch] for batch in batches] == [[32] * 4, [16] * 2, [128], [64], [16]]
-
-
-def test_full_batches_and_the_rest_without_pressure():
-    item = Item(DatasetConfig(0, "image", Path("x"), None, Path("x")), Path("x/a.png"), "", "a")
-    failure = Failure(item, "broken")
-    results = [prepared(item, 16), prepared(item, 32), failure, prepared(item, 16), prepared(item, 16)]
-    assert list(latents.collect_batches(results, batch_size=2)) == [
-        failure,
-        [results[0], results[3]],
-        [results[1]],
-        [results[4]],
-    ]
 
 
 def test_progress_bar_is_closed_when_encoding_fails(run, pictures, monkeypatch):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cache_latents
 import hunyuan_model.vae.convolution as vae_convolution
 import hunyuan_model.vae.memory as vae_memory
 from hunyuan_model.vae.arguments import vae_settings
@@ -204,48 +201,3 @@ def test_any_flag_turns_the_choice_off():
     cpu = torch.device("cpu")
     assert vae_settings(flags(), cpu).automatic
     assert not any(vae_settings(given, cpu).automatic for given in (flags(chunk_size=8), flags(tile=64), flags(tiling=True)))
-
-
-# --- while caching
-
-
-class Item:
-    """What ``cache_latents.encode`` reads of a prepared item."""
-
-    def __init__(self, name: str) -> None:
-        self.pixels = np.random.default_rng(len(name)).integers(0, 256, (1, 64, 64, 3), np.uint8)
-        self.target = argparse.Namespace(cache_path=Path(name))
-
-
-def test_a_batch_goes_item_by_item_before_anything_is_cut(monkeypatch):
-    vae, sizes = make_vae(), []
-    alone = working_bytes(NARROW, Clip(1, 1, 64, 64), torch.float32, "cpu", WHOLE, encode=True)
-    monkeypatch.setattr(vae_memory, "free_device_memory", lambda device: alone / vae_memory.SHARE_OF_FREE + 1)
-    fit = VAEFit(vae, encode=True)
-    vae.encode = lambda x: sizes.append(len(x)) or AutoencoderKLCausal3D.encode(vae, x)
-    batch = [Item("a"), Item("bb")]
-    together = cache_latents.encode(vae, batch, torch.device("cpu"), torch.float32)
-    assert sizes == [2]
-    one_by_one = cache_latents.encode(vae, batch, torch.device("cpu"), torch.float32, fit)
-    assert sizes == [2, 1, 1] and vae.spatial_tile is None
-    for first, second in zip(together, one_by_one):
-        torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "batch, lighter, says",
-    [
-        ("ab", "--vae_chunk_size 32", "2 x 1 frame.* of 64x64; use --vae_chunk_size 32 and --batch_size 1"),
-        ("a", "--vae_chunk_size 32", "use --vae_chunk_size 32\\."),
-        ("a", "", "use a smaller resolution or fewer target_frames"),
-    ],
-)
-def test_running_out_of_memory_names_the_next_flag(batch, lighter, says):
-    vae = make_vae()
-
-    def full(x):
-        raise torch.OutOfMemoryError("no memory left")
-
-    vae.encode = full
-    with pytest.raises(UserError, match=f"out of memory while encoding .*{says}"):
-        cache_latents.encode(vae, [Item(name) for name in batch], torch.device("cpu"), torch.float32, lighter=lighter)

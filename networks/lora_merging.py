@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.checkpoints.reading import Checkpoint, true_value
+from hunyuan_model.checkpoints.loading import true_value
+from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora

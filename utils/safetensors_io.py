@@ -17,6 +17,22 @@ from utils.errors import UserError
 from utils.files import atomic_path, require_file
 from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
 
+# The names of dtypes in safetensors files.
+SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
@@ -98,20 +114,6 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor],
             raise UserError(f"cannot write {path}: {error}. Check the folder and the free disk space.") from error
 
 
-_STORED_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
 def save_tensor_stream(
     path: str | os.PathLike[str],
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
@@ -127,11 +129,12 @@ def save_tensor_stream(
     Raises:
         UserError: the folder cannot be written to or the disk is full; an earlier file under ``path`` is untouched.
     """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, (dtype, shape) in layout.items():
         size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": _STORED_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, ensure_ascii=False).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)  # readers map the data, which must start aligned

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
-from hunyuan_model.checkpoints.reading import Checkpoint, load_weights
+from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
 from hunyuan_model.quantization.linear import enable_quantized_linears

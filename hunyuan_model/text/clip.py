@@ -14,7 +14,8 @@ from accelerate import init_empty_weights
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
-from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
+from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
 from hunyuan_model.text.model_config import building_from_config, read_model_config
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
-from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, open_checkpoint
+from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
 from hunyuan_model.quantization.formats import FP8_DTYPE
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.text.model_config import building_from_config, read_model_config

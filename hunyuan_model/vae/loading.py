@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
-from hunyuan_model.checkpoints.reading import Checkpoint, load_weights, require_same_tensors
+from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
+from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.vae.model import (
     SCALING_FACTOR,
     SPATIAL_COMPRESSION,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hunyuan_model.checkpoints.reading import load_weights, open_checkpoint
+from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.reading import open_checkpoint
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"

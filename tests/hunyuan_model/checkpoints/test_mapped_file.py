@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hunyuan_model.checkpoints.mapped_file import MappedFile, torch_maps_read_only
+from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_only
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from utils.safetensors_io import read_header
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from hunyuan_model.checkpoints.read_ahead import read_ahead
+from hunyuan_model.checkpoints.mapped_files import read_ahead
 
 SIZE = 1000  # bytes of each tensor
 

@@ -25,7 +25,8 @@ from small_transformer import (
 from torch import nn
 
 import hunyuan_model
-from hunyuan_model.checkpoints.reading import load_weights, open_checkpoint
+from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import (
     SLOTS,

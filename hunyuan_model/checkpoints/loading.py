@@ -1,0 +1,174 @@
+"""Streaming the tensors of a checkpoint into a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hunyuan_model.checkpoints.mapped_files import read_ahead
+from hunyuan_model.checkpoints.reading import Checkpoint
+from hunyuan_model.quantization.formats import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantizer, cast, cast_to_float8, dequantize
+from utils.errors import UserError
+from utils.progress import ProgressBar
+
+PROGRESS_FROM_BYTES = 1 << 30  # a smaller checkpoint loads before a progress bar can be read
+
+
+class HostPlacement(Protocol):
+    """Where weights go that are to end in host memory."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the weight ``name`` is one of them."""
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` in host memory."""
+
+    def loaded(self, name: str) -> None:
+        """The module has the weight ``name``, wherever it is."""
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype_of: Callable[[str], torch.dtype],
+    quantize: Quantizer = cast_to_float8,
+    patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    host: HostPlacement | None = None,
+    progress: str | None = None,
+) -> None:
+    """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
+
+    At the peak the final weights and one tensor are in memory. The parameters never share memory with the mapped file.
+    The scale of a quantized weight, if it has one, is put beside it under the weight's name and ``_scale``.
+
+    Args:
+        module: built on the meta device; every parameter and persistent buffer must be in the checkpoint, and nothing
+            else may be. Buffers outside the state dict must hold real values and are moved to ``device``.
+        dtype_of: final dtype by tensor name; tensors of integers keep theirs.
+        quantize: how weights are quantized whose final dtype is float8_e4m3fn. Those that are stored so, and are not
+            changed on the way, keep their bytes and their scale.
+        patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast. It gets the tensor on ``device`` as
+            stored, float8 ones as float32 with their scales multiplied in, and must return a new tensor instead of writing
+            to it, or the same one where it changes nothing.
+        host: which parameters end in host memory; ``device`` holds one of them at a time, and only those that are patched or
+            cast, which gives the same bits wherever they end.
+        progress: text of the progress bar, which only large checkpoints show.
+
+    Raises:
+        UserError: names or shapes differ between module and checkpoint; nothing has been read then.
+    """
+    device = torch.device(device)
+    require_same_tensors(module, checkpoint)
+    total = sum(_bytes(checkpoint, name) for name in checkpoint.shapes)
+    description = progress or f"loading {checkpoint.what}"
+    with (
+        ProgressBar(
+            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=total < PROGRESS_FROM_BYTES
+        ) as bar,
+        read_ahead(checkpoint.shapes, checkpoint.get) as tensors,
+    ):
+        for name, stored in tensors:
+            dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
+            on_host = host is not None and host.wants(name)
+            as_stored = patch is None and checkpoint.dtypes[name] == dtype
+            place = torch.device("cpu") if on_host and as_stored else device
+            for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch):
+                _assign(module, part, host.copy(tensor) if on_host else tensor)
+            if host is not None:
+                host.loaded(name)
+            bar.update(_bytes(checkpoint, name))
+    _move_other_buffers(module, device)
+
+
+def _final_tensors(
+    name: str,
+    stored: torch.Tensor,
+    scale: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Quantizer,
+    patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
+) -> list[tuple[str, torch.Tensor]]:
+    """A tensor as ``module`` is to hold it, and its scale if it has one."""
+    tensor = stored.to(device)
+    if patch is not None or (scale is not None and (dtype != FP8_DTYPE or tensor.dtype != dtype)):
+        value = true_value(tensor, scale)
+        patched = value if patch is None else patch(name, value).to(device)
+        if patched is not value or dtype != FP8_DTYPE or tensor.dtype != dtype:
+            tensor, scale = patched, None
+    if dtype == FP8_DTYPE and tensor.dtype != dtype:
+        tensor, scale = quantize(tensor)
+    else:
+        tensor = cast(tensor, dtype)
+    if tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    parts = [(name, tensor.contiguous())]
+    if scale is not None:
+        parts.append((name + SCALE_SUFFIX, scale.to(device, copy=True)))
+    return parts
+
+
+def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What a stored tensor stands for: float8 and scaled ones as new float32 tensors, others as they are."""
+    if scale is not None:
+        return dequantize(stored.float(), torch.float32, scale.to(stored.device))
+    return stored.float() if stored.dtype in FP8_DTYPES else stored
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> int:
+    count = 1
+    for side in checkpoint.shapes[name]:
+        count *= side
+    return count * checkpoint.dtypes[name].itemsize
+
+
+def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose names and shapes are not exactly those of ``module``, or that holds integers for its weights.
+
+    Reads no tensor.
+
+    Raises:
+        UserError: names a few that differ.
+    """
+    tensors = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = checkpoint.shapes
+    faults = []
+    if missing := [name for name in expected if name not in found]:
+        faults.append(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}")
+    if unexpected := [name for name in found if name not in expected]:
+        faults.append(f"{len(unexpected)} are unknown, such as {', '.join(unexpected[:3])}")
+    if different := [name for name in expected if name in found and expected[name] != found[name]]:
+        shapes = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in different[:3])
+        faults.append(f"{len(different)} have another shape, such as {shapes}")
+    weights = (name for name, tensor in tensors.items() if tensor.is_floating_point() and name in found)
+    if integers := [name for name in weights if not checkpoint.dtypes[name].is_floating_point]:
+        kind = str(checkpoint.dtypes[integers[0]]).removeprefix("torch.")
+        faults.append(f"{len(integers)} hold whole numbers, such as {integers[0]} ({kind})")
+    if faults:
+        raise UserError(
+            f"{checkpoint.what} {checkpoint.path} does not fit the model: {'; '.join(faults)}. "
+            "Check that it is the right file and complete."
+        )
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        setattr(owner, leaf, tensor)
+    else:  # also scales, which the module has no place for yet
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _move_other_buffers(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            raise RuntimeError(f"buffer {name} is neither in the checkpoint nor computed: build it outside the meta device")
+        if buffer.device != device:
+            _assign(module, name, buffer.to(device))

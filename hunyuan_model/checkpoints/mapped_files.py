@@ -1,0 +1,132 @@
+"""Files mapped into memory to be read only, and reading the next tensors from disk while the one before is converted.
+
+safetensors and torch map files so that what is written to them stays in memory. A system reserves memory for that: Linux refuses
+the mapping of a file that is larger than its memory, Windows counts it against the paging file. What is only read costs nothing.
+
+A mapped tensor is read when its memory is first accessed. ``read_ahead`` lets a thread access one byte of each page of the
+tensors that come next: what then converts them waits neither for the disk nor for the page to be mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import queue
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AHEAD_BYTES = 256 << 20  # file pages, which the system can drop; no memory of the process
+PAGE_BYTES = 4096
+PIECE_BYTES = 16 << 20  # between two looks at whether anyone still waits
+
+
+class MappedFile:
+    """The bytes of a file, which must not change and not be written to: that ends the process.
+
+    Raises:
+        OSError: it cannot be opened or mapped.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+        """The contiguous tensor that begins at byte ``offset``; it keeps the mapping alive."""
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+    def storage(self) -> torch.UntypedStorage:
+        """All bytes."""
+        return self.tensor(torch.uint8, (len(self._bytes),), 0).untyped_storage()
+
+
+def safetensors_offsets(path: Path) -> dict[str, int]:
+    """Where the data of each tensor begins, in bytes from the start of a file that ``safetensors`` found to be valid."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+@contextmanager
+def torch_maps_read_only() -> Iterator[None]:
+    """Inside, ``torch.load(..., mmap=True)`` maps as above; there is no option for it."""
+
+    def from_file(path: str, *_how: object, **_named: object) -> torch.UntypedStorage:
+        return MappedFile(path).storage()
+
+    before = torch.UntypedStorage.__dict__.get("from_file")  # None: the class inherits it
+    torch.UntypedStorage.from_file = from_file
+    try:
+        yield
+    finally:
+        if before is None:
+            del torch.UntypedStorage.from_file
+        else:
+            torch.UntypedStorage.from_file = before
+
+
+@contextmanager
+def read_ahead(
+    names: Iterable[str], get: Callable[[str], Tensor], ahead_bytes: int = AHEAD_BYTES
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Context whose value yields (name, tensor) in order; meanwhile a thread reads about ``ahead_bytes`` of those that follow.
+
+    Args:
+        get: the tensor of a name, which may lie in a mapped file. Called in order and in this thread only.
+    """
+    waiting: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+    over = threading.Event()
+    thread = threading.Thread(target=_touch_all, args=(waiting, over), daemon=True)
+    thread.start()
+    try:
+        with closing(_in_order(names, get, ahead_bytes, waiting)) as tensors:
+            yield tensors
+    finally:
+        over.set()
+        waiting.put(None)
+        thread.join()
+
+
+def _in_order(
+    names: Iterable[str], get: Callable[[str], Tensor], ahead_bytes: int, waiting: queue.SimpleQueue[Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    coming: deque[tuple[str, Tensor]] = deque()
+    held = 0
+    for name in names:
+        tensor = get(name)
+        coming.append((name, tensor))
+        waiting.put(tensor)
+        held += tensor.nbytes
+        del tensor
+        while held > ahead_bytes and len(coming) > 1:
+            held -= coming[0][1].nbytes
+            yield coming.popleft()
+    while coming:
+        yield coming.popleft()
+
+
+def _touch_all(waiting: queue.SimpleQueue[Tensor | None], over: threading.Event) -> None:
+    while (tensor := waiting.get()) is not None:
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
+            for piece in tensor.view(-1).view(torch.uint8).split(PIECE_BYTES):
+                if over.is_set():
+                    return
+                piece[::PAGE_BYTES].sum()
+        del tensor

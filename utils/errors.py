@@ -31,7 +31,10 @@ def first_line(error: BaseException) -> str:
 
 def shown(value: object) -> str:
     """``repr(value)`` for a sentence, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a very long number"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 

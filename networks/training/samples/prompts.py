@@ -1,4 +1,4 @@
-"""Prompts of the samples that training draws (--sample_prompts): a text file with a prompt a line, or TOML, or JSON."""
+"""Prompts of the samples while training (--sample_prompts): a text file with a prompt a line, or TOML, or JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from hunyuan_model.sampling.euler import PATCH_PIXELS, latent_size
 from utils.cli.arguments import MAX_SEED
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.files import require_file
 from utils.key_values import nearest_name
 from utils.toml_files import read_toml
@@ -24,14 +24,14 @@ SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What one sample shows, and how it is drawn.
+    """What one sample shows, and how it is made.
 
     Attributes:
         prompt: the text; the empty text is allowed.
         where: file and line or entry, as messages name it.
         width, height: pixels, multiples of 16.
         frame_count: 4n + 1; 1 is a picture.
-        seed: of the noise; None draws a new one for every sample.
+        seed: of the noise; None for a random one for every sample.
         sample_steps: steps of the sampler.
         guidance_scale: strength of the distilled guidance.
         discrete_flow_shift: shift of the schedule towards noise.
@@ -50,38 +50,42 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A setting as a key of TOML and JSON and as an option of a line, and the values it may have."""
+    """A setting as an option of a line and as a key of TOML and JSON, and the values it may have."""
 
-    key: str
     option: str
+    key: str
     kind: type
     low: float
     high: float
 
 
 _SETTINGS = (
-    _Setting("width", "w", int, PATCH_PIXELS, 8192),
-    _Setting("height", "h", int, PATCH_PIXELS, 8192),
-    _Setting("frame_count", "f", int, 1, 4097),
-    _Setting("seed", "d", int, 0, MAX_SEED),
-    _Setting("sample_steps", "s", int, 1, 1000),
-    _Setting("guidance_scale", "g", float, 0, 1000),
-    _Setting("discrete_flow_shift", "fs", float, 0.01, 1000),
+    _Setting("w", "width", int, PATCH_PIXELS, 8192),
+    _Setting("h", "height", int, PATCH_PIXELS, 8192),
+    _Setting("f", "frame_count", int, 1, 4097),
+    _Setting("d", "seed", int, 0, MAX_SEED),
+    _Setting("s", "sample_steps", int, 1, 1000),
+    _Setting("g", "guidance_scale", float, 0, 1000),
+    _Setting("fs", "discrete_flow_shift", float, 0.01, 1000),
 )
 PROMPT_OPTIONS = tuple(f"--{setting.option}" for setting in _SETTINGS)  # of a line
-_BY_KEY = {setting.key: setting for setting in _SETTINGS}
-_BY_OPTION = {setting.option: setting for setting in _SETTINGS}
 _KEYS = tuple(field.name for field in fields(SamplePrompt) if field.name != "where")
+_KEY_OF_OPTION = {setting.option: setting.key for setting in _SETTINGS}
+_OPTION_OF_KEY = {setting.key: setting.option for setting in _SETTINGS}
 _FORM = "Write a [[prompts]] table (in JSON, an object in a list) with the key prompt for each."
-# What files written for other models hold.
 _NO_NEGATIVE = "The model is distilled and takes no negative prompt; remove it."
-_FOREIGN_OPTIONS = {"n": _NO_NEGATIVE, "l": "The guidance of this model is --g."}
-_FOREIGN_KEYS = {"negative_prompt": _NO_NEGATIVE, "scale": "The guidance of this model is guidance_scale."}
+_OF_OTHER_MODELS = {  # options and keys
+    "n": _NO_NEGATIVE,
+    "negative_prompt": _NO_NEGATIVE,
+    "l": "The guidance of this model is --g.",
+    "scale": "The guidance of this model is guidance_scale.",
+}
 
 _OPTION = re.compile(r"(?:^|\s)--(?=[^\W\d_])")  # a dash followed by a letter; " -- " and "--1" are text
 _NAME_AND_VALUE = re.compile(r"(\w+)(?:\s*=\s*|\s+|$)(.*)", re.DOTALL)
 _COMMENT = re.compile(r"(^|\s)#.*", re.DOTALL)
-_NUMBERS = {int: re.compile(r"[+-]?[0-9]+"), float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
@@ -99,18 +103,33 @@ def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
     found = require_file(path, f"{FLAG} file")
     suffix = found.suffix.lower()
     if suffix == ".txt":
-        prompts = _prompts_of_text(found)
+        lines = re.split(r"\r\n|\r|\n", _read_text(found))  # not splitlines(), which breaks lines that editors do not
+        numbered = [(f"{found}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
+        prompts = [parse_prompt_line(line, where) for where, line in numbered if line and not line.startswith("#")]
     elif suffix == ".toml":
-        prompts = _prompts_of_tables(read_toml(found, f"{FLAG} file"), found)
+        prompts = _prompts_of_document(read_toml(found, f"{FLAG} file"), found)
     elif suffix == ".json":
-        prompts = _prompts_of_tables(_read_json(found), found)
+        try:
+            document = json.loads(_read_text(found))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{FLAG} {found} is not valid JSON: {str(error).rstrip('.')}. Correct the file.") from error
+        prompts = _prompts_of_document(document, found)
     else:
-        raise UserError(f"{FLAG} {found} is neither .txt nor .toml nor .json; its ending says how it is read. Rename it.")
+        raise UserError(f"{FLAG} {found} is neither .txt nor .toml nor .json; its ending decides how it is read. Rename it.")
     if not prompts:
         raise UserError(f"{FLAG} {found} holds no prompt. Write one a line, or leave {FLAG} out.")
     if len(prompts) > MAX_PROMPTS:
-        raise UserError(f"{FLAG} {found} holds {len(prompts)} prompts; at most {MAX_PROMPTS} can be drawn. Is it the right file?")
+        raise UserError(f"{FLAG} {found} holds {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed. Is it the right file?")
     return prompts
+
+
+def parse_prompt_line(line: str, where: str) -> SamplePrompt:
+    """A prompt with its options: ``a red ball --w 512 --h 320 --f 25 --d 7``.
+
+    Raises:
+        UserError: an option that is unknown, given twice, or has no value that it can take; names ``where``.
+    """
+    return _prompt(_values_of_line(line, where), where)
 
 
 def shortened(text: str) -> str:
@@ -127,160 +146,85 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {FLAG} {path}: {error.strerror or error}.") from error
 
 
-def _prompts_of_text(path: Path) -> list[SamplePrompt]:
-    lines = re.split(r"\r\n|\r|\n", _read_text(path))  # not splitlines(), which breaks lines that editors do not
-    numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
-    return [parse_prompt_line(line, f"{path}, line {number}") for number, line in numbered if line and not line.startswith("#")]
-
-
-def parse_prompt_line(line: str, where: str) -> SamplePrompt:
-    """A prompt with its options: ``a red ball --w 512 --h 320 --f 25 --d 7``.
-
-    Raises:
-        UserError: an option that is unknown, given twice, or has no value that it can take; names ``where``.
-    """
-    return _prompt(_values_of_line(line, where), where)
-
-
 def _values_of_line(line: str, where: str) -> dict[str, Any]:
+    """The text and the options of a line by key; numbers are numbers, all else stays text and is refused later."""
     text, *options = _OPTION.split(line)
     values: dict[str, Any] = {"prompt": text.strip()}
     for written in options:
         match = _NAME_AND_VALUE.fullmatch(written)
-        if match is None or match[1].lower() not in _BY_OPTION:
-            raise UserError(f"{where}: {_unknown_option(written.split()[0])}")
-        setting = _BY_OPTION[match[1].lower()]
-        if setting.key in values:
-            raise UserError(f"{where} has --{setting.option} twice; keep one of them.")
-        values[setting.key] = _number_in_line(setting, _COMMENT.sub("", match[2]).strip(), where)
+        option = match[1].lower() if match is not None else ""
+        if option not in _KEY_OF_OPTION:
+            advice = f"There are {' '.join(PROMPT_OPTIONS)}; a dash that is part of the text has a blank on both sides."
+            advice = f"Write --{_OPTION_OF_KEY[option]}." if option in _OPTION_OF_KEY else _OF_OTHER_MODELS.get(option, advice)
+            raise UserError(f"{where}: --{written.split()[0]} is no option of a prompt line. {advice}")
+        if _KEY_OF_OPTION[option] in values:
+            raise UserError(f"{where} has --{option} twice; keep one of them.")
+        value, *rest = _COMMENT.sub("", match[2]).split() or [""]
+        if rest:
+            raise UserError(
+                f"{where}: there is text behind --{option} {shortened(value)} ({shortened(' '.join(rest))}). "
+                "Options stand at the end of the line, behind the prompt."
+            )
+        values[_KEY_OF_OPTION[option]] = _number(value)
     return values
 
 
-def _unknown_option(name: str) -> str:
-    advice = _FOREIGN_OPTIONS.get(name.lower())
-    if advice is None and name.lower() in _BY_KEY:
-        advice = f"Write --{_BY_KEY[name.lower()].option}."
-    if advice is None:
-        advice = f"There are {' '.join(PROMPT_OPTIONS)}; a dash that is part of the text has a blank on both sides."
-    return f"--{name} is no option of a prompt line. {advice}"
+def _number(text: str) -> int | float | str:
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _NUMBER.fullmatch(text) else text
 
 
-def _number_in_line(setting: _Setting, text: str, where: str) -> int | float:
-    words = text.split()
-    if not words:
-        raise UserError(f"{where}: --{setting.option} has no value; write --{setting.option} {_default_of(setting)}, say.")
-    if not _NUMBERS[setting.kind].fullmatch(words[0]):
-        raise UserError(f"{where}: --{setting.option} takes {_kind_of(setting)}, but got {shortened(words[0])}.")
-    if len(words) > 1:
-        raise UserError(
-            f"{where}: there is text behind --{setting.option} {shortened(words[0])} ({shortened(' '.join(words[1:]))}). "
-            "Options stand at the end of the line, behind the prompt."
-        )
-    number = float(words[0])  # also of a number with more digits than int() accepts
-    _check_range(setting, number, f"--{setting.option}", where)
-    return setting.kind(words[0])
-
-
-def _read_json(path: Path) -> Any:
-    def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            double = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-            raise ValueError(f"the key {double!r} stands twice in one object")
-        return entries
-
-    try:
-        return json.loads(_read_text(path), object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{FLAG} {path} is not valid JSON: {str(error).rstrip('.')}. Mend the file.") from error
-
-
-def _prompts_of_tables(document: Any, path: Path) -> list[SamplePrompt]:
-    entries, defaults = _entries(document, path)
-    if not isinstance(entries, list) or not isinstance(defaults, Mapping):
+def _prompts_of_document(document: Any, path: Path) -> list[SamplePrompt]:
+    """The prompts of what TOML or JSON holds, in any of the forms of ``read_sample_prompts``."""
+    defaults: dict[str, Any] = {}
+    if isinstance(document, Mapping) and document and not isinstance(document.get("prompt"), str):
+        if len(document) > 1 or not document.keys() <= {"prompt", "prompts"}:
+            raise UserError(f"{FLAG} {path} holds {', '.join(map(str, document))} outside of its prompts. {_FORM}")
+        (document,) = document.values()
+        if isinstance(document, Mapping) and "subset" in document:
+            defaults = {key: value for key, value in document.items() if key != "subset"}
+            document = document["subset"]
+    entries = [document] if isinstance(document, Mapping) and document else document or []
+    if not isinstance(entries, list):
         raise UserError(f"{FLAG} {path} holds no list of prompts. {_FORM}")
     prompts = []
     for number, entry in enumerate(entries, 1):
         where = f"{path}, prompt {number}"
-        if isinstance(entry, str):
-            prompts.append(_prompt({**defaults, **_values_of_line(entry, where)}, where))
-        elif isinstance(entry, Mapping):
-            prompts.append(_prompt({**defaults, **entry}, where))
-        else:
+        values = _values_of_line(entry, where) if isinstance(entry, str) else entry
+        if not isinstance(values, Mapping):
             raise UserError(f"{where} is {shortened(str(entry))}, not a table with the key prompt. {_FORM}")
+        prompts.append(_prompt({**defaults, **values}, where))
     return prompts
-
-
-def _entries(document: Any, path: Path) -> tuple[Any, Any]:
-    """The list of prompts in a document, and what holds for all of them."""
-    if isinstance(document, list) or not isinstance(document, Mapping):
-        return document, {}
-    if not document:
-        return [], {}
-    if isinstance(document.get("prompt"), str):  # the document is one prompt
-        return [document], {}
-    unknown = [key for key in document if key not in ("prompt", "prompts")]
-    if unknown:
-        raise UserError(f"{FLAG} {path}: {unknown[0]!r} does not belong to the top of the file. {_FORM}")
-    if len(document) > 1:
-        raise UserError(f"{FLAG} {path} has both [prompt] and [[prompts]]; keep one of them.")
-    if "prompts" in document:
-        return document["prompts"], {}
-    table = document["prompt"]
-    if not isinstance(table, Mapping):
-        return table, {}
-    if "subset" not in table:
-        return [table], {}
-    return table["subset"], {key: value for key, value in table.items() if key != "subset"}
 
 
 def _prompt(values: Mapping[str, Any], where: str) -> SamplePrompt:
     for key in values:
         if key not in _KEYS:
-            advice = _FOREIGN_KEYS.get(key) or f"Known are {', '.join(_KEYS)}.{nearest_name(key, _KEYS)}"
+            advice = _OF_OTHER_MODELS.get(key) or f"Known are {', '.join(_KEYS)}.{nearest_name(key, _KEYS)}"
             raise UserError(f"{where}: {key!r} is no key of a prompt. {advice}")
-    if "prompt" not in values:
-        raise UserError(f"{where} lacks the key prompt; write the text to draw.")
-    _check_text(values["prompt"], where)
-    checked = {key: _checked_number(_BY_KEY[key], value, where) for key, value in values.items() if key in _BY_KEY}
-    prompt = replace(SamplePrompt(values["prompt"].strip(), where), **checked)
-    _check_size(prompt)
-    return prompt
-
-
-def _check_text(text: Any, where: str) -> None:
+    text = values.get("prompt")
     if not isinstance(text, str):
-        raise UserError(f"{where}: prompt must be a text in quotes.")
+        raise UserError(f"{where} needs the key prompt, a text in quotes.")
     odd = next((char for char in text if (ord(char) < 32 and char not in "\t\r\n") or 0xD800 <= ord(char) < 0xE000), None)
     if odd is not None:
         raise UserError(f"{where}: the prompt holds U+{ord(odd):04X}, which is no printable character; remove it.")
-
-
-def _checked_number(setting: _Setting, value: Any, where: str) -> int | float:
-    allowed = int if setting.kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise UserError(f"{where}: {setting.key} must be {_kind_of(setting)}, without quotes.")
-    _check_range(setting, value, setting.key, where)
-    return setting.kind(value)
-
-
-def _check_range(setting: _Setting, number: float, name: str, where: str) -> None:
-    if not setting.low <= number <= setting.high:  # NaN too
-        advice = " Leave it out for a random one." if setting.key == "seed" else ""
-        raise UserError(f"{where}: {name} must lie between {setting.low} and {setting.high}.{advice}")
-
-
-def _check_size(prompt: SamplePrompt) -> None:
+    numbers = {setting.key: _checked(setting, values[setting.key], where) for setting in _SETTINGS if setting.key in values}
+    prompt = SamplePrompt(text.strip(), where, **numbers)
     try:
         latent_size(prompt.height, prompt.width, prompt.frame_count)
     except UserError as error:
-        raise UserError(f"{prompt.where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
+    return prompt
 
 
-def _kind_of(setting: _Setting) -> str:
-    return "a whole number" if setting.kind is int else "a number"
-
-
-def _default_of(setting: _Setting) -> int | float:
-    default = getattr(SamplePrompt, setting.key)
-    return 42 if default is None else default
+def _checked(setting: _Setting, value: Any, where: str) -> int | float:
+    allowed = int if setting.kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not setting.low <= value <= setting.high:  # NaN too
+        kind = "a whole number" if setting.kind is int else "a number"
+        advice = " Leave it out for a random one." if setting.key == "seed" else ""
+        raise UserError(
+            f"{where}: {setting.key} (--{setting.option}) must be {kind} from {setting.low} to {setting.high}, "
+            f"but it is {shown(value)}.{advice}"
+        )
+    return setting.kind(value)

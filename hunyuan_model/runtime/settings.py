@@ -83,6 +83,11 @@ class RuntimeSettings:
         return replace(self, blocks_to_swap=count)
 
     @property
+    def quantized(self) -> bool:
+        """Whether any weights are stored in one byte each."""
+        return self.weights is not WeightFormat.PLAIN
+
+    @property
     def swaps(self) -> bool:
         """Whether any weights live in host memory."""
         return bool(self.blocks_to_swap) or self.img_in_txt_in_offloading

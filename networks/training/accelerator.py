@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from networks.training.settings import TrainingSettings
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
 
-logger = logging.getLogger(__name__)
-
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
-WRAPPER_FLAGS = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's.
 
     Raises:
         UserError: accelerate refuses, or was launched with a precision in which nothing can be trained here.
     """
+    loop = settings.loop
     try:
-        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers)
+        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=loop.ddp_timeout))] if loop.ddp_timeout else []
+        accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate refuses this setup: {first_line(error).rstrip('.')}.") from error
     if accelerator.mixed_precision not in PRECISIONS:
@@ -35,23 +33,30 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "
             "Use bf16; --int8_base or --fp8_base stores the frozen weights in one byte each."
         )
-    if accelerator.is_main_process and (unused := [f"--{name}" for name in WRAPPER_FLAGS if getattr(args, name)]):
-        logger.warning("%s: no effect, as gradients are averaged without torch's wrapper.", ", ".join(unused))
     return accelerator
 
 
-def base_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """What the transformer computes in: --dit_dtype, else the mixed precision's, else the device's default."""
-    if args.dit_dtype is None and accelerator.mixed_precision in ("fp16", "bf16"):
-        return PRECISIONS[accelerator.mixed_precision]
-    return choose_dtype(args.dit_dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a training.
 
+    Attributes:
+        base: of the transformer's weights: --dit_dtype, else the mixed precision's, else the device's default.
+        compute: of the activations: the mixed precision's, else that of the weights.
+        saved: of saved models: --save_precision, else the mixed precision's.
+    """
 
-def compute_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """What the layers of the transformer answer in: the mixed precision's, else that of its weights."""
-    return base_dtype(args, accelerator) if accelerator.mixed_precision == "no" else PRECISIONS[accelerator.mixed_precision]
+    base: torch.dtype
+    compute: torch.dtype
+    saved: torch.dtype
 
-
-def save_dtype(args: argparse.Namespace, accelerator: Accelerator) -> torch.dtype:
-    """Of saved models: --save_precision, else the mixed precision's."""
-    return PRECISIONS["no" if args.save_precision == "float" else args.save_precision or accelerator.mixed_precision]
+    @classmethod
+    def of(cls, settings: TrainingSettings, accelerator: Accelerator) -> Precision:
+        """As the settings and accelerate say."""
+        mixed, dtype = accelerator.mixed_precision, settings.model.dit_dtype
+        if dtype is None and mixed != "no":
+            base = PRECISIONS[mixed]
+        else:
+            base = choose_dtype(dtype, "--dit_dtype", accelerator.device, torch.bfloat16)
+        saved = settings.loop.save_precision or mixed
+        return cls(base, base if mixed == "no" else PRECISIONS[mixed], PRECISIONS["no" if saved == "float" else saved])

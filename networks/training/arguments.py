@@ -1,10 +1,8 @@
-"""The flags of hv_train_network.py, in groups, and what can be said about them without loading anything."""
+"""The flags of hv_train_network.py, in groups, and the settings they make."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 import torch
 
@@ -13,18 +11,35 @@ from hunyuan_model.runtime.arguments import (
     add_kernel_arguments,
     add_swap_arguments,
     add_weight_format_arguments,
+    kernel_settings,
     runtime_settings,
 )
 from hunyuan_model.transformer.attention import TRAINABLE_MODES
+from networks.training.logging.logs import LogSettings
 from networks.training.logging.loss_log import check_loss_log
-from networks.training.samples.arguments import add_sample_arguments
-from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
-from utils.cli.arguments import finite_float, non_negative_float, positive_float, positive_int, script_parser, seed, whole_number
+from networks.training.loss.flow_matching import FlowSettings
+from networks.training.loss.timestep_sampling import TimestepSettings
+from networks.training.optim.lr_schedules import ScheduleSettings
+from networks.training.optim.optimizers import OptimizerSettings
+from networks.training.samples.arguments import add_sample_arguments, sample_settings
+from networks.training.saving.files import SaveSettings
+from networks.training.saving.resume import ResumeSettings
+from networks.training.settings import LoopSettings, ModelSettings, NetworkSettings, TrainingSettings
+from utils.cli.arguments import (
+    finite_float,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    public_flags,
+    script_parser,
+    seed,
+    whole_number,
+)
 from utils.cli.config_files import add_config_file_argument
 from utils.cli.hub_arguments import add_hub_arguments
 from utils.cli.settings import settings_from
+from utils.devices import pick_device
 from utils.errors import UserError
-from utils.files import MAX_NAME_BYTES, require_writable_folder
 from utils.hub import HubSettings
 
 DRY_STEP_CHOICES = ("auto", "always", "never")
@@ -379,8 +394,8 @@ def attention_mode(args: argparse.Namespace) -> str:
     return mode
 
 
-def check_training_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is read or loaded.
+def training_settings(args: argparse.Namespace) -> TrainingSettings:
+    """All flags, each read here and nowhere else.
 
     Raises:
         UserError: a flag that is missing, a value out of its range, or flags that exclude each other.
@@ -388,43 +403,30 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("dataset_config", "dit", "output_dir", "output_name") if getattr(args, name) is None]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
-    runtime_settings(args, attention_mode(args))
-    if args.max_data_loader_n_workers < 0:
-        raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
-    if args.network_dropout is not None and args.network_dropout >= 1:
-        raise UserError(f"--network_dropout {args.network_dropout:g} is not between 0 and 1.")
-    if args.dim_from_weights and not args.network_weights:
-        raise UserError("--dim_from_weights takes the ranks from --network_weights, which is missing.")
-    if len(args.base_weights_multiplier) > len(args.base_weights):
-        raise UserError(
-            f"--base_weights_multiplier has {len(args.base_weights_multiplier)} values for {len(args.base_weights)} --base_weights."
-        )
-    _check_output_name(args.output_dir, args.output_name)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
-    require_writable_folder(args.output_dir, "--output_dir")
-    settings_from(SaveSettings, args)
-    settings_from(HubSettings, args)
-    if args.save_state_to_huggingface and not (args.save_state or args.save_state_on_train_end):
-        raise UserError("--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well.")
-    if args.resume_from_huggingface and (args.resume is None or args.resume.count("/") < 2):
-        raise UserError("--resume_from_huggingface needs --resume OWNER/NAME/FOLDER, the place of the state on the hub.")
-    if args.validation_split is not None and args.validation_split >= 1:
-        raise UserError(f"--validation_split {args.validation_split:g} is a share of the items, below 1: 0.1, say.")
-    if args.validate_every_n_steps and args.validation_split is None:
-        raise UserError("--validate_every_n_steps measures what --validation_split holds out; give --validation_split as well.")
     if args.loss_log is not None:
         check_loss_log(args.loss_log)
+    return TrainingSettings(
+        dataset_config=args.dataset_config,
+        model=settings_from(ModelSettings, args),
+        runtime=runtime_settings(args, attention_mode(args)),
+        kernels=kernel_settings(args),
+        loop=settings_from(LoopSettings, args),
+        optimizer=settings_from(OptimizerSettings, args),
+        schedule=settings_from(ScheduleSettings, args),
+        timesteps=timestep_settings(args),
+        flow=settings_from(FlowSettings, args),
+        network=settings_from(NetworkSettings, args),
+        saving=settings_from(SaveSettings, args),
+        resuming=settings_from(ResumeSettings, args),
+        samples=sample_settings(args, pick_device(None)),
+        logs=settings_from(LogSettings, args),
+        hub=settings_from(HubSettings, args),
+        flags=public_flags(args),
+    )
 
 
-def _check_output_name(folder: str, name: str) -> None:
-    if any(separator in name for separator in "/\\"):
-        raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
-    if not name.strip() or not name.isprintable():
-        raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
-    if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
-        raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
-    if os.path.isfile(Path(folder) / state_name(name)):
-        raise UserError(f"--output_dir {folder} holds a file called {state_name(name)}; choose another --output_name.")
-    if os.path.isdir(Path(folder) / final_name(name)):
-        raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")
+def timestep_settings(args: argparse.Namespace) -> TimestepSettings:
+    """How timesteps are sampled."""
+    return settings_from(TimestepSettings, args)

@@ -33,7 +33,7 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     Raises:
         UserError: out of memory; with what to change.
     """
-    device, plan = training.accelerator.device, training.memory
+    device, plan = training.accelerator.device, training.plan.memory
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)
@@ -55,4 +55,4 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
 def _bytes_to_come(training: Training) -> int:
     """That the optimiser has not taken yet."""
     optimizer = getattr(training.optimizer, "optimizer", training.optimizer)  # what accelerate wraps
-    return 0 if optimizer.state else training.memory.need().optimizer
+    return 0 if optimizer.state else training.plan.memory.need().optimizer

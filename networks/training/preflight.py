@@ -1,110 +1,240 @@
-"""What a training names, looked at before anything is loaded: the transformer, the network and its files."""
+"""What can be known of a training before anything is loaded. All of it is kept in a plan that the training then uses."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 import networks.lora
 from hunyuan_model.runtime.loading import check_transformer_file
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_report import plan_table, sample_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
-from networks.training.optim.optimizers import OptimizerSettings, warn_of_low_learning_rate
-from networks.training.saving.disk_space import NetworkSize
-from utils.cli.settings import settings_from
+from networks.training.accelerator import Precision
+from networks.training.logging.logs import check_logs
+from networks.training.optim.lr_schedules import check_lr_scheduler
+from networks.training.optim.optimizers import check_optimizer, state_bytes_per_value, warn_of_low_learning_rate
+from networks.training.run import TrainingData
+from networks.training.samples.prompts import SamplePrompt
+from networks.training.samples.sampling import check_samples
+from networks.training.saving.disk_space import NetworkSize, require_room_for_save
+from networks.training.saving.files import remove_leftovers
+from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, state_identity
+from networks.training.saving.state import check_state_can_be_saved, recover_state
+from networks.training.settings import NetworkSettings, TrainingSettings
+from utils.cli.arguments import random_seed
 from utils.errors import UserError, first_line
 from utils.files import require_file
-from utils.key_values import parse_key_values
+from utils.free_memory import free_device_memory, free_host_memory
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What is known of a training before anything is loaded.
+class ModelPlan:
+    """The transformer and the network on it.
 
     Attributes:
         config: the sizes of the transformer in --dit.
-        group_rates: the learning rates of the parameter groups that the network will have.
-        size: of the network; None where its module does not show it without the weights of the transformer.
-        network: the network without its values; None for a third party's.
+        module: of the network.
+        network: the network without its values; None where its module does not make it without the transformer's weights.
+        group_rates: the learning rates of its parameter groups.
+        prompts: of the samples.
     """
 
     config: TransformerConfig
-    group_rates: list[float]
-    size: NetworkSize | None
-    network: nn.Module | None = None
+    module: ModuleType
+    network: nn.Module | None
+    group_rates: Sequence[float]
+    prompts: Sequence[SamplePrompt]
+
+    @property
+    def size(self) -> NetworkSize | None:
+        """Of the network."""
+        if self.network is None:
+            return None
+        return NetworkSize.of_shapes(tuple(value.shape) for value in self.network.state_dict().values())
 
 
-def check_model_and_network(args: argparse.Namespace) -> Planned:
-    """Look at what the flags name and only other modules can judge.
+@dataclass(frozen=True)
+class Beginning:
+    """Where a training starts: a state and its seed, or None and a seed."""
+
+    resumed: Resumed | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training that can begin.
+
+    Attributes:
+        steps: of the whole training.
+        memory: what it needs; its runtime settings are those to load the transformer with.
+        complete: whether the model is trained already.
+    """
+
+    model: ModelPlan
+    precision: Precision
+    beginning: Beginning
+    steps: int
+    memory: MemoryPlan
+    complete: bool = False
+
+
+def inspect_model(settings: TrainingSettings) -> ModelPlan:
+    """Read the headers of the files that the settings name.
 
     Raises:
         UserError: a file, the network or its arguments cannot be used.
     """
-    config = check_transformer_file(args.dit, "--dit")
+    prompts = check_samples(settings.samples)
+    check_logs(settings.logs)
+    config = check_transformer_file(settings.model.dit, "--dit")
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
-    for path in args.base_weights:
+    for path in settings.model.base_weights:
         check_lora_file(path, shapes)
-    if (args.fp8_base or args.int8_base) and args.network_module.startswith("lycoris"):
+    network, rate = settings.network, settings.optimizer.learning_rate
+    if settings.runtime.quantized and network.is_lycoris:
         raise UserError(
             "LyCORIS computes in the dtype of the base weights, which quantized weights do not allow; "
             "leave --fp8_base and --int8_base out."
         )
-    network_args = parse_key_values(args.network_args, "--network_args")
-    module = import_network_module(args.network_module)
+    module = import_network_module(network.network_module)
     if module is not networks.lora:
-        if args.network_weights:
-            require_file(args.network_weights, "--network_weights")
-        return Planned(config, [args.learning_rate], _size_of_other_network(args, module, transformer, network_args))
-    options = NetworkOptions(network_args, args.network_dropout)
-    quiet = {name: value for name, value in network_args.items() if name != "verbose"}
-    network = _planned_network(args, module, transformer, quiet)
-    if args.network_weights:
-        ranks = check_lora_file(args.network_weights, shapes).ranks
-        rank = args.network_dim or DEFAULT_RANK
-        if not args.dim_from_weights and ranks != {rank}:
+        if network.network_weights:
+            require_file(network.network_weights, "--network_weights")
+        return ModelPlan(config, module, _other_network(network, module, transformer), [rate], prompts)
+    options = NetworkOptions(network.arguments, network.network_dropout)
+    quiet = {name: value for name, value in network.arguments.items() if name != "verbose"}
+    planned = _network_without_values(network, module, transformer, quiet)
+    if network.network_weights:
+        ranks, rank = check_lora_file(network.network_weights, shapes).ranks, network.network_dim or DEFAULT_RANK
+        if not network.dim_from_weights and ranks != {rank}:
             raise UserError(
-                f"--network_weights {args.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
+                f"--network_weights {network.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
                 "give it as --network_dim, or use --dim_from_weights."
             )
-    if not args.dim_from_weights:
-        warn_of_low_learning_rate(settings_from(OptimizerSettings, args), args.network_dim or DEFAULT_RANK, args.network_alpha)
     factors = [1.0] if options.loraplus_lr_ratio is None else [1.0, options.loraplus_lr_ratio]
-    return Planned(config, [args.learning_rate * factor for factor in factors], _size(network), network)
+    return ModelPlan(config, module, planned, [rate * factor for factor in factors], prompts)
 
 
-def _size_of_other_network(
-    args: argparse.Namespace, module: ModuleType, transformer: HYVideoDiffusionTransformer, network_args: Mapping[str, str]
-) -> NetworkSize | None:
+def _other_network(settings: NetworkSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer) -> nn.Module | None:
     try:
-        return _size(_planned_network(args, module, transformer, network_args))
-    except Exception as error:  # a module may look at weights, which are not there yet; it speaks of its arguments later
-        logger.info("not checked: disk space. %s shows its size only later (%s)", args.network_module, first_line(error))
+        return _network_without_values(settings, module, transformer, settings.arguments)
+    except Exception as error:  # a module may look at weights, which are not there yet; its arguments are checked later
+        reason = first_line(error)
+        logger.info("not checked: disk space. %s shows its size only later (%s)", settings.network_module, reason)
         return None
 
 
-def _planned_network(
-    args: argparse.Namespace, module: ModuleType, transformer: HYVideoDiffusionTransformer, network_args: Mapping[str, str]
+def _network_without_values(
+    settings: NetworkSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer, arguments: dict[str, str]
 ) -> nn.Module:
     """The network for a transformer on the meta device; its names and sizes are those it will have."""
-    if args.dim_from_weights:
-        return module.create_network_from_weights(1.0, args.network_weights, None, None, transformer, **network_args)[0]
+    if settings.dim_from_weights:
+        return module.create_network_from_weights(1.0, settings.network_weights, None, None, transformer, **arguments)[0]
     with torch.device("meta"):
-        return module.create_network(1.0, args.network_dim, args.network_alpha, None, None, transformer, **network_args)
+        return module.create_network(1.0, settings.network_dim, settings.network_alpha, None, None, transformer, **arguments)
 
 
-def _size(network: nn.Module) -> NetworkSize:
-    return NetworkSize.of_shapes(tuple(value.shape) for value in network.state_dict().values())
+def find_beginning(settings: TrainingSettings, accelerator: Accelerator) -> Beginning:
+    """The state to resume from, if any, and the seed: that of the state, the given one, or a random one.
+
+    Raises:
+        UserError: no such state, one that is damaged, or one with another seed.
+    """
+    if settings.resuming.latest and accelerator.is_main_process:
+        recover_state(settings.saving.folder, settings.saving.output_name)
+    accelerator.wait_for_everyone()
+    resumed = find_resumed(settings.resuming)
+    if resumed is not None:
+        return Beginning(resumed, resumed.state.seed)
+    if settings.resuming.seed is not None:
+        return Beginning(None, settings.resuming.seed)
+    seed = int(broadcast_object_list([random_seed()])[0])
+    logger.info("seed %d", seed)
+    return Beginning(None, seed)
+
+
+def preflight(
+    settings: TrainingSettings, model: ModelPlan, beginning: Beginning, data: TrainingData, accelerator: Accelerator
+) -> TrainingPlan:
+    """Check everything that can be checked without loading a model, and report it once.
+
+    Raises:
+        UserError: optimiser, schedule, state, disk or runtime settings that cannot work here.
+    """
+    main, resumed = accelerator.is_main_process, beginning.resumed
+    precision = Precision.of(settings, accelerator)
+    settings.runtime.check(accelerator.device, precision.compute, model.config)
+    settings.kernels.apply(accelerator.device)
+    for sentence in settings.without_effect():
+        logger.warning("%s", sentence)
+    if model.module is networks.lora and not settings.network.dim_from_weights:
+        warn_of_low_learning_rate(settings.optimizer, settings.network.network_dim or DEFAULT_RANK, settings.network.network_alpha)
+    steps = settings.loop.steps(len(data.reader))
+    optimizer = check_optimizer(settings.optimizer, accelerator.device, model.group_rates)
+    schedule = check_lr_scheduler(settings.schedule, optimizer, steps)
+    check_state_can_be_saved(optimizer, schedule, wanted=settings.saving.state_at_end)
+    if resumed is not None:
+        identity = state_identity(settings.flags, model.network, optimizer)
+        check_resumed(settings.resuming, resumed, identity, settings.given_flags, steps)
+    complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
+    optimizer_bytes = state_bytes_per_value(optimizer)
+    if model.size is not None and main and not complete:
+        require_room_for_save(
+            settings.saving.folder,
+            model.size.model_bytes(precision.saved),
+            model.size.state_bytes(optimizer_bytes) if settings.saving.state_at_end else 0,
+        )
+        remove_leftovers(settings.saving.folder, settings.saving.output_name)
+    memory = _plan_memory(settings, model, data, precision, optimizer_bytes, accelerator, shown=main and not complete)
+    return TrainingPlan(model, precision, beginning, steps, memory, complete)
+
+
+def _plan_memory(
+    settings: TrainingSettings,
+    model: ModelPlan,
+    data: TrainingData,
+    precision: Precision,
+    optimizer_bytes: float,
+    accelerator: Accelerator,
+    shown: bool,
+) -> MemoryPlan:
+    """The memory plan, with the same number of swapped blocks in all processes."""
+    sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in model.prompts]
+    free = free_device_memory(accelerator.device)
+    memory = MemoryPlan(
+        model.config,
+        accelerator.device,
+        settings.runtime,
+        data.largest.size,
+        precision.base,
+        precision.compute,
+        None if model.size is None else model.size.values,
+        optimizer_bytes,
+        sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
+        may_quantize=not settings.network.is_lycoris,
+    ).resolved(free)
+    if shown:
+        print(plan_table(memory, free, free_host_memory()), flush=True)
+    # auto goes by the GPU of each process
+    if (most := max(gather_object([memory.runtime.blocks_to_swap]))) > memory.runtime.blocks_to_swap:
+        logger.info("--blocks_to_swap auto: %d, for the GPU with the least free memory", most)
+        memory = memory.with_blocks(most)
+    return memory

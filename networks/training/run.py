@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hunyuan_model.runtime.memory_plan import MemoryPlan
-from networks.training.accelerator import save_dtype
+from hunyuan_model.runtime.memory import BatchSize
 from networks.training.logging.logs import TrainingLogs
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights, paused_training
 from networks.training.samples.sampling import TrainingSamples
-from networks.training.saving.files import SaveSettings, remove_outdated, save_network, state_name
+from networks.training.saving.files import remove_outdated, save_network, state_name
 from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata
 from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
+from networks.training.settings import TrainingSettings
 from networks.training.skipped_steps import TrainingBroken
-from utils.cli.arguments import public_flags
 from utils.errors import UserError
 from utils.hub import HubUploads
+
+if TYPE_CHECKING:
+    from networks.training.preflight import TrainingPlan
 
 
 class BatchReader(Protocol):
@@ -43,30 +43,70 @@ class BatchReader(Protocol):
     def fingerprint(self) -> str:
         """Changes with the items and with their order."""
 
+    def explain(self, error: RuntimeError) -> Exception:
+        """What ended the processes that read, for a user; the error itself where they did not."""
+
+
+class LargestBatch(Protocol):
+    """The batch that takes the most memory (``dataset.batches.largest_batch.LargestBatch``)."""
+
+    size: BatchSize
+
+    def load(self) -> Mapping[str, Any]:
+        """The batch, read now."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training takes its batches from.
+
+    Attributes:
+        facts: for the metadata.
+        held_out: batches of one item for the validation loss.
+        prior_preservation: whether any data set wants the model's own predictions kept.
+    """
+
+    reader: BatchReader
+    largest: LargestBatch
+    facts: DataFacts
+    held_out: Collection[Mapping[str, Any]] = ()
+    prior_preservation: bool = False
+
 
 @dataclass
 class Training:
-    """What the loop works on."""
+    """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are.
 
-    args: argparse.Namespace
+    Attributes:
+        dry_batch: computed once before the first step, and forgotten.
+    """
+
+    settings: TrainingSettings
+    plan: TrainingPlan
+    data: TrainingData
     accelerator: Accelerator
     transformer: nn.Module
     network: nn.Module
     optimizer: torch.optim.Optimizer
     group_names: list[str]
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    reader: BatchReader
     flow_matching: FlowMatching
-    steps: int
-    saving: SaveSettings
     progress: Progress
     samples: TrainingSamples
     logs: TrainingLogs
-    metadata: dict[str, str] = field(default_factory=dict)
     uploads: HubUploads | None = None
-    held_out: Collection[Mapping[str, Any]] = ()  # batches of one item
-    memory: MemoryPlan | None = None
-    dry_batch: Mapping[str, Any] | None = None  # what is tried before the first step
+    metadata: dict[str, str] = field(default_factory=dict)
+    dry_batch: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """--output_name."""
+        return self.settings.saving.output_name
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that have a value, and the seed, for states."""
+        return self.settings.given_flags | {"seed": self.plan.beginning.seed}
 
     @property
     def restorable(self) -> Restorable:
@@ -80,51 +120,47 @@ class Training:
 
     @property
     def validation_due(self) -> bool:
-        """Whether the step that was just made is one after which the held-out items are looked at."""
-        if not self.held_out:
+        """Whether the validation loss is measured after the step that was just made."""
+        if not self.data.held_out:
             return False
-        if every := self.args.validate_every_n_steps:
-            return self.progress.step % every == 0 or self.progress.step == self.steps
-        return self.progress.batches == len(self.reader) or self.progress.step == self.steps
+        at_end = self.progress.step == self.plan.steps
+        if every := self.settings.loop.validate_every_n_steps:
+            return self.progress.step % every == 0 or at_end
+        return self.progress.batches == len(self.data.reader) or at_end
 
     def validation_loss(self) -> float:
         """The loss on what was held out; the training stays as it is."""
         with self.paused():
-            return self.flow_matching.validation_loss(self.held_out)
+            return self.flow_matching.validation_loss(self.data.held_out)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
-        return steps_per_epoch(self.args, self.reader)
+        return self.settings.loop.steps_per_epoch(len(self.data.reader))
 
 
-def steps_per_epoch(args: argparse.Namespace, reader: BatchReader) -> int:
-    """Optimiser steps of an epoch; the last one may accumulate fewer batches than the others."""
-    return -(-len(reader) // args.gradient_accumulation_steps)
-
-
-def training_facts(training: Training, data: DataFacts, default_rank: int) -> TrainingFacts:
+def training_facts(training: Training, default_rank: int) -> TrainingFacts:
     """What the run knows beyond its flags, for the metadata; ``default_rank`` is the network's without --network_dim."""
-    args = training.args
+    network = training.settings.network
     return TrainingFacts(
-        data=data,
-        batches_per_epoch=len(training.reader),
-        epochs=-(-training.steps // training.steps_per_epoch),
-        steps=training.steps,
-        optimizer=describe_optimizer(training.optimizer, args.optimizer_args),
+        data=training.data.facts,
+        batches_per_epoch=len(training.data.reader),
+        epochs=-(-training.plan.steps // training.steps_per_epoch),
+        steps=training.plan.steps,
+        optimizer=describe_optimizer(training.optimizer, training.settings.optimizer.optimizer_args),
         started_at=training.progress.started_at,
         session_id=training.progress.session_id,
-        network_dim="Dynamic" if args.dim_from_weights else args.network_dim or default_rank,
-        network_alpha="Dynamic" if args.dim_from_weights else args.network_alpha,
+        network_dim="Dynamic" if network.dim_from_weights else network.network_dim or default_rank,
+        network_alpha="Dynamic" if network.dim_from_weights else network.network_alpha,
         mixed_precision=training.accelerator.mixed_precision,
     )
 
 
-def batch_order(args: argparse.Namespace, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
+def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
     """What the place inside an epoch depends on, besides the seed."""
     return {
         "data sets": reader.fingerprint(),
-        "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "--gradient_accumulation_steps": settings.loop.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
     }
 
@@ -146,25 +182,23 @@ def save_model(training: Training, file_name: str, epoch: int) -> None:
     if not training.accelerator.is_main_process:
         return
     metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
-    dtype = save_dtype(training.args, training.accelerator)
     with evaluation_weights(training.optimizer):
-        path = save_network(training.network, Path(training.args.output_dir) / file_name, dtype, metadata)
+        path = save_network(training.network, training.settings.saving.folder / file_name, training.plan.precision.saved, metadata)
     if training.uploads is not None:
         training.uploads.upload(path)
 
 
 def save_training_state(training: Training, model_name: str) -> None:
     """Save the state that belongs to a model's name; all processes together."""
-    args = training.args
     state = StateFile(
         progress=training.progress,
-        seed=args.seed,
-        identity=state_identity(vars(args), training.network, training.optimizer),
-        order=batch_order(args, training.reader, training.accelerator),
-        flags=public_flags(args),
+        seed=training.plan.beginning.seed,
+        identity=state_identity(training.settings.flags, training.network, training.optimizer),
+        order=batch_order(training.settings, training.data.reader, training.accelerator),
+        flags=training.flags,
         saved_at=time.time(),
     )
-    folder = Path(args.output_dir) / state_name(model_name)
+    folder = training.settings.saving.folder / state_name(model_name)
     save_state(folder, training.restorable, state)
     if training.uploads is not None and training.uploads.settings.save_state_to_huggingface:
         training.uploads.upload(folder)
@@ -189,7 +223,7 @@ def rotate(training: Training, *, step: int | None = None, epoch: int | None = N
     """Remove what is no longer kept, now that what belongs to this step or epoch is saved."""
     if training.accelerator.is_main_process:
         uploaded = training.uploads.wait_for if training.uploads is not None else None
-        remove_outdated(training.saving, step=step, epoch=epoch, before_removal=uploaded)
+        remove_outdated(training.settings.saving, step=step, epoch=epoch, before_removal=uploaded)
 
 
 def require_finite_weights(training: Training) -> None:

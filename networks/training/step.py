@@ -93,8 +93,8 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
         reason = f"the gradient is too large for fp16, whose scale is halved, for {_all_named(batches, timesteps)}"
         return Step(total, norm, reason)
     step_schedule(training.lr_scheduler, total)
-    if training.args.scale_weight_norms:
-        call_if_there(network, "apply_max_norm_regularization", training.args.scale_weight_norms, accelerator.device)
+    if training.settings.network.scale_weight_norms:
+        call_if_there(network, "apply_max_norm_regularization", training.settings.network.scale_weight_norms, accelerator.device)
     return Step(total, norm)
 
 
@@ -114,7 +114,9 @@ def _clip(training: Training, has_gradient: bool) -> Tensor | None:
     average_gradients(training.accelerator, training.network)
     if training.accelerator.num_processes == 1 and not has_gradient:
         return None
-    return training.accelerator.clip_grad_norm_(training.network.parameters(), training.args.max_grad_norm or math.inf)
+    return training.accelerator.clip_grad_norm_(
+        training.network.parameters(), training.settings.optimizer.max_grad_norm or math.inf
+    )
 
 
 def _wait_and_read(accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None) -> _Told:

@@ -127,8 +127,8 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def public_flags(args: argparse.Namespace) -> dict[str, object]:
-    """The flags that were given or have a default; keys and tokens are left out."""
-    return {name: value for name, value in vars(args).items() if value is not None and not name.endswith(SECRET_ENDINGS)}
+    """Every flag and its value, also those that were not given (None); keys and tokens are left out."""
+    return {name: value for name, value in vars(args).items() if not name.endswith(SECRET_ENDINGS)}
 
 
 def hide_secrets(args: argparse.Namespace) -> None:

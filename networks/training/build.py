@@ -1,0 +1,140 @@
+"""From a plan to a training that can run: load the transformer, hook the network into it, make everything the loop uses."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import hunyuan_model
+from hunyuan_model.quantization.formats import WeightFormat
+from networks.lora import DEFAULT_RANK
+from networks.lora_merging import merge_patch, read_lora_files
+from networks.network_module import create_network, network_off, parameter_groups, require_switch
+from networks.training.dry_step import wants_dry_step
+from networks.training.logging.logs import TrainingLogs, open_logs
+from networks.training.loss.flow_matching import FlowMatching
+from networks.training.loss.timestep_sampling import TimestepSampler
+from networks.training.optim.lr_schedules import make_lr_scheduler
+from networks.training.optim.optimizers import make_optimizer
+from networks.training.preflight import TrainingPlan
+from networks.training.run import Training, TrainingData, batch_order, training_facts
+from networks.training.samples.sampling import prepare_samples
+from networks.training.saving.metadata import new_session_id, training_metadata
+from networks.training.saving.resume import restore
+from networks.training.saving.state import Progress
+from networks.training.settings import TrainingSettings
+from networks.training.shared_weights import shared_host_memory
+from utils.hub import open_uploads
+
+logger = logging.getLogger(__name__)
+
+
+def open_run_logs(settings: TrainingSettings, plan: TrainingPlan, accelerator: Accelerator) -> TrainingLogs:
+    """The logs of a training; those of the same run go on where it is resumed."""
+    resumed = plan.beginning.resumed
+    same_run = resumed is not None and resumed.state.flags.get("output_name") == settings.saving.output_name
+    return open_logs(
+        settings.logs,
+        accelerator.device,
+        main_process=accelerator.is_main_process,
+        flags=settings.given_flags | {"seed": plan.beginning.seed},
+        runs=resumed.state.progress.log_runs if same_run else None,
+        step=resumed.state.progress.step if same_run else 0,
+    )
+
+
+def build_training(
+    settings: TrainingSettings, plan: TrainingPlan, data: TrainingData, logs: TrainingLogs, accelerator: Accelerator
+) -> Training:
+    """Load and connect everything; with a state, as it was saved."""
+    uploads = open_uploads(settings.hub) if accelerator.is_main_process else None
+    samples = prepare_samples(settings.samples, plan.model.prompts, accelerator, plan.model.config)
+    transformer = load_base_model(settings, plan, accelerator)
+    network = create_network(
+        plan.model.module,
+        transformer,
+        dim=settings.network.network_dim,
+        alpha=settings.network.network_alpha,
+        dropout=settings.network.network_dropout,
+        network_args=settings.network.arguments,
+        weights=settings.network.network_weights,
+        dim_from_weights=settings.network.dim_from_weights,
+        device=accelerator.device,
+    )
+    if data.prior_preservation:
+        require_switch(network, settings.network.network_module)
+    groups, group_names = parameter_groups(network, settings.optimizer.learning_rate)
+    optimizer = make_optimizer(settings.optimizer, groups)
+    # Before accelerate wraps the optimiser: the schedule watches the method that accelerate calls.
+    lr_scheduler = make_lr_scheduler(settings.schedule, optimizer, plan.steps)
+    rank_seed = plan.beginning.seed + accelerator.process_index
+    flow_matching = FlowMatching(
+        transformer,
+        accelerator,
+        TimestepSampler(settings.timesteps, torch.Generator().manual_seed(rank_seed)),
+        noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
+        dtype=plan.precision.base,
+        guidance_scale=settings.flow.guidance_scale,
+        network_off=partial(network_off, network),
+    )
+    training = Training(
+        settings=settings,
+        plan=plan,
+        data=data,
+        accelerator=accelerator,
+        transformer=transformer,
+        network=network,
+        optimizer=accelerator.prepare(optimizer),
+        group_names=group_names,
+        lr_scheduler=lr_scheduler,
+        flow_matching=flow_matching,
+        progress=Progress(started_at=time.time(), session_id=new_session_id()),
+        samples=samples,
+        logs=logs,
+        uploads=uploads,
+    )
+    if (resumed := plan.beginning.resumed) is not None:
+        order = batch_order(settings, data.reader, accelerator)
+        training.progress = restore(settings.resuming, resumed, training.restorable, order, training.flags, plan.steps)
+    training.progress.log_runs = logs.runs
+    if wants_dry_step(settings.loop.dry_step, accelerator.device):
+        training.dry_batch = data.largest.load()
+    facts = training_facts(training, DEFAULT_RANK)
+    training.metadata = training_metadata({**settings.flags, "seed": plan.beginning.seed}, facts, settings.network.arguments)
+    _report(training)
+    return training
+
+
+def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator: Accelerator) -> nn.Module:
+    """The frozen transformer, with --base_weights merged while it loads. Processes of a machine share swapped weights."""
+    model, runtime = settings.model, plan.memory.runtime
+    bases = read_lora_files(model.base_weights, model.base_weights_multiplier)
+    layout = f"{plan.precision.base} {runtime.blocks_to_swap}"
+    with shared_host_memory(accelerator, layout) if runtime.swaps else nullcontext() as shared:
+        return hunyuan_model.load_transformer(
+            model.dit,
+            device=accelerator.device,
+            dtype=plan.precision.base,
+            runtime=runtime,
+            shared=shared,
+            patch=merge_patch(bases, model.dit) if bases else None,
+        )
+
+
+def _report(training: Training) -> None:
+    weights = training.plan.memory.runtime.weights
+    logger.info(
+        "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
+        len(training.data.reader),
+        training.settings.loop.gradient_accumulation_steps,
+        training.plan.steps,
+        sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
+        training.plan.precision.base,
+        "" if weights is WeightFormat.PLAIN else f" with {weights.value} weights",
+    )

@@ -1,0 +1,179 @@
+"""The training loop: epochs of steps, saving and sampling as asked, and once at the end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hunyuan_model.runtime.compilation import CompileWatch
+from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
+from networks.optional_methods import call_if_there
+from networks.training.dry_step import dry_step
+from networks.training.logging.loss_log import LossLog
+from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
+from networks.training.requests import Request, TrainingRequests
+from networks.training.run import (
+    Training,
+    require_finite_weights,
+    rotate,
+    save,
+    save_for_signal,
+    save_model,
+    save_training_state,
+)
+from networks.training.saving.files import epoch_name, final_name, state_name, step_name
+from networks.training.skipped_steps import TrainingBroken, count_skipped
+from networks.training.step import Step, train_step
+from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
+from utils.progress import ProgressBar
+
+logger = logging.getLogger("train")
+
+
+def run_training(training: Training) -> int:
+    """Train to the end, or until asked to stop. Returns the exit status.
+
+    Raises:
+        UserError: memory, a cache file or the disk does not suffice.
+    """
+    try:
+        status = train(training)
+    except TrainingBroken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STATUS_FAILED
+    except RuntimeError as error:
+        raise training.data.reader.explain(error) from error
+    if training.uploads is not None:
+        training.uploads.finish()
+    return status
+
+
+def train(training: Training) -> int:
+    """The loop itself."""
+    settings, progress = training.settings, training.progress
+    training.network.train()
+    set_optimizer_mode(training.optimizer, training=True)
+    loss_log = LossLog(settings.logs.loss_log if training.accelerator.is_main_process else None, progress.step)
+    requests = TrainingRequests(settings.saving.folder, training.accelerator)
+    shown = training.accelerator.is_local_main_process
+    bar = ProgressBar(total=training.plan.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
+    with loss_log, requests, bar:
+        if training.dry_batch is not None:
+            compiling = CompileWatch()
+            dry_step(training, training.dry_batch)
+            compiling.tell("the dry step")
+            training.dry_batch = None
+        if progress.step == 0:
+            make_samples(training, requests, progress.epoch)
+        while progress.step < training.plan.steps:
+            request = train_epoch(training, requests, loss_log, bar)
+            if request.stops:
+                return stop(training, request)
+        require_finite_weights(training)
+        if settings.saving.state_at_end:  # before the model, whose presence says that everything is done
+            save_training_state(training, final_name(training.name))
+        save_model(training, final_name(training.name), progress.epoch)
+        make_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.data.reader))
+    return 0
+
+
+def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar) -> Request:
+    """The rest of the current epoch, up to the last step of the training; returns early with a request to stop."""
+    progress, saving, name = training.progress, training.settings.saving, training.name
+    epoch = progress.epoch
+    if progress.batches == 0:
+        training.flow_matching.timesteps.begin_epoch()
+    call_if_there(training.network, "on_epoch_start", None, training.transformer)
+    batches = training.data.reader.epoch(epoch - 1, progress.batches)
+    started = time.monotonic()
+    for group in batches_of_step(batches, training.settings.loop.gradient_accumulation_steps):
+        rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
+        compiling = CompileWatch()
+        with explain_batch_out_of_memory(training.plan.memory, group, "training on"):
+            step = train_step(training, group)
+        seconds = time.monotonic() - started
+        progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        compiling.tell(f"step {progress.step}")
+        progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
+        if step.skipped is None:
+            progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
+        log_step(training, step, rates, seconds, loss_log, bar)
+        if progress.step == training.plan.steps:
+            return Request.NOTHING
+        request, due = requests.poll(), saving.due_after_step(progress.step)
+        if due or request in (Request.SAVE, Request.SAVE_AND_STOP):
+            asked = request is not Request.NOTHING
+            save(training, step_name(name, progress.step), epoch, saving.save_state or asked)
+            if due:
+                rotate(training, step=progress.step)
+        elif request.is_signal:
+            save_for_signal(training, step_name(name, progress.step), epoch)
+        if request.stops:
+            return request
+        if progress.batches < len(training.data.reader):
+            make_samples(training, requests, epoch)
+        started = time.monotonic()
+    progress.epoch, progress.batches = epoch + 1, 0
+    if saving.due_after_epoch(epoch):
+        save(training, epoch_name(name, epoch), epoch, saving.save_state)
+        rotate(training, epoch=epoch)
+    make_samples(training, requests, epoch, epoch_ended=True)
+    return Request.NOTHING
+
+
+def batches_of_step(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[list[Mapping[str, Any]]]:
+    """Group an epoch's batches into those of one optimiser step; the last group may be smaller."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, count)):
+        yield group
+
+
+def log_step(
+    training: Training, step: Step, rates: Mapping[str, float], seconds: float, loss_log: LossLog, bar: ProgressBar
+) -> None:
+    """Show and log the step that was just made, with the validation loss where it is due."""
+    progress = training.progress
+    average = sum(progress.losses) / max(1, len(progress.losses))
+    bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
+    bar.update()
+    validation_loss = training.validation_loss() if training.validation_due else None
+    if validation_loss is not None:
+        logger.info("step %d: validation loss %.6g", progress.step, validation_loss)
+    loss_log.write(progress.step, progress.epoch, step.loss, average, next(iter(rates.values()), None), validation_loss)
+    training.logs.step(
+        progress.step,
+        loss=step.loss,
+        average=average,
+        rates=rates,
+        gradient_norm=step.gradient_norm,
+        seconds=seconds,
+        validation_loss=validation_loss,
+    )
+
+
+def make_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:
+    """Make samples if they are due after this step; a signal to stop gives them up."""
+    saved = training.samples.sample_if_due(
+        training.transformer,
+        training.network,
+        training.optimizer,
+        training.plan.precision.base,
+        step=training.progress.step,
+        epoch=epoch,
+        epoch_ended=epoch_ended,
+        stop=lambda: requests.signalled,
+    )
+    training.logs.samples(saved, training.progress.step)
+
+
+def stop(training: Training, request: Request) -> int:
+    """Log where to go on from; returns the exit status of the request."""
+    progress, folder = training.progress, training.settings.saving.folder
+    if training.accelerator.is_main_process:
+        state = folder / state_name(step_name(training.name, progress.step))
+        logger.info("stopped after step %d of %d; go on with --resume %s", progress.step, training.plan.steps, state)
+    return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(request, 0)

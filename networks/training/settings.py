@@ -1,0 +1,175 @@
+"""The settings of a training by subject. ``arguments.training_settings`` reads each flag once; nothing writes to them later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
+from networks.training.logging.logs import LogSettings
+from networks.training.loss.flow_matching import FlowSettings
+from networks.training.loss.timestep_sampling import TimestepSettings
+from networks.training.optim.lr_schedules import ScheduleSettings
+from networks.training.optim.optimizers import OptimizerSettings
+from networks.training.samples.sampling import SampleSettings
+from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
+from networks.training.saving.resume import ResumeSettings
+from utils.errors import UserError
+from utils.files import MAX_NAME_BYTES, require_writable_folder
+from utils.hub import HubSettings
+from utils.key_values import parse_key_values
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The frozen transformer.
+
+    Attributes:
+        dit_dtype: as typed; None for that of the mixed precision, else the device's default.
+        base_weights, base_weights_multiplier: LoRA files merged into it while it loads.
+    """
+
+    dit: str
+    dit_dtype: str | None = None
+    base_weights: tuple[str, ...] = ()
+    base_weights_multiplier: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        values, files = len(self.base_weights_multiplier), len(self.base_weights)
+        if values > files:
+            raise UserError(f"--base_weights_multiplier has {values} values for {files} --base_weights.")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """What is trained.
+
+    Attributes:
+        network_args: ``key=value`` words for the network module.
+        dim_from_weights: take ranks and alphas from ``network_weights``.
+    """
+
+    network_module: str = "networks.lora"
+    network_weights: str | None = None
+    network_dim: int | None = None
+    network_alpha: float = 1.0
+    network_dropout: float | None = None
+    network_args: tuple[str, ...] = ()
+    dim_from_weights: bool = False
+    scale_weight_norms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.network_dropout is not None and self.network_dropout >= 1:
+            raise UserError(f"--network_dropout {self.network_dropout:g} is not between 0 and 1.")
+        if self.dim_from_weights and not self.network_weights:
+            raise UserError("--dim_from_weights takes the ranks from --network_weights, which is missing.")
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """``network_args`` by their names."""
+        return parse_key_values(self.network_args, "--network_args")
+
+    @property
+    def is_lycoris(self) -> bool:
+        return self.network_module.startswith("lycoris")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long the training is, how it goes through the data, and in which precision."""
+
+    max_train_steps: int = 1600
+    max_train_epochs: int | None = None
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str | None = None
+    save_precision: str | None = None
+    validation_split: float | None = None
+    validate_every_n_steps: int | None = None
+    max_data_loader_n_workers: int = 8
+    persistent_data_loader_workers: bool = False
+    dry_step: str = "auto"
+    ddp_timeout: int | None = None
+    ddp_gradient_as_bucket_view: bool = False
+    ddp_static_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_data_loader_n_workers < 0:
+            raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
+        if self.validation_split is not None and self.validation_split >= 1:
+            raise UserError(f"--validation_split {self.validation_split:g} is a share of the items, below 1: 0.1, say.")
+        if self.validate_every_n_steps and self.validation_split is None:
+            raise UserError("--validate_every_n_steps measures what --validation_split holds out; give --validation_split as well.")
+
+    def without_effect(self) -> list[str]:
+        """A sentence on flags of torch's wrapper for several processes, which is not used."""
+        given = [f"--{name}" for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph") if getattr(self, name)]
+        return [f"{', '.join(given)}: no effect, as gradients are averaged without torch's wrapper."] if given else []
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Optimiser steps for ``batches`` batches of this process; the last one may accumulate fewer than the others."""
+        return -(-batches // self.gradient_accumulation_steps)
+
+    def steps(self, batches: int) -> int:
+        """Of the whole training, with ``batches`` batches in an epoch."""
+        return self.max_train_epochs * self.steps_per_epoch(batches) if self.max_train_epochs else self.max_train_steps
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that the flags say.
+
+    Attributes:
+        flags: every flag by name, without secrets, for metadata and states.
+    """
+
+    dataset_config: str
+    model: ModelSettings
+    runtime: RuntimeSettings
+    kernels: KernelSettings
+    loop: LoopSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    timesteps: TimestepSettings
+    flow: FlowSettings
+    network: NetworkSettings
+    saving: SaveSettings
+    resuming: ResumeSettings
+    samples: SampleSettings
+    logs: LogSettings
+    hub: HubSettings
+    flags: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.hub.save_state_to_huggingface and not self.saving.state_at_end:
+            raise UserError(
+                "--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well."
+            )
+        check_output_name(self.saving.output_dir, self.saving.output_name)
+        require_writable_folder(self.saving.output_dir, "--output_dir")
+
+    @property
+    def given_flags(self) -> dict[str, Any]:
+        """The flags that have a value."""
+        return {name: value for name, value in self.flags.items() if value is not None}
+
+    def without_effect(self) -> list[str]:
+        """Sentences on flags that do nothing beside the others."""
+        parts = (self.loop, self.schedule, self.timesteps, self.samples, self.logs)
+        return [sentence for part in parts for sentence in part.without_effect()]
+
+
+def check_output_name(folder: str, name: str) -> None:
+    """Refuse a name that no file or folder can have, or that something else has already."""
+    if any(separator in name for separator in "/\\"):
+        raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
+    if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
+        raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
+    if os.path.isfile(Path(folder) / state_name(name)):
+        raise UserError(f"--output_dir {folder} holds a file called {state_name(name)}; choose another --output_name.")
+    if os.path.isdir(Path(folder) / final_name(name)):
+        raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")

@@ -16,7 +16,8 @@ from dataset.batches.batches import ShapeBatchSampler, find_cached_items, hold_o
 from dataset.batches.data_facts import data_facts
 from dataset.batches.largest_batch import largest_batch
 from dataset.batches.reading import EpochReader, HeldOut
-from dataset.batches.report import format_table, report_cached_group, require_batches
+from dataset.batches.report import report_cached_group
+from dataset.cache.report import format_table, require_batches
 from hunyuan_model.runtime.memory_report import advice
 from hunyuan_model.transformer.config import TransformerConfig
 from networks.training.accelerator import make_accelerator

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import hv_train_network
 from benchmarks.card_table import card_table, training_plan
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
@@ -15,6 +14,7 @@ from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, batch_name, explain_batch_out_of_memory, plan_table, verdict
 from hunyuan_model.transformer.config import TransformerConfig
+from networks.training import preflight
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
@@ -203,7 +203,7 @@ def test_training_prints_its_plan_and_auto_is_nothing_on_the_processor(train, ca
 
 def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(hv_train_network, "free_device_memory", lambda device: 0)
+    monkeypatch.setattr(preflight, "free_device_memory", lambda device: 0)
     monkeypatch.setattr(MemoryPlan, "blocks_that_fit", lambda plan, free: 3 if free == 0 else 0)
     ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
     assert ended.status == 0

@@ -253,7 +253,7 @@ def test_one_process_alone_shares_nothing(monkeypatch):
 
 
 def test_auto_goes_by_the_fullest_card_of_all_processes(train, monkeypatch, caplog):
-    monkeypatch.setattr("hv_train_network.gather_object", lambda said: [*said, 2])  # what another process chose
+    monkeypatch.setattr("networks.training.preflight.gather_object", lambda said: [*said, 2])  # what another process chose
     with caplog.at_level(logging.INFO):
         ended = train("--blocks_to_swap", "auto", "--max_train_steps", 1)
     assert ended.status == 0

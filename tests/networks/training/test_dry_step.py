@@ -7,11 +7,11 @@ import torch
 from conftest import write_caches
 from safetensors.torch import load_file
 
-import hv_train_network
 from dataset import load_dataset_config
 from dataset.batches.batches import find_cached_items
 from dataset.batches.largest_batch import largest_batch
 from hunyuan_model.runtime.memory import BatchSize
+from networks.training import loop
 from networks.training.dry_step import wants_dry_step
 from networks.training.loss.flow_matching import FlowMatching
 from tiny.make_model import TRANSFORMER
@@ -68,7 +68,7 @@ def test_the_largest_batch_is_tried_first_and_leaves_no_gradients(train, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FlowMatching, "loss_at", note)
-    monkeypatch.setattr(hv_train_network, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train("--dry_step", "always").status == 130
     assert seen == [((2, 16, 1, 4, 4), [0.5, 0.5])]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hunyuan_model
 import hv_train_network
+from networks.training import loop
 from utils.safetensors_io import read_tensors
 
 
@@ -20,7 +21,7 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_training(train, 
     if place.startswith("/proc") and not Path("/proc/self").exists():
         pytest.skip("there is no /proc here")
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    monkeypatch.setattr(hv_train_network, "train", lambda training: pytest.fail("training began"))
+    monkeypatch.setattr(hv_train_network, "run_training", lambda training: pytest.fail("training began"))
     ended = train("--output_dir", tmp_path / place if not place.startswith("/") else place)
     assert ended.status == 2 and "--output_dir" in ended.stderr and "cannot be written" in ended.stderr
 
@@ -45,7 +46,7 @@ def test_out_of_memory_names_the_flags(train, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(hv_train_network, "train_step", full)
+    monkeypatch.setattr(loop, "train_step", full)
     ended = train()
     assert ended.status == 2
     assert "out of memory while training on 2 x 32x32 (" in ended.stderr or "training on 1 x " in ended.stderr
@@ -134,7 +135,7 @@ def test_cuda_flags_without_cuda(train, flags):
 
 
 def test_a_package_for_halves_only_is_refused_before_anything_is_loaded(train, monkeypatch):
-    monkeypatch.setattr(hv_train_network, "attention_mode", lambda args: "flash")
+    monkeypatch.setattr("networks.training.arguments.attention_mode", lambda args: "flash")
     monkeypatch.setattr("hunyuan_model.runtime.settings.check_attention_device", lambda *_: None)
     monkeypatch.setattr("hunyuan_model.load_transformer", None)
     ended = train("--dit_dtype", "float32", "--mixed_precision", "no")
@@ -188,7 +189,7 @@ def test_lora_of_another_model_is_refused(train, tmp_path):
 
 def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loaded"))
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
     fitting = types.SimpleNamespace(mixed_precision="fp8")  # as where a package for it is installed

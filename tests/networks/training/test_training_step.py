@@ -17,6 +17,7 @@ import hunyuan_model
 import hv_train_network
 from hunyuan_model.sampling.euler import sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
+from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler
 
@@ -51,10 +52,10 @@ def counted_reads() -> Iterator[list[str]]:
 @pytest.fixture
 def each_step(monkeypatch):
     """``each_step(function)`` has every step of a training made by ``function(step, training, batches)``."""
-    plain = hv_train_network.train_step
+    plain = loop.train_step
 
     def arrange(function: Callable[..., object]) -> None:
-        monkeypatch.setattr(hv_train_network, "train_step", lambda training, batches: function(plain, training, batches))
+        monkeypatch.setattr(loop, "train_step", lambda training, batches: function(plain, training, batches))
 
     return arrange
 

@@ -321,7 +321,7 @@ def test_what_tensorboard_does_not_take_is_one_sentence(tmp_path, line, says):
 
 
 def test_training_refuses_a_bad_tracker_config_before_anything_is_loaded(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(hv_train_network, "prepare", lambda *_a, **_k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_a, **_k: pytest.fail("a model was loaded"))
     (tmp_path / "t.toml").write_text("[tensorboard]\nlog_dir = 3\n", encoding="utf-8")
     AcceleratorState._reset_state(reset_partial_state=True)
     ended = train("--logging_dir", tmp_path / "logs", "--log_tracker_config", tmp_path / "t.toml")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hv_train_network
+from networks.training import loop
 from networks.training.logging.loss_log import COLUMNS, LossLog, check_loss_log
 from utils.errors import UserError
 
@@ -22,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_a_line_for_each_step_with_what_the_progress_bar_shows(train, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(hv_train_network.ProgressBar, "set_postfix", lambda _self, **values: shown.append(values))
+    monkeypatch.setattr(loop.ProgressBar, "set_postfix", lambda _self, **values: shown.append(values))
     path = tmp_path / "logs" / "loss.csv"
     schedule = ("--learning_rate", 4e-3, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4)
     # Four batches an epoch make two steps of two; the average goes over an epoch.
@@ -40,7 +41,7 @@ def test_a_line_for_each_step_with_what_the_progress_bar_shows(train, tmp_path, 
 
 
 def test_a_training_that_stops_leaves_the_steps_it_made(train, tmp_path, monkeypatch):
-    path, step = tmp_path / "loss.csv", hv_train_network.train_step
+    path, step = tmp_path / "loss.csv", loop.train_step
     seen = []
 
     def third_fails(training, batches):
@@ -50,7 +51,7 @@ def test_a_training_that_stops_leaves_the_steps_it_made(train, tmp_path, monkeyp
         seen.append(step(training, batches))
         return seen[-1]
 
-    monkeypatch.setattr(hv_train_network, "train_step", third_fails)
+    monkeypatch.setattr(loop, "train_step", third_fails)
     path.write_text("what an earlier training left\n" * 9, encoding="utf-8")
     assert train("--max_train_steps", 4, "--loss_log", path).status == 2
     assert [float(row["loss"]) for row in rows_of(path)] == pytest.approx([one.loss for one in seen], rel=1e-8)
@@ -90,7 +91,7 @@ def test_a_rate_that_nobody_knows_is_an_empty_field(tmp_path):
 )
 def test_a_log_that_cannot_be_written_is_told_before_loading(train, monkeypatch, tmp_path, name, says):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("the model was loaded"))
     before = sorted(tmp_path.iterdir())
     ended = train("--loss_log", tmp_path / name)
     assert ended.status == 2 and "--loss_log" in ended.stderr and says in ended.stderr

@@ -121,7 +121,7 @@ def test_tensorboard_tells_of_every_step(sampled, tmp_path: Path) -> None:
 
 
 def test_bad_samples_are_refused_before_anything_loads(train, tiny_model, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(hv_train_network, "prepare", lambda *_: pytest.fail("loads"))
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loads"))
     ended = train("--sample_every_n_steps", 1)
     assert ended.status == 2 and "--sample_prompts" in ended.stderr and "Traceback" not in ended.stderr
     AcceleratorState._reset_state(reset_partial_state=True)

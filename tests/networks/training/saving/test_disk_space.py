@@ -14,6 +14,7 @@ import hv_train_network
 from dataset.cache.plan import HEADER_BYTES, missing_latents_bytes
 from dataset.config import load_dataset_config
 from dataset.items import list_items
+from networks.training import preflight
 from networks.training.saving.disk_space import require_room_for_save
 from utils import disk_space
 from utils.disk_space import free_bytes, readable, require_room
@@ -74,7 +75,7 @@ def test_sizes_that_people_read():
 @pytest.mark.parametrize("flags", [(), ("--save_precision", "bf16"), ("--optimizer_type", "SGD")], ids=str)
 def test_training_knows_how_large_its_files_will_be(train, tmp_path, monkeypatch, flags):
     expected = []
-    monkeypatch.setattr(hv_train_network, "require_room_for_save", lambda _folder, *sizes: expected.extend(sizes))
+    monkeypatch.setattr(preflight, "require_room_for_save", lambda _folder, *sizes: expected.extend(sizes))
     assert train("--max_train_steps", 1, "--save_state", "--network_dim", 64, *flags).status == 0
     model = (tmp_path / "out" / "lora.safetensors").stat().st_size
     state = sum(path.stat().st_size for path in (tmp_path / "out" / "lora-state").iterdir())
@@ -112,7 +113,7 @@ def test_a_module_that_needs_the_weights_is_not_judged(train, monkeypatch, free,
 
     free(0)
     caplog.set_level("INFO")
-    monkeypatch.setattr(hv_train_network, "prepare", lambda *_a, **_k: pytest.fail("far enough"))
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_a, **_k: pytest.fail("far enough"))
     with pytest.raises(pytest.fail.Exception, match="far enough"):
         train("--network_module", network_module(monkeypatch, create))
     assert "third_party shows its size only later" in caplog.text

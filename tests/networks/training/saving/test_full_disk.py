@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import hv_train_network
+from networks.training import loop
 
 KIB = 1024
 
@@ -53,7 +53,7 @@ def whole_models(folder: Path) -> list[str]:
 @pytest.mark.parametrize(("leave", "named"), [(8 * KIB, "lora-step00000003.safetensors"), (0.6, "lora-step00000003-state")])
 def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tmp_path, monkeypatch, leave, named) -> None:
     """The disk fills up before the model, or where the model fits and its state does not, whose optimiser is the largest."""
-    disk, step = small_disk(4096), hv_train_network.train_step
+    disk, step = small_disk(4096), loop.train_step
     (tmp_path / "out").symlink_to(disk, target_is_directory=True)
     made = []
 
@@ -65,7 +65,7 @@ def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tm
             fill(disk, leave if leave > 1 else int(model + leave * size) // 4096 * 4096)
         return made[-1]
 
-    monkeypatch.setattr(hv_train_network, "train_step", then_fill)
+    monkeypatch.setattr(loop, "train_step", then_fill)
     ended = train("--max_train_steps", 5, "--network_dim", 2, "--save_every_n_steps", 1, "--save_state")
     assert ended.status == 2 and "No space left" in ended.stderr and named in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -75,7 +75,7 @@ def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tm
     assert not [name for name in os.listdir(disk) if name.startswith(".")], "what was begun is gone"
 
     (disk / "filler").unlink()
-    monkeypatch.setattr(hv_train_network, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train("--max_train_steps", 5, "--network_dim", 2, "--resume", "latest").status == 0
     assert "lora.safetensors" in whole_models(disk)
 

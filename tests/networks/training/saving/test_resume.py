@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hv_train_network
+from networks.training import loop
 from networks.training.requests import Request, TrainingRequests
 from networks.training.saving import state as training_state
 from networks.training.saving.state import find_latest_state, plain_state, read_state_file, recover_state
@@ -212,7 +212,7 @@ def after_step(monkeypatch):
     """``after_step(3, function)`` calls the function after the third step."""
 
     def arrange(number: int, function) -> None:
-        steps, plain = [], hv_train_network.train_step
+        steps, plain = [], loop.train_step
 
         def step_and_call(training, batches):
             result = plain(training, batches)
@@ -221,7 +221,7 @@ def after_step(monkeypatch):
                 function()
             return result
 
-        monkeypatch.setattr(hv_train_network, "train_step", step_and_call)
+        monkeypatch.setattr(loop, "train_step", step_and_call)
 
     return arrange
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import hv_train_network
+from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.saving.state import read_state_file
 from networks.training.skipped_steps import MAX_IN_A_ROW
@@ -175,7 +175,7 @@ def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, c
 
 
 def test_spoiled_weights_are_not_saved_and_remove_nothing(train, tmp_path: Path, monkeypatch) -> None:
-    step, made = hv_train_network.train_step, []
+    step, made = loop.train_step, []
 
     def poisoned(training, batches):
         made.append(step(training, batches))
@@ -184,7 +184,7 @@ def test_spoiled_weights_are_not_saved_and_remove_nothing(train, tmp_path: Path,
                 next(training.network.parameters()).fill_(float("nan"))
         return made[-1]
 
-    monkeypatch.setattr(hv_train_network, "train_step", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     flags = ("--save_every_n_steps", 1, "--save_last_n_steps", 1, "--save_state")
     ended = train("--max_train_steps", 9, *flags)
     assert ended.status == 1 and "after step 4" in ended.stderr and "are not saved" in ended.stderr

@@ -165,7 +165,7 @@ def test_secrets_are_written_nowhere(wandb, tmp_path, monkeypatch, caplog):
             log_a_step(logs)
     assert wandb.key == KEY, "the flag counts for more than the environment"
     assert wandb.words[1:] == ["--wandb_api_key", "***", "--wandb_api_key=***", "--huggingface_token=***", "--output_name", "a"]
-    assert wandb.stored == {"path": "p", "steps": 3, "tokenizer1": "t"}
+    assert wandb.stored == {"path": "p", "steps": 3, "tokenizer1": "t", "none": "None"}
     events, _ = events_in(tmp_path / "logs")
     assert b"| steps | 3 |" in events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0]
     logged = json.dumps([repr(settings), wandb.options, wandb.stored, wandb.run.logged, caplog.text, wandb.words], default=str)

@@ -38,7 +38,7 @@ class LoRAModule(nn.Module):
     The factors are float32 parameters, computed in the dtype of x (or of autocast). Dropouts act in training only:
 
     - ``neuron_dropout`` drops single values after the down projection;
-    - ``rank_dropout`` drops whole ranks, drawn per sample, and scales the others up;
+    - ``rank_dropout`` drops whole ranks, chosen for each sample, and scales the others up;
     - ``module_dropout`` leaves the update of this layer out altogether.
     """
 
@@ -99,7 +99,7 @@ class LoRAModule(nn.Module):
     def _left_out(self) -> bool:
         if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():
             return False
-        # A draw on the CPU: no wait for the device, and activation checkpointing replays it.
+        # Random on the CPU: no wait for the device, and activation checkpointing repeats it.
         return torch.rand(()).item() < self.module_dropout
 
     def _maybe_without(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ class LoRANetwork(nn.Module):
         """Called by the trainer before each step; part of the contract, nothing is due for plain LoRA."""
 
     def load_weights(self, file: str | os.PathLike[str]) -> str:
-        """Load a LoRA file of either layout into this network and return a line that says what was loaded.
+        """Load a LoRA file of either layout into this network and return a line on what was loaded.
 
         Raises:
             UserError: its modules or ranks are not exactly those of this network.

@@ -43,15 +43,15 @@ SCALE_SUFFIX = "_scale"
 SLICE_ELEMENTS = 1 << 18  # what is quantized at once: its float32 copy stays in the cache
 
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
-"""Codes of the weight's shape (out, in), and scales (out or 1, blocks of inputs), with which the codes are multiplied."""
+"""Codes of the weight's shape (out, in), and scales (out or 1, groups of inputs), with which the codes are multiplied."""
 Quantizer = Callable[[torch.Tensor], Quantized]
 
-# The modulation layers steer every token at once and the norms are tiny: both keep the wide dtype.
+# The modulation layers steer every token at once and the norms are tiny: both keep full precision.
 _QUANTIZED = re.compile(r"(double|single)_blocks\.\d+\.(?!.*(_mod|modulation|norm)\.).+\.weight")
 
 
 def is_quantized_name(name: str) -> bool:
-    """Whether the transformer parameter ``name`` is stored as float8: Linear weights of the blocks, modulation excepted."""
+    """Whether the transformer parameter ``name`` is quantized: Linear weights of the blocks, modulation excepted."""
     return _QUANTIZED.fullmatch(name) is not None
 
 
@@ -59,11 +59,11 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` as ``dtype``; values beyond the range of a float8 dtype become its largest instead of NaN."""
     if tensor.dtype == dtype or dtype not in FP8_DTYPES or not tensor.numel():
         return tensor.to(dtype)
-    wide = tensor.float() if tensor.dtype in FP8_DTYPES else tensor
+    exact = tensor.float() if tensor.dtype in FP8_DTYPES else tensor
     # Older torch versions turn what is out of range into NaN. Weights seldom need the clamp, and it would cost a copy.
-    low, high = torch.aminmax(wide)
+    low, high = torch.aminmax(exact)
     limit = torch.finfo(dtype).max
-    return (wide.clamp(-limit, limit) if low < -limit or high > limit else wide).to(dtype)
+    return (exact.clamp(-limit, limit) if low < -limit or high > limit else exact).to(dtype)
 
 
 def cast_to_float8(weight: torch.Tensor) -> Quantized:
@@ -72,7 +72,7 @@ def cast_to_float8(weight: torch.Tensor) -> Quantized:
 
 
 def quantize_channels(weight: torch.Tensor) -> Quantized:
-    """``weight`` (out, in) as float8 with a float32 scale (out, 1) for each output channel, as fp8 products take them."""
+    """``weight`` (out, in) as float8 with a float32 scale (out, 1) for each output channel, as float8 matmuls take them."""
     codes = torch.empty(weight.shape, dtype=FP8_DTYPE, device=weight.device)
     scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
     for rows in _row_slices(weight):
@@ -83,16 +83,16 @@ def quantize_channels(weight: torch.Tensor) -> Quantized:
     return codes, scale
 
 
-def quantize_groups(weight: torch.Tensor, block: int = GROUP) -> Quantized:
-    """``weight`` (out, in) as int8 with a bfloat16 scale for each ``block`` inputs of a channel (all, if they do not divide).
+def quantize_groups(weight: torch.Tensor, group: int = GROUP) -> Quantized:
+    """``weight`` (out, in) as int8 with a bfloat16 scale for each ``group`` inputs of a channel (all, if they do not divide).
 
     The codes are rounded with the scale as it is stored: that it has few digits costs nothing.
     """
-    blocks = weight.shape[1] // block if weight.shape[1] % block == 0 else 1
+    groups = weight.shape[1] // group if weight.shape[1] % group == 0 else 1
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), blocks, dtype=torch.bfloat16, device=weight.device)
+    scale = torch.empty(len(weight), groups, dtype=torch.bfloat16, device=weight.device)
     for rows in _row_slices(weight):
-        part = weight[rows].float().unflatten(1, (blocks, -1))
+        part = weight[rows].float().unflatten(1, (groups, -1))
         scale[rows] = (part.abs().amax(2) / INT8_MAX).to(scale.dtype)
         steps = scale[rows].float()[:, :, None]
         steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
@@ -106,7 +106,7 @@ def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def dequantize(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """A stored weight (out, in) as the wide dtype it is computed in; ``scale`` is (out or 1, blocks of inputs) or None."""
+    """A stored weight (out, in) in the ``dtype`` it is computed in; ``scale`` is (out or 1, groups of inputs) or None."""
     if scale is None:
         return weight.to(dtype)
     # Scales may be too small for float16.

@@ -128,7 +128,7 @@ def _quantize(x: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tenso
 def _multiply(
     left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor, right_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    # Exact sums would halve the rate on consumer cards; what they would gain is far below the rounding of the codes.
+    # Exact sums would halve the rate on consumer GPUs, and gain far less than the rounding of the codes loses.
     return torch._scaled_mm(
         left, right, scale_a=left_scale, scale_b=right_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
     )

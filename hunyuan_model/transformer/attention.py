@@ -26,7 +26,7 @@ HALF_MODES = frozenset({"flash", "sageattn"})
 """Modes whose packages compute in float16 and bfloat16 only."""
 
 CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}
-"""The least compute capability of an NVIDIA card for which a package has kernels, where older cards are in use."""
+"""The least compute capability of an NVIDIA GPU for which a package has kernels, where older GPUs are in use."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
 
 
 def check_attention_device(mode: str, device: torch.device) -> None:
-    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer card."""
+    """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer GPU."""
     if mode in ("torch", "sdpa"):
         return
     if device.type != "cuda":
@@ -111,7 +111,7 @@ def check_attention_device(mode: str, device: torch.device) -> None:
     found, needed = torch.cuda.get_device_capability(device), CAPABILITIES[mode]
     if found < needed:
         raise UserError(
-            f"attention mode {mode} needs an NVIDIA card of compute capability {needed[0]}.{needed[1]} or later (Ampere), but "
+            f"attention mode {mode} needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or later (Ampere), but "
             f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; use torch."
         )
 

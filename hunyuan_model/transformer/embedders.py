@@ -32,7 +32,7 @@ class PatchEmbed(nn.Module):
         pt, ph, pw = self.patch_size
         patches = x.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * pt * ph * pw)
-        # Patches do not overlap, so the convolution is a matrix product, for which every dtype has a fast kernel.
+        # Patches do not overlap, so the convolution is a matmul, for which every dtype has a fast kernel.
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -41,7 +41,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``, of which autograd keeps the tensors alone: the backward pass computes it once more.
 
-    For elementwise work and norms, which cost next to nothing, but would keep float32 copies of half-precision tensors.
+    For elementwise work and norms, which are cheap, but would keep float32 copies of half-precision tensors.
     A compiler chooses by itself what to keep.
     """
     return function(*tensors) if _nothing_to_gain(*tensors) else _KeepingInputs.apply(function, *tensors)

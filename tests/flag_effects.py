@@ -144,9 +144,14 @@ def keeps_float8(part: str) -> Effect:
     return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part], True)
 
 
-def keeps_scales(part: str) -> Effect:
-    """Some weights of a part of the model are whole numbers, as scales beside them allow."""
-    return becomes(lambda run: torch.int8 in run.done.seen.weights[part], True)
+def keeps_int8(part: str) -> Effect:
+    """Some weights of a part of the model are whole numbers, with scales beside them."""
+    return becomes(lambda run: torch.int8 in run.done.seen.weights[part] and part in run.done.seen.scaled, True)
+
+
+def keeps_scaled_float8(part: str) -> Effect:
+    """Some weights of a part of the model have scales beside them."""
+    return becomes(lambda run: torch.float8_e4m3fn in run.done.seen.weights[part] and part in run.done.seen.scaled, True)
 
 
 def metadata(key: str, pattern: str) -> Callable[[Run], str | None]:

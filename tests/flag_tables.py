@@ -29,7 +29,8 @@ from flag_effects import (
     holds_prompt,
     is_nowhere,
     keeps_float8,
-    keeps_scales,
+    keeps_int8,
+    keeps_scaled_float8,
     largest_update,
     latent,
     latents,
@@ -99,8 +100,8 @@ TRAINING = (
     Row("--split_attn", both(stays(lora, within=1e-4), becomes(seen("attended"), 8 + 3))),  # of the clip, and not of two pictures
     # Memory
     Row("--fp8_base", both(keeps_float8("transformer"), other_lora)),
-    Row("--int8_base", both(keeps_scales("transformer"), other_lora)),
-    Row("--fp8_scaled", both(keeps_scales("transformer"), other_lora), beside="--fp8_base"),
+    Row("--int8_base", both(keeps_int8("transformer"), other_lora)),
+    Row("--fp8_scaled", both(keeps_scaled_float8("transformer"), other_lora), beside="--fp8_base"),
     Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8_base"),
     Row("--gradient_checkpointing", both(stays(lora, within=1e-4), half_the_memory)),
     Row(
@@ -333,7 +334,8 @@ GENERATION = (
     Row("--dit {data}/other.safetensors", other_latent),
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), differs(latent, by_at_most=0.2))),
     Row("--fp8", both(keeps_float8("transformer"), differs(latent, by_at_most=0.2))),
-    Row("--fp8_scaled", both(keeps_scales("transformer"), differs(latent, by_at_most=0.2)), beside="--fp8"),
+    Row("--fp8_scaled", both(keeps_scaled_float8("transformer"), differs(latent, by_at_most=0.2)), beside="--fp8"),
+    Row("--int8", both(keeps_int8("transformer"), differs(latent, by_at_most=0.2))),
     Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8"),
     Row("--blocks_to_swap 1", both(stays(latent), swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(stays(latent), swaps("img_in", "txt_in"))),

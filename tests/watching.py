@@ -37,6 +37,7 @@ class Seen:
     Attributes:
         timesteps, guidance: that the transformer was told.
         weights: dtypes of the weights of each part of the model when it computed.
+        scaled: parts of the model with scales beside some weights.
         in_one_piece: blocks and embedders of the transformer whose weights lie in one piece of memory, from which they are swapped.
         pinned: whether swapped weights were to be page-locked.
         compiled: modes in which something was compiled.
@@ -58,6 +59,7 @@ class Seen:
     timesteps: list[float] = field(default_factory=list)
     guidance: set[float] = field(default_factory=set)
     weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
+    scaled: set[str] = field(default_factory=set)
     in_one_piece: set[str] = field(default_factory=set)
     pinned: set[bool] = field(default_factory=set)
     compiled: set[str] = field(default_factory=set)
@@ -95,6 +97,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
 
     def look_at(part: str, module: torch.nn.Module) -> None:
         seen.weights[part] = {weight.dtype for weight in module.parameters()}
+        seen.scaled |= {part for name, _ in module.named_parameters() if name.endswith("weight_scale")}
 
     def hear(transformer: torch.nn.Module, _x: Any, t: torch.Tensor, *texts_and_guidance: torch.Tensor) -> None:
         look_at("transformer", transformer)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.media.buckets import BUCKET_STEP, bucket_resolutions
+from dataset.media.buckets import BUCKET_STEP, bucket_resolutions, choose_bucket
 from dataset.media.frame_rate import MODEL_FPS
-from dataset.media.frames import FRAME_EXTRACTIONS, MAX_FRAMES, is_clip_length
+from dataset.media.frames import FRAME_EXTRACTIONS, MAX_FRAMES, Window, cut_windows, is_clip_length, is_cut
 from utils.errors import UserError
 from utils.key_values import nearest_name
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml
@@ -63,6 +63,19 @@ class DatasetConfig:
         source = self.directory or self.jsonl_file
         assert source is not None
         return source
+
+    def bucket_for(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (W, H) at which a picture or clip of ``size`` is trained."""
+        return choose_bucket(size, self.resolution, self.enable_bucket, self.bucket_no_upscale)
+
+    def windows_of(self, frames: int) -> list[Window]:
+        """The windows that are cut from a clip of so many frames."""
+        return cut_windows(frames, self.target_frames, self.frame_extraction, self.frame_stride, self.frame_sample, self.max_frames)
+
+    def cuts(self, window: Window, last_start: int) -> bool:
+        """Whether ``window`` is cut from a clip whose last window of that length begins at frame ``last_start``."""
+        mode, stride, sample = self.frame_extraction, self.frame_stride, self.frame_sample
+        return is_cut(window, last_start, self.target_frames, mode, stride, sample, self.max_frames)
 
 
 @dataclass(frozen=True)

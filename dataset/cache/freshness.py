@@ -19,9 +19,7 @@ from dataset.cache.plan import Target
 from dataset.cache.records import FRAME_RATE, SOURCE_HASH, TEXT_ENCODERS, TOKENIZERS, VAE, has_record, is_same_source
 from dataset.config import DatasetConfig
 from dataset.items import Item
-from dataset.media.buckets import choose_bucket
 from dataset.media.frame_rate import possible_records
-from dataset.media.frames import is_cut
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -233,16 +231,13 @@ def _wanted_without_media(
     shape = None
     sides = [metadata.get(side, "") for side in ("width", "height")]
     if all(side.isdecimal() and int(side) for side in sides):
-        size = (int(sides[0]), int(sides[1]))
-        bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
+        bucket = dataset.bucket_for((int(sides[0]), int(sides[1])))
         channels = entry.shape[0]  # those of the model are compared when it is known
         shape = latent_shape_for(bucket, 1 if entry.window is None else entry.window[1], channels)
     if entry.window is None:
         return Wanted(shape)
-    mode, stride, sample = dataset.frame_extraction, dataset.frame_stride, dataset.frame_sample
-    last_start = last_starts[entry.stem, entry.window[1]]
     return Wanted(
         shape,
-        is_cut(entry.window, last_start, dataset.target_frames, mode, stride, sample, dataset.max_frames),
+        dataset.cuts(entry.window, last_starts[entry.stem, entry.window[1]]),
         _frame_rates(entry.window, possible_records(dataset.target_fps, dataset.source_fps)),
     )

@@ -15,10 +15,9 @@ from dataset.cache.files import latent_shape_for
 from dataset.cache.names import CacheKey, latent_cache_path, list_caches
 from dataset.config import DatasetConfig
 from dataset.items import Item
-from dataset.media.buckets import choose_bucket
 from dataset.media.decoding import VideoInfo, frame_times, probe_image, probe_video
 from dataset.media.frame_rate import EVERY_FRAME, Resampling, frames_at, resample
-from dataset.media.frames import Window, cut_windows, frames_needed
+from dataset.media.frames import Window, frames_needed
 
 RATE_SECONDS = 1.0  # of a video, at least, are needed to measure its frame rate; single gaps between frames vary
 HEADER_BYTES = 256  # of a cache file, at least
@@ -93,9 +92,8 @@ def plan_targets(item: Item, estimate: bool = False) -> tuple[Target, ...]:
             frames = frames_at(dataset.target_fps, info.frames or 0, dataset.source_fps or info.fps)
         else:
             frames, resampling = _count_frames(item, info)
-        mode, stride, sample = dataset.frame_extraction, dataset.frame_stride, dataset.frame_sample
-        windows = list(cut_windows(frames, dataset.target_frames, mode, stride, sample, dataset.max_frames))
-    bucket = choose_bucket(size, dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale)
+        windows = list(dataset.windows_of(frames))
+    bucket = dataset.bucket_for(size)
     return tuple(Target(item, window, size, bucket, resampling) for window in windows)
 
 

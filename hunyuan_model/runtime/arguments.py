@@ -124,14 +124,15 @@ def weight_format(args: argparse.Namespace) -> WeightFormat:
     from hunyuan_model.quantization.formats import WeightFormat
 
     fp8, int8 = ("fp8_base", "int8_base") if hasattr(args, "fp8_base") else ("fp8", "int8")
+    float8 = getattr(args, fp8) or (fp8 == "fp8" and args.fp8_scaled)  # generation takes --fp8_scaled alone, too
     for flag in ("fp8_scaled", "fp8_fast"):
-        if getattr(args, flag) and not getattr(args, fp8):
+        if getattr(args, flag) and not float8:
             raise UserError(f"--{flag} says how --{fp8} is done; give --{fp8} as well, or leave --{flag} out.")
     if getattr(args, int8):
-        if getattr(args, fp8):
+        if float8:
             raise UserError(f"--{int8} and --{fp8} exclude each other: weights are stored in one way. Give one of them.")
         return WeightFormat.INT8
-    if getattr(args, fp8):
+    if float8:
         return WeightFormat.FP8_SCALED if args.fp8_scaled else WeightFormat.FP8
     return WeightFormat.PLAIN
 

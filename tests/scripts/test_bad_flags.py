@@ -74,7 +74,7 @@ ROWS = [
     (GENERATE, ["--video_length", 0], ["length 0", "use 1, say"]),
     (GENERATE, ["--video_length", 400_000_001], ["400000001 frames", "smaller or shorter"]),
     (GENERATE, ["--infer_steps", 20_000], ["--infer_steps", "above 10000"]),
-    (GENERATE, ["--fp8_scaled"], ["--fp8_scaled says how --fp8 is done; give --fp8 as well"]),
+    (GENERATE, ["--fp8_fast"], ["--fp8_fast says how --fp8 is done; give --fp8 as well"]),
     (GENERATE, ["--fp8", "--fp8_fast", "--device", "cpu"], ["--fp8_fast", "compute capability 8.9", "runs on cpu"]),
     (GENERATE, ["--lora_multiplier", "half"], ["--lora_multiplier", "'half' is not a number"]),
     (GENERATE, ["--prompt", NOT_UTF8], ["--prompt", "not UTF-8"]),

@@ -1,13 +1,13 @@
-"""Seconds, memory and use of a graphics card at the published model's size, beside diffusers and peft: a Markdown table.
+"""Seconds, memory and use of a GPU at the published model's size, beside diffusers and peft: a Markdown table.
 
-The weights are random and made on the card; each row is measured in a process of its own, the most telling rows first. A row
+The weights are random and made on the GPU; each row is measured in a process of its own, the most important rows first. A row
 is printed as soon as it is measured and appended to --output, as a line of JSON. Called again with the same file the
 benchmark goes on with the rows that are missing there; those that failed are there as well, with the reason.
 
 A training step is that of a LoRA of rank 32 on all Linear layers of the blocks, under bfloat16 autocast, with AdamW and with
 gradient checkpointing on both sides. "model" is the rate of the products and the attention that a step consists of (forward,
 and the gradients of the activations; the base is frozen), "done" that with what checkpointing computes again, both as a share
-of the rate of a bfloat16 matrix product measured on the same card before.
+of the rate of a bfloat16 matmul measured on the same GPU before.
 
     python benchmarks/gpu.py --output gpu.jsonl
     python benchmarks/gpu.py --output gpu.jsonl --minutes 9
@@ -117,7 +117,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def measure_product(device: torch.device, side: int) -> dict[str, float]:
-    """Operations per second of a bfloat16 matrix product."""
+    """Operations per second of a bfloat16 matmul."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(WARM_UP):
         left @ right
@@ -126,7 +126,7 @@ def measure_product(device: torch.device, side: int) -> dict[str, float]:
 
 
 def measure_copy(device: torch.device, size: int) -> dict[str, float]:
-    """Bytes per second from page-locked host memory to the card."""
+    """Bytes per second from page-locked host memory to the GPU."""
     source = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty(size, dtype=torch.uint8, device=device)
     target.copy_(source)
@@ -226,8 +226,8 @@ def ratios(results: dict[str, dict[str, Any]]) -> Iterable[str]:
         if row.swap and rate and {row.name, changed(swap=0)} <= seconds.keys():
             alone, copying = seconds[changed(swap=0)], copied_bytes(row, TransformerConfig()) / rate
             larger = max(alone, copying)
-            told = f"{alone:.2f} s of computing, {copying:.2f} s of copying"
-            yield f"- {row.name}: {seconds[row.name] / larger:.2f} times the larger of {told}"
+            parts = f"{alone:.2f} s of computing, {copying:.2f} s of copying"
+            yield f"- {row.name}: {seconds[row.name] / larger:.2f} times the larger of {parts}"
         if row.compile:
             yield from compare(f"{row.name}, than without", row.name, changed(compile=False))
 
@@ -241,8 +241,8 @@ def hardware(device: torch.device) -> str:
             continue
     what = f"{platform.machine()} CPU"
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        what = f"{card.name}, {card.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        gpu = torch.cuda.get_device_properties(device)
+        what = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
     return f"{what}; {', '.join(packages)}; Python {platform.python_version()}"
 
 
@@ -310,7 +310,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here")
     if device.type == "cpu" and not args.tiny:
-        parser.error("the published size takes a graphics card; use --tiny to try the benchmark itself on the CPU")
+        parser.error("the published size takes a GPU; use --tiny to try the benchmark itself on the CPU")
     if args.row:
         print(json.dumps(measure_or_say_why_not(Row(**json.loads(args.row)), device, args.steps, args.tiny)))
         return

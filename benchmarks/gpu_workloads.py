@@ -1,4 +1,4 @@
-"""What a row of ``gpu.py`` computes: training steps and forward passes of random weights made on the card, ours and diffusers'."""
+"""What a row of ``gpu.py`` computes: training steps and forward passes of random weights made on the GPU, ours and diffusers'."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Row:
     """What one line of the table measures.
 
     Attributes:
-        work: "product" and "copy" (what the card does at best), "step" (a LoRA training step) or "forward" (one of sampling).
+        work: "product" and "copy" (what the GPU does at best), "step" (a LoRA training step) or "forward" (one of sampling).
         size: of SIZES.
         weights: bf16, fp8, fp8_scaled, int8 or fp8_fast; diffusers knows the first two.
         swap: blocks. For diffusers any number means group offloading, of every block.
@@ -69,7 +69,7 @@ def tokens_of(size: tuple[int, int, int]) -> int:
 
 
 def block_flops(config: TransformerConfig, size: tuple[int, int, int]) -> tuple[float, float]:
-    """(matrix products, attention) of one forward pass through the blocks, in floating-point operations."""
+    """(matmuls, attention) of one forward pass through the blocks, in floating-point operations."""
     tokens = tokens_of(size)
     hidden, depth = config.hidden_size, config.double_depth + config.single_depth
     # Both kinds of block have 4 hidden x hidden and 2 hidden x mlp products for each token.
@@ -108,7 +108,7 @@ def runtime_of(row: Row, config: TransformerConfig, backend: str = "inductor") -
 
 
 def predicted_bytes(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -> int:
-    """What the plan of a training or of sampling says of the peak on the card, of tensors alone."""
+    """What the plan of a training or of sampling says of the peak on the GPU, of tensors alone."""
     with torch.device("meta"):
         network = create_network(1.0, RANK, RANK, None, None, HYVideoDiffusionTransformer(config))
     trains = row.work == "step"
@@ -128,7 +128,7 @@ def predicted_bytes(row: Row, config: TransformerConfig, size: tuple[int, int, i
 
 
 def copied_bytes(row: Row, config: TransformerConfig) -> float:
-    """That block swap brings to the card for a step or a forward pass; a backward pass finds the last blocks there."""
+    """That block swap brings to the GPU for a step or a forward pass; a backward pass finds the last blocks there."""
     runtime = runtime_of(row, config)
     streamed = len(streamed_blocks(block_sizes(config), runtime.blocks_to_swap))
     passes = 2 - SLOTS / streamed if row.work == "step" else 1

@@ -36,17 +36,17 @@ from utils.devices import parse_dtype  # noqa: E402
 SAMPLE_SECONDS = 0.001
 MIB = 1 << 20
 
-# (dtype in the file, dtype asked for, how the blocks are made narrow)
+# (dtype in the file, dtype asked for, how the blocks' weights are stored)
 CASES = (
-    ("bfloat16", "bfloat16", ""),
-    ("bfloat16", "float32", ""),
+    ("bfloat16", "bfloat16", "plain"),
+    ("bfloat16", "float32", "plain"),
     ("bfloat16", "bfloat16", "fp8"),
     ("bfloat16", "bfloat16", "int8"),
-    ("float32", "bfloat16", ""),
+    ("float32", "bfloat16", "plain"),
     ("float32", "bfloat16", "fp8"),
     ("float32", "bfloat16", "int8"),
 )
-BLOCKS = {"": "", "fp8": ", blocks float8", "int8": ", blocks int8"}
+BLOCKS = {"plain": "", "fp8": ", blocks float8", "int8": ", blocks int8"}
 
 
 @dataclass(frozen=True)
@@ -126,19 +126,19 @@ def write_transformer(path: Path, gigabytes: float, dtype: torch.dtype) -> None:
         torch.save({"module": weights}, path)
 
 
-def measure(path: Path, dtype: torch.dtype, narrow: str = "") -> Result:
-    """Load ``path`` in this process, watching its memory; ``narrow`` is one of BLOCKS."""
+def measure(path: Path, dtype: torch.dtype, weights: str = "plain") -> Result:
+    """Load ``path`` in this process, watching its memory; ``weights`` is one of BLOCKS."""
     torch.zeros(1 << 16).to(torch.bfloat16).to(torch.float8_e4m3fn)  # what torch allocates on first use is not the load's
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        model = load_transformer(path, device="cpu", dtype=dtype, runtime=RuntimeSettings(WeightFormat(narrow or "plain")))
+        model = load_transformer(path, device="cpu", dtype=dtype, runtime=RuntimeSettings(WeightFormat(weights)))
         seconds = time.perf_counter() - start
     sizes = [tensor.nbytes for tensor in model.state_dict().values()]
     return Result(path.stat().st_size / MIB, sum(sizes) / MIB, watch.peak / MIB, max(sizes) / MIB, seconds)
 
 
-def measure_in_new_process(path: Path, dtype: str, narrow: str = "") -> Result:
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(path), "--dtype", dtype, "--narrow", narrow]
+def measure_in_new_process(path: Path, dtype: str, weights: str = "plain") -> Result:
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(path), "--dtype", dtype, "--weights", weights]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
     return Result(**json.loads(output.splitlines()[-1]))
 
@@ -151,9 +151,9 @@ def table(gigabytes: float, folder: Path, report: Callable[[str], None] = print)
         for stored in dict.fromkeys(case[0] for case in CASES):
             path = folder / f"transformer{suffix}"
             write_transformer(path, gigabytes, parse_dtype(stored, "dtype"))
-            for _, dtype, narrow in (case for case in CASES if case[0] == stored):
-                result = measure_in_new_process(path, dtype, narrow)
-                loaded = dtype + BLOCKS[narrow]
+            for _, dtype, weights in (case for case in CASES if case[0] == stored):
+                result = measure_in_new_process(path, dtype, weights)
+                loaded = dtype + BLOCKS[weights]
                 report(
                     f"| {stored} {suffix} | {loaded} | {result.file:.0f} | {result.final:.0f} | {result.above_start:.0f} "
                     f"| {result.above_start - result.final:+.0f} | {result.seconds:.1f} |"
@@ -167,13 +167,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written meanwhile (the system's temporary folder)")
     parser.add_argument("--measure", type=Path, help="load only this file, in this process, and print the result as JSON")
     parser.add_argument("--dtype", default="bfloat16", help="with --measure: dtype of the weights (bfloat16)")
-    parser.add_argument("--narrow", choices=tuple(BLOCKS), default="", help="with --measure: how the blocks are made narrow")
+    parser.add_argument(
+        "--weights", choices=tuple(BLOCKS), default="plain", help="with --measure: how the blocks' weights are stored"
+    )
     args = parser.parse_args()
     if not sys.platform.startswith("linux"):
         parser.error("this benchmark reads /proc and runs on Linux only")
     torch.set_num_threads(2)
     if args.measure:
-        print(json.dumps(asdict(measure(args.measure, parse_dtype(args.dtype, "--dtype"), args.narrow))))
+        print(json.dumps(asdict(measure(args.measure, parse_dtype(args.dtype, "--dtype"), args.weights))))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         table(args.gigabytes, Path(folder))

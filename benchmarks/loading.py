@@ -2,7 +2,7 @@
 
 Writes a checkpoint with the official names and shapes and random weights (25.6 GB in bfloat16), tensor by tensor, and loads it
 in processes of their own, which watch their anonymous memory (what no file backs, swapped or not). Beside each load stands the
-time that merely reading the file takes; before both the system is told to forget what it holds of the file. The files are
+time that merely reading the file takes; before both the system drops what it holds of the file. The files are
 deleted at the end, also after an error. Linux only, as it reads /proc.
 
     python benchmarks/loading.py
@@ -145,7 +145,7 @@ def measure_load(path: Path, kind: str) -> dict[str, float]:
 
 
 def measure_generation(path: Path, kind: str, dtype: torch.dtype, side: int, steps: int) -> dict[str, float]:
-    """The transformer's part of drawing one picture of ``side`` pixels squared."""
+    """The transformer's part of sampling one picture of ``side`` pixels squared."""
     device = torch.device("cpu")
     with MemoryWatch() as watch:
         start = time.perf_counter()
@@ -164,11 +164,11 @@ def measure_generation(path: Path, kind: str, dtype: torch.dtype, side: int, ste
             device=device,
             dtype=dtype,
         )
-        drawn = time.perf_counter()
+        sampled = time.perf_counter()
     if not latents.isfinite().all():
         raise SystemExit("error: the latents are not finite")
     final = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return {"load": loaded - start, "draw": drawn - loaded, "final": final, "highest": watch.highest}
+    return {"load": loaded - start, "sample": sampled - loaded, "final": final, "highest": watch.highest}
 
 
 def in_new_process(*arguments: object) -> dict[str, float]:
@@ -222,7 +222,8 @@ def generation_table(args: argparse.Namespace, config: TransformerConfig, folder
     path = folder / "transformer.safetensors"
     write_checkpoint(path, config, float8=True)
     report(
-        "| file | drawn | final weights GB | peak GB | peak GiB | seconds of loading | of drawing |\n|---|---|---|---|---|---|---|"
+        "| file | sampled | final weights GB | peak GB | peak GiB | seconds of loading | of sampling |\n"
+        "|---|---|---|---|---|---|---|"
     )
     forget(path)
     result = in_new_process(
@@ -232,7 +233,7 @@ def generation_table(args: argparse.Namespace, config: TransformerConfig, folder
     report(
         f"| float8 .safetensors, {path.stat().st_size / GB:.2f} GB | {args.side}x{args.side}, {args.steps} steps, {args.dtype} "
         f"| {result['final'] / GB:.2f} | {result['highest'] / GB:.2f} | {result['highest'] / GIB:.2f} "
-        f"| {result['load']:.1f} | {result['draw']:.1f} |"
+        f"| {result['load']:.1f} | {result['sample']:.1f} |"
     )
 
 

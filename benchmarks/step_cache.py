@@ -1,6 +1,6 @@
 """What the step cache of generation saves and costs, on the toy model: a Markdown table.
 
-Every clip is drawn with all steps, then with ``--step_cache`` at several thresholds. "latents off" is the root mean square of the
+Every clip is sampled with all steps, then with ``--step_cache`` at several thresholds. "latents off" is the root mean square of the
 difference to the latents of all steps, over that of these latents. Beside it stand the same computed steps with the last
 velocity taken again instead of the line through the last two, and as many steps of a plain run, which is what one would do
 without a cache.

@@ -51,7 +51,7 @@ class CompileSettings:
 
 
 def check_compile(device: torch.device, settings: CompileSettings, flag: str = "--compile") -> None:
-    """Find out by compiling a trifle whether ``device`` can compute what torch compiles; takes some seconds.
+    """Find out by compiling a small function whether ``device`` can compute what torch compiles; takes some seconds.
 
     Raises:
         UserError: names ``flag``, what is missing, and what to do.
@@ -59,14 +59,14 @@ def check_compile(device: torch.device, settings: CompileSettings, flag: str = "
     if settings.backend == "inductor":
         _require_tools(device, flag)
     try:
-        settings.compiled(_trifle)(torch.ones(8, device=device))
+        settings.compiled(_small_function)(torch.ones(8, device=device))
     except Exception as error:  # compilers, drivers and caches fail in many ways
         cause = getattr(error, "inner_exception", None) or error.__cause__ or error  # torch wraps it in advice for developers
         reason = " ".join(str(cause).split())[:SHOWN_CHARACTERS].rstrip(".")
         raise UserError(f"{flag}: torch cannot compile for {device} here ({reason}). Mend that, or leave {flag} out.") from error
 
 
-def _trifle(x: Tensor) -> Tensor:
+def _small_function(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x) * 2 + 1
 
 
@@ -74,7 +74,7 @@ def _require_tools(device: torch.device, flag: str) -> None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         raise UserError(
-            f"{flag} needs the package triton on a graphics card, and it is not installed. "
+            f"{flag} needs the package triton on a GPU, and it is not installed. "
             f"Install it with: pip install {package}; or leave {flag} out."
         )
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
@@ -176,13 +176,13 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, lengths: _Len
 
 
 class CompileWatch:
-    """Tells how long something took where a part of that was compiling; begins when it is made, and anew with each ``tell``."""
+    """Logs how long something took that included compiling; measures from when it was made or last asked."""
 
     def __init__(self) -> None:
         self._graphs, self._started = compiled_graphs(), time.monotonic()
 
     def tell(self, what: str) -> None:
-        """Say so of ``what`` if anything was compiled since."""
+        """Log the time that ``what`` took if anything was compiled meanwhile."""
         graphs, now = compiled_graphs(), time.monotonic()
         if graphs > self._graphs:
             logger.info("%s compiles: %.1f s", what, now - self._started)

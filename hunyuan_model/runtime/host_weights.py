@@ -55,7 +55,7 @@ class HostWeights:
         """Have the parameters show the values of ``views``, in their order."""
         for parameter, view in zip(self.parameters, views):
             if parameter.requires_grad:
-                raise RuntimeError("weights that live in host memory cannot be trained; make them trainable before, then they stay")
+                raise RuntimeError("swapped weights cannot be trained; make them trainable before block swap is enabled")
             parameter.data = view
 
     def point_at_host(self) -> None:

@@ -89,7 +89,7 @@ class RuntimeSettings:
 
     @property
     def swaps(self) -> bool:
-        """Whether any weights live in host memory."""
+        """Whether any weights are kept in host memory."""
         return bool(self.blocks_to_swap) or self.img_in_txt_in_offloading
 
     @property

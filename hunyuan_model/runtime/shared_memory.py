@@ -47,7 +47,7 @@ class SharedMemory:
     """Memory in pieces, which each process takes for itself: in the same order and sizes, so that they are the same pieces.
 
     Each process writes what belongs there. As all of them write the same bytes, none has to wait for another: whoever reads a
-    piece that it has written reads what it wrote, whoever else writes there meanwhile. (Weights that are merged on cards of
+    piece that it has written reads what it wrote, whoever else writes there meanwhile. (Weights that are merged on GPUs of
     different kinds may differ in rounding; one of the results stays.)
 
     Attributes:

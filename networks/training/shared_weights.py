@@ -22,7 +22,7 @@ def shared_host_memory(accelerator: Accelerator, layout: str) -> Iterator[Shared
     All processes enter, and leave once they have loaded. The first process of each machine makes the memory.
 
     Args:
-        layout: what tells which pieces will be taken; processes in which it differs share nothing.
+        layout: describes the pieces that will be taken; processes with different layouts share nothing.
     """
     if accelerator.num_processes == 1:
         yield None
@@ -33,7 +33,7 @@ def shared_host_memory(accelerator: Accelerator, layout: str) -> Iterator[Shared
         memory, reason = _find(offers, layout)
     yield memory
     taken = (memory.address.token, memory.shared_bytes, memory.own_bytes) if memory else (b"", 0, 0)
-    _tell(gather_object([(*taken, reason)]))
+    _log_sharing(gather_object([(*taken, reason)]))
 
 
 def _make() -> tuple[SharedMemory | None, str]:
@@ -57,7 +57,7 @@ def _find(offers: list[tuple[Address | None, str, str]], layout: str) -> tuple[S
     return None, reason
 
 
-def _tell(processes: list[tuple[bytes, int, int, str]]) -> None:
+def _log_sharing(processes: list[tuple[bytes, int, int, str]]) -> None:
     """Args: token of the memory, bytes taken there, bytes taken beside it, and why it has none; of each process."""
     token, shared_bytes, *_ = processes[0]
     sharing = sum(process[0] == token for process in processes)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.card_table import card_table, training_plan
+from benchmarks.gpu_table import gpu_table, training_plan
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import BatchSize
@@ -224,7 +224,7 @@ def test_generation_takes_auto(call_script, tiny_model, tmp_path, caplog) -> Non
 
 
 def test_the_table_of_cards_has_a_row_for_each(picture: MemoryPlan) -> None:
-    lines = card_table(picture, (4, 24, 200)).splitlines()
+    lines = gpu_table(picture, (4, 24, 200)).splitlines()
     assert len(lines) == 5
     assert lines[2].startswith("| 4 GB | too small") and "none needed" in lines[4]
     assert "`--gradient_checkpointing --int8_base" in lines[3]

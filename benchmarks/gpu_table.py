@@ -1,10 +1,10 @@
-"""Which flags a card of a given size needs for training, by arithmetic: Markdown tables. Nothing is loaded or run.
+"""Which flags a GPU of a given size needs for training, by arithmetic: Markdown tables. Nothing is loaded or run.
 
 For the published model and a LoRA of rank 32 with AdamW, in bfloat16, one picture or clip of 960x544 per batch with the longest
-caption. A card of N GB is taken as N * 2^30 bytes, of which the driver and other programs hold 0.8 * 10^9. Of the flags that
+caption. A GPU of N GB is taken as N * 2^30 bytes, of which the driver and other programs hold 0.8 * 10^9. Of the flags that
 would do, the tables name those that training itself would name, in its order.
 
-    python benchmarks/card_table.py
+    python benchmarks/gpu_table.py
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from networks.lora import create_network  # noqa: E402
 
-CARDS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as they are sold
+GPUS = (6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB as they are sold
 HELD = 800_000_000
 ADAM_BYTES = 8.0
 SIZES = {"pictures of 960x544": (544, 960, 1), "clips of 960x544 and 33 frames": (544, 960, 33)}
 
 
 def training_plan(size: tuple[int, int, int], rank: int = 32, mixed_precision: bool = True) -> MemoryPlan:
-    """Training without any flag that saves memory, on a card, for batches of one; ``size`` is (height, width, frames)."""
+    """Training without any flag that saves memory, on a GPU, for batches of one; ``size`` is (height, width, frames)."""
     config = TransformerConfig()
     with torch.device("meta"):
         network = create_network(1.0, rank, 1.0, None, None, HYVideoDiffusionTransformer(config))
@@ -43,19 +43,19 @@ def training_plan(size: tuple[int, int, int], rank: int = 32, mixed_precision: b
     return MemoryPlan(config, torch.device("cuda"), RuntimeSettings(), sample_size(*size), dtype, compute_dtype, values, ADAM_BYTES)
 
 
-def card_table(plan: MemoryPlan, cards: tuple[int, ...] = CARDS) -> str:
-    """A Markdown table: a row for each size of a card."""
+def gpu_table(plan: MemoryPlan, gpus: tuple[int, ...] = GPUS) -> str:
+    """A Markdown table: a row for each size of GPU."""
     exact = replace(plan, may_quantize=False)
     lines = [
-        "| card | flags | takes | main memory | without quantization | takes | main memory |",
+        "| GPU | flags | takes | main memory | without quantization | takes | main memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {card} GB | {_cells(plan, card)} | {_cells(exact, card)} |" for card in cards]
+    lines += [f"| {gpu} GB | {_cells(plan, gpu)} | {_cells(exact, gpu)} |" for gpu in gpus]
     return "\n".join(lines)
 
 
-def _cells(plan: MemoryPlan, card: int) -> str:
-    free = card * 2**30 - HELD
+def _cells(plan: MemoryPlan, gpu: int) -> str:
+    free = gpu * 2**30 - HELD
     fitting = plan.until_it_fits(free)
     if not fitting.enough:
         return "too small | |"
@@ -71,7 +71,7 @@ def main() -> None:
     logging.disable()
     for name, size in SIZES.items():
         plan = training_plan(size, args.rank)
-        print(f"\n{name[0].upper()}{name[1:]}, {plan.batch.tokens(plan.config)} tokens:\n\n{card_table(plan)}")
+        print(f"\n{name[0].upper()}{name[1:]}, {plan.batch.tokens(plan.config)} tokens:\n\n{gpu_table(plan)}")
     print(f"\nrank {args.rank}, captions of {MAX_TEXT_TOKENS} tokens, --mixed_precision bf16, AdamW in float32")
 
 

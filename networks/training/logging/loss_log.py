@@ -71,9 +71,9 @@ class LossLog:
         learning_rate: float | None,
         validation_loss: float | None = None,
     ) -> None:
-        """One step. A field is empty where its value is None: a rate that the optimiser does not tell, a loss not measured.
+        """One step. A field is empty where its value is None: a rate that the optimiser has not, a loss that was not measured.
 
-        Losses have the nine digits that tell one float32 from the next.
+        Losses have nine digits: as many as two float32 numbers need to differ.
         """
         rate = "" if learning_rate is None else f"{float(learning_rate):.6g}"
         held_out = "" if validation_loss is None else f"{validation_loss:.9g}"

@@ -1,6 +1,6 @@
 """accelerate's trackers for TensorBoard and Weights & Biases, with what they lack: samples, a table of the flags, resumed runs.
 
-Their packages are imported when they are used. ``check`` says what to install.
+Their packages are imported when they are used; ``require_package`` names what to install.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def start(tracker: TensorBoard | WandB) -> None:
 
 
 def require_package(name: str) -> None:
-    """Refuse a tracker whose package cannot be imported; the UserError says what to install."""
+    """Refuse a tracker whose package cannot be imported; the UserError names what to install."""
     module, package = TRACKERS[name].package
     try:
         found = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""networks.training.samples.sampling: when samples are drawn, what is written, that training does not feel it, what is refused."""
+"""networks.training.samples.sampling: when samples are made, what is written, that training is not changed, what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parsed(*flags: object) -> SampleSettings:
 
 @pytest.fixture
 def sampling(tiny_model, tmp_path):
-    """``sampling(*flags)``: the flags of a training that draws two prompts every second step."""
+    """``sampling(*flags)``: the flags of a training that samples two prompts every second step."""
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
 
     def arguments(*flags: object) -> SampleSettings:
@@ -71,7 +71,7 @@ class Averaging(torch.optim.AdamW):
 
 
 class TinyTraining:
-    """A training of a few steps on random latents, with every dropout, drawing all its noise from the global generators."""
+    """A training of a few steps on random latents, with every dropout, with all its noise from the global generators."""
 
     def __init__(self, dit: Path, optimizer_class: type = torch.optim.AdamW):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -127,18 +127,16 @@ def states_of(training: TinyTraining) -> tuple:
     )
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, Averaging])
-def test_training_does_not_feel_samples(sampling, tiny_model, optimizer_class):
-    plain = TinyTraining(tiny_model.dit, optimizer_class)
+def test_samples_change_nothing_in_a_training(sampling, tiny_model):
+    plain = TinyTraining(tiny_model.dit, Averaging)
     for _ in range(4):
         plain.step()
-    sampled = TinyTraining(tiny_model.dit, optimizer_class)
+    sampled = TinyTraining(tiny_model.dit, Averaging)
     samples = sampled.samples(sampling("--sample_at_first"))
     for step in range(5):
         before = states_of(sampled)
         weights = sampled.state()
-        drawn = sampled.sample(samples, step)
-        assert len(drawn) == (2 if step % 2 == 0 else 0)
+        assert len(sampled.sample(samples, step)) == (2 if step % 2 == 0 else 0)
         assert states_of(sampled) == before
         assert all(torch.equal(weights[name], tensor) for name, tensor in sampled.state().items())
         if step < 4:
@@ -183,7 +181,7 @@ def test_names_of_epochs_and_of_a_second_round(sampling, tiny_model, monkeypatch
         assert not file.text
 
 
-def test_a_sample_is_what_generation_draws_with_the_same_network(sampling, tiny_model, call_script, tmp_path):
+def test_a_sample_is_what_generation_makes_with_the_same_network(sampling, tiny_model, call_script, tmp_path):
     training = TinyTraining(tiny_model.dit)
     for _ in range(2):
         training.step()
@@ -208,14 +206,14 @@ class TestFailures:
     def training(self, tiny_model) -> TinyTraining:
         return TinyTraining(tiny_model.dit)
 
-    def drawn(self, training, args, caplog):
-        samples = training.samples(args)
+    def sampled(self, training, settings, caplog):
+        samples = training.samples(settings)
         before = states_of(training)
         with caplog.at_level(logging.WARNING):
-            drawn = training.sample(samples)
+            saved = training.sample(samples)
         assert states_of(training) == before
         training.step()
-        return drawn, [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        return saved, [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
     @pytest.mark.parametrize(
         ("error", "says"),
@@ -228,7 +226,7 @@ class TestFailures:
             (MemoryError(), "MemoryError; training goes on"),
         ],
     )
-    def test_a_prompt_that_cannot_be_drawn(self, training, sampling, caplog, monkeypatch, error, says):
+    def test_a_prompt_that_cannot_be_sampled(self, training, sampling, caplog, monkeypatch, error, says):
         plain, calls = training_samples.sample_latents, []
 
         def first_fails(*args, **kwargs):
@@ -239,42 +237,30 @@ class TestFailures:
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(training_samples, "sample_latents", first_fails)
-        drawn, warnings = self.drawn(training, sampling(), caplog)
-        assert [sample.index for sample in drawn] == [1]
+        saved, warnings = self.sampled(training, sampling(), caplog)
+        assert [sample.index for sample in saved] == [1]
         (warning,) = warnings
         assert says in warning and "line 1: 'a red ball'" in warning and "was not made" in warning and "\n" not in warning
 
     def test_a_network_that_gives_nan(self, training, sampling, caplog):
         with torch.no_grad():
             next(training.network.loras()).lora_up.weight.fill_(torch.nan)
-        drawn, warnings = self.drawn(training, sampling(), caplog)
-        assert drawn == [] and len(warnings) == 2 and all("NaN" in warning for warning in warnings)
+        saved, warnings = self.sampled(training, sampling(), caplog)
+        assert saved == [] and len(warnings) == 2 and all("NaN" in warning for warning in warnings)
         assert not list(Path(sampling().output_dir).rglob("*.*"))
 
-    def test_a_vae_that_is_gone(self, training, sampling, caplog, monkeypatch):
-        def gone(*_args, **_kwargs):
-            raise UserError("--vae not found: it does not exist.")
+    @pytest.mark.parametrize(
+        ("module", "name", "says", "left"),
+        [(hunyuan_model, "load_vae", "no sample was written", []), (training_samples, "save_picture", "a red ball", [1])],
+    )
+    def test_a_vae_that_is_gone_and_a_disk_that_is_full(self, training, sampling, caplog, monkeypatch, module, name, says, left):
+        def fails(*_args, **_options):
+            raise UserError("No space left on device.")
 
-        monkeypatch.setattr(hunyuan_model, "load_vae", gone, raising=False)
-        drawn, (warning,) = self.drawn(training, sampling(), caplog)
-        assert drawn == [] and "no sample was written" in warning and "does not exist; training goes on" in warning
-
-    def test_a_disk_that_is_full(self, training, sampling, caplog, monkeypatch):
-        def full(*_args):
-            raise UserError("cannot write it: No space left on device. Check the folder and the free disk space.")
-
-        monkeypatch.setattr(training_samples, "save_picture", full)
-        (clip,), (warning,) = self.drawn(training, sampling(), caplog)
-        assert clip.index == 1 and "No space left" in warning and "a red ball" in warning
-
-    def test_a_folder_that_is_in_the_way(self, training, sampling, caplog):
-        args = sampling()
-        samples = training.samples(args)
-        Path(args.output_dir).mkdir()
-        (Path(args.output_dir) / "sample").write_text("in the way", encoding="utf-8")
-        with caplog.at_level(logging.WARNING):
-            assert training.sample(samples) == []
-        assert caplog.text.count("training goes on") == 2
+        monkeypatch.setattr(module, name, fails, raising=False)
+        saved, (warning,) = self.sampled(training, sampling(), caplog)
+        assert [sample.index for sample in saved] == left
+        assert says in warning and "No space left on device; training goes on" in warning
 
     def test_a_stop_that_is_asked_for_gives_the_samples_up(self, training, sampling):
         samples, asked = training.samples(sampling()), []
@@ -320,7 +306,7 @@ def test_encoders_of_another_model_are_refused(sampling, tiny_model):
         training.samples(args)
 
 
-def test_only_the_main_process_draws_and_all_wait(sampling, tiny_model, monkeypatch):
+def test_only_the_main_process_samples_and_all_wait(sampling, tiny_model, monkeypatch):
     training, args = TinyTraining(tiny_model.dit), sampling()
     waited = []
     monkeypatch.setattr(Accelerator, "is_main_process", False)

@@ -52,13 +52,12 @@ def caption_file(item: Item) -> Path:
     return item.path.with_suffix(".txt")
 
 
-def test_caches_hold_what_the_encoders_give(tiny_model, tiny_dataset: Path, run_script) -> None:
+def test_caches_hold_what_the_encoders_give(tiny_model, tiny_dataset: Path, run_here, capsys) -> None:
     items = all_items(tiny_dataset)
     caption_file(items[0]).write_text("", encoding="utf-8")  # an empty caption is a caption
     caption_file(items[1]).write_text("Ein schöner Hund 犬, " + "sehr langsam " * 40, encoding="utf-8")
-    result = run_script(SCRIPT, *flags(tiny_dataset, tiny_model, batch_size=3))
-    assert result.returncode == 0, result.stderr
-    assert "8 captions: 8 encoded, 0 kept, 0 failed" in result.stdout
+    assert run_here(flags(tiny_dataset, tiny_model, batch_size=3)) == 0
+    assert "8 captions: 8 encoded, 0 kept, 0 failed" in capsys.readouterr().out
 
     llm = load_text_encoder_1(tiny_model.text_encoder1, device="cpu", dtype=torch.float32)
     clip = load_text_encoder_2(tiny_model.text_encoder2, device="cpu", dtype=torch.float32)
@@ -144,11 +143,10 @@ def test_progress_bars_are_closed_when_encoding_fails(tiny_model, tiny_dataset: 
         assert caught.traceback and [bar.closed for bar in bars] == [True] * count
 
 
-def test_swapped_encoders_are_one_sentence(tiny_model, tiny_dataset: Path, run_script) -> None:
+def test_swapped_encoders_are_one_sentence(tiny_model, tiny_dataset: Path, run_here) -> None:
     swapped = {"text_encoder1": tiny_model.text_encoder2, "text_encoder2": tiny_model.text_encoder1}
-    result = run_script(SCRIPT, *flags(tiny_dataset, tiny_model, **swapped))
-    assert result.returncode == 2
-    assert "--text_encoder1 needs a Llama language model" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(UserError, match="--text_encoder1 needs a Llama language model"):
+        run_here(flags(tiny_dataset, tiny_model, **swapped))
 
 
 def test_tokenizer_flags(tiny_model, tiny_dataset: Path, tmp_path: Path, run_here) -> None:

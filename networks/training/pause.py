@@ -15,7 +15,7 @@ from networks.training.optim.optimizers import set_optimizer_mode, without_wrapp
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Put the generators of Python, numpy and torch (CPU, and ``device``) back to where they stood, whatever is drawn inside."""
+    """Put the generators of Python, numpy and torch (CPU, and ``device``) back to where they stood before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

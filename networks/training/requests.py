@@ -40,20 +40,20 @@ _REQUEST_OF_SIGNAL = {signal.SIGINT: Request.INTERRUPT, signal.SIGTERM: Request.
 
 
 class TrainingRequests:
-    """While it is open, SIGINT and SIGTERM only leave a note for ``poll``; a second signal ends the process at once.
+    """While it is open, SIGINT and SIGTERM wait for ``poll``; a second signal ends the process at once.
 
     Args:
-        folder: where a file called ``save`` or ``save_and_stop`` is a request, too; it is removed when it is obeyed.
+        folder: where a file called ``save`` or ``save_and_stop`` is a request, too; it is removed when it is read.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self._folder, self._accelerator = folder, accelerator
-        self._noted = Request.NOTHING
+        self._received = Request.NOTHING
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> TrainingRequests:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-            self._before = {number: signal.signal(number, self._note) for number in _REQUEST_OF_SIGNAL}
+            self._before = {number: signal.signal(number, self._on_signal) for number in _REQUEST_OF_SIGNAL}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,19 +64,19 @@ class TrainingRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self._noted.is_signal:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._received.is_signal:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now must not be interrupted again while it cleans up
             if number == signal.SIGTERM:
                 raise SystemExit(128 + number)
             raise KeyboardInterrupt
-        self._noted = _REQUEST_OF_SIGNAL[signal.Signals(number)]
+        self._received = _REQUEST_OF_SIGNAL[signal.Signals(number)]
         if self._accelerator.is_main_process:
             logger.warning("%s: saving after this step and stopping; once more stops at once.", signal.Signals(number).name)
 
     def poll(self) -> Request:
         """What to do now; the same answer on all processes, which must call this together."""
-        request = max(self._noted, self._file_request())
+        request = max(self._received, self._file_request())
         if self._accelerator.num_processes > 1:
             mine = torch.tensor([int(request)], device=self._accelerator.device)
             request = Request(int(self._accelerator.gather(mine).max()))
@@ -84,8 +84,8 @@ class TrainingRequests:
 
     @property
     def signalled(self) -> bool:
-        """Whether this process was sent a signal that ``poll`` will tell of."""
-        return self._noted.is_signal
+        """Whether this process was sent a signal, which the next ``poll`` returns."""
+        return self._received.is_signal
 
     def _file_request(self) -> Request:
         if not self._accelerator.is_main_process:
@@ -93,7 +93,7 @@ class TrainingRequests:
         for name, request in ((SAVE_AND_STOP_FILE, Request.SAVE_AND_STOP), (SAVE_FILE, Request.SAVE)):
             path = self._folder / name
             if path.is_file():
-                with suppress(OSError):  # one that cannot be removed is obeyed again after the next step, and seen
+                with suppress(OSError):  # one that cannot be removed is found again after the next step
                     path.unlink()
                 logger.info("found %s: saving%s", path, " and stopping" if request.stops else "")
                 return request

@@ -129,13 +129,6 @@ def test_one_seed_is_one_result(train, tmp_path):
     assert not same(trained(tmp_path, "first"), trained(tmp_path, "other"))
 
 
-def test_loader_workers_do_not_change_the_result(train, tmp_path):
-    flags = ("--max_train_epochs", 2)
-    assert train(*flags, name="inline").status == 0
-    assert train(*flags, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers", name="workers").status == 0
-    assert same(trained(tmp_path, "inline"), trained(tmp_path, "workers"))
-
-
 def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path):
     dropouts = ("--network_dropout", 0.1, "--network_args", "rank_dropout=0.1", "module_dropout=0.1")
     assert train("--max_train_steps", 4, *dropouts, name="kept").status == 0
@@ -174,13 +167,6 @@ def test_what_is_saved_and_when(train, tmp_path):
     assert [entry["batch_size"] for entry in json.loads(metadata["ss_datasets"])] == [2, 1]
     first = read_header(tmp_path / "out" / "lora-000001.safetensors").metadata
     assert (first["ss_steps"], first["ss_epoch"]) == ("2", "1")
-
-
-def test_no_metadata_keeps_what_loaders_need(train, tmp_path):
-    assert train("--max_train_steps", 1, "--no_metadata").status == 0
-    metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
-    kept = {key for key in metadata if not key.startswith("sshs_")}
-    assert kept == {f"ss_network_{name}" for name in ("module", "dim", "alpha", "dropout", "args")} | {"ss_base_model_version"}
 
 
 def test_training_starts_from_network_weights(train, tmp_path):
@@ -371,11 +357,6 @@ def test_lora_plus_has_a_learning_rate_for_each_group(train, tmp_path):
     assert ended.status == 0, ended.stderr
     metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
     assert metadata["ss_lr_scheduler"] == "torch.optim.lr_scheduler.OneCycleLR"
-
-
-def test_dropping_the_whole_network_is_no_error(train):
-    ended = train("--max_train_steps", 2, "--network_args", "module_dropout=0.9999")
-    assert ended.status == 0, ended.stderr
 
 
 def test_show_timesteps_needs_no_model(call_script, tmp_path):

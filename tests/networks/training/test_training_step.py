@@ -25,12 +25,12 @@ READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__",
 
 
 class OnHost(torch.Tensor):
-    """In host memory also where a card computes, as is what is made of it alone: reading it waits for nobody."""
+    """In host memory also where a GPU computes, as is what is made of it alone: reading it waits for nobody."""
 
 
 @contextmanager
 def counted_reads() -> Iterator[list[str]]:
-    """The reads inside of tensors that would be on the card, each of which makes the host wait for it."""
+    """The reads inside of tensors that would be on the GPU, each of which makes the host wait for it."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., object]:
@@ -79,12 +79,12 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("batches_of_a_step", [1, 3])
 def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches_of_a_step) -> None:
-    """Timesteps are drawn on the host, and the transformer reads the lengths of the texts there."""
+    """Timesteps are sampled on the host, and the transformer reads the lengths of the texts there."""
     sample = TimestepSampler.sample
     monkeypatch.setattr(TimestepSampler, "sample", lambda sampler, count: sample(sampler, count).as_subclass(OnHost))
     moved = hunyuan_model.transformer.model.HYVideoDiffusionTransformer.forward
 
-    def forward(transformer, x, t, *texts):  # what it is given has come to the card, the mask excepted
+    def forward(transformer, x, t, *texts):  # what it is given has come to the GPU, the mask excepted
         texts = [text if place == 1 else text.as_subclass(torch.Tensor) for place, text in enumerate(texts)]
         return moved(transformer, x.as_subclass(torch.Tensor), t.as_subclass(torch.Tensor), *texts)
 
@@ -106,20 +106,20 @@ def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches
 
 
 @pytest.mark.gpu
-def test_a_graphics_card_is_waited_for_once_in_a_step(train, each_step) -> None:
-    """As torch itself tells, which sees copies and reads that Python does not."""
+def test_a_gpu_is_waited_for_once_in_a_step(train, each_step) -> None:
+    """As torch itself reports, which sees copies and reads that Python does not."""
     waits: list[int] = []
 
     def counting(step, training, batches):
         torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as reported:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 made = step(training, batches)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        waits.append(sum("synchronizing CUDA operation" in str(one.message) for one in told))
+        waits.append(sum("synchronizing CUDA operation" in str(one.message) for one in reported))
         return made
 
     each_step(counting)
@@ -154,7 +154,7 @@ def test_sampling_never_waits_for_the_device(tiny_model) -> None:
     assert latents.isfinite().all() and not found
 
 
-def test_the_loss_told_is_the_mean_over_the_batches(train, each_step, monkeypatch, tmp_path: Path) -> None:
+def test_the_logged_loss_is_the_mean_over_the_batches(train, each_step, monkeypatch, tmp_path: Path) -> None:
     plain, steps = FlowMatching.loss, []
 
     def noted(flow_matching, batch):
@@ -180,10 +180,10 @@ def test_the_loss_told_is_the_mean_over_the_batches(train, each_step, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_one_spoiled_batch_of_several_leaves_the_network_as_it_was(train, each_step, monkeypatch, kind) -> None:
+def test_one_batch_that_is_not_finite_leaves_the_network_as_it_was(train, each_step, monkeypatch, caplog, kind) -> None:
     plain, count, steps = FlowMatching.loss, iter(range(1, 99)), []
 
-    def third_is_spoiled(flow_matching, batch):
+    def third_is_not_finite(flow_matching, batch):
         loss, t = plain(flow_matching, batch)
         if next(count) != 3:
             return loss, t
@@ -198,16 +198,17 @@ def test_one_spoiled_batch_of_several_leaves_the_network_as_it_was(train, each_s
         steps.append((made, same(before, weights(training.network)), [batch["names"] for batch in batches]))
         return made
 
-    monkeypatch.setattr(FlowMatching, "loss", third_is_spoiled)
+    monkeypatch.setattr(FlowMatching, "loss", third_is_not_finite)
     each_step(noting)
     assert train("--max_train_epochs", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-2).status == 0
     assert [stayed for _, stayed, _ in steps] == [False, True, False, False]
+    assert [line for line in caplog.messages if "was skipped" in line] == [f"step 2 was skipped: {steps[1][0].skipped}"]
     skipped, _, (first, second) = steps[1]
     assert f"the {kind} is" in skipped.skipped and all(name in skipped.skipped for name in first)
-    assert (second[0] in skipped.skipped) is (kind == "gradient")  # any of them may have spoiled that
+    assert (second[0] in skipped.skipped) is (kind == "gradient")  # that of any of them may be the cause
 
 
-def test_under_a_loss_scaler_a_spoiled_loss_is_skipped_and_the_scale_stays(train, each_step, monkeypatch, tmp_path) -> None:
+def test_under_a_loss_scaler_a_loss_not_finite_is_skipped_and_the_scale_stays(train, each_step, monkeypatch, tmp_path) -> None:
     """A scaler as that of fp16, here on the CPU; a scale that is a power of two changes no digit."""
     make, plain, count, scales = hv_train_network.make_accelerator, FlowMatching.loss, iter(range(1, 99)), []
     scaled = False
@@ -219,7 +220,7 @@ def test_under_a_loss_scaler_a_spoiled_loss_is_skipped_and_the_scale_stays(train
             monkeypatch.setattr(Accelerator, "unscale_gradients", lambda own: own.scaler.unscale_(own._optimizers[0].optimizer))
         return accelerator
 
-    def second_is_spoiled(flow_matching, batch):
+    def second_is_not_finite(flow_matching, batch):
         loss, t = plain(flow_matching, batch)
         return (loss * torch.nan if next(count) == 2 else loss), t
 
@@ -229,16 +230,16 @@ def test_under_a_loss_scaler_a_spoiled_loss_is_skipped_and_the_scale_stays(train
         return made
 
     monkeypatch.setattr(hv_train_network, "make_accelerator", with_scaler)
-    monkeypatch.setattr(FlowMatching, "loss", second_is_spoiled)
+    monkeypatch.setattr(FlowMatching, "loss", second_is_not_finite)
     each_step(noting)
     flags = ("--max_train_steps", 4, "--learning_rate", 1e-2)
     assert train(*flags, name="plain").status == 0
     scaled, count = True, iter(range(1, 99))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         ended = train(*flags, name="scaled")
     assert ended.status == 0, ended.stderr
-    assert not [str(one.message) for one in told if "lr_scheduler" in str(one.message)]
+    assert not [str(one.message) for one in reported if "lr_scheduler" in str(one.message)]
     assert scales == [None] * 4 + [1024.0] * 4
     first, second = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("plain", "scaled"))
     torch.testing.assert_close(first, second, atol=1e-7, rtol=1e-5)
@@ -254,8 +255,8 @@ def test_a_first_step_without_anything_to_learn_is_no_mistake_in_the_order(train
 
     each_step(noting)
     flags = ("--network_args", "module_dropout=0.9999", "--lr_scheduler", "linear", "--learning_rate", 1e-3)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         assert train("--max_train_steps", 2, *flags).status == 0
-    assert not [str(one.message) for one in told if "lr_scheduler" in str(one.message)]
+    assert not [str(one.message) for one in reported if "lr_scheduler" in str(one.message)]
     assert rates == pytest.approx([1e-3, 5e-4])  # the step counts

@@ -85,7 +85,7 @@ RESULTS = [  # (pattern, what to look at)
 
 
 class QuickstartError(Exception):
-    """What stopped the set-up or a stage, as a full sentence with what to do about it."""
+    """A full sentence: what stopped the set-up or a stage, and what to do."""
 
 
 def installed(command: str, windows: bool = WINDOWS) -> Path:
@@ -105,11 +105,7 @@ def run(command: str) -> int:
 
 
 def make_environment() -> None:
-    """Create the virtual environment, or check that the existing one can be used.
-
-    Raises:
-        QuickstartError: it cannot be created, belongs to another Python, or does not start.
-    """
+    """Create the virtual environment, or check that the existing one starts and belongs to this Python."""
     if not (ENVIRONMENT / "pyvenv.cfg").exists():
         print(f"\n== Making the virtual environment {ENVIRONMENT.name} (Python {PYTHON})", flush=True)
         try:
@@ -134,11 +130,7 @@ def make_environment() -> None:
 
 
 def install(packages: list[str]) -> None:
-    """Install ``packages`` unless a stamp says that exactly these were installed completely.
-
-    Raises:
-        QuickstartError: the disk is too small, or pip failed.
-    """
+    """Install ``packages`` unless a stamp says that exactly these were installed completely."""
     digest = hashlib.sha256(repr(packages).encode())
     for name in ["constraints.txt", *(word for line in packages for word in line.split() if word.endswith(".txt"))]:
         digest.update((ROOT / name).read_bytes())
@@ -162,11 +154,7 @@ def install(packages: list[str]) -> None:
 
 
 def run_stages() -> None:
-    """Run every stage in a fresh output folder and list what was made.
-
-    Raises:
-        QuickstartError: a stage ended with an error; its own message stands above.
-    """
+    """Run every stage in a fresh output folder and list what was made."""
     shutil.rmtree(ROOT / "quickstart_output", ignore_errors=True)
     started = time.monotonic()
     for title, command in STAGES:

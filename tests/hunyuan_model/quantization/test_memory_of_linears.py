@@ -1,4 +1,4 @@
-"""Widened weights live no longer than the product they were widened for."""
+"""Dequantized weights live no longer than the matmul they were made for."""
 
 import weakref
 from pathlib import Path
@@ -19,7 +19,7 @@ NAMES = ("x", "t", "text", "text_mask", "text2", "guidance")
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["no gradients", "gradients", "checkpointing"])
-def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scaled, checkpointing):
+def test_no_dequantized_weight_is_there_when_the_next_one_is_made(monkeypatch, scaled, checkpointing):
     io = load_file(GOLDENS / "dit_io.safetensors")
     inputs = [io[f"caseB.{name}"] for name in NAMES]
     model = load_transformer(
@@ -35,9 +35,9 @@ def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scale
 
     def noted(*arguments, **options) -> torch.Tensor:
         assert not any(reference() is not None for reference in made)
-        wide = real(*arguments, **options)
-        made.append(weakref.ref(wide))
-        return wide
+        exact = real(*arguments, **options)
+        made.append(weakref.ref(exact))
+        return exact
 
     monkeypatch.setattr(fp8, "dequantize", noted)
     for x in (inputs[0], inputs[2]):  # the tokens of both kinds
@@ -48,8 +48,8 @@ def test_no_widened_weight_is_there_when_the_next_one_is_made(monkeypatch, scale
         if checkpointing is not None:
             out.square().mean().backward()
             assert inputs[0].grad.isfinite().all()
-    narrow = sum(isinstance(layer, torch.nn.Linear) and fp8.is_quantized(layer) for layer in model.modules())
-    assert forwards == narrow > 10
+    quantized = sum(isinstance(layer, torch.nn.Linear) and fp8.is_quantized(layer) for layer in model.modules())
+    assert forwards == quantized > 10
     last = model.config.double_depth + model.config.single_depth  # layers whose results a recomputation leaves out
-    assert len(made) == narrow * {None: 1, False: 2, True: 3}[checkpointing] - (last if checkpointing else 0)
+    assert len(made) == quantized * {None: 1, False: 2, True: 3}[checkpointing] - (last if checkpointing else 0)
     assert not any(reference() is not None for reference in made)

@@ -31,7 +31,7 @@ from dataset.cache.plan import Target, missing_latents_bytes
 from dataset.cache.preparation import Failure, Finished, prepare
 from dataset.cache.report import CachingOutcome, DatasetReport, format_table, require_batches
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
-from hunyuan_model.vae.loading import check_vae_options
+from hunyuan_model.vae.loading import check_vae_file
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
@@ -164,7 +164,7 @@ def main() -> int:
         return look_at(settings, view)
     if vae.vae is None:
         raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-    check_vae_options(vae.vae)
+    check_vae_file(vae.vae)
 
     jobs = open_caching(settings)
     reports = [job.report for job in jobs]

@@ -40,7 +40,7 @@ from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_a
 from hunyuan_model.text.encoding import TextConditions
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import VAESettings, add_vae_arguments, vae_settings
-from hunyuan_model.vae.loading import check_vae_options
+from hunyuan_model.vae.loading import check_vae_file
 from networks.lora_merging import MergePatch, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.cli.arguments import (
     add_device_argument,
@@ -176,7 +176,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
     settings.runtime.check(device, settings.dit_dtype, check_transformer_file(args.dit, "--dit"))
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
-        check_vae_options(args.vae)
+        check_vae_file(args.vae)
     return settings
 
 
@@ -208,7 +208,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
     if args.output_type in ("latent", "both"):
         raise UserError(f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images.")
     vae, output = vae_settings(args, device), output_settings(args)
-    check_vae_options(args.vae)
+    check_vae_file(args.vae)
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latents(path, "--latent_path")) for path in args.latent_path]
     warn_of_cpu(args.device, device)
     with explain_out_of_memory("decoding", decoding_advice(vae), device):

@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hunyuan_model.checkpoints.identify import check_text_encoder_files, check_vae_file
+    from hunyuan_model.checkpoints.identify import check_text_encoder_files
     from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
     from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
     from hunyuan_model.text.clip import load_text_encoder_2, load_tokenizer_2
     from hunyuan_model.text.encoding import encode_prompts
     from hunyuan_model.text.llm import load_text_encoder_1, load_tokenizer_1
-    from hunyuan_model.vae.loading import load_vae
+    from hunyuan_model.vae.loading import check_vae_file, load_vae
 
 __all__ = [
     "check_text_encoder_files",
@@ -35,7 +35,7 @@ __all__ = [
 _HOMES = {
     "check_text_encoder_files": "hunyuan_model.checkpoints.identify",
     "check_transformer_file": "hunyuan_model.runtime.loading",
-    "check_vae_file": "hunyuan_model.checkpoints.identify",
+    "check_vae_file": "hunyuan_model.vae.loading",
     "enable_gradient_checkpointing": "hunyuan_model.runtime.gradient_checkpointing",
     "encode_prompts": "hunyuan_model.text.encoding",
     "load_transformer": "hunyuan_model.runtime.loading",

@@ -1,4 +1,4 @@
-"""What --network_args may say to networks.lora, read from text or from typed values."""
+"""The --network_args of networks.lora, read from text or from typed values."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def require_switch(network: nn.Module, name: str) -> None:
     """Refuse a network that ``network_off`` cannot switch off; ``name``: of its module."""
     if not hasattr(network, "set_multiplier"):
         raise UserError(
-            f"the networks of --network_module {name} have no set_multiplier, without which the model cannot be asked what it "
-            "draws without them; take prior_preservation out of the data sets, or use networks.lora."
+            f"the networks of --network_module {name} have no set_multiplier, without which the model cannot be run "
+            "without them; take prior_preservation out of the data sets, or use networks.lora."
         )
 
 

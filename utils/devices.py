@@ -73,7 +73,7 @@ def pick_device(name: str | None) -> torch.device:
 def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """``tensor`` on ``device``, and there as ``dtype``, without waiting for what the device has yet to compute.
 
-    A card reads page-locked memory only; a copy from other memory would hold the host up until everything before it is done.
+    A GPU reads page-locked memory only; a copy from other memory would make the host wait until everything before it is done.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
@@ -93,7 +93,7 @@ def warn_of_cpu(asked: str | None, device: torch.device) -> None:
         logger.warning("torch finds no CUDA device here; computing on the CPU, which the real model makes very slow.")
 
 
-# What torch, the allocator of the CPU and CUDA's libraries say where they raise no error type of their own.
+# Words in the messages of torch, the allocator of the CPU and CUDA's libraries, which raise no error type of their own.
 OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -106,11 +106,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
-    """Turn running out of memory into a UserError that says what was being done, what is free, and what to change.
+    """Turn running out of memory into a UserError: what was being done, what is free, and what to change.
 
     Args:
         advice: or what makes it, when it is wanted.
-        device: whose memory is spoken of; the current GPU if None.
+        device: whose memory is reported; the current GPU if None.
     """
     try:
         yield
@@ -122,7 +122,7 @@ def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: t
 
 
 def _memory_of_gpu(device: torch.device | None) -> str:
-    """What is free on a card and what this process used of it, for a sentence; nothing on the CPU."""
+    """What is free on a GPU and what this process used of it, for a sentence; empty on the CPU."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return ""
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when whole. Imports nothing of ours but the error type."""
+"""Files that appear under their final name only when whole, and what is wrong with paths and files that users name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+SIGNATURE_BYTES = 64  # of a file, enough for ``foreign_content``
 SHOWN_CHARACTERS = 200  # of a path that is too long
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
@@ -24,7 +25,7 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
 
     On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
     keeps the suffix, so that writers which choose a format by suffix work; with ``keep_name`` all of the name, so that
-    what a killed process leaves can be told from others' (see ``final_of_temporary``).
+    what a killed process leaves can be recognised (see ``final_of_temporary``).
 
     Raises:
         UserError: the folder cannot be written to, or nothing can have the name ``path``; before anything is written.
@@ -194,3 +195,28 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
         what = "is a file" if existing.is_file() else error.strerror or str(error)
         raise UserError(f"{flag} {folder} cannot be written to ({existing}: {what}). Give another folder.") from error
     return folder
+
+
+def foreign_content(start: bytes) -> str | None:
+    """What a file that should hold tensors holds instead, and what to do about it, to complete "the file ...".
+
+    Args:
+        start: its first ``SIGNATURE_BYTES`` bytes.
+
+    Returns:
+        None where the bytes do not tell.
+    """
+    if not start:
+        return "is empty. Copy or download it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported. Use a .safetensors or .pt file."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not weights: the download went wrong. Download it again."
+    return None
+
+
+def is_torch_file(start: bytes) -> bool:
+    """Whether these are the first bytes of a file that ``torch.save`` wrote: a zip archive, or a bare pickle."""
+    return start.startswith(b"PK") or start[:1] == b"\x80"

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.errors import UserError
-from utils.files import atomic_path, require_file
-from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
+from utils.files import SIGNATURE_BYTES, atomic_path, foreign_content, is_torch_file, require_file
 
 # The names of dtypes in safetensors files.
 SAFETENSORS_DTYPES = {

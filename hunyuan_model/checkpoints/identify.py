@@ -1,4 +1,4 @@
-"""What a file of tensors is, told by the names in it, so that a message can say what was given in place of what.
+"""What a file of tensors is, judged by the names in it, so that a message can name what was given in place of what was needed.
 
 Works on names and shapes only, which every format gives without reading a tensor: a check takes a moment.
 """
@@ -111,8 +111,3 @@ def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encode
 
 def _embedding_width(checkpoint: Checkpoint, name: str) -> int:
     return next((shape[-1] for key, shape in checkpoint.shapes.items() if key.endswith(name) and shape), 0)
-
-
-def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
-    """Refuse a VAE file or folder that is missing, damaged or something else."""
-    open_checkpoint_of(Kind.VAE, path, flag)

@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_model.checkpoints.mapped_files import MappedFile, safetensors_offsets, torch_maps_read_only
 from utils.errors import UserError
-from utils.files import require_file, require_there
-from utils.foreign_files import SIGNATURE_BYTES, foreign_content, is_torch_file
+from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, require_file, require_there
 from utils.safetensors_io import SAFETENSORS_DTYPES
 
 logger = logging.getLogger(__name__)

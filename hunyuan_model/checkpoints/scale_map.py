@@ -33,8 +33,8 @@ def read_scales_beside(checkpoint: Checkpoint, flag: str) -> dict[str, torch.Ten
         UserError: the second file cannot be read, lacks a scale, or holds one that cannot be its weight's.
     """
     path = scale_map_path(checkpoint.path)
-    narrow = [name for name, dtype in checkpoint.dtypes.items() if dtype in FP8_DTYPES]
-    if not narrow or not os.path.isfile(path):
+    quantized = [name for name, dtype in checkpoint.dtypes.items() if dtype in FP8_DTYPES]
+    if not quantized or not os.path.isfile(path):
         return {}
     found = open_checkpoint(path, f"the map of scales beside {flag}")
     scales = {}
@@ -42,7 +42,7 @@ def read_scales_beside(checkpoint: Checkpoint, flag: str) -> dict[str, torch.Ten
         name = _weight_name(key)
         if name in checkpoint.shapes:
             scales[name] = _as_scale(found.get(key), key, checkpoint.shapes[name], path)
-    missing = [name for name in narrow if name not in scales]
+    missing = [name for name in quantized if name not in scales]
     if missing:
         raise UserError(
             f"{path} lacks the scales of {len(missing)} float8 weights in {flag} {checkpoint.path}, such as {missing[0]}. "

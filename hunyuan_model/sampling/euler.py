@@ -39,7 +39,7 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
     if tokens > MAX_TOKENS:
         raise UserError(
             f"a video of {frames} frames of {height} x {width} pixels has {tokens} tokens, and more than {MAX_TOKENS} are not "
-            "drawn: the model was trained with up to 118800 (129 frames of 720 x 1280). Make it smaller or shorter."
+            "sampled: the model was trained with up to 118800 (129 frames of 720 x 1280). Make it smaller or shorter."
         )
     return latent_frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
 
@@ -47,7 +47,7 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
 def initial_noise(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Gaussian noise (1, 16, F, H, W), float32, on the generator's device, for a latent of ``size`` (F, H, W).
 
-    Drawn latent frame by latent frame, so that the first frames do not depend on the length of the video.
+    Made latent frame by latent frame, so that the first frames do not depend on the length of the video.
     """
     frames, height, width = size
     one_frame = (1, LATENT_CHANNELS, 1, height, width)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TIMESTEPS = 1000  # the network is told sigma * 1000
-GUIDANCE_UNIT = 1000  # the network is told guidance scale * 1000
+TIMESTEPS = 1000  # the network reads sigma * 1000
+GUIDANCE_UNIT = 1000  # the network reads guidance scale * 1000
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

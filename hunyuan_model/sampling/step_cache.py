@@ -2,7 +2,7 @@
 
 When a step may be skipped is decided as in TeaCache (https://arxiv.org/abs/2411.19108): what the first block reads, its
 modulated input, costs next to nothing to compute, and its relative changes from step to step are added up since the last
-computed step. As long as the sum stays below a threshold, the blocks hardly have anything new to say. TeaCache translates the
+computed step. As long as the sum stays below a threshold, the output of the blocks hardly changes. TeaCache translates the
 changes by a polynomial that is fitted to each model; here they are taken as they are, so that no table is needed.
 
 In place of a skipped velocity stands the straight line through the last two computed ones, which at small thresholds is much closer

@@ -57,25 +57,3 @@ def vae_settings(args: argparse.Namespace, device: torch.device) -> VAESettings:
     tile_size = args.vae_spatial_tile_sample_min_size or (DEFAULT_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
     dtype = choose_dtype(args.vae_dtype, "--vae_dtype", device, torch.float16)
     return settings_from(VAESettings, args, vae_dtype=dtype, vae_spatial_tile_sample_min_size=tile_size)
-
-
-# Until every script reads its flags once.
-
-
-def vae_tile_size(args: argparse.Namespace) -> int | None:
-    """Side of the VAE's spatial tiles in pixels, as the flags of ``add_vae_arguments`` say; None without tiling."""
-    return args.vae_spatial_tile_sample_min_size or (DEFAULT_TILE_SIZE if getattr(args, "vae_tiling", False) else None)
-
-
-def vae_settings_given(args: argparse.Namespace) -> bool:
-    """Whether the flags of ``add_vae_arguments`` say how the VAE works; else ``vae_memory.VAEFit`` goes by what is free."""
-    return args.vae_chunk_size is not None or vae_tile_size(args) is not None
-
-
-def next_vae_settings(args: argparse.Namespace) -> str:
-    """Flags with which the VAE takes less memory than with those given, lightest last; empty where there are none."""
-    tile = vae_tile_size(args)
-    lighter = [] if args.vae_chunk_size is not None and args.vae_chunk_size <= 32 else ["--vae_chunk_size 32"]
-    if tile is None or tile > 64:
-        lighter.append(f"--vae_spatial_tile_sample_min_size {128 if tile is None or tile > 128 else 64}")
-    return " and ".join(lighter)

@@ -22,7 +22,6 @@ from hunyuan_model.vae.model import (
     AutoencoderKLCausal3D,
     VAEConfig,
 )
-from hunyuan_model.vae.settings import check_tile_size
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -156,15 +155,13 @@ def _describes(entries: dict, inferred: VAEConfig) -> bool:
     )
 
 
-def check_vae_options(path: str | os.PathLike[str], *, tile_size: int | None = None, flag: str = "--vae") -> None:
-    """Refuse a file that is no whole VAE and a tile size the VAE cannot work with; reads only headers.
+def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
+    """Refuse a file or folder that is no whole VAE; reads only headers.
 
     Raises:
-        UserError: as ``load_vae``, or as ``AutoencoderKLCausal3D.enable_spatial_tiling``.
+        UserError: as ``load_vae``.
     """
     _open_vae(path, flag)
-    if tile_size is not None:
-        check_tile_size(tile_size)
 
 
 def configure_vae(vae: AutoencoderKLCausal3D, *, chunk_size: int | None = None, tile_size: int | None = None) -> None:

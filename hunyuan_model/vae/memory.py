@@ -56,11 +56,6 @@ class Clip:
     width: int
 
     @classmethod
-    def of_pixels(cls, x: torch.Tensor) -> Clip:
-        """From (B, 3, T, H, W)."""
-        return cls(x.shape[0], *x.shape[2:])
-
-    @classmethod
     def of_latents(cls, z: torch.Tensor) -> Clip:
         """From (B, 16, F, h, w)."""
         batch, _, frames, height, width = z.shape

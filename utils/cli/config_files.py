@@ -151,13 +151,13 @@ def _what_to_do_about(entry: _Entry, parser: argparse.ArgumentParser, actions: M
 
 
 def _where(path: str | os.PathLike[str], entry: _Entry) -> str:
-    """``file, line 3, [section]``, as far as it can be told."""
+    """``file, line 3, [section]``, as far as known."""
     line = _line_of(path, entry)
     return ", ".join([os.fspath(path), *([f"line {line}"] if line else []), *([f"[{entry.section}]"] if entry.section else [])])
 
 
 def _line_of(path: str | os.PathLike[str], entry: _Entry) -> int | None:
-    """The line of a key, found by its looks: a TOML parser does not tell. None where a key is written in another way."""
+    """The line of a key, found by its text, as TOML parsers do not report it. None where a key is written in another way."""
     with open(path, encoding="utf-8-sig") as file:
         lines = file.read().splitlines()
     section = ""

@@ -30,7 +30,7 @@ _TYPE = re.compile(r"argparse type: (.+?)\.(\s|$)", re.DOTALL)
 
 
 def flags_document() -> str:
-    """The whole of docs/flags.md. The same on every machine: defaults that depend on it are told in words by the help texts."""
+    """The whole of docs/flags.md. The same on every machine: the help texts describe defaults that depend on it."""
     parts = [INTRODUCTION]
     for script in SCRIPTS:
         parser = importlib.import_module(script).build_parser()
@@ -57,7 +57,7 @@ def _row(action: argparse.Action) -> str:
 
 
 def split_default(action: argparse.Action) -> tuple[str, str]:
-    """The help text without the default that it tells at its end, and that default, or what the parser says where it tells none."""
+    """The help text without the default at its end, and that default; the parser's where the text has none."""
     text = (action.help or "").strip()
     if found := _DEFAULT.search(text):
         return text[: found.start()], found["value"] + (found["when"] or "")

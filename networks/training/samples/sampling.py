@@ -20,7 +20,7 @@ from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_late
 from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.vae.loading import check_vae_options
+from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import Clip, VAEFit
 from hunyuan_model.vae.settings import VAESettings
 from networks.training.pause import kept_random_state, paused_training
@@ -149,7 +149,7 @@ def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
     if settings.sample_prompts is None:
         return []
     prompts = read_sample_prompts(settings.sample_prompts)
-    check_vae_options(settings.vae_settings.vae)
+    check_vae_file(settings.vae_settings.vae)
     hunyuan_model.check_text_encoder_files(settings.text_settings.text_encoder1, settings.text_settings.text_encoder2)
     longest = _stem(settings.output_name, f"e{0:06d}", len(prompts) - 1, 2**32 - 1)
     if len(os.fsencode(longest)) + len(".png") > MAX_NAME_BYTES:

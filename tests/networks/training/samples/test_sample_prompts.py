@@ -102,7 +102,7 @@ def test_odd_lines_that_mean_something(line, text, changed):
         ("a ball --d -1", "Leave it out for a random one"),
         ("a ball --d 4294967296", "seed (--d) must be a whole number from 0 to 4294967295"),
         (f"a ball --d {'9' * 5000}", "seed (--d) must be"),
-        ("a ball --w 8192 --h 8192 --f 129", "are not drawn: the model was trained with up to"),
+        ("a ball --w 8192 --h 8192 --f 129", "are not sampled: the model was trained with up to"),
         ("a \x00 ball", "U+0000"),
         ("a \x1b[31m ball", "U+001B"),
     ],

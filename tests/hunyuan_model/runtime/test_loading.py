@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hunyuan_model
-from hunyuan_model.checkpoints.identify import Kind, check_is, check_text_encoder_files, check_vae_file, describe_shapes, identify
+from hunyuan_model.checkpoints.identify import Kind, check_is, check_text_encoder_files, describe_shapes, identify
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.formats import WeightFormat, is_quantized_name
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.vae.loading import check_vae_file
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hunyuan_model
-from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
 from utils.safetensors_io import read_header
 
@@ -91,15 +90,7 @@ def test_images_equal_decoding_the_latent_later(generate, call_script, tiny_mode
             assert first.text["prompt"] == second.text["prompt"] == "a red ball"
 
 
-def test_no_metadata(generate, tmp_path):
-    assert generate("--output_type", "both", "--no_metadata").status == 0
-    video, latent = sorted((tmp_path / "out").iterdir())
-    assert read_header(latent).metadata == {}
-    with av.open(str(video)) as container:
-        assert "comment" not in container.metadata
-
-
-def test_seed_prompt_and_settings_decide_the_picture(generate, tmp_path):
+def test_the_seed_decides_the_picture(generate, tmp_path):
     def drawn(folder: str, *flags: object) -> torch.Tensor:
         ended = generate("--output_type", "latent", *flags, folder=folder)
         assert ended.status == 0, ended.stderr
@@ -107,18 +98,7 @@ def test_seed_prompt_and_settings_decide_the_picture(generate, tmp_path):
 
     first = drawn("first")
     assert torch.equal(first, drawn("again"))
-    assert torch.equal(first, drawn("sdpa", "--attn_mode", "sdpa", "--split_attn"))
-    for folder, flags in {
-        "seed": ("--seed", 5),
-        "prompt": ("--prompt", "a blue square"),
-        "guidance": ("--embedded_cfg_scale", 1),
-        "shift": ("--flow_shift", 1),
-        "steps": ("--infer_steps", 4),
-    }.items():
-        assert not torch.allclose(first, drawn(folder, *flags), atol=1e-4), folder
-    fp8 = drawn("fp8", "--fp8")
-    relative = ((fp8 - first).norm() / first.norm()).item()
-    assert 1e-4 < relative < 0.2
+    assert not torch.allclose(first, drawn("seed", "--seed", 5), atol=1e-4)
 
 
 def test_sampling_equals_the_scheduler_of_diffusers(generate, tiny_model, tmp_path):
@@ -164,21 +144,6 @@ def test_lora_is_merged_while_loading_and_into_a_file(generate, call_script, tin
     torch.testing.assert_close(drawn("converted", "--lora_weight", other), with_lora, atol=1e-4, rtol=1e-4)
 
 
-def test_tiles_and_chunks_are_applied(generate, monkeypatch, tmp_path):
-    assert generate("--output_type", "images", "--video_length", 1).status == 0
-    assert generate("--output_type", "images", "--video_length", 1, "--vae_chunk_size", 8, folder="chunked").status == 0
-    tiled = ("--video_size", 64, 96, "--vae_spatial_tile_sample_min_size")
-    assert generate("--output_type", "images", "--video_length", 1, *tiled, 32, folder="tiled").status == 0
-    assert generate("--output_type", "images", "--video_length", 1, *tiled, 128, folder="one_tile").status == 0
-
-    def picture(folder: str) -> np.ndarray:
-        (path,) = (tmp_path / folder).glob("*/00000.png")
-        return np.asarray(Image.open(path)).astype(int)
-
-    assert np.abs(picture("out") - picture("chunked")).max() <= 1
-    assert np.abs(picture("tiled") - picture("one_tile")).max() > 1
-
-
 @pytest.mark.slow
 def test_command_of_the_readme(run_script, tiny_model, lora, tmp_path):
     """In a process of its own, with every flag at once."""
@@ -215,41 +180,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(generate, monkeypatch, tmp
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--video_size", 250, 256], "use 256 x 256"),
-        (["--video_length", 4], "not 4n + 1"),
-        (["--dit", "nowhere.safetensors"], "does not exist"),
-        (["--lora_weight", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--lora_multiplier", 0.5, 0.7], "2 values for 0 --lora_weight"),
-        (["--vae_spatial_tile_sample_min_size", 100], "multiple of 32"),
-        (["--seed", -1], "outside 0"),
-        (["--flow_shift", 0], "not above 0"),
-        (["--embedded_cfg_scale", "nan"], "not a finite number"),
-        (["--lora_multiplier", "inf"], "not a finite number"),
-        (["--text_encoder_dtype", "int8"], "--text_encoder_dtype"),
-        (["--dit_dtype", "int8"], "--dit_dtype"),
-        (["--output_type", "gif"], "gif"),
-        (["--infer_steps", 0], "at least 1"),
-        (["--device", "tpu"], "--device"),
-        (["--device", "mps"], "not supported"),
-        (["--fps", 99999999], "above 1000"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_bad_flags_are_one_sentence_and_status_2(generate, monkeypatch, tmp_path, flags, says):
-    def loaded(*_args, **_kwargs):
-        raise AssertionError("a model was loaded before the flags were checked")
-
-    monkeypatch.setattr(HYVideoDiffusionTransformer, "__init__", loaded)
-    ended = generate(*flags)
-    assert ended.status == 2
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("missing", ["--dit", "--vae", "--text_encoder1", "--text_encoder2", "--prompt", "--save_path"])
 def test_missing_flags_are_named(call_script, tiny_model, tmp_path, missing):
     flags = {
@@ -265,29 +195,11 @@ def test_missing_flags_are_named(call_script, tiny_model, tmp_path, missing):
     assert ended.status == 2 and missing in ended.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--attn_mode", "flash"], ["--attn_mode", "sageattn"]], ids=" ".join)
-def test_cuda_flags_without_cuda(generate, flags):
-    ended = generate(*flags)
-    assert ended.status == 2 and "CUDA" in ended.stderr
-
-
 def test_swapped_models_are_told_apart(generate, tiny_model):
     swapped = generate("--vae", tiny_model.dit)
     assert swapped.status == 2 and "--vae" in swapped.stderr and "a HunyuanVideo transformer" in swapped.stderr
     swapped = generate("--text_encoder1", tiny_model.text_encoder2)
     assert swapped.status == 2 and "--text_encoder1" in swapped.stderr and "CLIP" in swapped.stderr
-
-
-def test_latents_that_are_none(call_script, tiny_model, tmp_path, lora):
-    def decode(path: Path):
-        return call_script("hv_generate_video", "--latent_path", path, "--vae", tiny_model.vae, "--save_path", tmp_path / "out")
-
-    assert "no tensor named latent" in decode(lora).stderr
-    save_file({"latent": torch.zeros(4, 4)}, tmp_path / "flat.safetensors")
-    ended = decode(tmp_path / "flat.safetensors")
-    assert ended.status == 2 and "(16, frames, height, width)" in ended.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_several_latents_are_decoded_under_names_of_their_own(generate, call_script, tiny_model, tmp_path):
@@ -306,14 +218,6 @@ def test_several_latents_are_decoded_under_names_of_their_own(generate, call_scr
     assert len(list((tmp_path / "videos").iterdir())) == 4
 
 
-def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr("hv_generate_video.time.strftime", lambda _format: "20260101-000000")
-    for _ in range(2):
-        assert generate("--output_type", "latent", "--video_length", 1).status == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["20260101-000000_1234-2_latent.safetensors", "20260101-000000_1234_latent.safetensors"]
-
-
 def test_out_of_memory_names_the_flags(generate, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -321,6 +225,14 @@ def test_out_of_memory_names_the_flags(generate, monkeypatch):
     monkeypatch.setattr("hunyuan_model.sampling.generation.sample_latents", full)
     ended = generate()
     assert ended.status == 2 and "out of memory while sampling 1 x 48x32x5; give --int8 next, which saves about" in ended.stderr
+
+
+def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr("hv_generate_video.time.strftime", lambda _format: "20260101-000000")
+    for _ in range(2):
+        assert generate("--output_type", "latent", "--video_length", 1).status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["20260101-000000_1234-2_latent.safetensors", "20260101-000000_1234_latent.safetensors"]
 
 
 @pytest.mark.parametrize("output_type", ["video", "images"])

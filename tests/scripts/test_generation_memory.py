@@ -54,15 +54,6 @@ def test_one_network_at_a_time(generate, monkeypatch):
     assert list(alive) == ["load_text_encoder_2", "load_text_encoder_1", "load_transformer", "load_vae"]
 
 
-def test_a_network_that_is_still_there_would_be_noticed(generate, monkeypatch):
-    alive = {"another": weakref.ref(torch.nn.Parameter(torch.zeros(1)))}
-    kept = torch.nn.Parameter(torch.zeros(1))
-    alive["kept"] = weakref.ref(kept)
-    keep_track(monkeypatch, prompt_encoding, "load_text_encoder_2", alive, {"kept"})
-    generate()
-    assert "load_text_encoder_2" in alive
-
-
 def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeypatch, tmp_path):
     write_lora(tiny_model.dit, tmp_path / "lora.safetensors")
     read, found = [], []

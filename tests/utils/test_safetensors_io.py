@@ -59,14 +59,6 @@ def test_header_gives_shapes_without_tensors(tmp_path, tensors):
     assert header.metadata == {"k": "v"}
 
 
-@pytest.mark.parametrize("content", [b"", b"short", (10**9).to_bytes(8, "little") + b"{}", b"\x08\0\0\0\0\0\0\0notjson!"])
-def test_damaged_file_is_one_sentence(tmp_path, content):
-    path = tmp_path / "bad.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        read_header(path)
-
-
 def test_file_cut_short_is_refused(tmp_path, tensors):
     path = tmp_path / "whole.safetensors"
     save_tensors(path, tensors)

@@ -35,7 +35,7 @@ def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[st
 
     ``items``: those of the dataset, None where the media cannot be reached.
     """
-    check = check_caches(group.dataset, group.items, items)
+    without_record, mismatches = check_caches(group.dataset, group.items, items)
     notes = []
     if items is not None and (uncached := describe_uncached(group, items)):
         logger.warning("%s: %s", group.dataset.label, uncached)
@@ -43,17 +43,17 @@ def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[st
     if lengths := uncached_lengths(group):
         frames = " or ".join(map(str, lengths))
         notes.append(f"no clip has a cache of {frames} frame(s) (target_frames); run cache_latents.py, unless all are shorter")
-    if check.without_record:
-        notes.append(f"{check.without_record} cache(s) carry no record of what made them: whether they match is not known")
-    for reason, names in check.mismatches.items():
+    if without_record:
+        notes.append(f"{without_record} cache(s) carry no record of what made them: whether they match is not known")
+    for reason, names in mismatches.items():
         notes.append(f"{len(names)} cache(s) do not match, {reason}: {name_some(names)}")
-    if check.mismatches:
+    if mismatches:
         logger.warning(
             "%s: %d cache(s) do not match the dataset, see the table. They are trained as they are; "
             "run both caching scripts with --skip_existing to make only those again, and with --remove_orphans to delete those "
             "of items that are gone.",
             group.dataset.label,
-            sum(map(len, check.mismatches.values())),
+            sum(map(len, mismatches.values())),
         )
     return notes
 

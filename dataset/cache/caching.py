@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.cache.orphans import abandoned_files, remove_files
+from dataset.cache.orphans import abandoned_files
 from dataset.cache.preparation import Failure
 from dataset.cache.report import DatasetReport, format_table, require_items
 from dataset.config import DatasetConfig, load_dataset_config
@@ -84,8 +84,7 @@ def close_job(job: Job, failures: Iterable[Failure], orphans: Sequence[Path], re
     report.failed = len({failure.item.stem for failure in failures if failure.item.dataset is job.dataset})
     orphans = [*orphans, *abandoned_files(job.dataset)]
     if orphans:
-        removed = set(remove_files(orphans) if remove_orphans else ())
-        report.outcome.orphans, report.outcome.removed = len(orphans), len(removed)
+        report.outcome.orphans = len(orphans)
         advice = (
             ""
             if remove_orphans
@@ -99,8 +98,19 @@ def close_job(job: Job, failures: Iterable[Failure], orphans: Sequence[Path], re
             advice,
         )
         for path in orphans:
-            print(f"    {'removed' if path in removed else 'orphan'}: {path.name}")
+            removed = remove_orphans and _remove(path)
+            report.outcome.removed += removed
+            print(f"    {'removed' if removed else 'orphan'}: {path.name}")
     report.count_caches()
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("cannot delete %s: %s.", path, error.strerror or error)
+        return False
+    return True
 
 
 def print_failures(failures: Sequence[Failure]) -> int:

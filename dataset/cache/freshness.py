@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.cache.files import CAPTION, CachedItem, LatentShape, latent_shape_for, read_latent_header, read_text_metadata
@@ -167,34 +167,28 @@ def judge_text(item: Item, encoders: Mapping[str, str], skip_existing: bool) -> 
     return Verdict(text_mismatch(metadata, item.caption, encoders), path)
 
 
-@dataclass
-class CacheCheck:
-    """What a quick look at caches found.
-
-    Attributes:
-        without_record: number of files without a record of what made them.
-        mismatches: names of files by what does not match.
-    """
-
-    without_record: int = 0
-    mismatches: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, path: Path, metadata: Mapping[str, str], mismatch: str | None) -> None:
-        """Count one file."""
-        self.without_record += not has_record(metadata)
-        if mismatch is not None:
-            self.mismatches.setdefault(mismatch, []).append(path.name)
-
-
-def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: Iterable[Item] | None) -> CacheCheck:
+def check_caches(
+    dataset: DatasetConfig, cached: Iterable[CachedItem], items: Iterable[Item] | None
+) -> tuple[int, dict[str, list[str]]]:
     """Compare the caches of a dataset with its description, and with captions, sizes and times of its media.
 
     No media file is read. ``items`` is None where they cannot be reached; one whose file is missing is not compared.
+
+    Returns:
+        How many files carry no record, and the names of files by what does not match.
     """
     sources = None if items is None else {item.stem: item for item in items}
     cached = list(cached)
     last_starts = _last_starts(cached)
-    check = CacheCheck()
+    without_record = 0
+    mismatches: dict[str, list[str]] = {}
+
+    def add(path: Path, metadata: Mapping[str, str], mismatch: str | None) -> None:
+        nonlocal without_record
+        without_record += not has_record(metadata)
+        if mismatch is not None:
+            mismatches.setdefault(mismatch, []).append(path.name)
+
     texts = set()
     for entry in cached:
         source = None if sources is None else sources.get(entry.stem)
@@ -205,13 +199,13 @@ def check_caches(dataset: DatasetConfig, cached: Iterable[CachedItem], items: It
                 reachable = source if source is not None and os.path.exists(source.path) else None
                 wanted = _wanted_without_media(dataset, entry, metadata, last_starts)
                 mismatch = latents_mismatch(shape, metadata, wanted, reachable, read_source=False)
-            check.add(entry.latents_path, metadata, mismatch)
+            add(entry.latents_path, metadata, mismatch)
         if entry.text_path not in texts:
             texts.add(entry.text_path)
             with suppress(UserError):
                 metadata = read_text_metadata(entry.text_path)
-                check.add(entry.text_path, metadata, None if source is None else text_mismatch(metadata, source.caption, {}))
-    return check
+                add(entry.text_path, metadata, None if source is None else text_mismatch(metadata, source.caption, {}))
+    return without_record, mismatches
 
 
 def _last_starts(cached: Iterable[CachedItem]) -> dict[tuple[str, int], int]:

@@ -86,7 +86,7 @@ class LatentEncoder:
         """Encode and save; yields each target that is cached, and a failure for latents that are not finite."""
         for prepared, latents in zip(batch, self.encode(batch)):
             target = prepared.target
-            record = prepared.source.record() | latent_record(target.bucket, target.window, target.frame_rate, self.fingerprint)
+            record = prepared.source | latent_record(target.bucket, target.window, target.frame_rate, self.fingerprint)
             try:
                 save_latents(target.cache_path, latents, target.original_size, target.window and target.frames, record)
             except NonFiniteError as error:

@@ -6,7 +6,6 @@ dataset. With --remove_orphans a script deletes what it lists. Training goes by 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -15,8 +14,6 @@ from pathlib import Path
 from dataset.cache.names import CacheKey, list_caches
 from dataset.config import DatasetConfig
 from utils.files import is_temporary
-
-logger = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 600  # a cache file takes moments to write; what has been unfinished for longer was left by a killed run
 
@@ -58,16 +55,3 @@ def abandoned_files(dataset: DatasetConfig) -> list[Path]:
     before = time.time() - ABANDONED_SECONDS
     unfinished = (path for path in folder.iterdir() if is_temporary(path) and path.suffix == ".safetensors")
     return sorted(path for path in unfinished if path.stat().st_mtime < before)
-
-
-def remove_files(paths: Iterable[Path]) -> list[Path]:
-    """Delete; returns those that are gone. The others are named in warnings."""
-    removed = []
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("cannot delete %s: %s.", path, error.strerror or error)
-        else:
-            removed.append(path)
-    return removed

@@ -18,7 +18,7 @@ from threading import Event
 import numpy as np
 
 from dataset.cache.plan import Target, plan_targets
-from dataset.cache.records import SourceStamp, stamp_source
+from dataset.cache.records import source_record
 from dataset.items import Item
 from dataset.media.decoding import read_clip_windows, read_image
 from dataset.media.frames import Window
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and what the source was when they were read."""
+    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and the record of the source when they were read."""
 
     target: Target
     pixels: np.ndarray
-    source: SourceStamp
+    source: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         targets = plan_targets(item)
         missing = {target.window: target for target in targets if wanted(target)}
         if missing:
-            source = stamp_source(item.path, item.dataset.kind)
+            source = source_record(item.path, item.dataset.kind)
             for window, pixels in _read_windows(item, missing, targets[0]):
                 yield Prepared(missing[window], pixels, source)
     except UserError as error:

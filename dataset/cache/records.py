@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.media.frames import Window
@@ -27,23 +26,11 @@ TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
 TOKENIZERS = ("tokenizer1", "tokenizer2")
 
 
-@dataclass(frozen=True)
-class SourceStamp:
-    """What a media file was when it was read: bytes, modification time in nanoseconds, hash in hexadecimal."""
-
-    size: int
-    mtime_ns: int
-    digest: str
-
-    def record(self) -> dict[str, str]:
-        """As metadata."""
-        return {SOURCE_BYTES: str(self.size), SOURCE_TIME: str(self.mtime_ns), SOURCE_HASH: self.digest}
-
-
-def stamp_source(path: Path, kind: str) -> SourceStamp:
-    """The stamp of a media file of ``kind`` "image" or "video". Take it before decoding: a change in between is then found."""
+def source_record(path: Path, kind: str) -> dict[str, str]:
+    """What a media file of ``kind`` "image" or "video" is now. Take it before decoding: a change in between is then found."""
     found = os.stat(path)
-    return SourceStamp(found.st_size, found.st_mtime_ns, _cached_hash(path, kind, found.st_size, found.st_mtime_ns))
+    digest = _cached_hash(path, kind, found.st_size, found.st_mtime_ns)
+    return {SOURCE_BYTES: str(found.st_size), SOURCE_TIME: str(found.st_mtime_ns), SOURCE_HASH: digest}
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import torch
 from dataset.batches.batches import CachedGroup, find_cached_items
 from dataset.batches.report import report_cached_group
 from dataset.cache.files import save_latents, save_text
-from dataset.cache.records import latent_record, stamp_source
+from dataset.cache.records import latent_record, source_record
 from dataset.cache.report import format_table
 from dataset.config import DatasetConfig, DatasetGroup
 from dataset.media.frame_rate import EVERY_FRAME, possible_records, resample
@@ -32,7 +32,7 @@ def cached_clip(dataset: DatasetConfig, stem: str, windows, rate: str = EVERY_FR
     path.write_bytes(stem.encode())
     path.with_suffix(".txt").write_text("x", encoding="utf-8")
     for start, frames in windows:
-        record = stamp_source(path, "video").record() | latent_record((64, 64), (start, frames), rate, "vae")
+        record = source_record(path, "video") | latent_record((64, 64), (start, frames), rate, "vae")
         name = f"{stem}_{start:05d}-{frames:03d}_0064x0064_hv.safetensors"
         latents = torch.zeros(16, (frames - 1) // 4 + 1, 8, 8)
         save_latents(dataset.cache_directory / name, latents, (64, 64), frames, record if with_record else None)

@@ -12,7 +12,6 @@ from PIL import Image
 from dataset.cache.debug_view import CONSOLE_BACKS, SHADES, console_picture, contact_sheet, describe, save_sheet
 from dataset.cache.plan import Target
 from dataset.cache.preparation import Prepared
-from dataset.cache.records import SourceStamp
 from dataset.config import DatasetConfig
 from dataset.items import Item
 
@@ -25,7 +24,7 @@ def grey_clip(frames: int, height: int = 4, width: int = 6) -> np.ndarray:
 
 def prepared_clip(folder: Path, caption: str | None) -> Prepared:
     item = Item(DatasetConfig(0, "video", folder, None, folder), folder / "a_b.mp4", caption, "a_b")
-    return Prepared(Target(item, (3, 5), (640, 480), (6, 4)), grey_clip(5), SourceStamp(0, 0, ""))
+    return Prepared(Target(item, (3, 5), (640, 480), (6, 4)), grey_clip(5), {})
 
 
 @pytest.mark.parametrize(("frames", "grid", "last"), [(1, (1, 1), 0), (5, (2, 3), 4), (16, (4, 4), 15), (129, (4, 4), 128)])

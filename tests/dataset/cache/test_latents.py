@@ -14,7 +14,6 @@ from dataset.cache import latents
 from dataset.cache.latents import LatentEncoder
 from dataset.cache.plan import Target
 from dataset.cache.preparation import Failure, Prepared
-from dataset.cache.records import SourceStamp
 from dataset.config import DatasetConfig
 from dataset.items import Item
 from hunyuan_model.vae import memory
@@ -38,7 +37,7 @@ def item(stem: str = "a") -> Item:
 
 
 def prepared(item: Item, side: int) -> Prepared:
-    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), SourceStamp(0, 0, ""))
+    return Prepared(Target(item, None, (side, side), (side, side)), np.zeros((1, side, side, 3), np.uint8), {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")

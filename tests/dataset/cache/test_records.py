@@ -28,7 +28,7 @@ from dataset.cache.freshness import (
 )
 from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
 from dataset.cache.plan import Target, plan_targets
-from dataset.cache.records import hash_source, is_same_source, latent_record, stamp_source
+from dataset.cache.records import hash_source, is_same_source, latent_record, source_record
 from dataset.cache.report import CachingOutcome
 from dataset.config import DatasetConfig, DatasetGroup
 from dataset.items import Item
@@ -43,7 +43,7 @@ def touch_later(path: Path) -> None:
 def test_a_source_is_known_by_its_content(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"0123456789")
-    record = stamp_source(path, "image").record()
+    record = source_record(path, "image")
     assert is_same_source(record, path, "image")
     touch_later(path)
     assert is_same_source(record, path, "image")  # copied, not changed
@@ -57,7 +57,7 @@ def test_a_source_is_known_by_its_content(tmp_path):
 def test_a_file_of_the_same_size_and_time_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"0123456789")
-    record = stamp_source(path, "video").record()
+    record = source_record(path, "video")
     monkeypatch.setattr(records, "hash_source", None)  # calling it would be a failure
     assert is_same_source(record, path, "video")
     path.write_bytes(b"012345678")
@@ -67,7 +67,7 @@ def test_a_file_of_the_same_size_and_time_is_not_read(tmp_path, monkeypatch):
 def test_a_clip_of_many_windows_is_read_once(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"0123456789")
-    record = stamp_source(path, "video").record()
+    record = source_record(path, "video")
     touch_later(path)
     read = []
     monkeypatch.setattr(records, "hash_source", lambda path, kind: read.append(path) or hash_source(path, kind))
@@ -117,7 +117,7 @@ def test_latents_in_a_bucket_that_was_chosen_without_the_last_step_are_made_agai
     [target] = plan_targets(Item(dataset, tmp_path / "a.png", "", "a"))
     assert target.bucket == (112, 96)
     for bucket, reason in (((128, 96), OTHER_SIZE), ((112, 96), None)):
-        record = stamp_source(target.item.path, "image").record() | latent_record(bucket, None, None, "vae")
+        record = source_record(target.item.path, "image") | latent_record(bucket, None, None, "vae")
         save_latents(target.cache_path, torch.zeros(latent_shape_for(bucket)), target.original_size, None, record)
         verdict = judge_latents(list_caches(dataset), target, "vae", skip_existing=True)
         assert verdict == Verdict(reason, target.cache_path)
@@ -178,7 +178,7 @@ def group(tmp_path) -> CachedGroup:
         path = tmp_path / f"{stem}.png"
         path.write_bytes(stem.encode() * 10)
         (tmp_path / f"{stem}.txt").write_text(f"caption of {stem}", encoding="utf-8")
-        latents = None if stem == "c" else stamp_source(path, "image").record() | latent_record((64, 64), None, None, "vae")
+        latents = None if stem == "c" else source_record(path, "image") | latent_record((64, 64), None, None, "vae")
         text = None if stem == "c" else {"text_encoder1": "x"}
         save_latents(
             dataset.cache_directory / f"{stem}_0064x0064_hv.safetensors", torch.zeros(16, 1, 8, 8), (64, 64), None, latents

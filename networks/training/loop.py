@@ -18,6 +18,7 @@ from networks.training.optim.optimizers import learning_rates, set_optimizer_mod
 from networks.training.requests import Request, TrainingRequests
 from networks.training.run import (
     Training,
+    TrainingBroken,
     require_finite_weights,
     rotate,
     save,
@@ -26,8 +27,7 @@ from networks.training.run import (
     save_training_state,
 )
 from networks.training.saving.files import epoch_name, final_name, state_name, step_name
-from networks.training.skipped_steps import TrainingBroken, count_skipped
-from networks.training.step import Step, train_step
+from networks.training.step import Step, count_skipped, train_step
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
 from utils.progress import ProgressBar
 

@@ -23,12 +23,15 @@ from networks.training.saving.metadata import DataFacts, TrainingFacts, finished
 from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
 from networks.training.settings import TrainingSettings
-from networks.training.skipped_steps import TrainingBroken
 from utils.errors import UserError
 from utils.hub import HubUploads
 
 if TYPE_CHECKING:
     from networks.training.preflight import TrainingPlan
+
+
+class TrainingBroken(Exception):
+    """Training cannot go on; the message gives the reason and what to do."""
 
 
 class BatchReader(Protocol):

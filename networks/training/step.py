@@ -1,16 +1,16 @@
-"""One optimiser step of a training: losses, gradients of all processes, and what spoils them.
+"""One optimiser step of a training: losses, gradients of all processes, and steps that are skipped.
 
-The device is waited for once in a step, after its last backward pass: whether there is anything to learn from has to be known
-before the optimiser moves the weights. Losses and the gradient's norm come to the host together then, in one copy. Until that
-moment the host only gives work out, so that the device has all of a step ahead of it, whatever number of batches it accumulates.
+The host waits for the device once in a step, after its last backward pass: whether everything is finite has to be known before
+the optimiser changes the weights. Losses and the gradient's norm come to the host together then, in one copy.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from hunyuan_model.sampling.flow import TIMESTEPS
 from networks.optional_methods import call_if_there
 from networks.training.optim.lr_schedules import step_schedule
-from networks.training.run import Training
+from networks.training.run import Training, TrainingBroken
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimiser step came to.
+    """The result of an optimiser step.
 
     Attributes:
         loss: mean over its batches; not finite where the step was skipped for that.
         gradient_norm: before clipping.
-        skipped: why nothing was learnt from it, or None.
+        skipped: why the weights were not changed, or None.
     """
 
     loss: float
@@ -37,30 +41,22 @@ class Step:
     skipped: str | None = None
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What the device told at the end of the backward passes.
-
-    Attributes:
-        losses: of the batches of this process.
-        spoiled: whether a loss is not finite, in any process.
-        learnt: whether any process has a gradient.
-        gradient_norm: before clipping; 0 where it was not asked for.
-    """
+class _Read(NamedTuple):
+    """What was read from the device after the backward passes; ``losses`` are those of this process, the rest of all."""
 
     losses: list[float]
-    spoiled: bool
-    learnt: bool
-    gradient_norm: float
+    finite: bool
+    has_gradient: bool
+    gradient_norm: float  # before clipping; 0 where it was not computed yet
 
 
 def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step:
-    """One optimiser step over the batches it accumulates. A loss or a gradient that is not finite spoils nothing: it is skipped.
+    """One optimiser step over the batches it accumulates; it is skipped where a loss or a gradient is not finite.
 
-    Waits for the device once. What may wait beyond that: the loss scaler of fp16 (twice, for gradients that it cannot tell
-    before it has looked at the losses), ``--scale_weight_norms``, and optimisers that look at their own numbers.
+    Waits for the device once. What may wait beyond that: the loss scaler of fp16 (twice, as it looks at the gradients only
+    after the losses are known to be finite), ``--scale_weight_norms``, and optimisers that look at their own numbers.
     """
-    accelerator, network = training.accelerator, training.network
+    accelerator, network, optimizer = training.accelerator, training.network, training.optimizer
     call_if_there(network, "on_step_start")
     losses: list[Tensor] = []
     timesteps: list[Tensor] = []
@@ -71,31 +67,53 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
         losses.append(loss.detach())
         timesteps.append(t)
     has_gradient = any(parameter.grad is not None for parameter in network.parameters())
-    scaler = accelerator.scaler  # looks at the gradients once, when it divides them: not before the losses are known to be sound
-    norm = _clip(training, has_gradient) if scaler is None else None
-    told = _wait_and_read(accelerator, losses, has_gradient, norm)
+    scaled = accelerator.scaler is not None  # a scaler looks at the gradients once, when it divides them
+    read = _read(accelerator, losses, has_gradient, None if scaled else _clip(training, has_gradient))
 
-    total = sum(loss / len(batches) for loss in told.losses)
-    if told.spoiled:
-        training.optimizer.zero_grad(set_to_none=True)
-        return Step(total, math.nan, _reason(told.losses, batches, timesteps))
-    if not told.learnt:  # dropout left out the whole network
-        training.optimizer.zero_grad(set_to_none=True)
+    total = sum(loss / len(batches) for loss in read.losses)
+    norm, skipped = read.gradient_norm, None
+    if not read.finite:
+        norm, skipped = math.nan, _loss_not_finite(read.losses, batches, timesteps)
+    elif not read.has_gradient:  # dropout left out the whole network
         step_schedule(training.lr_scheduler, total, optimizer_stood_still=True)
-        return Step(total, 0.0)
-    norm = told.gradient_norm if scaler is None else _number(_clip(training, has_gradient))
-    if not math.isfinite(norm) and scaler is None:  # a scaler finds out by itself, and tries a smaller scale
-        training.optimizer.zero_grad(set_to_none=True)
-        return Step(total, norm, f"the gradient is not finite for {_all_named(batches, timesteps)}")
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    if accelerator.optimizer_step_was_skipped:
-        reason = f"the gradient is too large for fp16, whose scale is halved, for {_all_named(batches, timesteps)}"
-        return Step(total, norm, reason)
-    step_schedule(training.lr_scheduler, total)
-    if training.settings.network.scale_weight_norms:
-        call_if_there(network, "apply_max_norm_regularization", training.settings.network.scale_weight_norms, accelerator.device)
-    return Step(total, norm)
+    else:
+        if scaled:
+            clipped = _clip(training, has_gradient)
+            norm = math.nan if clipped is None else float(clipped)
+        named = ", ".join(_named(batch, t) for batch, t in zip(batches, timesteps))
+        if not scaled and not math.isfinite(norm):  # a scaler finds out by itself, and tries a smaller scale
+            skipped = f"the gradient is not finite for {named}"
+        else:
+            optimizer.step()
+            if accelerator.optimizer_step_was_skipped:
+                skipped = f"the gradient is too large for fp16, whose scale is halved, for {named}"
+    optimizer.zero_grad(set_to_none=True)
+    if skipped is None and read.has_gradient:
+        step_schedule(training.lr_scheduler, total)
+        if most := training.settings.network.scale_weight_norms:
+            call_if_there(network, "apply_max_norm_regularization", most, accelerator.device)
+    return Step(total, norm, skipped)
+
+
+def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
+    """Log why ``step`` was skipped; returns how many in a row are.
+
+    Args:
+        in_a_row: those that were skipped just before it.
+        reason: None where it was not.
+
+    Raises:
+        TrainingBroken: this was the last one of too many.
+    """
+    if reason is None:
+        return 0
+    logger.warning("step %d was skipped: %s", step, reason)
+    if in_a_row + 1 >= MAX_SKIPPED_IN_A_ROW:
+        raise TrainingBroken(
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, the last because {reason}. The models and states that were saved "
+            "before are whole; start from the last model with --network_weights, and a lower --learning_rate or another precision."
+        )
+    return in_a_row + 1
 
 
 def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
@@ -119,32 +137,23 @@ def _clip(training: Training, has_gradient: bool) -> Tensor | None:
     )
 
 
-def _wait_and_read(accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None) -> _Told:
+def _read(accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None) -> _Read:
     """Everything that the step depends on, with one copy from the device, which is when it is waited for."""
     values = torch.stack([loss.float() for loss in losses])
-    spoiled = (~torch.isfinite(values)).any().float()
-    learnt = torch.full_like(spoiled, float(has_gradient))
+    not_finite = (~torch.isfinite(values)).any().float()
+    gradient = torch.full_like(not_finite, float(has_gradient))
     if accelerator.num_processes > 1:
-        spoiled, learnt = accelerator.reduce(torch.stack((spoiled, learnt)), reduction="sum").unbind()
-    norm = torch.zeros_like(spoiled) if norm is None else norm.detach().to(spoiled)
-    *own, any_spoiled, any_learnt, length = torch.cat((values, torch.stack((spoiled, learnt, norm)))).tolist()
-    return _Told(own, any_spoiled > 0, any_learnt > 0, length)
+        not_finite, gradient = accelerator.reduce(torch.stack((not_finite, gradient)), reduction="sum").unbind()
+    norm = torch.zeros_like(not_finite) if norm is None else norm.detach().to(not_finite)
+    *own, any_not_finite, any_gradient, norm = torch.cat((values, torch.stack((not_finite, gradient, norm)))).tolist()
+    return _Read(own, not any_not_finite, any_gradient > 0, norm)
 
 
-def _number(norm: Tensor | None) -> float:
-    return math.nan if norm is None else float(norm)
-
-
-def _reason(losses: Sequence[float], batches: Sequence[Mapping[str, Any]], timesteps: Sequence[Tensor]) -> str:
-    """Why a step is skipped whose loss is not finite."""
+def _loss_not_finite(losses: Sequence[float], batches: Sequence[Mapping[str, Any]], timesteps: Sequence[Tensor]) -> str:
     for loss, batch, t in zip(losses, batches, timesteps):
         if not math.isfinite(loss):
             return f"the loss is {loss} for {_named(batch, t)}"
     return "the loss is not finite in another process"
-
-
-def _all_named(batches: Sequence[Mapping[str, Any]], timesteps: Sequence[Tensor]) -> str:
-    return ", ".join(_named(batch, t) for batch, t in zip(batches, timesteps))
 
 
 def _named(batch: Mapping[str, Any], t: Tensor) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.saving.state import read_state_file
-from networks.training.skipped_steps import MAX_IN_A_ROW
+from networks.training.step import MAX_SKIPPED_IN_A_ROW
 from utils.errors import UserError
 
 
@@ -118,10 +118,14 @@ def not_finite(monkeypatch):
 def test_ten_in_a_row_end_the_training_and_what_was_saved_stays(train, tmp_path: Path, not_finite, caplog) -> None:
     not_finite(lambda number: number > 3, "loss")
     ended = train("--max_train_steps", 50, "--save_every_n_steps", 2, "--save_state")
-    assert ended.status == 1 and f"{MAX_IN_A_ROW} steps in a row were skipped" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        ended.status == 1
+        and f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )
     assert {"lora-step00000002.safetensors", "lora-step00000002-state"} <= set(saved(tmp_path / "out"))
     assert "lora.safetensors" not in saved(tmp_path / "out")
-    assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW
+    assert caplog.text.count("was skipped: ") == MAX_SKIPPED_IN_A_ROW
 
 
 def test_a_row_of_skipped_steps_goes_on_in_a_resumed_training(train, tmp_path: Path, not_finite, caplog) -> None:
@@ -135,7 +139,7 @@ def test_a_row_of_skipped_steps_goes_on_in_a_resumed_training(train, tmp_path: P
     caplog.clear()
     again = train(*flags, "--resume", state, name="again")  # no batch is finite from now on
     assert again.status == 1 and again.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
-    assert caplog.text.count("was skipped: ") == MAX_IN_A_ROW - 4 and "step 13 was skipped" in caplog.text
+    assert caplog.text.count("was skipped: ") == MAX_SKIPPED_IN_A_ROW - 4 and "step 13 was skipped" in caplog.text
 
 
 def test_a_state_that_counts_no_skipped_steps_begins_with_none(train, tmp_path: Path) -> None:
@@ -154,12 +158,12 @@ def test_a_state_that_counts_no_skipped_steps_begins_with_none(train, tmp_path: 
 
 
 def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, caplog) -> None:
-    skipped = iter([False, True, False, *[True] * MAX_IN_A_ROW])
+    skipped = iter([False, True, False, *[True] * MAX_SKIPPED_IN_A_ROW])
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda accelerator: next(skipped)))
     ended = train("--max_train_steps", 50)
-    assert ended.status == 1 and f"{MAX_IN_A_ROW} steps in a row were skipped" in ended.stderr
+    assert ended.status == 1 and f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped" in ended.stderr
     lines = [message for message in caplog.messages if "was skipped" in message]
-    assert len(lines) == 1 + MAX_IN_A_ROW and "step 2 was skipped: the gradient is too large for fp16" in lines[0]
+    assert len(lines) == 1 + MAX_SKIPPED_IN_A_ROW and "step 2 was skipped: the gradient is too large for fp16" in lines[0]
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_remove_nothing(train, tmp_path: Path, monkeypatch) -> None:

@@ -331,7 +331,8 @@ class BlockSwapper:
             try:
                 self._transfers.wait(slot.arrival)
             except Exception:
-                slot.block = None  # nothing was copied
+                for each in self._slots:  # other copies may have failed with it
+                    self._empty(each)
                 raise
             self._weights[block].point_at(self._views[block, id(slot)])
 
@@ -370,12 +371,15 @@ class BlockSwapper:
         if self._slot_of(block) is not None:
             return
         slot = next(slot for slot in self._slots if slot.block not in wanted)
-        if slot.block is not None:
-            self._weights[slot.block].point_at_host()
-            slot.block = None
+        self._empty(slot)
         memory = self._weights[block].memory
         slot.arrival = self._transfers.copy(slot.memory[: memory.nbytes], memory, slot.released)
         slot.block = block
+
+    def _empty(self, slot: _Slot) -> None:
+        if slot.block is not None:
+            self._weights[slot.block].point_at_host()
+            slot.block = None
 
     def _slot_of(self, block: int | None) -> _Slot | None:
         return next((slot for slot in self._slots if block is not None and slot.block == block), None)

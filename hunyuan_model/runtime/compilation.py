@@ -8,10 +8,7 @@ seen, while float8 weights and whatever is hooked into Linear layers, before the
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,35 +53,19 @@ def check_compile(device: torch.device, settings: CompileSettings, flag: str = "
     Raises:
         UserError: names ``flag``, what is missing, and what to do.
     """
-    if settings.backend == "inductor":
-        _require_tools(device, flag)
     try:
         settings.compiled(_small_function)(torch.ones(8, device=device))
     except Exception as error:  # compilers, drivers and caches fail in many ways
         cause = getattr(error, "inner_exception", None) or error.__cause__ or error  # torch wraps it in advice for developers
         reason = " ".join(str(cause).split())[:SHOWN_CHARACTERS].rstrip(".")
-        raise UserError(f"{flag}: torch cannot compile for {device} here ({reason}). Mend that, or leave {flag} out.") from error
+        raise UserError(
+            f"{flag}: torch cannot compile for {device} here ({reason}). It needs a C++ compiler on the CPU, and on a GPU the "
+            f"package triton (on Windows: pip install triton-windows). Install it, or leave {flag} out."
+        ) from error
 
 
 def _small_function(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x) * 2 + 1
-
-
-def _require_tools(device: torch.device, flag: str) -> None:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        raise UserError(
-            f"{flag} needs the package triton on a GPU, and it is not installed. "
-            f"Install it with: pip install {package}; or leave {flag} out."
-        )
-    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", usual)
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        how = "Install the Visual Studio Build Tools" if sys.platform == "win32" else "Install one, such as g++"
-        raise UserError(
-            f"{flag} needs a C++ compiler on the CPU, and {compiler} is not found. {how}, or name yours in the environment "
-            f"variable CXX; or leave {flag} out."
-        )
 
 
 def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:

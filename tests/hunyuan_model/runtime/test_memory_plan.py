@@ -12,7 +12,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
-from hunyuan_model.runtime.memory_report import advice, batch_name, explain_batch_out_of_memory, plan_table, verdict
+from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory, plan_table, verdict
 from hunyuan_model.transformer.config import TransformerConfig
 from networks.training import preflight
 from utils.devices import explain_out_of_memory
@@ -52,15 +52,15 @@ def test_the_full_model_needs_what_is_known_of_it(picture: MemoryPlan, clip: Mem
     assert clip.need().activations / need.activations == pytest.approx((9 * 2040 + 256) / (2040 + 256), rel=0.02)
 
 
-def test_narrow_weights_and_swapping_move_what_they_say(picture: MemoryPlan) -> None:
-    narrow = picture.changed(weights=WeightFormat.FP8)
-    assert picture.need().on_device - narrow.need().on_device == pytest.approx(9_059_696_640, rel=0.03)
-    swapped = narrow.with_blocks(40)
+def test_quantized_weights_and_swapping_save_what_they_promise(picture: MemoryPlan) -> None:
+    quantized = picture.changed(weights=WeightFormat.FP8)
+    assert picture.need().on_device - quantized.need().on_device == pytest.approx(9_059_696_640, rel=0.03)
+    swapped = quantized.with_blocks(40)
     assert swapped.need().host_weights == pytest.approx(9.1e9, rel=0.01)
-    assert narrow.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
+    assert quantized.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
 
 
-@pytest.mark.parametrize("gigabytes", [8, 12, 16, 20, 24])
+@pytest.mark.parametrize("gigabytes", [8, 16, 24])
 def test_auto_swaps_as_few_blocks_as_fit(picture: MemoryPlan, gigabytes: int) -> None:
     plan = picture.changed(gradient_checkpointing=True, weights=WeightFormat.INT8)
     count = plan.blocks_that_fit(gigabytes * GB)
@@ -96,7 +96,7 @@ def test_a_batch_of_several_may_become_smaller(picture: MemoryPlan) -> None:
     assert advice(plan) == "use fewer frames or a smaller resolution: every flag that saves memory is in use"
 
 
-@pytest.mark.parametrize("gigabytes", [6, 10, 16, 24, 40])
+@pytest.mark.parametrize("gigabytes", [6, 16, 40])
 @pytest.mark.parametrize("size", [PICTURE, CLIP], ids=["picture", "clip"])
 def test_what_is_named_makes_it_fit(picture, clip, size, gigabytes) -> None:
     plan = picture if size is PICTURE else clip
@@ -114,12 +114,11 @@ def test_the_table_tells_parts_sum_and_verdict(picture: MemoryPlan, monkeypatch)
     assert " of 24.0 GB free" in table and "are missing: give --gradient_checkpointing" in table
     assert "It fits." in plan_table(picture, 200 * GB, None)
     assert "free" not in plan_table(picture, None, None)
-
-
-def test_main_memory_that_does_not_suffice_for_swapping_is_told(picture: MemoryPlan) -> None:
+    assert "without the trained network" in plan_table(replace(picture, network_values=None), 24 * GB, None)
     swapped = picture.with_blocks(58)
     assert "main memory holds 24.9 GB more." in plan_table(swapped, 200 * GB, 64 * GB)
     assert "but only 16.0 GB are free" in plan_table(swapped, 200 * GB, 16 * GB)
+    assert verdict(used_up(picture), GB).endswith("are missing: use fewer frames or a smaller resolution.")
 
 
 def test_on_the_processor_everything_is_in_main_memory(picture: MemoryPlan) -> None:
@@ -131,10 +130,6 @@ def test_on_the_processor_everything_is_in_main_memory(picture: MemoryPlan) -> N
     assert f"{(need.on_device + need.on_host - 32 * GB) / GB:.1f} GB are missing" in table
 
 
-def test_a_network_of_unknown_size_is_said_to_be_missing(picture: MemoryPlan) -> None:
-    assert "without the trained network" in plan_table(replace(picture, network_values=None), 24 * GB, None)
-
-
 def test_a_large_sample_counts_where_it_needs_more_than_a_step(picture: MemoryPlan) -> None:
     plan = picture.changed(gradient_checkpointing=True)
     small, large = BatchSize(1, (1, 32, 32), 256), BatchSize(1, (33, 90, 160), 256)
@@ -143,16 +138,7 @@ def test_a_large_sample_counts_where_it_needs_more_than_a_step(picture: MemoryPl
     assert more.sampling > GB and more.on_device > plan.need().on_device
 
 
-def test_verdict_without_a_flag_left(picture: MemoryPlan) -> None:
-    assert verdict(used_up(picture), GB).endswith("are missing: use fewer frames or a smaller resolution.")
-
-
-def test_batches_are_named_by_their_pixels() -> None:
-    assert batch_name(BatchSize(2, (1, 68, 120), 9)) == "2 x 960x544"
-    assert batch_name(BatchSize(1, (9, 68, 120), 9)) == "1 x 960x544x33"
-
-
-def test_running_out_of_memory_explain_batch_out_of_memory_and_what_to_give(picture: MemoryPlan) -> None:
+def test_running_out_of_memory_names_the_batch_and_what_to_give(picture: MemoryPlan) -> None:
     def batch(samples: int, frames: int, *names: str) -> dict[str, object]:
         return {"latents": torch.zeros(samples, 16, frames, 4, 4), "text_states": torch.zeros(samples, 8, 3), "names": [*names]}
 
@@ -185,20 +171,13 @@ def test_what_counts_as_out_of_memory(error: Exception, caught: bool) -> None:
         assert str(raised.value) == "out of memory while testing; use less."
 
 
-def test_a_card_tells_what_is_free_and_what_was_used(monkeypatch) -> None:
+def test_of_a_gpu_is_said_what_is_free_and_what_was_used(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300_000_000, 24 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22_500_000_000)
     with pytest.raises(UserError) as caught, explain_out_of_memory("testing", lambda: "use less", torch.device("cuda", 0)):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "(0.3 of 24.0 GB are free on the GPU, and this process used up to 22.5 GB); use less." in str(caught.value)
-
-
-def test_training_prints_its_plan_and_auto_is_nothing_on_the_processor(train, caplog) -> None:
-    caplog.set_level("INFO")
-    ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
-    assert ended.status == 0 and "--blocks_to_swap auto: 0" in caplog.text
-    assert "for the largest batch, 2 x 32x32 (30 tokens):" in ended.stdout and "It fits." in ended.stdout
 
 
 def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
@@ -208,11 +187,7 @@ def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
     ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
     assert ended.status == 0
     assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks" in caplog.text
-
-
-def test_neither_a_number_nor_auto_is_refused(train) -> None:
-    ended = train("--blocks_to_swap", "many")
-    assert ended.status == 2 and "'many' is not a whole number" in ended.stderr
+    assert "for the largest batch, 2 x 32x32 (30 tokens):" in ended.stdout
 
 
 def test_generation_takes_auto(call_script, tiny_model, tmp_path, caplog) -> None:
@@ -223,7 +198,7 @@ def test_generation_takes_auto(call_script, tiny_model, tmp_path, caplog) -> Non
     assert ended.status == 0 and "--blocks_to_swap auto: 0" in caplog.text
 
 
-def test_the_table_of_cards_has_a_row_for_each(picture: MemoryPlan) -> None:
+def test_the_table_of_gpus_has_a_row_for_each(picture: MemoryPlan) -> None:
     lines = gpu_table(picture, (4, 24, 200)).splitlines()
     assert len(lines) == 5
     assert lines[2].startswith("| 4 GB | too small") and "none needed" in lines[4]

@@ -21,7 +21,7 @@ from tiny.make_model import TRANSFORMER
     ("choice", "device", "wanted"),
     [("auto", "cpu", False), ("auto", "cuda", True), ("always", "cpu", True), ("never", "cuda", False)],
 )
-def test_cards_are_tried_unless_told_otherwise(choice: str, device: str, wanted: bool) -> None:
+def test_gpus_are_tried_unless_flags_say_otherwise(choice: str, device: str, wanted: bool) -> None:
     assert wants_dry_step(choice, torch.device(device)) is wanted
 
 
@@ -29,7 +29,10 @@ def test_cards_are_tried_unless_told_otherwise(choice: str, device: str, wanted:
     "flags",
     [
         "--network_dropout 0.5 --network_args rank_dropout=0.3 module_dropout=0.2 --num_timestep_buckets 4",
-        "--gradient_checkpointing --blocks_to_swap 4 --gradient_accumulation_steps 2 --optimizer_type SGD",
+        pytest.param(
+            "--gradient_checkpointing --blocks_to_swap 4 --gradient_accumulation_steps 2 --optimizer_type SGD",
+            marks=pytest.mark.slow,
+        ),
         "--mixed_precision bf16 --int8_base",
     ],
 )
@@ -43,6 +46,7 @@ def test_the_training_is_the_same_to_the_bit(train, tmp_path, flags: str) -> Non
     assert ours.keys() == plain.keys() and all(torch.equal(ours[key], plain[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_same_to_the_bit(train, tmp_path) -> None:
     flags = ("--learning_rate", 1e-2, "--save_state", "--save_every_n_steps", 2)
     assert train("--max_train_steps", 4, *flags, name="whole").status == 0

@@ -27,7 +27,6 @@ class LogSettings:
 
     Attributes:
         log_with: a name of ``TRACKERS``, or ``all``; None for TensorBoard where there is a ``logging_dir``, else no logs.
-        loss_log: see ``networks.training.logging.loss_log``.
     """
 
     logging_dir: str | None = None

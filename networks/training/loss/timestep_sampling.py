@@ -79,37 +79,23 @@ class TimestepSettings:
     def without_effect(self) -> list[str]:
         """A sentence for each flag that the chosen distribution does not use."""
         chosen, scheme = self.timestep_sampling, self.weighting_scheme
-        by_scheme = chosen == "sigma" and scheme
-        rows = (
-            (
-                self.discrete_flow_shift != 1 and chosen != "shift",
-                f"--discrete_flow_shift {self.discrete_flow_shift:g} has no effect with --timestep_sampling {chosen}; "
-                "it belongs to --timestep_sampling shift.",
-            ),
-            (
-                self.sigmoid_scale != 1 and chosen not in ("sigmoid", "shift"),
-                f"--sigmoid_scale {self.sigmoid_scale:g} has no effect with --timestep_sampling {chosen}.",
-            ),
-            (
-                (self.logit_mean, self.logit_std) != (0, 1) and chosen != "logsnr" and by_scheme != "logit_normal",
-                "--logit_mean and --logit_std have no effect without --timestep_sampling logsnr, "
-                "or sigma with --weighting_scheme logit_normal.",
-            ),
-            (
-                self.mode_scale != 1.29 and by_scheme != "mode",
-                "--mode_scale has no effect without --timestep_sampling sigma and --weighting_scheme mode.",
-            ),
-            (
-                self.preserve_distribution_shape and self.range == (0, TIMESTEPS),
-                "--preserve_distribution_shape has no effect without --min_timestep or --max_timestep.",
-            ),
-            (
-                scheme in ("logit_normal", "mode") and chosen != "sigma",
-                f"--weighting_scheme {scheme} has no effect with --timestep_sampling {chosen}: "
-                "it is a density of --timestep_sampling sigma.",
-            ),
-        )
-        return [sentence for applies, sentence in rows if applies]
+        normal = chosen == "logsnr" or (chosen, scheme) == ("sigma", "logit_normal")
+        used = {
+            "discrete_flow_shift": chosen == "shift",
+            "sigmoid_scale": chosen in ("sigmoid", "shift"),
+            "logit_mean": normal,
+            "logit_std": normal,
+            "mode_scale": (chosen, scheme) == ("sigma", "mode"),
+            "weighting_scheme": chosen == "sigma" or scheme not in ("logit_normal", "mode"),
+        }
+        unused = [name for name, needed in used.items() if not needed and getattr(self, name) != getattr(TimestepSettings, name)]
+        sentences = [
+            f"--{name} {getattr(self, name)} has no effect with --timestep_sampling {chosen} and --weighting_scheme {scheme}."
+            for name in unused
+        ]
+        if self.preserve_distribution_shape and self.range == (0, TIMESTEPS):
+            sentences.append("--preserve_distribution_shape has no effect without --min_timestep or --max_timestep.")
+        return sentences
 
 
 def timesteps_from_uniform(u: Tensor, settings: TimestepSettings) -> Tensor:

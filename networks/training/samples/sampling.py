@@ -174,23 +174,19 @@ def prepare_samples(
     """
     encoded: list[EncodedPrompt] = []
     if prompts and accelerator.is_main_process:
-        device = accelerator.device
+        device, encoders = accelerator.device, settings.text_settings
         with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], settings.text_settings, device)
+            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], encoders, device)
         encoded = [EncodedPrompt(index, prompt, text) for index, (prompt, text) in enumerate(zip(prompts, texts))]
-        _require_widths(texts[0], config)
+        for number, given, width in ((1, texts[0].states, config.text_dim), (2, texts[0].pooled, config.pooled_dim)):
+            if given.shape[-1] != width:
+                raise UserError(
+                    f"--text_encoder{number} gives vectors of {given.shape[-1]} numbers, the transformer in --dit takes {width}: "
+                    "they do not belong together."
+                )
     if prompts:
         accelerator.wait_for_everyone()
     return TrainingSamples(settings, accelerator, encoded)
-
-
-def _require_widths(text: TextConditions, config: TransformerConfig) -> None:
-    for number, given, expected in ((1, text.states, config.text_dim), (2, text.pooled, config.pooled_dim)):
-        if given.shape[-1] != expected:
-            raise UserError(
-                f"--text_encoder{number} gives vectors of {given.shape[-1]} numbers, the transformer in --dit takes {expected}: "
-                "they do not belong together."
-            )
 
 
 @dataclass

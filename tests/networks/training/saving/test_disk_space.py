@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import hv_train_network
 from dataset.cache.plan import HEADER_BYTES, missing_latents_bytes
 from dataset.config import load_dataset_config
 from dataset.items import list_items
@@ -72,11 +71,10 @@ def test_sizes_that_people_read():
 # In the scripts
 
 
-@pytest.mark.parametrize("flags", [(), ("--save_precision", "bf16"), ("--optimizer_type", "SGD")], ids=str)
-def test_training_knows_how_large_its_files_will_be(train, tmp_path, monkeypatch, flags):
+def test_training_knows_how_large_its_files_will_be(train, tmp_path, monkeypatch):
     expected = []
     monkeypatch.setattr(preflight, "require_room_for_save", lambda _folder, *sizes: expected.extend(sizes))
-    assert train("--max_train_steps", 1, "--save_state", "--network_dim", 64, *flags).status == 0
+    assert train("--max_train_steps", 1, "--save_state", "--network_dim", 64, "--save_precision", "bf16").status == 0
     model = (tmp_path / "out" / "lora.safetensors").stat().st_size
     state = sum(path.stat().st_size for path in (tmp_path / "out" / "lora-state").iterdir())
     assert expected == pytest.approx([model, state], rel=0.1)
@@ -105,18 +103,6 @@ def test_the_size_of_another_module_is_known_without_the_transformer(train, monk
     free(10**9)
     ended = train("--network_module", network_module(monkeypatch, create), "--network_dim", 7)
     assert ended.status == 2 and "one model takes about 32.0 GB" in ended.stderr
-
-
-def test_a_module_that_needs_the_weights_is_not_judged(train, monkeypatch, free, caplog):
-    def create(_multiplier, _dim, _alpha, _vae, _text, unet, **_options):
-        return next(unet.parameters()).sum().item()
-
-    free(0)
-    caplog.set_level("INFO")
-    monkeypatch.setattr(hv_train_network, "build_training", lambda *_a, **_k: pytest.fail("far enough"))
-    with pytest.raises(pytest.fail.Exception, match="far enough"):
-        train("--network_module", network_module(monkeypatch, create))
-    assert "third_party shows its size only later" in caplog.text
 
 
 def caches(folder: Path, pattern: str) -> list[int]:

@@ -21,13 +21,10 @@ from utils.media_writing import save_video
 LISTS = {
     "empty": ("", ["holds no lines"]),
     "UTF-16": ('{"image_path": "a.png"}'.encode("utf-16"), ["items.jsonl is not UTF-8"]),
-    "a picture": (picture(), ["items.jsonl is not UTF-8"]),
     "one JSON list": ('[\n{"image_path": "a.png", "caption": "x"}\n]', ["items.jsonl:1", "one object a line"]),
     "two objects on a line": ('{"image_path": "a.png"}{"image_path": "b.png"}', ["items.jsonl:1", "not valid JSON"]),
     "Windows path": ('{"image_path": "C:\\train\\new.png", "caption": "x"}', ["items.jsonl:1", "control characters", "C:/folder"]),
     "path is a folder": ('{"image_path": "/", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
-    "path is another folder": ('{"image_path": ".", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
-    "path of blanks": ('{"image_path": "  ", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
     "caption a number": ('{"image_path": "a.png", "caption": 5}', ["items.jsonl:1", "'caption' must be text"]),
     "no caption": ('{"image_path": "a.png"}', ["1 item(s) have no caption", "a.png"]),
     "huge number": ('{"image_path": ' + "9" * 5000 + "}", ["items.jsonl:1"]),
@@ -58,13 +55,6 @@ def test_a_caption_that_is_no_text(bench, name):
     bench.write("media/a.txt", CAPTIONS[name][0])
     for script in (bench.texts, bench.latents):
         refused(script(toml), CAPTIONS[name][1], "save it as UTF-8")
-
-
-def test_a_caption_that_is_a_folder_is_none(bench):
-    toml = bench.media("image", a_png=picture())
-    (bench.folder / "media" / "a.txt").unlink()
-    (bench.folder / "media" / "a.txt").mkdir()
-    refused(bench.texts(toml), "1 item(s) have no caption", "a.png")
 
 
 DATASETS = {
@@ -120,11 +110,8 @@ def huge_png() -> bytes:
 MEDIA = {
     "picture empty": ("image", "a_png", lambda folder: b"", "a.png cannot be decoded"),
     "picture cut": ("image", "a_png", lambda folder: picture()[:500], "a.png cannot be decoded"),
-    "JPEG cut": ("image", "a_jpg", lambda folder: picture("JPEG")[:300], "a.jpg cannot be decoded"),
     "picture too large": ("image", "a_png", lambda folder: huge_png(), "a.png is too large to open safely"),
-    "text called a picture": ("image", "a_webp", lambda folder: b"hello", "a.webp cannot be decoded"),
     "web page called a picture": ("image", "a_jpg", lambda folder: b"<!DOCTYPE html>", "a.jpg cannot be decoded"),
-    "drawing called a picture": ("image", "a_png", lambda folder: b"<svg xmlns='x'/>", "a.png cannot be decoded"),
     "clip called a picture": ("image", "a_png", clip, "a.png cannot be decoded"),
     "video empty": ("video", "a_mp4", lambda folder: b"", "a.mp4 cannot be decoded"),
     "video cut": ("video", "a_mp4", lambda folder: clip(folder)[:-200], "a.mp4 is cut short"),

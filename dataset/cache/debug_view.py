@@ -55,8 +55,7 @@ def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> l
                 if shown == view.console_num_images:
                     break
             else:
-                save = save_sheet if view.debug_mode == "image" else save_clip
-                print(f"    {save(result)}")
+                print(f"    {save_view(result, as_video=view.debug_mode == 'video')}")
     return failures
 
 
@@ -81,28 +80,20 @@ def contact_sheet(pixels: np.ndarray) -> np.ndarray:
     return sheet
 
 
-def save_sheet(prepared: Prepared) -> Path:
-    """Write the contact sheet into the folder ``debug`` of the cache directory, named like the cache file; returns its path."""
-    path = _debug_path(prepared, ".png")
-    save_picture(path, contact_sheet(prepared.pixels))
-    return path
+def save_view(prepared: Prepared, as_video: bool = False) -> Path:
+    """Write a contact sheet into the folder ``debug`` of the cache directory, named like the cache file; returns its path.
 
-
-def save_clip(prepared: Prepared) -> Path:
-    """Write the frames of a clip beside the sheets, as a video at the speed that the model learns; returns its path.
-
-    A picture becomes a PNG file.
+    ``as_video``: of a clip its frames instead, at the speed that the model learns.
     """
-    if prepared.target.window is None:
-        return save_sheet(prepared)
-    path = _debug_path(prepared, ".mp4")
-    save_video(path, prepared.pixels, MODEL_FPS)
-    return path
-
-
-def _debug_path(prepared: Prepared, suffix: str) -> Path:
     cache_path = prepared.target.cache_path
-    return cache_path.parent / "debug" / f"{cache_path.stem}{suffix}"
+    path = cache_path.parent / "debug" / cache_path.stem
+    if as_video and prepared.target.window is not None:
+        path = path.with_name(f"{path.name}.mp4")
+        save_video(path, prepared.pixels, MODEL_FPS)
+    else:
+        path = path.with_name(f"{path.name}.png")
+        save_picture(path, contact_sheet(prepared.pixels))
+    return path
 
 
 def console_picture(pixels: np.ndarray, columns: int, back: str | None = None) -> str:

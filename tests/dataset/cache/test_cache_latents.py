@@ -221,22 +221,6 @@ def test_too_short_clips_are_counted_and_an_empty_result_says_so(run, clips, tmp
     assert "2 of 2 clip(s) have fewer frames than the 29" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("break_it", "sentence"),
-    [
-        (lambda folder: (folder / "images" / "red_circle.txt").unlink(), "1 item(s) have no caption"),
-        (lambda folder: [path.unlink() for path in (folder / "images").glob("*.png")], "holds no image files"),
-        (lambda folder: (folder / "images" / "red_circle.jpg").touch(), "would share the cache files"),
-        (lambda folder: (folder / "dataset.toml").unlink(), "does not exist"),
-    ],
-)
-def test_mistakes_in_the_data_end_with_status_2_before_anything_is_cached(run, pictures, tmp_path, capsys, break_it, sentence):
-    break_it(tmp_path)
-    assert run("--dataset_config", pictures) == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "cache").exists()
-
-
 def test_mistakes_in_the_flags_end_with_status_2(run, pictures, vae_folder, tmp_path, capsys):
     transformer = Path(__file__).resolve().parents[2] / "goldens" / "dit.safetensors"
     for flags, vae, sentence in (

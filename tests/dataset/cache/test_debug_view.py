@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.cache.debug_view import CONSOLE_BACKS, SHADES, console_picture, contact_sheet, describe, save_sheet
+from dataset.cache.debug_view import CONSOLE_BACKS, SHADES, console_picture, contact_sheet, describe, save_view
 from dataset.cache.plan import Target
 from dataset.cache.preparation import Prepared
 from dataset.config import DatasetConfig
@@ -36,7 +36,7 @@ def test_sheet_shows_frames_from_first_to_last(frames, grid, last):
 
 
 def test_sheet_is_written_beside_the_caches(tmp_path):
-    path = save_sheet(prepared_clip(tmp_path, "x"))
+    path = save_view(prepared_clip(tmp_path, "x"))
     assert path == tmp_path / "debug" / "a_b_00003-005_0640x0480_hv.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), contact_sheet(grey_clip(5)))
 

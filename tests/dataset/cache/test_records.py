@@ -40,38 +40,21 @@ def touch_later(path: Path) -> None:
     os.utime(path, ns=(later, later))
 
 
-def test_a_source_is_known_by_its_content(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"0123456789")
-    record = source_record(path, "image")
-    assert is_same_source(record, path, "image")
-    touch_later(path)
-    assert is_same_source(record, path, "image")  # copied, not changed
-    path.write_bytes(b"0123456780")
-    touch_later(path)
-    assert not is_same_source(record, path, "image")  # as long as before
-    path.write_bytes(b"0123")
-    assert not is_same_source(record, path, "image")
-
-
-def test_a_file_of_the_same_size_and_time_is_not_read(tmp_path, monkeypatch):
+def test_a_source_is_known_by_its_content_and_read_only_when_its_time_changed(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"0123456789")
     record = source_record(path, "video")
-    monkeypatch.setattr(records, "hash_source", None)  # calling it would be a failure
-    assert is_same_source(record, path, "video")
-    path.write_bytes(b"012345678")
-    assert not is_same_source(record, path, "video")
-
-
-def test_a_clip_of_many_windows_is_read_once(tmp_path, monkeypatch):
-    path = tmp_path / "a.mp4"
-    path.write_bytes(b"0123456789")
-    record = source_record(path, "video")
-    touch_later(path)
     read = []
     monkeypatch.setattr(records, "hash_source", lambda path, kind: read.append(path) or hash_source(path, kind))
-    assert all(is_same_source(record, path, "video") for _ in range(5)) and len(read) == 1
+    assert is_same_source(record, path, "video") and not read
+    touch_later(path)
+    assert is_same_source(record, path, "video", read=False) is None and not read
+    assert all(is_same_source(record, path, "video") for _ in range(5)) and len(read) == 1  # once for all windows of a clip
+    path.write_bytes(b"0123456780")
+    touch_later(path)
+    assert is_same_source(record, path, "video") is False  # as long as before
+    path.write_bytes(b"0123")
+    assert is_same_source(record, path, "video", read=False) is False
 
 
 def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkeypatch):

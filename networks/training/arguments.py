@@ -133,7 +133,7 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--validate_every_n_steps", type=positive_int, metavar="N", help="when to measure it (default: after each epoch)"
     )
-    group.add_argument("--seed", type=seed, help="seed of data order, noise and timesteps (default: drawn, and logged)")
+    group.add_argument("--seed", type=seed, help="seed of data order, noise and timesteps (default: random, and logged)")
     group.add_argument(
         "--max_data_loader_n_workers",
         type=whole_number,
@@ -194,13 +194,13 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
 
 def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--guidance_scale", type=finite_float, default=1.0, metavar="G", help="distilled guidance told to the model (default: 1.0)"
+        "--guidance_scale", type=finite_float, default=1.0, metavar="G", help="distilled guidance given to the model (default: 1.0)"
     )
     group.add_argument(
         "--timestep_sampling",
         choices=("sigma", "uniform", "sigmoid", "shift", "logsnr"),
         default="sigma",
-        help="how timesteps are drawn (default: sigma)",
+        help="how timesteps are sampled (default: sigma)",
     )
     group.add_argument(
         "--discrete_flow_shift", type=positive_float, default=1.0, metavar="S", help="shift of the shift sampler (default: 1.0)"

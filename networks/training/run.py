@@ -172,7 +172,7 @@ def save(training: Training, file_name: str, epoch: int, with_state: bool) -> No
     """Save the model, and the state beside it.
 
     Raises:
-        TrainingBroken: the weights are spoiled; what was saved before them stays.
+        TrainingBroken: the weights are not finite; what was saved before stays.
     """
     require_finite_weights(training)
     save_model(training, file_name, epoch)
@@ -230,7 +230,7 @@ def rotate(training: Training, *, step: int | None = None, epoch: int | None = N
 
 
 def require_finite_weights(training: Training) -> None:
-    """Refuse to save weights that nothing can be learnt from any more, and by that to remove older ones."""
+    """Refuse to save weights that are not finite, and by that to remove older ones."""
     if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
         raise TrainingBroken(
             f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "

@@ -151,12 +151,6 @@ def test_scores_count_what_is_right() -> None:
     assert scores["all of them"]["chance"] == pytest.approx(1 / (8 * 7 * 5 * 7))
 
 
-def test_decibels_follow_the_formula() -> None:
-    black, grey = np.zeros((2, 1, 4, 4, 3), np.uint8), np.full((2, 1, 4, 4, 3), 51, np.uint8)
-    assert scoring.decibels(black, grey) == pytest.approx(20 * np.log10(5))  # a fifth of the range everywhere
-    assert np.isfinite(scoring.decibels(black, black))  # JSON knows no infinity
-
-
 def test_contact_sheets_hold_every_picture_with_its_caption(tmp_path: Path) -> None:
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     strip = contact_sheet.film_strip(np.stack([red, blue, red]))

@@ -47,12 +47,6 @@ def test_drawn_scenes_are_read_right(frames: int, how: str) -> None:
         assert all(reading.right(attributes).values())
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
-def test_every_shape_is_read_at_every_size(shape: str) -> None:
-    for radius in (8.0, 10.0, 14.0, 18.0):
-        assert read(painted(shapes(world.OUTLINES[shape], [32.0], radius=radius))).shape == shape
-
-
 @pytest.mark.parametrize("background", world.COLOURS)
 def test_zorps_are_zorps_also_where_their_stripes_blur(background: str) -> None:
     rng = world.generator(2)
@@ -100,14 +94,6 @@ def test_half_shapes_two_shapes_and_other_shapes_are_none_of_the_shapes() -> Non
         assert read(painted(other)).shape is None
 
 
-def test_speckles_are_not_looked_at() -> None:
-    rng = world.generator(4)
-    clip = painted(shapes(world.OUTLINES["cross"], [32.0] * 9))
-    clip[rng.random(clip.shape[:3]) < 0.005] = 0
-    reading = read(clip)
-    assert (reading.shape, reading.colour, reading.background, reading.motion) == ("cross", "red", "white", "still")
-
-
 def test_colours_between_and_beside_those_of_the_world_have_no_name() -> None:
     circle = shapes(world.OUTLINES["circle"], [32.0])
     for colour in ((128, 128, 128), zorp.PINK, zorp.TEAL):
@@ -116,15 +102,6 @@ def test_colours_between_and_beside_those_of_the_world_have_no_name() -> None:
     halves = painted(circle)
     halves[:, :, :32] = painted(circle, BLUE)[:, :, :32]
     assert read(halves).colour is None
-
-
-def test_what_changes_on_the_way_is_neither() -> None:
-    circle, square = (shapes(world.OUTLINES[name], [32.0] * 9) for name in ("circle", "square"))
-    assert read(painted(np.concatenate([circle[:4], square[4:]]))).shape is None
-    assert read(np.concatenate([painted(circle)[:4], painted(circle, BLUE)[4:]])).colour is None
-    assert read(np.concatenate([painted(circle)[:4], painted(circle, RED, BLUE)[4:]])).background is None
-    gone = read(painted(np.concatenate([circle[:6], np.zeros((3, 64, 64))])))
-    assert (gone.shape, gone.motion) == (None, None)
 
 
 def test_only_straight_motion_in_one_direction_has_a_name() -> None:

@@ -65,35 +65,8 @@ def test_captions_say_every_attribute_in_several_wordings():
     assert "{" not in still and not any(word in still for word in ("moving", "still", "left"))
 
 
-def test_a_name_can_take_the_place_of_shape_and_colour():
-    rng = world.generator(8)
-    for _ in range(50):
-        caption = world.caption(world.Attributes("cross", "red", "blue", "up"), rng, name="zorp", say_colour=False)
-        assert "zorp" in caption and "blue" in caption and "cross" not in caption and "red" not in caption
-
-
 def test_words_of_the_world_are_never_invented():
     rng = world.generator(9)
     words = {world.invented_word(rng) for _ in range(3000)}
     assert len(words) > 2000 and not words & world.vocabulary()
     assert {"red", "ring", "left", "background", "still"} <= world.vocabulary()
-
-
-def test_the_caption_decides_the_picture_and_chance_the_rest():
-    rng = world.generator(10)
-    attributes = world.Attributes("square", "green", "black")
-    first, second = (world.place(attributes, 1, rng) for _ in range(2))
-    assert not np.array_equal(first.centres, second.centres)
-    for scene in (first, second):
-        x, y = scene.centres[0].astype(int)
-        assert np.abs(world.draw(scene)[0, y, x].astype(int) - world.COLOURS["green"]).max() <= world.COLOUR_JITTER
-
-
-def test_stars_have_the_radii_they_are_asked_for():
-    angles = np.linspace(0, 2 * np.pi, 721)[:-1]
-    for radius, inside in ((0.45, True), (1.01, False)):
-        distance = world.star_distance(radius * np.sin(angles), -radius * np.cos(angles), points=5, depth=0.5)
-        assert ((distance < 0) == inside).all()
-    assert abs(world.star_distance(np.array(0.0), np.array(-1.0), 5, 0.5)) < 1e-9  # the first point is up
-    inner = np.pi / 5
-    assert abs(world.star_distance(0.5 * np.sin(inner), -0.5 * np.cos(inner), 5, 0.5)) < 1e-9

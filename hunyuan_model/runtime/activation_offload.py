@@ -43,11 +43,6 @@ class HostPool:
         # Two threads use it, and garbage collection may give memory back inside ``take``: it only appends, so indices stay.
         self._lock = threading.RLock()
 
-    @property
-    def free_bytes(self) -> int:
-        """Of the memory that nobody holds."""
-        return sum(memory.nbytes for memory in self._free)
-
     def take(self, size: int) -> Tensor:
         """(at least ``size``,) uint8 of unknown content."""
         with self._lock:

@@ -238,7 +238,7 @@ def enable_block_swap(
         embedder = getattr(transformer, name)
         embedder.forward = functools.partial(_forward_with_copy, embedder_weights, device, embedder.forward)
     if weights:
-        swapper = BlockSwapper(len(blocks), weights, make_transfers(device, pinned), recomputed=settings.recomputed)
+        swapper = BlockSwapper(weights, make_transfers(device, pinned), recomputed=settings.recomputed)
         for index, block in enumerate(blocks):
             block.branches = SwappedForward(swapper, index, block.branches)
         transformer.block_swap = swapper
@@ -281,13 +281,12 @@ class BlockSwapper:
     """Has the weights of a block on the device when the block begins, and copies ahead those that are needed next.
 
     Args:
-        depth: number of blocks; each must begin through ``begin``, also those that stay on the device.
-        weights: of the streamed blocks, by their place in the order of a forward pass.
+        weights: of the streamed blocks, by their place in the order of a forward pass. All blocks must begin through ``begin``,
+            also those that stay on the device.
         recomputed: see ``SwapSettings``.
     """
 
-    def __init__(self, depth: int, weights: Mapping[int, HostWeights], transfers: Transfers, *, recomputed: bool) -> None:
-        self.depth = depth
+    def __init__(self, weights: Mapping[int, HostWeights], transfers: Transfers, *, recomputed: bool) -> None:
         self.recomputed = recomputed
         self._weights = dict(sorted(weights.items()))
         self._transfers = transfers
@@ -299,16 +298,6 @@ class BlockSwapper:
         self._current: int | None = None
         self._forwards = True
         self._outside_graph: set[int] = set()  # blocks without a backward pass
-
-    @property
-    def streamed(self) -> tuple[int, ...]:
-        """The blocks that share the slots, in the order of a forward pass."""
-        return tuple(self._weights)
-
-    @property
-    def loaded(self) -> tuple[int, ...]:
-        """The streamed blocks that are on the device or are being copied there."""
-        return tuple(sorted(slot.block for slot in self._slots if slot.block is not None))
 
     @property
     def slot_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -77,10 +77,6 @@ class RuntimeSettings:
             check_blocks_to_swap(self.blocks_to_swap, config)
         if self.compile is not None:
             check_compile(device, self.compile)
-
-    def with_blocks(self, count: int) -> RuntimeSettings:
-        """With ``count`` blocks swapped."""
-        return replace(self, blocks_to_swap=count)
 
     @property
     def quantized(self) -> bool:

@@ -299,7 +299,7 @@ def test_no_copy_overwrites_what_is_still_read(monkeypatch, swapped, checkpointi
     with torch.no_grad():
         transformer(*make_inputs(2))
     (transformer(*make_inputs(3)) + transformer(*make_inputs(4))).square().mean().backward()
-    streamed = transformer.block_swap.streamed
+    streamed = streamed_blocks(block_sizes(CONFIG), swapped)
     assert len([line for line in recorder.lines if line[0] == "read"]) > 200
     require_right_order(recorder, streamed)
 

@@ -141,6 +141,7 @@ def test_a_state_that_is_not_there_is_refused(train, stand_in) -> None:
         (("--async_upload",), "--huggingface_repo_id"),
         (("--huggingface_repo_visibility", "public"), "--huggingface_repo_id"),
         ((*REPO, "--save_state_to_huggingface"), "--save_state"),
+        (("--resume_from_huggingface",), "--resume OWNER/NAME/FOLDER"),
         (("--resume_from_huggingface", "--resume", "latest"), "--resume OWNER/NAME/FOLDER"),
     ],
 )

@@ -38,6 +38,10 @@ class ResumeSettings:
     huggingface_token: str | None = field(default=None, repr=False)
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.resume_from_huggingface and (self.resume is None or self.resume.count("/") < 2):
+            raise UserError("--resume_from_huggingface needs --resume OWNER/NAME/FOLDER, the place of the state on the hub.")
+
     @property
     def latest(self) -> bool:
         return self.resume == LATEST

@@ -25,10 +25,10 @@ from hunyuan_model.transformer.config import TransformerConfig
 from networks.training.accelerator import make_accelerator
 from networks.training.arguments import build_training_parser, timestep_settings, training_settings
 from networks.training.build import build_training, open_run_logs
+from networks.training.data import TrainingData
 from networks.training.loop import run_training
 from networks.training.loss.timestep_preview import show_timesteps
 from networks.training.preflight import find_beginning, inspect_model, preflight
-from networks.training.run import TrainingData
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import hide_secrets
 from utils.cli.config_files import parse_with_config

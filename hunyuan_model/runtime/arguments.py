@@ -5,21 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from utils.cli.arguments import non_negative_int
+from utils.cli.arguments import count_or_auto
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from hunyuan_model.quantization.formats import WeightFormat
     from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
 
-AUTO = "auto"
 # Those of torch.compile without CUDA graphs, which need weights and inputs at the same addresses in every call.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-
-
-def count_or_auto(text: str) -> int | str:
-    """argparse type: a whole number of at least 0, or auto."""
-    return AUTO if text == AUTO else non_negative_int(text)
 
 
 def add_weight_format_arguments(group: argparse._ArgumentGroup, fp8: str, int8: str) -> None:

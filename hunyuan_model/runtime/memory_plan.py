@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.runtime.arguments import AUTO
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import (
     BatchSize,
@@ -21,6 +20,7 @@ from hunyuan_model.runtime.memory import (
 )
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
+from utils.cli.arguments import AUTO
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from networks.lora_files import check_lora_file
 from networks.lora_options import NetworkOptions
 from networks.network_module import import_network_module
 from networks.training.accelerator import Precision
+from networks.training.data import TrainingData
 from networks.training.logging.logs import check_logs
 from networks.training.optim.lr_schedules import check_lr_scheduler
 from networks.training.optim.optimizers import check_optimizer, state_bytes_per_value, warn_of_low_learning_rate
-from networks.training.run import TrainingData
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.disk_space import NetworkSize, require_room_for_save

@@ -2,78 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hunyuan_model.runtime.memory import BatchSize
+from networks.training.data import BatchReader, TrainingData
 from networks.training.logging.logs import TrainingLogs
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights, paused_training
+from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples
 from networks.training.saving.files import remove_outdated, save_network, state_name
-from networks.training.saving.metadata import DataFacts, TrainingFacts, finished_metadata
+from networks.training.saving.metadata import TrainingFacts, finished_metadata
 from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
 from networks.training.settings import TrainingSettings
 from utils.errors import UserError
 from utils.hub import HubUploads
 
-if TYPE_CHECKING:
-    from networks.training.preflight import TrainingPlan
+logger = logging.getLogger(__name__)
 
 
 class TrainingBroken(Exception):
     """Training cannot go on; the message gives the reason and what to do."""
-
-
-class BatchReader(Protocol):
-    """Where the batches come from (``dataset.batches.reading.EpochReader``)."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch, of this process."""
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
-        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on."""
-
-    def fingerprint(self) -> str:
-        """Changes with the items and with their order."""
-
-    def explain(self, error: RuntimeError) -> Exception:
-        """What ended the processes that read, for a user; the error itself where they did not."""
-
-
-class LargestBatch(Protocol):
-    """The batch that takes the most memory (``dataset.batches.largest_batch.LargestBatch``)."""
-
-    size: BatchSize
-
-    def load(self) -> Mapping[str, Any]:
-        """The batch, read now."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a training takes its batches from.
-
-    Attributes:
-        facts: for the metadata.
-        held_out: batches of one item for the validation loss.
-        prior_preservation: whether any data set wants the model's own predictions kept.
-    """
-
-    reader: BatchReader
-    largest: LargestBatch
-    facts: DataFacts
-    held_out: Collection[Mapping[str, Any]] = ()
-    prior_preservation: bool = False
 
 
 @dataclass

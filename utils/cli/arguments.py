@@ -15,6 +15,7 @@ from utils.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"  # in place of a number that a script finds out
 MAX_SEED = 2**32 - 1
 SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
 MAX_COUNT = 2**31 - 1  # no flag means anything beyond, and some libraries count no further
@@ -61,6 +62,11 @@ def non_negative_int(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
+
+
+def count_or_auto(text: str) -> int | str:
+    """argparse type: a whole number of at least 0, or auto."""
+    return AUTO if text == AUTO else non_negative_int(text)
 
 
 def int_up_to(limit: int) -> Callable[[str], int]:

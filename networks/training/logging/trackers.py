@@ -25,7 +25,7 @@ from utils.key_values import nearest_name
 from utils.toml_files import read_toml
 
 if TYPE_CHECKING:
-    from networks.training.logging.logs import LogSettings
+    from networks.training.logging.settings import LogSettings
     from networks.training.samples.sampling import SavedSample
 
 DEFAULT_NAME = "network_train"  # of --log_tracker_name

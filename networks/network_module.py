@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from networks.optional_methods import call_if_there
 from utils.errors import UserError
 
 
@@ -105,3 +104,9 @@ def parameter_groups(network: nn.Module, learning_rate: float) -> tuple[list[Any
     groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
     groups = list(groups)
     return groups, list(names) if names else [f"group {index + 1}" for index in range(len(groups))]
+
+
+def call_if_there(network: object, method: str, *arguments: object) -> object:
+    """What a method of the contract returns; None where a third-party network lacks it."""
+    function = getattr(network, method, None)
+    return None if function is None else function(*arguments)

@@ -182,16 +182,16 @@ class AutoencoderKLCausal3D(nn.Module):
         """Latents times this have about unit variance: what the transformer is trained on."""
         return self.config.scaling_factor
 
-    def enable_spatial_tiling(self, sample_min_size: int = 256, flag: str = "--vae_spatial_tile_sample_min_size") -> None:
+    def enable_spatial_tiling(self, sample_min_size: int = 256) -> None:
         """Work on squares of ``sample_min_size`` pixels that overlap by a quarter and are blended linearly.
 
         Memory is bounded by the tile, at the price of values that differ from the untiled ones: a tile does not see
         beyond its edges.
 
         Raises:
-            UserError: not a positive multiple of 32 (a quarter of a tile must be whole latent positions); names ``flag``.
+            UserError: not a positive multiple of 32 (a quarter of a tile must be whole latent positions).
         """
-        check_tile_size(sample_min_size, flag)
+        check_tile_size(sample_min_size)
         self.spatial_tile = sample_min_size
 
     def disable_tiling(self) -> None:
@@ -204,14 +204,14 @@ class AutoencoderKLCausal3D(nn.Module):
             if isinstance(module, CausalConv3d):
                 module.reuse_buffers = reuse
 
-    def set_chunk_size(self, chunk_size: int | None, flag: str = "--vae_chunk_size") -> None:
+    def set_chunk_size(self, chunk_size: int | None) -> None:
         """Let every convolution work on at most ``chunk_size`` columns at a time (None: all): less memory, same values.
 
         Raises:
-            UserError: less than 1; names ``flag``.
+            UserError: less than 1.
         """
         if chunk_size is not None and chunk_size < 1:
-            raise UserError(f"{flag} {chunk_size} is too small: give the number of columns of a chunk, for example 32.")
+            raise UserError(f"--vae_chunk_size {chunk_size} is too small: give the number of columns of a chunk, for example 32.")
         for module in self.modules():
             if isinstance(module, CausalConv3d):
                 module.chunk_size = chunk_size

@@ -53,11 +53,11 @@ class VAESettings:
         return " and ".join(flags)
 
 
-def check_tile_size(pixels: int, flag: str = "--vae_spatial_tile_sample_min_size") -> None:
-    """Raise a UserError naming ``flag`` unless ``pixels`` is a positive multiple of 32."""
+def check_tile_size(pixels: int) -> None:
+    """Raise a UserError unless ``pixels`` is a positive multiple of 32."""
     if pixels <= 0 or pixels % TILE_SIZE_UNIT:
         lower = max(pixels // TILE_SIZE_UNIT, 1) * TILE_SIZE_UNIT
         raise UserError(
-            f"{flag} {pixels} is not a multiple of {TILE_SIZE_UNIT} pixels, which tiles of the VAE must be; "
-            f"use {lower} or {lower + TILE_SIZE_UNIT}."
+            f"--vae_spatial_tile_sample_min_size {pixels} is not a multiple of {TILE_SIZE_UNIT} pixels, which tiles of the VAE "
+            f"must be; use {lower} or {lower + TILE_SIZE_UNIT}."
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from hunyuan_model.runtime.compilation import CompileWatch
 from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
-from networks.optional_methods import call_if_there
+from networks.network_module import call_if_there
 from networks.training.dry_step import dry_step
 from networks.training.logging.loss_log import LossLog
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hunyuan_model.sampling.flow import TIMESTEPS
-from networks.optional_methods import call_if_there
+from networks.network_module import call_if_there
 from networks.training.optim.lr_schedules import step_schedule
 from networks.training.run import Training, TrainingBroken
 

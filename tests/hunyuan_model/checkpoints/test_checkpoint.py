@@ -45,15 +45,12 @@ def test_official_pt_and_safetensors_hold_the_same():
     assert all(torch.equal(pickled.get(name).float(), flat.get(name)) for name in flat.shapes)
 
 
-@pytest.mark.parametrize("wrap", [lambda sd: sd, lambda sd: {"module": sd, "epoch": 3}, lambda sd: {"state_dict": {"model": sd}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda sd: sd, lambda sd: {"step": torch.tensor(5), "module": sd}, lambda sd: {"state_dict": {"model": sd}}]
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_checkpoints(tmp_path, wrap, zipped):
     torch.save(wrap(tensors()), tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    assert_holds(tmp_path / "model.pt", tensors())
-
-
-def test_wrapped_state_dict_beside_a_tensor(tmp_path):
-    torch.save({"step": torch.tensor(5), "module": tensors()}, tmp_path / "model.pt")
     assert_holds(tmp_path / "model.pt", tensors())
 
 
@@ -150,11 +147,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_files_that_are_something_else(tmp_path, case, suffix):
+def test_files_that_are_something_else(tmp_path, case):
     content, message = BROKEN[case]
-    path = tmp_path / f"weights{suffix}"
+    path = tmp_path / "weights.bin"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         open_checkpoint(path, "the VAE (--vae)")
@@ -175,7 +171,6 @@ def test_truncated_files(tmp_path, name, share):
     ("said", "reason"),
     [
         ("file dit.pt is not whole. Please file a bug report\nwith a stack", "(file dit.pt is not whole)"),
-        ("word " * 60 + "end\nmore", "(" + "word " * 60 + "end)"),
         ("version 1.2 is unknown.", "(version 1.2 is unknown)"),
         ("", "(RuntimeError)"),
     ],

@@ -18,7 +18,7 @@ from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling import step_cache
 from hunyuan_model.sampling.euler import initial_noise, sample_latents
 from hunyuan_model.sampling.flow import flow_sigmas
-from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
+from hunyuan_model.sampling.step_cache import StepCache
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from utils.errors import UserError
 from utils.safetensors_io import read_header
@@ -222,14 +222,6 @@ def test_a_network_that_computes_in_bfloat16(tiny_model, transformer, middling):
     assert (latents - reference).norm() < 0.3 * reference.norm()
 
 
-def test_too_few_steps():
-    check_step_cache(0.0, 1)
-    check_step_cache(0.1, 4)
-    for steps in (1, 3):
-        with pytest.raises(UserError, match=f"in {steps} step"):
-            check_step_cache(0.1, steps)
-
-
 # In generation
 
 
@@ -263,9 +255,7 @@ def test_generation_tells_how_many_steps_it_computed_and_the_error(generate, cap
     assert error > 0.1 and f"latents {error:.3g} % (rms) off those of all steps" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "flags", ["--fp8", "--fp8 --fp8_scaled", "--blocks_to_swap 4 --img_in_txt_in_offloading", "--dit_dtype bfloat16"]
-)
+@pytest.mark.parametrize("flags", ["--fp8", "--blocks_to_swap 4"])
 def test_it_goes_together_with(generate, caplog, flags):
     caplog.set_level("INFO")
     latent, _, _ = generate("--step_cache", HUGE, *flags.split())
@@ -278,9 +268,6 @@ def test_it_goes_together_with(generate, caplog, flags):
     ("flags", "says"),
     [
         (["--step_cache", -0.1], "negative"),
-        (["--step_cache", "nan"], "not a finite number"),
-        (["--step_cache", "inf"], "not a finite number"),
-        (["--step_cache", "much"], "not a number"),
         (["--step_cache", 0.1, "--infer_steps", 1], "--step_cache has nothing to skip in 1 step,"),
         (["--step_cache", 0.1, "--infer_steps", 3], "Use at least 4 steps"),
         (["--step_cache_check"], "--step_cache_check shows the error of --step_cache"),

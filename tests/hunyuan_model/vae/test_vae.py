@@ -212,8 +212,8 @@ def test_sizes_that_cannot_be_encoded_are_refused(vae, shape, said):
 
 @pytest.mark.parametrize("size", [0, -32, 16, 100, 255])
 def test_tile_sizes_that_are_no_multiple_of_32_are_refused(vae, size):
-    with pytest.raises(UserError, match=r"--vae_tile .* not a multiple of 32"):
-        vae.enable_spatial_tiling(size, flag="--vae_tile")
+    with pytest.raises(UserError, match=r"tile_sample_min_size .* not a multiple of 32"):
+        vae.enable_spatial_tiling(size)
 
 
 def test_a_chunk_of_no_columns_is_refused(vae):

@@ -91,9 +91,15 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("network_args", NETWORKS.values(), ids=NETWORKS.keys())
-@pytest.mark.parametrize("kind", ["plain", "float8", "swapped"])
-def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, network_args: dict[str, str], kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "network_args"),
+    [
+        pytest.param(kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" else pytest.mark.slow)
+        for kind in ("plain", "float8", "swapped")
+        for name, network_args in NETWORKS.items()
+    ],
+)
+def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, kind: str, network_args: dict[str, str]) -> None:
     def life(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
         transformer = make_transformer(kind == "float8")
         if kind == "swapped":
@@ -177,46 +183,6 @@ def test_whatever_else_learns_gets_its_gradient(wholly, how: str, first: bool) -
         learning = learning or hooked(transformer, how)
         transformer(*make_inputs()).square().mean().backward()
         return [parameter.grad for parameter in learning]
-
-    found = gradients(enable_gradient_checkpointing)
-    assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)
-
-
-def test_a_lora_that_was_hooked_in_before_is_computed_whole(wholly) -> None:
-    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
-        transformer = make_transformer()
-        network = add_lora(transformer)
-        enable(transformer)
-        transformer(*make_inputs()).square().mean().backward()
-        return [parameter.grad for parameter in network.parameters()]
-
-    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
-
-
-class Multiplied(nn.Module):
-    """A network that takes the result of a part of a block for its own gradient."""
-
-    def __init__(self, part: nn.Module, features: int) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.full((features,), 1.1))
-        self.base_forward = part.forward
-        part.forward = self.forward
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_forward(x) * self.factor
-
-
-@pytest.mark.parametrize("where", ["layer", "LoRA", "MLP"])
-def test_a_network_that_asks_for_the_result_gets_it(wholly, where: str) -> None:
-    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
-        transformer = make_transformer()
-        enable(transformer)
-        if where == "LoRA":
-            add_lora(transformer)
-        parts = [block.img_mlp for block in transformer.double_blocks] if where == "MLP" else last_layers(transformer)
-        network = nn.ModuleList(Multiplied(part, CONFIG.hidden_size) for part in parts)
-        transformer(*make_inputs()).square().mean().backward()
-        return [parameter.grad for parameter in network.parameters()]
 
     found = gradients(enable_gradient_checkpointing)
     assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_transformer import CONFIG, add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
+from small_transformer import add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

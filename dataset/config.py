@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import voluptuous
+
 from dataset.media.buckets import BUCKET_STEP, bucket_resolutions, choose_bucket
 from dataset.media.frame_rate import MODEL_FPS
 from dataset.media.frames import FRAME_EXTRACTIONS, MAX_FRAMES, Window, cut_windows, is_clip_length, is_cut
@@ -49,8 +51,8 @@ class DatasetConfig:
     frame_sample: int = 1
     max_frames: int = MAX_FRAMES
     target_fps: float = MODEL_FPS  # 0 keeps every frame
-    source_fps: float | None = None  # None: the rate in the file
-    prior_preservation: bool = False  # the target is the prediction of the model without the network
+    source_fps: float | None = None  # None: what the file says
+    prior_preservation: bool = False  # the network is to leave what the model makes of these captions as it is
 
     @property
     def label(self) -> str:
@@ -94,81 +96,83 @@ def dataset_label(index: int) -> str:
 def _whole_number(value: Any) -> int:
     # bool is an int to Python, but "batch_size = true" is a mistake
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("must be a whole number")
+        raise voluptuous.Invalid("must be a whole number")
     return value
 
 
 def _at_least_one(value: Any) -> int:
     if _whole_number(value) < 1:
-        raise ValueError("must be at least 1")
+        raise voluptuous.Invalid("must be at least 1")
     if value > MAX_NUMBER:
-        raise ValueError(f"must be at most {MAX_NUMBER}")
+        raise voluptuous.Invalid(f"must be at most {MAX_NUMBER}")
     return value
 
 
 def _switch(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError("must be true or false, without quotes")
+        raise voluptuous.Invalid("must be true or false, without quotes")
     return value
 
 
 def _resolution(value: Any) -> tuple[int, int]:
     sides = [value, value] if isinstance(value, int) else value
     if not isinstance(sides, list) or len(sides) != 2:
-        raise ValueError("must be [width, height] or one number for a square")
+        raise voluptuous.Invalid("must be [width, height] or one number for a square")
     width, height = (_whole_number(side) for side in sides)
     if min(width, height) < BUCKET_STEP:
-        raise ValueError(f"must have sides of at least {BUCKET_STEP} pixels")
+        raise voluptuous.Invalid(f"must have sides of at least {BUCKET_STEP} pixels")
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"must have sides of at most {MAX_SIDE} pixels")
+        raise voluptuous.Invalid(f"must have sides of at most {MAX_SIDE} pixels")
     if width * height > MAX_AREA:
-        raise ValueError(f"must have an area of at most {MAX_AREA} pixels (4096x4096)")
+        raise voluptuous.Invalid(f"must have an area of at most {MAX_AREA} pixels (4096x4096)")
     return width, height
 
 
 def _caption_extension(value: Any) -> str:
     if not isinstance(value, str) or not value.strip(". "):
-        raise ValueError('must be a file ending such as ".txt"')
+        raise voluptuous.Invalid('must be a file ending such as ".txt"')
     return value if "." in value else f".{value}"
 
 
 def _path(value: Any) -> Path:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be a path in quotes")
+        raise voluptuous.Invalid("must be a path in quotes")
     if has_escaped_backslash_accident(value):
-        raise ValueError(f"holds control characters. {BACKSLASH_HINT}")
+        raise voluptuous.Invalid(f"holds control characters. {BACKSLASH_HINT}")
     return config_path(value)
 
 
 def _target_frames(value: Any) -> tuple[int, ...]:
     lengths = [value] if isinstance(value, int) else value
     if not isinstance(lengths, list) or not lengths:
-        raise ValueError("must be a list of frame counts such as [1, 25]")
+        raise voluptuous.Invalid("must be a list of frame counts such as [1, 25]")
     for length in lengths:
         if _whole_number(length) > MAX_NUMBER:
-            raise ValueError(f"must hold numbers of at most {MAX_NUMBER}")
+            raise voluptuous.Invalid(f"must hold numbers of at most {MAX_NUMBER}")
         if not is_clip_length(length):
             below = max(1, length - (length - 1) % 4)
             nearest = f"{below}" if length < 1 else f"{below} or {below + 4}"
-            raise ValueError(f"must hold numbers of the form 4n+1 (1, 5, 9, ..., 25, ...): instead of {length} write {nearest}")
+            raise voluptuous.Invalid(
+                f"must hold numbers of the form 4n+1 (1, 5, 9, ..., 25, ...): instead of {length} write {nearest}"
+            )
     return tuple(sorted(set(lengths)))
 
 
 def _frame_extraction(value: Any) -> str:
     if value not in FRAME_EXTRACTIONS:
-        raise ValueError(f"must be one of {', '.join(FRAME_EXTRACTIONS)}.{nearest_name(value, FRAME_EXTRACTIONS)}")
+        raise voluptuous.Invalid(f"must be one of {', '.join(FRAME_EXTRACTIONS)}.{nearest_name(value, FRAME_EXTRACTIONS)}")
     return value
 
 
 def _fps(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_FPS:  # NaN fails as well
-        raise ValueError(f"must be a number of frames per second from 0 to {MAX_FPS}")
+        raise voluptuous.Invalid(f"must be a number of frames per second from 0 to {MAX_FPS}")
     return value
 
 
 def _source_fps(value: Any) -> float:
     if not _fps(value):
-        raise ValueError("must be above 0; leave it out to use the rate in the file")
+        raise voluptuous.Invalid("must be above 0; leave it out to use the rate in the file")
     return value
 
 
@@ -239,20 +243,21 @@ def _sections(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], list
 
 def _validate(path: Path, section: str, table: dict[str, Any], validators: Validators) -> dict[str, Any]:
     """The converted values of one table; a UserError names the first key that is unknown or wrong."""
-    values = {}
-    for key, value in table.items():
+    for key in table:
         if key in validators:
-            try:
-                values[key] = validators[key](value)
-            except ValueError as error:
-                end = "" if str(error).endswith((".", "?")) else "."
-                raise UserError(f"{path}, {section}: {key} = {value!r} {error}{end}") from None
-        elif key in DATASET_KEYS:
+            continue
+        if key in DATASET_KEYS:
             raise UserError(f"{path}, {section}: {key} cannot stand here; move it to the [[datasets]] sections it is for.")
-        else:
-            hint = nearest_name(key, validators) or f" Known keys: {', '.join(validators)}."
-            raise UserError(f"{path}, {section}: unknown key {key!r}.{hint}")
-    return values
+        hint = nearest_name(key, validators) or f" Known keys: {', '.join(validators)}."
+        raise UserError(f"{path}, {section}: unknown key {key!r}.{hint}")
+    schema = voluptuous.Schema({voluptuous.Optional(key): validator for key, validator in validators.items()})
+    try:
+        return schema(table)
+    except voluptuous.MultipleInvalid as error:
+        first = error.errors[0]
+        key = str(first.path[0])
+        end = "" if first.error_message.endswith((".", "?")) else "."
+        raise UserError(f"{path}, {section}: {key} = {table[key]!r} {first.error_message}{end}") from error
 
 
 def _dataset(path: Path, index: int, common: dict[str, Any], table: dict[str, Any], require_media: bool) -> DatasetConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,8 +134,12 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         script = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_main(script.main)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # an interrupted script leaves the system's own
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_main(script.main)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         return Finished(ended.value.code or 0, *capsys.readouterr())
 
     return call

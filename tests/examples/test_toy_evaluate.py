@@ -90,7 +90,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_else(call_script, t
         (("--photographs", "none"), "--photographs none is not a folder"),
         (("--photographs", "."), "holds no pictures"),
         (("--concept_samples", -1), "negative"),
-        (("--fp8_scaled",), "give --fp8 as well"),
+        (("--fp8_fast",), "give --fp8 as well"),
         (("--step_cache", 0.1, "--infer_steps", 2), "nothing to skip"),
         (("--inject_lora",), "name one with --lora_weight"),
     ],

@@ -29,7 +29,6 @@ def test_before_the_first_step_there_is_nothing_to_save(train, tmp_path: Path, m
     ended = train()
     assert ended.status == 130 and "interrupted" in ended.stderr and "Traceback" not in ended.stderr
     assert not list((tmp_path / "out").glob("lora*"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow

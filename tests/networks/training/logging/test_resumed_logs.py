@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
@@ -17,6 +18,13 @@ from networks.training.saving.state import read_state_file
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def first_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files are read in the order of their names, which end in a count: 10 comes before 9."""
+    writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", type(writer._global_uid)(0))
 
 
 def log_steps(logs: TrainingLogs, first: int, last: int, loss: float) -> None:

@@ -48,7 +48,7 @@ class TensorBoard(TensorBoardTracker):
 
     def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
         resumed = earlier is not None and IS_RUN_TIME.fullmatch(earlier) is not None
-        self.run_id = earlier if resumed else time.strftime(RUN_TIME)
+        self.run_id = earlier if resumed else unused_run_id(settings)
         folder = Path(settings.logging_dir, f"{settings.log_prefix or ''}{self.run_id}", settings.log_tracker_name or DEFAULT_NAME)
         options = ({"purge_step": step + 1} if resumed else {}) | dict(options)  # later steps are made again
         folder = require_writable_folder(options.pop("log_dir", folder), "--logging_dir with --log_prefix and --log_tracker_name,")
@@ -71,6 +71,14 @@ class TensorBoard(TensorBoardTracker):
         data, width, height = animation(sample.path)
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def unused_run_id(settings: LogSettings) -> str:
+    """The current time, or a second later where another run began in this one."""
+    seconds = time.time()
+    while Path(settings.logging_dir, f"{settings.log_prefix or ''}{time.strftime(RUN_TIME, time.localtime(seconds))}").exists():
+        seconds += 1
+    return time.strftime(RUN_TIME, time.localtime(seconds))
 
 
 class WandB(WandBTracker):

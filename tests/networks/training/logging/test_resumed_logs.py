@@ -64,7 +64,7 @@ def test_steps_that_are_made_again_stand_once_in_the_same_folder(logged, tmp_pat
 @pytest.mark.parametrize("runs", [{}, {"tensorboard": "../../elsewhere"}, {"wandb": "abc"}])
 def test_a_new_folder_where_there_is_no_run_to_continue(logged, monkeypatch, tmp_path, runs):
     settings, earlier = logged
-    monkeypatch.setattr("networks.training.logging.trackers.time.strftime", lambda _format: "20010203040506")
+    monkeypatch.setattr("networks.training.logging.trackers.time.strftime", lambda *_: "20010203040506")
     logs = open_logs(settings, CPU, runs=runs, step=3)
     log_steps(logs, 4, 4, 0.25)
     assert logs.runs == runs | {"tensorboard": "20010203040506"}

@@ -46,7 +46,7 @@ CASES = (
     ("float32", "bfloat16", "fp8"),
     ("float32", "bfloat16", "int8"),
 )
-BLOCKS = {"plain": "", "fp8": ", blocks float8", "int8": ", blocks int8"}
+BLOCKS = {"plain": "", "fp8": ", blocks float8", "fp8_scaled": ", blocks float8 with scales", "int8": ", blocks int8"}
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def test_peak_memory_is_the_final_weights_and_a_little(tmp_path):
     spec.loader.exec_module(benchmark)
     for suffix, stored, dtype, stored_as in (
         (".pt", torch.bfloat16, "bfloat16", "fp8"),
-        (".safetensors", torch.bfloat16, "bfloat16", "fp8_scaled"),
+        (".safetensors", torch.bfloat16, "bfloat16", "int8"),
         (".safetensors", torch.float32, "float32", "plain"),
     ):
         path = tmp_path / f"m{suffix}"

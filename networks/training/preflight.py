@@ -63,7 +63,7 @@ class ModelPlan:
     @property
     def size(self) -> NetworkSize | None:
         """Of the network."""
-        if self.network is None:
+        if self.network is None or not self.network.state_dict():  # or one that adds its layers only when it is applied
             return None
         return NetworkSize.of_shapes(tuple(value.shape) for value in self.network.state_dict().values())
 
@@ -192,7 +192,9 @@ def preflight(
     schedule = check_lr_scheduler(settings.schedule, optimizer, steps)
     check_state_can_be_saved(optimizer, schedule, wanted=settings.saving.state_at_end)
     if resumed is not None:
-        identity = state_identity(settings.flags, model.network, optimizer)
+        # Other modules may add their layers only when they are applied: their sizes are compared once they are loaded.
+        known = model.network if model.module is networks.lora else None
+        identity = state_identity(settings.flags, known, optimizer)
         check_resumed(settings.resuming, resumed, identity, settings.given_flags, steps)
     complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
     optimizer_bytes = state_bytes_per_value(optimizer)
@@ -202,6 +204,7 @@ def preflight(
             model.size.model_bytes(precision.saved),
             model.size.state_bytes(optimizer_bytes) if settings.saving.state_at_end else 0,
         )
+    if main and not complete:
         remove_leftovers(settings.saving.folder, settings.saving.output_name)
     memory = _plan_memory(settings, model, data, precision, optimizer_bytes, accelerator, shown=main and not complete)
     return TrainingPlan(model, precision, beginning, steps, memory, complete)

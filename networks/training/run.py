@@ -174,11 +174,12 @@ def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
         TrainingBroken: see ``require_finite_weights``.
     """
     require_finite_weights(training)
-    save_model(training, file_name, epoch)
     try:
         save_training_state(training, file_name)
     except UserError as error:
+        save_model(training, file_name, epoch)
         raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
+    save_model(training, file_name, epoch)
 
 
 def rotate(training: Training, *, step: int | None = None, epoch: int | None = None) -> None:

@@ -290,11 +290,11 @@ def test_a_third_party_network_needs_only_the_core_of_the_contract(train, monkey
     class Foreign(torch.nn.Module):
         def __init__(self, layer: torch.nn.Linear) -> None:
             super().__init__()
-            self.shift = torch.nn.Parameter(torch.zeros(layer.out_features))
             self.layer = layer
 
         def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True):
             assert text_encoder is None and apply_unet and not apply_text_encoder
+            self.shift = torch.nn.Parameter(torch.zeros(self.layer.out_features))  # as some modules do, not before
             forward = self.layer.forward
             self.layer.forward = lambda x: forward(x) + self.shift
 
@@ -315,9 +315,11 @@ def test_a_third_party_network_needs_only_the_core_of_the_contract(train, monkey
     module.create_network = create_network
     monkeypatch.setitem(sys.modules, "foreign_network", module)
     flags = ("--network_module", "foreign_network", "--network_dim", 5, "--network_alpha", 2, "--network_args", "algo=shift")
-    ended = train("--max_train_steps", 2, "--learning_rate", 0.1, *flags)
+    ended = train("--max_train_steps", 2, "--learning_rate", 0.1, *flags, "--save_state")
     assert ended.status == 0, ended.stderr
     assert trained(tmp_path)["shift"].abs().max() > 0.01
+    ended = train("--max_train_steps", 3, "--learning_rate", 0.1, *flags, "--resume", tmp_path / "out" / "lora-state")
+    assert ended.status == 0, ended.stderr
 
 
 def test_a_third_party_network_loads_its_weights_also_with_dim_from_weights(tiny_model, tmp_path):

@@ -250,7 +250,7 @@ def sample(settings: GenerationSettings, device: torch.device) -> Tensor:
             settings.sampling,
             device=device,
             dtype=dtype,
-            on_step=lambda step: compiling.tell(f"step {step}"),
+            on_step=lambda step: compiling.report(f"step {step}"),
         ).cpu()
     del transformer
     if settings.runtime.compile:

@@ -4,7 +4,7 @@ The inputs of a block are copied to host memory while it computes, and freed on 
 pass they are copied back while the block after theirs computes. The last blocks of a forward pass are the first ones of the
 backward pass, so their inputs stay. What all blocks share (conditioning, RoPE tables) is not copied.
 
-Device memory is freed only after the computation has been told to wait for the copies that read or write it: whoever gets that
+Device memory is freed only after the computation was made to wait for the copies that read or write it: whoever gets that
 memory next is ordered after them, however far Python runs ahead of the device. Copies are made in the order in which they were
 asked for, so host memory can be reused while the last copy from it or to it is under way.
 """

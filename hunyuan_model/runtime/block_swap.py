@@ -299,11 +299,6 @@ class BlockSwapper:
         self._forwards = True
         self._outside_graph: set[int] = set()  # blocks without a backward pass
 
-    @property
-    def slot_bytes(self) -> int:
-        """Memory of the device that the slots take."""
-        return sum(slot.memory.nbytes for slot in self._slots)
-
     def begin(self, block: int) -> None:
         """Have the weights of ``block`` on the device for what is computed from now on; no other block computes any more."""
         if block == self._current and (block not in self._weights or self._slot_of(block) is not None):

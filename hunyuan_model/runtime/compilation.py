@@ -162,7 +162,7 @@ class CompileWatch:
     def __init__(self) -> None:
         self._graphs, self._started = compiled_graphs(), time.monotonic()
 
-    def tell(self, what: str) -> None:
+    def report(self, what: str) -> None:
         """Log the time that ``what`` took if anything was compiled meanwhile."""
         graphs, now = compiled_graphs(), time.monotonic()
         if graphs > self._graphs:

@@ -104,7 +104,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         choices=DRY_STEP_CHOICES,
         default="auto",
         help="before training, compute the largest batch once, and forget it: out of memory shows in the first minute; auto: on a "
-        "card only (default: auto)",
+        "GPU only (default: auto)",
     )
 
 

@@ -20,7 +20,7 @@ TIMESTEP = 0.5
 
 
 def wants_dry_step(choice: str, device: torch.device) -> bool:
-    """What --dry_step comes to: auto is for cards, where memory that does not suffice ends a training at once."""
+    """What --dry_step comes to: auto is for GPUs, where memory that does not suffice ends a training at once."""
     return choice == "always" or (choice == "auto" and device.type == "cuda")
 
 
@@ -34,11 +34,11 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
         UserError: out of memory; with what to change.
     """
     device, plan = training.accelerator.device, training.plan.memory
-    on_card = device.type == "cuda"
-    if on_card:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with kept_random_state(device), explain_batch_out_of_memory(plan, [batch], "trying the largest batch,"):
-        held = torch.empty(_bytes_to_come(training) if on_card else 0, dtype=torch.uint8, device=device)
+        held = torch.empty(_bytes_to_come(training) if on_gpu else 0, dtype=torch.uint8, device=device)
         noise = torch.zeros(batch["latents"].shape, device=device)
         loss = training.flow_matching.loss_at(batch, noise, torch.full((len(noise),), TIMESTEP))
         if loss.requires_grad:  # dropout may leave out the whole network
@@ -46,7 +46,7 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
         del loss, held
     for parameter in training.network.parameters():
         parameter.grad = None
-    if on_card:
+    if on_gpu:
         peak, planned = torch.cuda.max_memory_allocated(device), plan.need().of_step
         logger.info("the largest batch took %s at its peak; %s were expected", readable(peak), readable(planned))
     free_memory(device)

@@ -65,7 +65,7 @@ def train(training: Training) -> int:
         if training.dry_batch is not None:
             compiling = CompileWatch()
             dry_step(training, training.dry_batch)
-            compiling.tell("the dry step")
+            compiling.report("the dry step")
             training.dry_batch = None
         if progress.step == 0:
             make_samples(training, requests, progress.epoch)
@@ -97,7 +97,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
             step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
-        compiling.tell(f"step {progress.step}")
+        compiling.report(f"step {progress.step}")
         progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]

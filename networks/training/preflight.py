@@ -197,12 +197,12 @@ def preflight(
         identity = state_identity(settings.flags, known, optimizer)
         check_resumed(settings.resuming, resumed, identity, settings.given_flags, steps)
     complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
-    optimizer_bytes = state_bytes_per_value(optimizer)
-    if model.size is not None and main and not complete:
+    optimizer_bytes, size = state_bytes_per_value(optimizer), model.size
+    if size is not None and main and not complete:
         require_room_for_save(
             settings.saving.folder,
-            model.size.model_bytes(precision.saved),
-            model.size.state_bytes(optimizer_bytes) if settings.saving.state_at_end else 0,
+            size.model_bytes(precision.saved),
+            size.state_bytes(optimizer_bytes) if settings.saving.state_at_end else 0,
         )
     if main and not complete:
         remove_leftovers(settings.saving.folder, settings.saving.output_name)
@@ -220,6 +220,7 @@ def _plan_memory(
     shown: bool,
 ) -> MemoryPlan:
     """The memory plan, with the same number of swapped blocks in all processes."""
+    network = model.size
     sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in model.prompts]
     free = free_device_memory(accelerator.device)
     memory = MemoryPlan(
@@ -229,7 +230,7 @@ def _plan_memory(
         data.largest.size,
         precision.base,
         precision.compute,
-        None if model.size is None else model.size.values,
+        None if network is None else network.values,
         optimizer_bytes,
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # threads only wait for each other on tensors as small as these
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and by all children too, where a shell started it with &
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -110,13 +110,9 @@ def test_the_last_line_of_a_killed_training_may_be_half(losses: Path) -> None:
     ("content", "says"),
     [
         (None, "does not exist"),
-        ("", "no columns step and loss"),
         ("a,b\n1,2\n", "no columns step and loss"),
         ("step,epoch,loss\n", "no step yet"),
         ("step,epoch,loss\n1,1,abc\n", "line 2"),
-        ("step,epoch,loss\n1,1,0.5\n2\n", "line 3"),
-        ("step,epoch,loss\nnan,1,0.5\n", "line 2"),
-        ("step,epoch,loss\n1,1,nan\n", "no step yet"),
         (b"\xff\xfe\x00", "as text"),
     ],
 )
@@ -160,16 +156,6 @@ def test_the_sheet_shows_what_the_lora_changed(train, call_script, tiny_model, t
         sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
     changed = np.argwhere((sheets[0] != sheets[1]).any(-1))
     assert len(changed) and changed[:, 0].min() > len(sheets[0]) // 3, "only the lower row depends on the LoRA"
-
-
-@pytest.mark.parametrize("content", [None, "no LoRA"])
-def test_a_file_that_is_no_lora_is_refused(call_script, tmp_path: Path, content: str | None) -> None:
-    lora = tmp_path / "lora.safetensors"
-    if content is not None:
-        lora.write_text(content, encoding="utf-8")
-    ended = call_script("examples.toy.before_after", "--lora_weight", lora, "--output", tmp_path / "sheet.png")
-    assert ended.status == 2 and str(lora) in ended.stderr
-    assert not (tmp_path / "sheet.png").exists()
 
 
 @pytest.mark.parametrize("script", ["examples.toy.loss_curve", "examples.toy.before_after"])

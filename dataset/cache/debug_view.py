@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +46,14 @@ def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> l
     """Write or print every picture and window as training will see it; returns the items that could not be read."""
     failures = []
     shown = 0
+    colours = sys.stdout.isatty() or "FORCE_COLOR" in os.environ  # a file or a pipe would keep the codes as text
     for result in prepare(items, num_workers):
         if isinstance(result, Failure):
             failures.append(result)
         elif isinstance(result, Prepared):
             print(describe(result))
             if view.debug_mode == "console":
-                print(console_picture(result.pixels, view.console_width or CONSOLE_WIDTH, view.console_back))
+                print(console_picture(result.pixels, view.console_width or CONSOLE_WIDTH, view.console_back, colours))
                 shown += 1
                 if shown == view.console_num_images:
                     break
@@ -96,18 +99,22 @@ def save_view(prepared: Prepared, as_video: bool = False) -> Path:
     return path
 
 
-def console_picture(pixels: np.ndarray, columns: int, back: str | None = None) -> str:
+def console_picture(pixels: np.ndarray, columns: int, back: str | None = None, colours: bool = True) -> str:
     """The first frame of (F, H, W, 3) as text with 24-bit ANSI colours, ``columns`` characters wide.
 
     Without ``back`` every character is an upper half block, two pixels above each other. With the name of a colour in
-    ``CONSOLE_BACKS`` the picture is made of characters of more or less ink on that background.
+    ``CONSOLE_BACKS`` the picture is made of characters of more or less ink on that background; without ``colours`` of these
+    characters alone.
     """
     _, height, width, _ = pixels.shape
     rows = max(1, round(columns * height / width / 2))  # a character cell is about twice as high as wide
     # Text cells are averages of what they stand for, hence BOX.
-    cells = (columns, 2 * rows) if back is None else (columns, rows)
+    half_blocks = back is None and colours
+    cells = (columns, 2 * rows) if half_blocks else (columns, rows)
     small = np.asarray(Image.fromarray(pixels[0]).resize(cells, Image.Resampling.BOX))
-    if back is None:
+    if not colours:
+        return "\n".join("".join(map(_ink, row)) for row in small)
+    if half_blocks:
         lines = ("".join(map(_half_block, small[row], small[row + 1])) for row in range(0, 2 * rows, 2))
     else:
         ground = f"\x1b[48;2;{';'.join(map(str, CONSOLE_BACKS[back]))}m"
@@ -120,5 +127,8 @@ def _half_block(upper: np.ndarray, lower: np.ndarray) -> str:
 
 
 def _shade(colour: np.ndarray) -> str:
-    brightness = int(colour.max()) * len(SHADES) // 256
-    return f"\x1b[38;2;{colour[0]};{colour[1]};{colour[2]}m{SHADES[brightness]}"
+    return f"\x1b[38;2;{colour[0]};{colour[1]};{colour[2]}m{_ink(colour)}"
+
+
+def _ink(colour: np.ndarray) -> str:
+    return SHADES[int(colour.max()) * len(SHADES) // 256]

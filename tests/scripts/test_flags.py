@@ -66,7 +66,8 @@ def test_every_flag_has_a_row_and_every_row_a_flag(script: str) -> None:
     ("script", "row"),
     [pytest.param(script, row, id=f"{script} {row.given}") for script, table in TABLES.items() for row in table.rows],
 )
-def test_a_flag_is_not_ignored(bench: Callable[[str], Bench], script: str, row: Row) -> None:
+def test_a_flag_is_not_ignored(bench: Callable[[str], Bench], script: str, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stdout is no terminal here
     bench(script).check(row)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import cache_latents
 import hunyuan_model
+from dataset.cache.debug_view import SHADES
 from dataset.cache.files import read_latent_shape, read_latents
 from dataset.cache.latents import LatentEncoder
 from dataset.media.decoding import iterate_frames, probe_video
@@ -290,7 +291,8 @@ def test_debug_video_writes_the_clips_as_they_are_trained(run, tiny_dataset, cap
         assert np.abs(frame.astype(int) - fit_to_bucket(trained, (80, 48))).mean() < 4  # a video is compressed
 
 
-def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, caplog):
+def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     flags = ["--debug_mode", "console", "--console_width", 16, "--console_num_images", 2]
     assert run("--dataset_config", pictures, *flags, vae=None) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -299,6 +301,10 @@ def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, c
     assert not (tmp_path / "cache").exists()
     assert run("--dataset_config", pictures, *flags[:-2], "--console_back", "blue", vae=None) == 0
     assert "\x1b[48;2;0;0;238m" in capsys.readouterr().out
+    monkeypatch.delenv("FORCE_COLOR")  # a pipe
+    assert run("--dataset_config", pictures, *flags, "--console_back", "blue", vae=None) == 0
+    piped = capsys.readouterr().out
+    assert "\x1b" not in piped and any(len(line) == 16 and set(line) <= set(SHADES) for line in piped.splitlines())
     assert run("--dataset_config", pictures, "--console_width", 16) == 0
     assert "--console_width has an effect only with --debug_mode console" in caplog.text
 

@@ -7,9 +7,13 @@ takes the place of ``Linear.forward`` and calls the forward that stood there, wh
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,90 @@ from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
 from networks.lora_files import lora_pairs, match_weights, read_lora, tensor_hashes, to_layout
 from networks.lora_layouts import DEFAULT, DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
-from networks.lora_options import NetworkOptions
-from utils.errors import UserError, name_some
+from utils.errors import UserError, first_line, name_some, shown
+from utils.key_values import nearest_name
 from utils.safetensors_io import save_tensors
 
 logger = logging.getLogger(__name__)
 
 TARGET_BLOCKS = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
+EXCLUDED_BY_DEFAULT = r".*(img_mod|txt_mod|modulation).*"
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The arguments of the network: which layers are taken, LoRA+ and the dropouts (see ``LoRAModule``).
+
+    Attributes:
+        exclude_patterns, include_patterns: regular expressions for whole paths; the second win.
+        dropout: of neurons.
+        verbose: log every layer.
+    """
+
+    exclude_patterns: Sequence[str] = ()
+    include_patterns: Sequence[str] = ()
+    loraplus_lr_ratio: float | None = None
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+    verbose: bool = False
+
+    @classmethod
+    def of(cls, network_args: Mapping[str, Any], neuron_dropout: float | None = None) -> LoraOptions:
+        """From typed values or the text of --network_args; a UserError names what is unknown or malformed."""
+        known = [field.name for field in fields(cls)]
+        values = {}
+        for name, value in network_args.items():
+            if name not in known:
+                raise UserError(
+                    f"--network_args: networks.lora has no argument {name!r}.{nearest_name(name, known)} Known: {', '.join(known)}."
+                )
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # patterns are full of \. and the like, which Python frowns upon
+                    values[name] = ast.literal_eval(value) if isinstance(value, str) else value
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                raise UserError(
+                    f"--network_args {name} must be a Python literal such as 0.1, True or ['.*single_blocks.*'], "
+                    f"but it is {shown(value)}."
+                ) from None
+        if neuron_dropout is not None:
+            values["dropout"] = neuron_dropout
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name in ("exclude_patterns", "include_patterns"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise UserError(
+                    f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], "
+                    f"but it is {shown(patterns)}."
+                )
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except (re.error, OverflowError, RecursionError) as error:  # the last two for counts and depths beyond reason
+                    raise UserError(
+                        f"--network_args {name}: {shown(pattern)} is not a regular expression ({first_line(error)})."
+                    ) from None
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            if (value := getattr(self, name)) is not None and not (_is_number(value) and 0 <= value < 1):
+                raise UserError(f"{name} of the LoRA must be a number from 0 to below 1, but it is {shown(value)}.")
+        ratio = self.loraplus_lr_ratio
+        if ratio is not None and not (_is_number(ratio) and 0 < ratio < float("inf")):
+            raise UserError(f"loraplus_lr_ratio of the LoRA must be a positive number, but it is {shown(ratio)}.")
+
+    def takes(self, path: str) -> bool:
+        """Whether the linear layer at ``path`` gets a LoRA."""
+        if any(re.fullmatch(pattern, path) for pattern in self.include_patterns):
+            return True
+        return not any(re.fullmatch(pattern, path) for pattern in (EXCLUDED_BY_DEFAULT, *self.exclude_patterns))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class LoRAModule(nn.Module):
@@ -48,7 +127,6 @@ class LoRAModule(nn.Module):
         out_features: int,
         rank: int,
         alpha: float,
-        *,
         multiplier: float = 1.0,
         neuron_dropout: float | None = None,
         rank_dropout: float | None = None,
@@ -75,20 +153,24 @@ class LoRAModule(nn.Module):
         self.base_forward = linear.forward
         linear.forward = self.forward
 
-    def set_alpha(self, alpha: float) -> None:
-        """Change alpha and the scale that follows from it."""
-        self.alpha.fill_(alpha)
-        self.scale = alpha / self.rank
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), dtype of the base layer's output."""
-        if self.multiplier == 0 or self._left_out():
+        if self.multiplier == 0:
+            return self.base_forward(x)
+        module_dropout = self.module_dropout if self.training else 0.0
+        compiling = torch.compiler.is_compiling()
+        # Random on the CPU: no wait for the device, and activation checkpointing repeats it.
+        if module_dropout > 0 and not compiling and torch.rand(()).item() < module_dropout:
             return self.base_forward(x)
         hidden = F.linear(x, self.lora_down.weight.to(x.dtype))  # (..., rank)
         if self.training:
             hidden = F.dropout(hidden, self.neuron_dropout)
-            hidden = self._drop_ranks(hidden)
-            hidden = self._maybe_without(hidden)
+            if self.rank_dropout > 0:
+                shape = (hidden.shape[0], *(1,) * (hidden.dim() - 2), self.rank)
+                kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+                hidden = hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
+            if module_dropout > 0 and compiling:  # a compiled graph cannot branch: zeros for what is left out
+                hidden = hidden * (torch.rand((), device=hidden.device) >= module_dropout)
         # Scaling (..., rank) is the same update for a fraction of the memory traffic.
         hidden = hidden * (self.multiplier * self.scale)
         update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype))
@@ -96,39 +178,22 @@ class LoRAModule(nn.Module):
         base = self.base_forward(x)
         return update.to(base.dtype).add_(base)  # in place: a third tensor of this size costs time and memory
 
-    def _left_out(self) -> bool:
-        if not self.training or self.module_dropout == 0 or torch.compiler.is_compiling():
-            return False
-        # Random on the CPU: no wait for the device, and activation checkpointing repeats it.
-        return torch.rand(()).item() < self.module_dropout
-
-    def _maybe_without(self, hidden: torch.Tensor) -> torch.Tensor:
-        """In place of ``_left_out`` where a compiled graph cannot branch: the same dropout, with zeros for what is left out."""
-        if self.module_dropout == 0 or not torch.compiler.is_compiling():
-            return hidden
-        return hidden * (torch.rand((), device=hidden.device) >= self.module_dropout)
-
-    def _drop_ranks(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.rank_dropout == 0:
-            return hidden
-        shape = (hidden.shape[0], *(1,) * (hidden.dim() - 2), self.rank)
-        kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
-        return hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
-
 
 class LoRANetwork(nn.Module):
-    """LoRA modules by flat name (``lora_unet_double_blocks_0_img_attn_qkv``), for the linear layers at ``paths``.
+    """LoRA modules by flat name (``lora_unet_double_blocks_0_img_attn_qkv``). Its state dict is the sd-scripts file layout."""
 
-    Its state dict is the sd-scripts file layout.
-    """
-
-    def __init__(self, loras: Mapping[str, LoRAModule], loraplus_lr_ratio: float | None = None):
-        """``loras``: module by the dotted path of its linear layer in the transformer."""
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], sizes: Mapping[str, tuple[int, float]], multiplier: float, options: LoraOptions
+    ):
+        """Modules for ``linears``, the layers by their paths in the transformer, with the rank and the alpha of each."""
         super().__init__()
-        self.paths = {DEFAULT_PREFIX + flat_name(path): path for path in loras}
-        for path, lora in loras.items():
-            self.add_module(DEFAULT_PREFIX + flat_name(path), lora)
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.paths = {DEFAULT_PREFIX + flat_name(path): path for path in linears}
+        self.loraplus_lr_ratio = options.loraplus_lr_ratio
+        self.verbose = options.verbose
+        dropouts = (options.dropout, options.rank_dropout, options.module_dropout)
+        for (path, linear), name in zip(linears.items(), self.paths):
+            lora = LoRAModule(linear.in_features, linear.out_features, *sizes[path], multiplier, *dropouts)
+            self.add_module(name, lora)
 
     def loras(self) -> Iterator[LoRAModule]:
         """The LoRA modules, in the order of the transformer."""
@@ -136,9 +201,13 @@ class LoRANetwork(nn.Module):
 
     def apply_to(self, text_encoder: None, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True) -> None:
         """Hook the linear layers of ``unet`` (the transformer). There are no text encoder modules: that is always None."""
-        if apply_unet:
-            for name, path in self.paths.items():
-                getattr(self, name).attach(unet.get_submodule(path))
+        if not apply_unet:
+            return
+        for lora, path in zip(self.loras(), self.paths.values()):
+            lora.attach(unet.get_submodule(path))
+            if self.verbose:
+                logger.info("LoRA on %s: rank %d, alpha %g", path, lora.rank, lora.scale * lora.rank)
+        logger.info("LoRA for %d linear layers", len(self.paths))
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the update; 0 is the base model."""
@@ -175,31 +244,19 @@ class LoRANetwork(nn.Module):
         """Called by the trainer before each step; part of the contract, nothing is due for plain LoRA."""
 
     def load_weights(self, file: str | os.PathLike[str]) -> str:
-        """Load a LoRA file of either layout into this network and return a line on what was loaded.
-
-        Raises:
-            UserError: its modules or ranks are not exactly those of this network.
-        """
-        weights = read_lora(file).tensors
-        own = self.state_dict()
-        fresh, foreign = own.keys() - weights.keys(), weights.keys() - own.keys()
-        if fresh or foreign:
+        """Load a LoRA file of any layout, with exactly this network's modules and ranks; returns a line on what was loaded."""
+        weights, own = read_lora(file).tensors, self.state_dict()
+        shapes, own_shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, own))
+        if shapes != own_shapes:
+            unlike = sorted(name for name in shapes | own_shapes if shapes.get(name) != own_shapes.get(name))
             raise UserError(
-                f"{file} holds a LoRA whose modules do not match the network: {len(foreign)} keys are not in the network "
-                f"({name_some(sorted(foreign), 3) or 'none'}), {len(fresh)} keys are not in the file "
-                f"({name_some(sorted(fresh), 3) or 'none'}). "
-                "Use the --network_args it was trained with, or --dim_from_weights to take the modules from the file."
-            )
-        unlike = [name for name in own if own[name].shape != weights[name].shape]
-        if unlike:
-            first = sorted(unlike)[0]
-            raise UserError(
-                f"{file} holds a LoRA of another shape than the network: {first} is {tuple(weights[first].shape)}, not "
-                f"{tuple(own[first].shape)}. Give its rank as --network_dim, or use --dim_from_weights."
+                f"{file} holds a LoRA that does not match the network: {len(unlike)} keys have another shape or are in only one "
+                f"of the two ({name_some(unlike, 3)}). Give the --network_dim and --network_args it was trained with, or use "
+                "--dim_from_weights."
             )
         self.load_state_dict(weights)
         for lora in self.loras():
-            lora.set_alpha(lora.alpha.item())
+            lora.scale = lora.alpha.item() / lora.rank
         return f"{len(self.paths)} LoRA modules loaded from {file}"
 
     def save_weights(
@@ -208,7 +265,6 @@ class LoRANetwork(nn.Module):
         """Write the LoRA in the sd-scripts layout, as a whole file or not at all.
 
         Args:
-            file: a ``.safetensors`` path.
             dtype: of the factors in the file; None keeps float32. Alphas are always float32.
             metadata: strings for the header; with any, the two sd-scripts hashes of the tensors are added.
         """
@@ -231,14 +287,13 @@ class LoRANetwork(nn.Module):
         """Add the update to the weights of ``unet``, computed in float32. The network must not be applied as well.
 
         Args:
-            weights_sd: LoRA tensors of either layout; None means the ones of this network.
+            weights_sd: LoRA tensors of any layout; None means the ones of this network.
             dtype: of the merged weights; None keeps the way in which each is stored (float8 and its scales included).
             device: where to compute; None means where each weight is. The weight stays where it is.
         """
         shapes = {name: tuple(weight.shape) for name, weight in unet.named_parameters()}
         tensors = self.state_dict() if weights_sd is None else weights_sd
-        lora = LoraToMerge(tensors, next(self.loras()).multiplier, "the LoRA")
-        patch = MergePatch([lora], shapes)
+        patch = MergePatch([LoraToMerge(tensors, next(self.loras()).multiplier, "the LoRA")], shapes)
         for name in patch.names:
             linear = unet.get_submodule(name.removesuffix(".weight"))
             replace_weight(linear, patch(name, dequantized_weight(linear, device)), dtype)
@@ -252,22 +307,20 @@ class LoRANetwork(nn.Module):
         Returns:
             How many modules were scaled, and the mean and the largest norm afterwards.
         """
-        loras = list(self.loras())
-        norms = torch.stack([self._update_norm(lora) for lora in loras])
+        norms = []
+        for lora in self.loras():
+            down, up = lora.lora_down.weight, lora.lora_up.weight
+            # |up @ down|^2 = sum((up^T up) * (down down^T)): rank x rank instead of a full weight.
+            squared = ((up.T @ up) * (down @ down.T)).sum()
+            norms.append(squared.clamp(min=0).sqrt() * abs(lora.scale))
+        norms = torch.stack(norms)
         ratios = (max_norm_value / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for lora, root in zip(loras, ratios.sqrt()):
+        for lora, root in zip(self.loras(), ratios.sqrt()):
             lora.lora_down.weight.mul_(root)
             lora.lora_up.weight.mul_(root)
         scaled = norms * ratios
         changed, mean, largest = torch.stack(((ratios < 1).sum().to(scaled), scaled.mean(), scaled.max())).tolist()
         return int(changed), mean, largest
-
-    @staticmethod
-    def _update_norm(lora: LoRAModule) -> torch.Tensor:
-        down, up = lora.lora_down.weight, lora.lora_up.weight
-        # |up @ down|^2 = sum((up^T up) * (down down^T)): rank x rank instead of a full weight.
-        squared = ((up.T @ up) * (down @ down.T)).sum()
-        return squared.clamp(min=0).sqrt() * abs(lora.scale)
 
 
 def create_network(
@@ -293,20 +346,22 @@ def create_network(
     Raises:
         UserError: an unknown or malformed argument, or no linear layer left.
     """
-    options = NetworkOptions(network_args, neuron_dropout)
-    rank = DEFAULT_RANK if network_dim is None else network_dim
-    if rank < 1:
-        raise UserError(f"the rank of a LoRA (--network_dim) must be at least 1, but it is {rank}.")
-    alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
-    if alpha < 0:
-        raise UserError(f"the alpha of a LoRA (--network_alpha) must not be negative, but it is {alpha}.")
-    targets = {path: linear for path, linear in _block_linears(unet) if options.takes(path)}
-    if not targets:
+    options = LoraOptions.of(network_args, neuron_dropout)
+    linears = {
+        path: module
+        for block_path, block in unet.named_modules()
+        if type(block).__name__ in TARGET_BLOCKS
+        for path, module in block.named_modules(prefix=block_path)
+        if isinstance(module, nn.Linear) and options.takes(path)
+    }
+    if not linears:
         raise UserError(
             "no linear layer is left for the LoRA: the model has no "
             f"{' or '.join(TARGET_BLOCKS)}, or exclude_patterns removes everything."
         )
-    return _build(targets, {path: (rank, alpha or float(rank)) for path in targets}, multiplier, options)
+    rank = DEFAULT_RANK if network_dim is None else network_dim
+    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha or float(rank)
+    return LoRANetwork(linears, dict.fromkeys(linears, (rank, alpha)), multiplier, options)
 
 
 def create_network_from_weights(
@@ -317,6 +372,7 @@ def create_network_from_weights(
     unet: nn.Module,
     weights_sd: Mapping[str, torch.Tensor] | None = None,
     for_inference: bool = False,
+    neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> tuple[LoRANetwork, dict[str, torch.Tensor]]:
     """A LoRA with the modules, ranks, alphas and weights of a file, and its tensors in the sd-scripts layout.
@@ -325,7 +381,7 @@ def create_network_from_weights(
     decides; the other arguments are those of ``create_network``.
 
     Args:
-        file: LoRA of either layout; not read if ``weights_sd`` is given.
+        file: LoRA of any layout; not read if ``weights_sd`` is given.
         for_inference: no gradients and no dropout.
 
     Raises:
@@ -333,51 +389,19 @@ def create_network_from_weights(
     """
     source = str(file) if file is not None else "the given LoRA"
     weights = read_lora(file).tensors if weights_sd is None else to_layout(weights_sd, DEFAULT, source)
-    options = NetworkOptions(network_args, network_args.pop("neuron_dropout", None))
-    if options.has_patterns:
+    options = LoraOptions.of(network_args, neuron_dropout)
+    if options.exclude_patterns or options.include_patterns:
         raise UserError(
             "exclude_patterns and include_patterns cannot be used with --dim_from_weights: the file says which modules."
         )
     linears = {path: module for path, module in unet.named_modules() if isinstance(module, nn.Linear)}
     shapes = {f"{path}.weight": (linear.out_features, linear.in_features) for path, linear in linears.items()}
     pairs = lora_pairs(weights, source)
-    names = match_weights({flat: (pair.up.shape[0], pair.down.shape[1]) for flat, pair in pairs.items()}, shapes, source)
-    sizes = {names[flat].removesuffix(".weight"): (pair.rank, pair.alpha) for flat, pair in pairs.items()}
-    network = _build({path: linear for path, linear in linears.items() if path in sizes}, sizes, multiplier, options)
+    match_weights(pairs, shapes, source)
+    linears = {path: linear for path, linear in linears.items() if flat_name(path) in pairs}
+    sizes = {path: (pairs[flat_name(path)].rank, pairs[flat_name(path)].alpha) for path in linears}
+    network = LoRANetwork(linears, sizes, multiplier, options)
     network.load_state_dict(weights)
     if for_inference:
         network.eval().requires_grad_(False)
     return network, weights
-
-
-def _block_linears(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for block_path, block in unet.named_modules():
-        if type(block).__name__ in TARGET_BLOCKS:
-            for path, module in block.named_modules(prefix=block_path):
-                if isinstance(module, nn.Linear):
-                    yield path, module
-
-
-def _build(
-    targets: Mapping[str, nn.Linear],
-    sizes: Mapping[str, tuple[int, float]],
-    multiplier: float,
-    options: NetworkOptions,
-) -> LoRANetwork:
-    loras = {}
-    for path, linear in targets.items():
-        rank, alpha = sizes[path]
-        loras[path] = LoRAModule(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            alpha,
-            multiplier=multiplier,
-            neuron_dropout=options.neuron_dropout,
-            rank_dropout=options.rank_dropout,
-            module_dropout=options.module_dropout,
-        )
-        if options.verbose:
-            logger.info("LoRA on %s: rank %d, alpha %g", path, rank, alpha)
-    logger.info("LoRA for %d linear layers", len(loras))
-    return LoRANetwork(loras, options.loraplus_lr_ratio)

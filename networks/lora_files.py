@@ -19,7 +19,7 @@ from utils.errors import UserError, name_some
 from utils.safetensors_io import read_header, read_tensors
 
 # Parts of the keys of adapters that are more than a plain LoRA.
-_FOREIGN_PARTS = ("lokr_", "hada_", "oft_", "dora_scale", "lora_mid")
+FOREIGN_PARTS = ("lokr_", "hada_", "oft_", "dora_scale", "lora_mid")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class LoraPair:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the update: (out, in)."""
+        return self.up.shape[0], self.down.shape[1]
+
 
 @dataclass(frozen=True)
 class LoraFile:
@@ -50,86 +55,71 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """What the header of a LoRA file tells: its layout, and the ranks of its modules."""
+    """What the header of a LoRA file says: its layout, and the ranks of its modules."""
 
     layout: str
     ranks: frozenset[int]
 
 
 def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict[str, str]]]:
-    """Tell the layout of LoRA keys and sort them by module; needs no tensors.
-
-    Returns:
-        The name of the layout, and for each module (as the layout writes it) its keys by part ("down", "up" and perhaps
-        "alpha").
+    """The name of the layout that LoRA keys have, and the keys of each module by part ("down", "up", perhaps "alpha").
 
     Raises:
         UserError: not a LoRA, another kind of adapter, two layouts in one file, or a module without one factor.
     """
-    foreign = [name for name in names if any(part in name for part in _FOREIGN_PARTS)]
-    if foreign:
+    if foreign := sorted(name for name in names if any(part in name for part in FOREIGN_PARTS)):
         raise UserError(
-            f"{source} is not a plain LoRA: it holds keys such as {name_some(sorted(foreign), 1)}. "
+            f"{source} is not a plain LoRA: it holds keys such as {foreign[0]}. "
             "Files made by LyCORIS need the network module that made them (for example lycoris.kohya)."
         )
-    groups: dict[str, dict[str, dict[str, str]]] = {}
-    unknown = []
-    for name in names:
-        found = next(((layout, *key) for layout, entry in LAYOUTS.items() if (key := entry.read_key(name))), None)
-        if found is None:
-            unknown.append(name)
-            continue
-        layout, module, part = found
-        parts = groups.setdefault(layout, {}).setdefault(module, {})
-        if part in parts:
-            raise UserError(f"{source} holds {name} and {parts[part]}, which are the same module.")
-        parts[part] = name
-    examples = " or ".join(layout.example for layout in LAYOUTS.values())
-    if unknown:
+    found = (name for name, layout in LAYOUTS.items() if any(layout.read_key(key) for key in names))
+    layout = LAYOUTS[layout_name := next(found, DEFAULT)]
+    unknown = [name for name in names if layout.read_key(name) is None]
+    if unknown or not names:
+        examples = " or ".join(layout.example for layout in LAYOUTS.values())
         raise UserError(
             f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown "
-            f"({name_some(sorted(unknown), 3)}). Keys like {examples} are expected."
+            f"({name_some(sorted(unknown), 3)}). Keys like {examples} are expected, all of one layout."
         )
-    if not names:
-        raise UserError(f"{source} holds no tensors.")
-    if len(groups) > 1:
-        raise UserError(f"{source} mixes the layouts {' and '.join(groups)} ({examples}). Use a file with one of them.")
-    layout = next(iter(groups))
-    broken = [module for module, parts in groups[layout].items() if not {"down", "up"} <= parts.keys()]
-    if broken:
-        raise UserError(
-            f"{source} is incomplete: a factor is missing for {name_some(sorted(broken), 3)}. Copy or make the file again."
-        )
-    return layout, groups[layout]
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        flat, part = layout.read_key(name)
+        if (other := groups.setdefault(flat, {}).setdefault(part, name)) != name:
+            raise UserError(f"{source} holds {name} and {other}, which are the same module.")
+    if broken := sorted(flat for flat, parts in groups.items() if not {"down", "up"} <= parts.keys()):
+        raise UserError(f"{source} is incomplete: a factor is missing for {name_some(broken, 3)}. Copy or make the file again.")
+    return layout_name, groups
 
 
 def lora_pairs(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, LoraPair]:
     """The factors of each module, by flat name, from keys in any layout. Without an alpha the scale is 1.
 
+    Tensors on the meta device are checked by their shapes alone.
+
     Raises:
-        UserError: as in ``group_keys``; or factors that are no matrices of one rank.
+        UserError: as in ``group_keys``; factors that are no matrices of one rank; values that are not finite.
     """
-    _, groups = group_keys(tensors.keys(), source)
     pairs: dict[str, LoraPair] = {}
-    for module, parts in groups.items():
+    for flat, parts in group_keys(tensors.keys(), source)[1].items():
         down, up = tensors[parts["down"]], tensors[parts["up"]]
-        _check_factors(tuple(down.shape), tuple(up.shape), parts, source)
-        alpha = _alpha_of(tensors[parts["alpha"]], module, source) if "alpha" in parts else float(down.shape[0])
-        for part, factor in (("down", down), ("up", up)):
-            if not factor.is_floating_point():
-                raise UserError(
-                    f"{source} stores {parts[part]} as {factor.dtype}, which cannot be read. Use a file in floating point."
-                )
-            if not torch.isfinite(factor.float()).all():
-                raise UserError(f"{source} holds NaN or infinity in {parts[part]}: its training went wrong. Use an earlier save.")
-        pairs[flat_name(module)] = LoraPair(down, up, alpha)
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not len(down):
+            raise UserError(
+                f"{source}: {parts['down']} {tuple(down.shape)} and {parts['up']} {tuple(up.shape)} are not the factors of one "
+                "update; (rank, in) and (out, rank) are expected."
+            )
+        alpha = float(len(down))
+        if not down.is_meta:
+            for part in ("down", "up"):
+                if not torch.isfinite(tensors[parts[part]].float()).all():
+                    raise UserError(
+                        f"{source} holds NaN or infinity in {parts[part]}: its training went wrong. Use an earlier save."
+                    )
+            if "alpha" in parts:
+                stored = tensors[parts["alpha"]]
+                if stored.numel() != 1 or not math.isfinite(alpha := float(stored)):
+                    raise UserError(f"{source}: the alpha of {flat} must be one finite number. Copy or make the file again.")
+        pairs[flat] = LoraPair(down, up, alpha)
     return pairs
-
-
-def _alpha_of(tensor: torch.Tensor, module: str, source: str) -> float:
-    if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor)):
-        raise UserError(f"{source}: the alpha of {module} must be one finite number. Copy or make the file again.")
-    return alpha
 
 
 def to_layout(tensors: Mapping[str, torch.Tensor], layout: str, source: str) -> dict[str, torch.Tensor]:
@@ -138,8 +128,7 @@ def to_layout(tensors: Mapping[str, torch.Tensor], layout: str, source: str) -> 
     Raises:
         UserError: as in ``lora_pairs``; or a module that the transformer does not have, where its path is needed.
     """
-    target = LAYOUTS[layout]
-    converted = {}
+    target, converted = LAYOUTS[layout], {}
     for flat, pair in lora_pairs(tensors, source).items():
         down, up = pair.down, pair.up
         if target.scale_in_factors:
@@ -154,11 +143,7 @@ def to_layout(tensors: Mapping[str, torch.Tensor], layout: str, source: str) -> 
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
-    """Read a LoRA file of any layout.
-
-    Raises:
-        UserError: missing, not a whole safetensors file, or not a LoRA (see ``group_keys``).
-    """
+    """Read a LoRA file of any layout. Errors as in ``lora_pairs``, or for what is no whole safetensors file."""
     header = read_header(path, "LoRA file")
     layout, _ = group_keys(header.shapes.keys(), str(path))
     return LoraFile(to_layout(read_tensors(path).tensors, DEFAULT, str(path)), header.metadata, layout)
@@ -174,57 +159,32 @@ def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tu
         UserError: not a LoRA, or one whose modules do not match the model.
     """
     shapes = read_header(path, "LoRA file").shapes
-    layout, groups = group_keys(shapes.keys(), str(path))
-    sizes, ranks = {}, set()
-    for module, parts in groups.items():
-        down, up = shapes[parts["down"]], shapes[parts["up"]]
-        _check_factors(down, up, parts, str(path))
-        sizes[flat_name(module)] = (up[0], down[1])
-        ranks.add(down[0])
+    pairs = lora_pairs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, str(path))
     if weight_shapes is not None:
-        match_weights(sizes, weight_shapes, str(path))
-    return LoraHeader(layout, frozenset(ranks))
+        match_weights(pairs, weight_shapes, str(path))
+    return LoraHeader(group_keys(shapes.keys(), str(path))[0], frozenset(pair.rank for pair in pairs.values()))
 
 
-def match_weights(
-    sizes: Mapping[str, tuple[int, int]], weight_shapes: Mapping[str, tuple[int, ...]], source: str
-) -> dict[str, str]:
-    """Find the weight that each LoRA module changes.
-
-    Args:
-        sizes: (out, in) of the update, by flat name.
-        weight_shapes: shapes of the model's weights, by name.
-
-    Returns:
-        The name of the weight, by flat name.
+def match_weights(pairs: Mapping[str, LoraPair], weight_shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, str]:
+    """The name of the weight that each LoRA module changes, by flat name.
 
     Raises:
         UserError: a module without a weight, or with one of another size.
     """
-    matrices = {flat_name(name.removesuffix(".weight")): name for name in weight_shapes if name.endswith(".weight")}
-    absent = [flat for flat in sizes if flat not in matrices]
-    if absent:
+    weights = {flat_name(name.removesuffix(".weight")): name for name in weight_shapes if name.endswith(".weight")}
+    if absent := sorted(pairs.keys() - weights.keys()):
         raise UserError(
-            f"{source} holds a LoRA whose modules do not match the model: {len(absent)} of {len(sizes)} are not in it "
-            f"({name_some(sorted(absent), 3)}). It was made for another model or by a tool with other names."
+            f"{source} holds a LoRA whose modules do not match the model: {len(absent)} of {len(pairs)} are not in it "
+            f"({name_some(absent, 3)}). It was made for another model or by a tool with other names."
         )
-    unlike = [flat for flat, size in sizes.items() if tuple(weight_shapes[matrices[flat]]) != tuple(size)]
-    if unlike:
-        first = sorted(unlike)[0]
+    if unlike := sorted(flat for flat, pair in pairs.items() if pair.shape != tuple(weight_shapes[weights[flat]])):
+        first = unlike[0]
         raise UserError(
-            f"{source} holds a LoRA whose modules do not match the model: {len(unlike)} of {len(sizes)} have another size "
-            f"({first} is {tuple(sizes[first])}, the model has {tuple(weight_shapes[matrices[first]])}). "
+            f"{source} holds a LoRA whose modules do not match the model: {len(unlike)} of {len(pairs)} have another size "
+            f"({first} is {pairs[first].shape}, the model has {tuple(weight_shapes[weights[first]])}). "
             "It was made for another size of the model."
         )
-    return {flat: matrices[flat] for flat in sizes}
-
-
-def _check_factors(down: tuple[int, ...], up: tuple[int, ...], parts: Mapping[str, str], source: str) -> None:
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] == 0:
-        raise UserError(
-            f"{source}: {parts['down']} {down} and {parts['up']} {up} are not the factors of one update; "
-            "(rank, in) and (out, rank) are expected."
-        )
+    return {flat: weights[flat] for flat in pairs}
 
 
 def tensor_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

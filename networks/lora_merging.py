@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hunyuan_model.checkpoints.loading import true_value
-from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraToMerge:
-    """LoRA tensors (either layout), how strongly to add them, and what to call them in messages."""
+    """LoRA tensors (of any layout), how strongly to add them, and what to call them in messages."""
 
     tensors: Mapping[str, torch.Tensor]
     multiplier: float
@@ -33,25 +32,20 @@ class LoraToMerge:
 
 
 class MergePatch:
-    """Adds LoRA updates to weights by name, one weight at a time.
+    """Adds LoRA updates to weights by name, one weight at a time. A UserError says which LoRA does not match the model.
 
     Args:
-        loras: added in this order.
         weight_shapes: names and shapes of the model's weights.
 
     Attributes:
         names: the weights that are changed.
-
-    Raises:
-        UserError: a LoRA whose modules do not match the model.
     """
 
     def __init__(self, loras: Sequence[LoraToMerge], weight_shapes: Mapping[str, tuple[int, ...]]):
         self._updates: dict[str, list[tuple[LoraPair, float]]] = {}
         for lora in loras:
             pairs = lora_pairs(lora.tensors, lora.source)
-            sizes = {flat: (pair.up.shape[0], pair.down.shape[1]) for flat, pair in pairs.items()}
-            for flat, name in match_weights(sizes, weight_shapes, lora.source).items():
+            for flat, name in match_weights(pairs, weight_shapes, lora.source).items():
                 self._updates.setdefault(name, []).append((pairs[flat], lora.multiplier))
         self.names = tuple(self._updates)
 
@@ -80,9 +74,7 @@ def complete_multipliers(
     """
     given, files = len(multipliers), len(paths)
     if given > files:
-        raise UserError(
-            f"{multiplier_flag} has {given} value{'' if given == 1 else 's'} for {files} {flag} files; give one for each at most."
-        )
+        raise UserError(f"{multiplier_flag} has {given} values for {files} {flag} files; give one for each at most.")
     if 0 < given < files:
         logger.info("%s has %d of %d values; the other files of %s count 1.0 each", multiplier_flag, given, files, flag)
     return (*multipliers, *[1.0] * (files - given))
@@ -94,35 +86,24 @@ def read_lora_files(
     flag: str = "--lora_weight",
     multiplier_flag: str = "--lora_multiplier",
 ) -> list[LoraToMerge]:
-    """Read LoRA files with their multipliers, see ``complete_multipliers``.
-
-    Raises:
-        UserError: a file is missing, damaged or not a LoRA, or there are more multipliers than files.
-    """
+    """Read LoRA files with their multipliers. Errors as in ``complete_multipliers`` and ``read_lora``."""
     complete = complete_multipliers(paths, multipliers, flag, multiplier_flag)
     return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in zip(paths, complete)]
 
 
 def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:
-    """The ``patch`` with which ``hunyuan_model.load_transformer(dit, patch=...)`` merges ``loras``; reads only headers.
-
-    Raises:
-        UserError: ``dit`` is no transformer, or a LoRA's modules do not match it.
-    """
+    """The ``patch`` with which ``hunyuan_model.load_transformer(dit, patch=...)`` merges ``loras``; reads only headers."""
     return MergePatch(loras, open_transformer(dit, "--dit")[0].shapes)
 
 
-def merge_lora_into_file(
-    dit: str | os.PathLike[str], loras: Sequence[LoraToMerge], output: str | os.PathLike[str], flag: str = "--dit"
-) -> None:
+def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerge], output: str | os.PathLike[str]) -> None:
     """Write the transformer with ``loras`` merged as a safetensors file: official names, each weight in its stored dtype.
 
     Weights with scales, which the file written has no place for, become bfloat16.
     Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
 
     Raises:
-        UserError: ``output`` is a file that is read, also one in the folder ``dit``, or no .safetensors path, or as in
-            ``merge_patch``.
+        UserError: ``output`` is a file that is read, also one in the folder ``dit``, or cannot be written.
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"a merged model is saved as a .safetensors file, but {output} was asked for.")
@@ -132,15 +113,12 @@ def merge_lora_into_file(
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
     require_possible_file(output, "the merged model,")
     require_writable_folder(Path(output).parent, "the folder of the merged model,")
-    checkpoint, _ = open_transformer(dit, flag)
+    checkpoint, _ = open_transformer(dit, "--dit")
     patch = MergePatch(loras, checkpoint.shapes)
     dtypes = checkpoint.dtypes | dict.fromkeys(checkpoint.scales, torch.bfloat16)
+    merged = (
+        (name, cast(patch(name, true_value(checkpoint.get(name), checkpoint.scales.get(name))), dtypes[name]))
+        for name in ProgressBar(checkpoint.shapes, desc="merging", unit="tensor")
+    )
     layout = {name: (dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
-    save_tensor_stream(output, layout, _merged_tensors(checkpoint, dtypes, patch), checkpoint.metadata or None)
-
-
-def _merged_tensors(
-    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], patch: MergePatch
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in ProgressBar(checkpoint.shapes, desc="merging", unit="tensor"):
-        yield name, cast(patch(name, true_value(checkpoint.get(name), checkpoint.scales.get(name))), dtypes[name])
+    save_tensor_stream(output, layout, merged, checkpoint.metadata or None)

@@ -17,19 +17,12 @@ from utils.errors import UserError
 
 
 def import_network_module(name: str) -> ModuleType:
-    """The module called ``name``.
-
-    Raises:
-        UserError: it cannot be imported, or creates no networks.
-    """
+    """The module called ``name``; a UserError where it cannot be imported, or creates no networks."""
     try:
         module = importlib.import_module(name)
     except (ImportError, ValueError, TypeError) as error:  # the last two for what is no module name at all
-        hint = (
-            "Install it with: pip install lycoris-lora"
-            if name.startswith("lycoris")
-            else "Check its name, and that it is installed."
-        )
+        lycoris = name.startswith("lycoris")
+        hint = "Install it with: pip install lycoris-lora" if lycoris else "Check its name, and that it is installed."
         raise UserError(f"--network_module {name} cannot be imported ({error}). {hint}") from error
     if not hasattr(module, "create_network"):
         raise UserError(f"--network_module {name} is no network module: it has no create_network.")
@@ -51,17 +44,13 @@ def create_network(
     """Create a network, hook it into ``transformer``, and load ``weights`` into it if given; float32 and trainable.
 
     Args:
-        dim, alpha, dropout: of the network; with ``dim_from_weights`` the file decides dim and alpha.
+        dim, alpha: with ``dim_from_weights`` the file decides them.
         network_args: further arguments of the module, as text.
         device: of the computation; that of the transformer's weights if None, some of which may live in host memory.
-
-    Raises:
-        UserError: what the module says of its arguments, or weights that do not fit.
     """
     if dim_from_weights:
-        network, _ = module.create_network_from_weights(
-            1.0, weights, None, None, transformer, neuron_dropout=dropout, **network_args
-        )
+        options = {"neuron_dropout": dropout, **network_args}
+        network, _ = module.create_network_from_weights(1.0, weights, None, None, transformer, **options)
     else:
         network = module.create_network(1.0, dim, alpha, None, None, transformer, neuron_dropout=dropout, **network_args)
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
@@ -95,15 +84,14 @@ def network_off(network: nn.Module) -> Iterator[None]:
 def parameter_groups(network: nn.Module, learning_rate: float) -> tuple[list[Any], list[str]]:
     """Parameter groups with their learning rates, and a name for each.
 
-    ``prepare_optimizer_params`` takes (text encoder rate, network rate) or a default rate as well, and returns groups, or
-    groups and names, depending on the age of the module.
+    Depending on the age of the module, ``prepare_optimizer_params`` takes (text encoder rate, network rate) or a default rate
+    as well, and returns groups, or groups and names.
     """
-    arguments = [None, learning_rate, learning_rate]
     count = len(inspect.signature(network.prepare_optimizer_params).parameters)
-    prepared = network.prepare_optimizer_params(*arguments[: max(2, min(count, 3))])
+    prepared = network.prepare_optimizer_params(None, *[learning_rate] * (2 if count > 2 else 1))
     groups, names = prepared if isinstance(prepared, tuple) else (prepared, None)
     groups = list(groups)
-    return groups, list(names) if names else [f"group {index + 1}" for index in range(len(groups))]
+    return groups, list(names or [f"group {index}" for index in range(1, len(groups) + 1)])
 
 
 def call_if_there(network: object, method: str, *arguments: object) -> object:

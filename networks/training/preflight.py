@@ -20,8 +20,7 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
 from networks.lora_files import check_lora_file
-from networks.lora_options import NetworkOptions
-from networks.network_module import import_network_module
+from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
 from networks.training.data import TrainingData
 from networks.training.logging.logs import check_logs
@@ -119,9 +118,7 @@ def inspect_model(settings: TrainingSettings) -> ModelPlan:
         if network.network_weights:
             require_file(network.network_weights, "--network_weights")
         return ModelPlan(config, module, _other_network(network, module, transformer), [rate], prompts)
-    options = NetworkOptions(network.arguments, network.network_dropout)
-    quiet = {name: value for name, value in network.arguments.items() if name != "verbose"}
-    planned = _network_without_values(network, module, transformer, quiet)
+    planned = _network_without_values(network, module, transformer, network.arguments)
     if network.network_weights:
         ranks, rank = check_lora_file(network.network_weights, shapes).ranks, network.network_dim or DEFAULT_RANK
         if not network.dim_from_weights and ranks != {rank}:
@@ -129,8 +126,8 @@ def inspect_model(settings: TrainingSettings) -> ModelPlan:
                 f"--network_weights {network.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
                 "give it as --network_dim, or use --dim_from_weights."
             )
-    factors = [1.0] if options.loraplus_lr_ratio is None else [1.0, options.loraplus_lr_ratio]
-    return ModelPlan(config, module, planned, [rate * factor for factor in factors], prompts)
+    group_rates = [group["lr"] for group in parameter_groups(planned, rate)[0]]
+    return ModelPlan(config, module, planned, group_rates, prompts)
 
 
 def _other_network(settings: NetworkSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer) -> nn.Module | None:

@@ -74,9 +74,7 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
     norm, skipped = read.gradient_norm, None
     if not read.finite:
         norm, skipped = math.nan, _loss_not_finite(read.losses, batches, timesteps)
-    elif not read.has_gradient:  # dropout left out the whole network
-        step_schedule(training.lr_scheduler, total, optimizer_stood_still=True)
-    else:
+    elif read.has_gradient:  # not where dropout left out the whole network
         if scaled:
             clipped = _clip(training, has_gradient)
             norm = math.nan if clipped is None else float(clipped)
@@ -88,7 +86,7 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
             if accelerator.optimizer_step_was_skipped:
                 skipped = f"the gradient is too large for fp16, whose scale is halved, for {named}"
     optimizer.zero_grad(set_to_none=True)
-    if skipped is None and read.has_gradient:
+    if skipped is None:
         step_schedule(training.lr_scheduler, total)
         if most := training.settings.network.scale_weight_norms:
             call_if_there(network, "apply_max_norm_regularization", most, accelerator.device)

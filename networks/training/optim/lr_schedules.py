@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +66,14 @@ def step_count(value: str | float, total: int, flag: str) -> int:
     """
     text = str(value).strip()
     try:
+        number = float(text.removesuffix("%"))
         if text.endswith("%"):
-            steps = int(total * float(text[:-1]) / 100 + 1e-9)
-        elif any(sign in text for sign in ".eE"):
-            number = float(text)
-            if number > 1 and number != int(number):
-                raise ValueError
-            steps = int(total * number + 1e-9) if number <= 1 else int(number)
-        else:
-            steps = int(text)
+            number *= total / 100
+        elif number <= 1 and any(sign in text for sign in ".eE"):
+            number *= total
+        elif number != int(number):
+            raise ValueError
+        steps = math.floor(number + 1e-9)
     except (ValueError, OverflowError):
         raise UserError(
             f"{flag} takes a number of steps, a ratio such as 0.1 or a percentage such as 10%, but got {value!r}."
@@ -89,66 +87,55 @@ def make_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimiz
     """A schedule for ``optimizer`` over ``steps`` calls of its ``step``.
 
     Raises:
-        UserError: an unknown schedule, arguments that it does not take, a warm-up for a schedule without one, a decay for
-            another schedule than warmup_stable_decay, or Adafactor's schedule with another optimiser.
+        UserError: an unknown schedule, arguments that it does not take, a warm-up or a decay for a schedule without one, or
+            Adafactor's schedule with another optimiser.
     """
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, AdafactorSchedule
+
     name = settings.lr_scheduler
+    # What transformers.get_scheduler calls for a name. That itself would drop arguments that a schedule does not take.
+    functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
     extra = literal_key_values(settings.lr_scheduler_args, "--lr_scheduler_args")
     if settings.lr_scheduler_type:
         name = settings.lr_scheduler_type
         factory = import_class(name, "--lr_scheduler_type", LRScheduler)
-    elif name == ADAFACTOR or picks_own_learning_rate(optimizer):
-        return _adafactor_schedule(name, optimizer)
+    elif picks_own_learning_rate(optimizer):
+        if name not in (ADAFACTOR, "constant"):
+            raise UserError(
+                f"--lr_scheduler {name} has no effect: this Adafactor picks its own learning rate. "
+                "Use --lr_scheduler adafactor, or add relative_step=False to --optimizer_args."
+            )
+        return AdafactorSchedule(optimizer)
+    elif name == ADAFACTOR:
+        raise UserError("--lr_scheduler adafactor needs --optimizer_type adafactor with relative_step (its default).")
+    elif name not in functions:
+        known = (*functions, ADAFACTOR)
+        raise UserError(f"--lr_scheduler {name} is not known.{nearest_name(name, known)} Known: {', '.join(known)}.")
     else:
-        factory = _schedule_function(name)
+        factory = functions[name]
         extra = _options(settings, steps, inspect.signature(factory).parameters) | extra
     return construct(factory, optimizer, extra, f"the schedule {name}", "--lr_scheduler_args")
 
 
 def check_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Make the schedule over a scratch optimiser and step it once: its mistakes show before a model is loaded.
-
-    Returns:
-        the schedule after that step.
-
-    Raises:
-        UserError: as ``make_lr_scheduler`` and ``step_schedule``.
-    """
+    """Make the schedule over a scratch optimiser and step it once: its mistakes show before a model is loaded."""
     scheduler = make_lr_scheduler(settings, optimizer, steps)
     optimizer.step()  # torch warns of schedules that are stepped before their optimiser
     step_schedule(scheduler, loss=1.0)
     return scheduler
 
 
-def step_schedule(scheduler: LRScheduler, loss: float, optimizer_stood_still: bool = False) -> None:
+def step_schedule(scheduler: LRScheduler, loss: float) -> None:
     """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step.
-
-    Args:
-        optimizer_stood_still: the training made a step without a gradient, so the optimiser made none. torch would warn of that.
 
     Raises:
         UserError: the schedule cannot go on, because its own number of steps is over for example.
     """
-    inner = getattr(scheduler, "scheduler", scheduler)  # what accelerate wraps
-    watching = "metrics" in inspect.signature(inner.step).parameters
+    watching = "metrics" in inspect.signature(scheduler.step).parameters
     try:
-        with warnings.catch_warnings() if optimizer_stood_still else nullcontext():
-            if optimizer_stood_still:
-                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
-            scheduler.step(*([loss] if watching else []))
+        scheduler.step(*([loss] if watching else []))
     except (ValueError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"the learning rate schedule cannot go on ({first_line(error)}); look at --lr_scheduler_args.") from error
-
-
-def _schedule_function(name: str) -> Callable[..., LRScheduler]:
-    """What ``transformers.get_scheduler`` calls for a name. That itself would drop arguments that a schedule does not take."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-
-    functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
-    if name not in functions:
-        known = (*functions, ADAFACTOR)
-        raise UserError(f"--lr_scheduler {name} is not known.{nearest_name(name, known)} Known: {', '.join(known)}.")
-    return functions[name]
 
 
 def _options(settings: ScheduleSettings, steps: int, known: Collection[str]) -> dict[str, Any]:
@@ -176,16 +163,3 @@ def _options(settings: ScheduleSettings, steps: int, known: Collection[str]) -> 
     options |= {"timescale": settings.lr_scheduler_timescale, "min_lr_rate": lowest or 0.0}
     options |= {} if name == "cosine" else waves
     return {option: value for option, value in options.items() if option in known}
-
-
-def _adafactor_schedule(name: str, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    from transformers.optimization import AdafactorSchedule
-
-    if not picks_own_learning_rate(optimizer):
-        raise UserError("--lr_scheduler adafactor needs --optimizer_type adafactor with relative_step (its default).")
-    if name not in (ADAFACTOR, "constant"):
-        raise UserError(
-            f"--lr_scheduler {name} has no effect: this Adafactor picks its own learning rate. "
-            "Use --lr_scheduler adafactor, or add relative_step=False to --optimizer_args."
-        )
-    return AdafactorSchedule(optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,29 @@ def warn_of_low_learning_rate(settings: OptimizerSettings, rank: int, alpha: flo
 
 
 def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.optim.Optimizer:
-    """The optimiser of the settings.
-
-    Args:
-        params: parameters or parameter groups; a group may have its own ``lr``.
+    """The optimiser of the settings over parameters, or parameter groups that may have an ``lr`` of their own.
 
     Raises:
         UserError: unknown, not installed, or arguments that the class does not take.
     """
     name, params = settings.optimizer_type, list(params)
+    path = NAMED.get(name.lower(), name)
+    if "." not in path:
+        if not isinstance(getattr(torch.optim, name, None), type):
+            raise UserError(
+                f"--optimizer_type {name} is not known.{nearest_name(name, (*NAMED, *vars(torch.optim)))} "
+                f"Use {', '.join(NAMED)}, a class of torch.optim, or a dotted class path such as prodigyopt.Prodigy."
+            )
+        path = f"torch.optim.{name}"
     options = literal_key_values(settings.optimizer_args, "--optimizer_args")
-    optimizer_class = import_class(_class_path(name), "--optimizer_type", torch.optim.Optimizer)
-    if name.lower() == "adafactor":
-        params, options = _adafactor_options(params, options, settings.learning_rate)
-    else:
+    if name.lower() != "adafactor" or options.get("relative_step") is False:
         options.setdefault("lr", settings.learning_rate)
+    elif len({group.get("lr") for group in params if isinstance(group, dict)}) > 1:
+        raise UserError(
+            "--optimizer_type adafactor picks its own learning rate, so the groups cannot have different ones (loraplus_lr_ratio). "
+            "Add relative_step=False to --optimizer_args to use --learning_rate."
+        )
+    optimizer_class = import_class(path, "--optimizer_type", torch.optim.Optimizer)
     return construct(optimizer_class, params, options, f"the optimiser {name}", "--optimizer_args")
 
 
@@ -103,15 +111,8 @@ def check_optimizer(
 def state_bytes_per_value(optimizer: torch.optim.Optimizer) -> float:
     """How many bytes an optimiser that has made a step keeps for each value it trains: 8 for Adam's two averages in float32."""
     values = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-    return _tensor_bytes(optimizer.state_dict()) / values
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict | list | tuple):
-        return sum(map(_tensor_bytes, value.values() if isinstance(value, dict) else value))
-    return 0
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept) / values
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequence[str] | None = None) -> str:
@@ -143,6 +144,7 @@ def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("relative_step", False) for group in optimizer.param_groups)
 
 
+@torch.no_grad()
 def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) -> dict[str, float]:
     """The learning rate of each parameter group that has one, by its name.
 
@@ -152,56 +154,18 @@ def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) 
     Args:
         names: of the groups, as ``networks.network_module.parameter_groups`` returns them; missing and equal ones get a number.
     """
+    inner = without_wrapper(optimizer)
     rates: dict[str, float] = {}
     for number, group in enumerate(optimizer.param_groups, 1):
         name = names[number - 1] if number <= len(names) else f"group {number}"
         name = name if name not in rates else f"{name} {number}"
-        rate = _adafactor_rate(optimizer, group) if group.get("relative_step", False) else group.get("lr")
+        rate = group.get("lr")
+        if group.get("relative_step") and hasattr(inner, "_get_lr"):
+            parameter = group["params"][0]
+            steps = inner.state.get(parameter, {}).get("step", 0)
+            rate = inner._get_lr(group, {"step": steps + 1, "RMS": parameter.float().norm() / parameter.numel() ** 0.5})
         if rate is not None:
             rates[name] = float(rate)
             if group.get("d") is not None:
                 rates[f"d*lr {name}"] = float(group["d"]) * rates[name]
     return rates
-
-
-@torch.no_grad()
-def _adafactor_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | None:
-    """What ``transformers.optimization.AdafactorSchedule`` reports of a group: the next rate of its first parameter."""
-    optimizer = without_wrapper(optimizer)
-    if not hasattr(optimizer, "_get_lr"):
-        return group.get("lr")
-    parameter = group["params"][0]
-    steps = optimizer.state.get(parameter, {}).get("step", 0)
-    root_mean_square = parameter.float().norm() / parameter.numel() ** 0.5
-    return float(optimizer._get_lr(group, {"step": steps + 1, "RMS": root_mean_square}))
-
-
-def _class_path(name: str) -> str:
-    if name.lower() in NAMED:
-        return NAMED[name.lower()]
-    if "." in name:
-        return name
-    if not isinstance(getattr(torch.optim, name, None), type):
-        raise UserError(
-            f"--optimizer_type {name} is not known.{nearest_name(name, (*NAMED, *vars(torch.optim)))} "
-            f"Use {', '.join(NAMED)}, a class of torch.optim, or a dotted class path such as prodigyopt.Prodigy."
-        )
-    return f"torch.optim.{name}"
-
-
-def _adafactor_options(params: list[Any], options: dict[str, Any], learning_rate: float) -> tuple[list[Any], dict[str, Any]]:
-    """Adafactor either picks its own rate (relative_step, its default) or uses the given one, never both."""
-    options.setdefault("relative_step", True)
-    if not options["relative_step"]:
-        options.setdefault("lr", learning_rate)
-        options.setdefault("warmup_init", False)
-        return params, options
-    groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
-    if len({group["lr"] for group in groups if "lr" in group}) > 1:
-        raise UserError(
-            "--optimizer_type adafactor picks its own learning rate, so the groups cannot have different ones (loraplus_lr_ratio). "
-            "Add relative_step=False to --optimizer_args to use --learning_rate."
-        )
-    if options.get("lr") is not None:
-        raise UserError("--optimizer_args: adafactor takes no lr unless relative_step=False is given as well.")
-    return [{key: value for key, value in group.items() if key != "lr"} for group in groups], options

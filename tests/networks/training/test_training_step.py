@@ -243,20 +243,3 @@ def test_under_a_loss_scaler_a_loss_not_finite_is_skipped_and_the_scale_stays(tr
     assert scales == [None] * 4 + [1024.0] * 4
     first, second = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("plain", "scaled"))
     torch.testing.assert_close(first, second, atol=1e-7, rtol=1e-5)
-
-
-def test_a_first_step_without_anything_to_learn_is_no_mistake_in_the_order(train, each_step) -> None:
-    """Dropout leaves out the whole network; torch would take the schedule for one that is stepped too early."""
-    rates = []
-
-    def noting(step, training, batches):
-        rates.append(training.lr_scheduler.get_last_lr()[0])
-        return step(training, batches)
-
-    each_step(noting)
-    flags = ("--network_args", "module_dropout=0.9999", "--lr_scheduler", "linear", "--learning_rate", 1e-3)
-    with warnings.catch_warnings(record=True) as reported:
-        warnings.simplefilter("always")
-        assert train("--max_train_steps", 2, *flags).status == 0
-    assert not [str(one.message) for one in reported if "lr_scheduler" in str(one.message)]
-    assert rates == pytest.approx([1e-3, 5e-4])  # the step counts

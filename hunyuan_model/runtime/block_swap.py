@@ -324,10 +324,9 @@ class BlockSwapper:
         """Inside, autograd saves where weights are instead of memory of the slots, and has them copied for the backward pass."""
         return nullcontext() if self.recomputed else saved_tensors_hooks(self._pack, self._unpack)
 
-    def note_graph(self, block: int, outputs: object) -> None:
+    def note_graph(self, block: int, outputs: Sequence[Sequence[Tensor]]) -> None:
         """Record whether there can be a backward pass through ``block``, which has just computed ``outputs``."""
-        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        if any(tensor.requires_grad for tensor in tensors):
+        if any(tensor.requires_grad for branch in outputs for tensor in branch):
             self._outside_graph.discard(block)
         else:
             self._outside_graph.add(block)

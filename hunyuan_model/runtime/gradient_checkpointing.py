@@ -4,16 +4,21 @@ The recomputation of a block stops once it has made the last tensor that the bac
 last matmul (5/12 of all in a single block, a third of the image's in a double block), because of three habits elsewhere: the gated
 addition stands outside of what is checkpointed (``transformer.blocks``), a LoRA is computed before the layer that it is added to
 (``networks.lora``), and a layer with quantized weights hands its codes to autograd before it multiplies (``quantization.linear``).
+
+Where a gate needs a gradient, because the modulation is trained, its addition keeps the branch, and is checkpointed too.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.runtime.activation_offload import ActivationOffloader, OffloadedForward
+from hunyuan_model.transformer.blocks import Branch, add_branch
 
 DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every other argument is the same for all blocks.
 
@@ -29,7 +34,16 @@ def enable_gradient_checkpointing(transformer: nn.Module, offloader: ActivationO
     blocks = [(block, DOUBLE_INPUTS) for block in transformer.double_blocks]
     blocks += [(block, SINGLE_INPUTS) for block in transformer.single_blocks]
     for index, (block, inputs) in enumerate(blocks):
+        branches = functools.partial(_add_what_needs_the_branch, block.branches)
         if offloader is None:
-            block.branches = functools.partial(checkpoint, block.branches, use_reentrant=False)
+            block.branches = functools.partial(checkpoint, branches, use_reentrant=False)
         else:
-            block.branches = OffloadedForward(offloader, index, inputs, block.branches)
+            block.branches = OffloadedForward(offloader, index, inputs, branches)
+
+
+def _add_what_needs_the_branch(branches: Callable[..., tuple[Branch, ...]], *inputs: Any) -> tuple[Branch, ...]:
+    """The block's branches, already added where the gate needs a gradient."""
+    return tuple(
+        (add_branch(tokens, gate, branch), None, None) if gate.requires_grad else (tokens, gate, branch)
+        for tokens, gate, branch in branches(*inputs)
+    )

@@ -5,8 +5,8 @@ swapping, fp8 and LoRA wrap them, or the linear layers in them, from outside. Fo
 dtype of a linear layer's weight.
 
 A block is two functions. ``branches`` has all of its layers and is what checkpointing, swapping and compiling wrap. ``forward``
-adds the last branch, times its gate, to the tokens. As the addition keeps the gate alone for the backward pass, a checkpointed
-block computes its last matmul once: the recomputation stops before it. In a double block that is the image's.
+adds the last branch, times its gate, to the tokens. As the addition keeps only the gate where no gate needs a gradient, a
+checkpointed block computes its last matmul once: the recomputation stops before it. In a double block that is the image's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.gelu import cat_gelu, gelu
 from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
 from hunyuan_model.transformer.rope import apply_rope
+
+Branch = tuple[Tensor, Tensor | None, Tensor | None]
+"""Tokens, and the gate and the branch that are to be added to them; both None where that was done."""
+
+
+def add_branch(tokens: Tensor, gate: Tensor | None, branch: Tensor | None) -> Tensor:
+    """tokens + gate * branch: (B, L, hidden) each, but the gate (B, 1, hidden)."""
+    return tokens if branch is None else torch.addcmul(tokens, gate, branch)
 
 
 class ModulateDiT(nn.Module):
@@ -84,11 +92,11 @@ class MMDoubleStreamBlock(nn.Module):
         Returns:
             img and txt, updated.
         """
-        img, img_gate, img_branch, txt, txt_gate, txt_branch = self.branches(img, txt, vec, rope, lengths)
-        return torch.addcmul(img, img_gate, img_branch), torch.addcmul(txt, txt_gate, txt_branch)
+        img, txt = self.branches(img, txt, vec, rope, lengths)
+        return add_branch(*img), add_branch(*txt)
 
-    def branches(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, ...]:
-        """Everything but the last addition: for img, then for txt, the tokens after attention, the gate, and the MLP's branch."""
+    def branches(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Branch, Branch]:
+        """Everything but the last addition: the branches of both MLPs, which belong to the tokens after attention."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
@@ -113,7 +121,8 @@ class MMDoubleStreamBlock(nn.Module):
         del attended, img_attended, txt_attended
         txt_branch = self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
         # The larger of the two comes last, as a recomputation leaves out what comes last.
-        return img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)), txt, txt_gate2, txt_branch
+        img_branch = self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
+        return (img, img_gate2, img_branch), (txt, txt_gate2, txt_branch)
 
 
 class MMSingleStreamBlock(nn.Module):
@@ -144,11 +153,11 @@ class MMSingleStreamBlock(nn.Module):
         Returns:
             x, updated.
         """
-        gate, branch = self.branches(x, vec, rope, lengths)
-        return torch.addcmul(x, gate, branch)
+        (branch,) = self.branches(x, vec, rope, lengths)
+        return add_branch(*branch)
 
-    def branches(self, x: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """Everything but the addition: the gate and the branch of attention and MLP."""
+    def branches(self, x: Tensor, vec: Tensor, rope: Tensor, lengths: Sequence[int] | None) -> tuple[Branch]:
+        """Everything but the addition: the branch of attention and MLP."""
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.split_sizes, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, D)
@@ -158,7 +167,7 @@ class MMSingleStreamBlock(nn.Module):
         del q, k, v
         joined = cat_gelu(attended, mlp)
         del attended, qkv, mlp  # with them goes what linear1 gave, before linear2 begins
-        return gate, self.linear2(joined)
+        return ((x, gate, self.linear2(joined)),)
 
 
 class FinalLayer(nn.Module):

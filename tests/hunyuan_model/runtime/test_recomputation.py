@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_transformer import add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
+from allocations import saved_bytes
+from small_transformer import CPU, DEPTH, add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,6 +124,17 @@ def test_under_autocast(wholly, dtype: torch.dtype) -> None:
         return [parameter.grad for parameter in network.parameters()]
 
     assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+def test_trained_modulation_keeps_no_branch_for_its_gate(offload: bool) -> None:
+    def kept(**network_args: str) -> int:
+        transformer = make_transformer()
+        enable_gradient_checkpointing(transformer, make_offloader(DEPTH, CPU, pinned=False) if offload else None)
+        add_lora(transformer, **network_args)
+        return saved_bytes(lambda: transformer(*make_inputs(size=(2, 16, 16))), except_for=())
+
+    assert kept(**NETWORKS["modulation learns"]) <= kept()
 
 
 class Magnitudes(LoRAModule):

@@ -9,34 +9,21 @@ import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 
 from dataset.arguments import add_dataset_arguments
-from dataset.cache.caching import (
-    CachingSettings,
-    Job,
-    close_job,
-    open_caching,
-    open_jobs,
-    print_failures,
-    require_writable_caches,
-)
+from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, open_jobs, print_failures
 from dataset.cache.debug_view import CONSOLE_BACKS, ViewSettings, show_items
 from dataset.cache.freshness import Verdict, judge_latents
 from dataset.cache.latents import LatentEncoder, collect_batches
 from dataset.cache.names import CacheKey, list_caches
-from dataset.cache.orphans import orphaned_latents
-from dataset.cache.plan import Target, missing_latents_bytes
-from dataset.cache.preparation import Failure, Finished, prepare
-from dataset.cache.report import CachingOutcome, DatasetReport, format_table, require_batches
+from dataset.cache.preparation import Failure, Target, prepare
+from dataset.cache.report import CachingOutcome, format_table, require_batches
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.loading import check_vae_file
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import pick_device, warn_of_cpu
-from utils.disk_space import require_room
 from utils.errors import UserError, run_script
 from utils.progress import ProgressBar
 
@@ -89,14 +76,6 @@ def warn_of_flags_without_effect(settings: CachingSettings, view: ViewSettings) 
                 logger.warning("--%s has no effect with --debug_mode, which caches nothing.", name)
 
 
-def look_at(settings: CachingSettings, view: ViewSettings) -> int:
-    """Show every picture and window as training will see it, and cache nothing."""
-    jobs = open_jobs(settings.dataset_config)
-    if view.debug_mode != "console":
-        require_writable_caches(jobs)
-    return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
-
-
 def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -> list[Failure]:
     """Cache one dataset, fill in its report, and return what failed."""
     report, listing = job.report, list_caches(job.dataset)
@@ -108,8 +87,8 @@ def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -
         return verdicts[target.key].reason is not None
 
     failures: list[Failure] = []
-    called_for: dict[CacheKey, Path] = {}
-    report.outcome = CachingOutcome(skipped=report.found - len(job.items))
+    called_for = []
+    outcome = report.outcome = CachingOutcome(skipped=report.found - len(job.items))
     report.decoded = report.too_short = 0
     with ProgressBar(total=len(job.items), desc=job.dataset.label, unit="item") as progress:
         for result in collect_batches(prepare(job.items, settings.num_workers, wanted), batch_size):
@@ -118,70 +97,48 @@ def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -
                     if isinstance(saved, Failure):
                         failures.append(saved)
                     else:
-                        report.outcome.count(verdicts[saved.key].reason)
+                        outcome.count(verdicts[saved.key].reason)
                 continue
             progress.update()
             if isinstance(result, Failure):
                 failures.append(result)
                 continue
-            count_item(report, result)
-            called_for |= {target.key: verdicts[target.key].path for target in result.targets}
-            report.outcome.kept += sum(verdicts[target.key].reason is None for target in result.targets)
-    orphans = orphaned_latents(job.dataset, called_for, {failure.item.stem for failure in failures})
-    close_job(job, failures, orphans, settings.remove_orphans)
+            report.decoded += result.decoded
+            if not result.targets:
+                report.too_short += 1
+                logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
+            elif (resampling := result.targets[0].resampling) is not None:
+                report.resampled.setdefault(str(resampling), []).append(result.item.path.name)
+            judged = [verdicts[target.key] for target in result.targets]
+            called_for += [verdict.path for verdict in judged]
+            outcome.kept += sum(verdict.reason is None for verdict in judged)
+    unknown = {failure.item.stem for failure in failures}
+    there = (path for (stem, _), paths in list_caches(job.dataset).latents.items() if stem not in unknown for path in paths)
+    close_job(job, failures, there, called_for, settings.remove_orphans)
     return failures
 
 
-def count_item(report: DatasetReport, finished: Finished) -> None:
-    """Count an item that has been read, and a clip that is too short."""
-    report.decoded += finished.decoded
-    if not finished.targets:
-        report.too_short += 1
-        logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", finished.item.path)
-    elif (resampling := finished.targets[0].resampling) is not None:
-        report.resampled.setdefault(str(resampling), []).append(finished.item.path.name)
-
-
-def warn_of_empty_datasets(reports: Sequence[DatasetReport]) -> None:
-    """Name the datasets that got nothing where others got something: training refuses them."""
-    if any(report.latents for report in reports):
-        for report in reports:
-            if not report.latents:
-                logger.warning(
-                    "%s has no latents: the table shows what became of its items. Training needs some, or take the data set out.",
-                    report.dataset.label,
-                )
-
-
 def main() -> int:
-    """Settings, data, room on the disk, VAE, one dataset after the other, report."""
+    """Settings, data, VAE, one dataset after the other, report."""
     args = parse_with_config(build_parser())
     settings, view = settings_from(CachingSettings, args), settings_from(ViewSettings, args)
     warn_of_flags_without_effect(settings, view)
     device = pick_device(args.device)
     vae = vae_settings(args, device)
     if view.debug_mode:
-        return look_at(settings, view)
+        jobs = open_jobs(settings.dataset_config, writes=view.debug_mode != "console")
+        return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
     if vae.vae is None:
         raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
     check_vae_file(vae.vae)
 
     jobs = open_caching(settings)
-    reports = [job.report for job in jobs]
-    require_room(
-        {
-            job.dataset.cache_directory: missing_latents_bytes(job.dataset, job.items, vae.vae_dtype, settings.num_workers)
-            for job in jobs
-        },
-        "the latents that are still to be cached take",
-        "give another cache_directory",
-    )
     warn_of_cpu(args.device, device)
     encoder = LatentEncoder.load(vae, device)
     failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
 
+    reports = [job.report for job in jobs]
     print(format_table(reports), flush=True)
-    warn_of_empty_datasets(reports)
     status = print_failures(failures)
     require_batches(reports)
     return status

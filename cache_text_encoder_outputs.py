@@ -10,7 +10,7 @@ import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,8 @@ from dataset import DatasetConfig
 from dataset.arguments import add_dataset_arguments
 from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, print_failures
 from dataset.cache.files import NonFiniteError, save_text
-from dataset.cache.freshness import NEW, Verdict, judge_text
+from dataset.cache.freshness import Verdict, judge_text
 from dataset.cache.names import list_caches, text_cache_path
-from dataset.cache.orphans import orphaned_texts
-from dataset.cache.plan import text_bytes
 from dataset.cache.preparation import Failure
 from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.report import CachingOutcome, format_table
@@ -32,14 +30,12 @@ from dataset.items import Item
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.text.settings import TextEncoderSettings
-from hunyuan_model.text.template import TEXT_LENGTH
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory, free_memory, pick_device, warn_of_cpu
-from utils.disk_space import require_room
-from utils.errors import name_some, run_script
+from utils.errors import run_script
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -59,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_dataset_arguments(
         data,
         batch_size="encode N captions at once (default: the dataset's batch_size)",
-        num_workers="threads that read and write cache files",
+        num_workers="threads that write cache files",
         skip_existing="keep caches that were made from the same caption by the same text encoders (default: make all again)",
     )
     model = parser.add_argument_group("model")
@@ -68,22 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fingerprints(
-    encoders: TextEncoderSettings, tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
-) -> dict[str, str]:
+def fingerprints(encoders: TextEncoderSettings, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
     """What distinguishes these encoders and tokenizers from others, by the keys of the records."""
     paths = (encoders.text_encoder1, encoders.text_encoder2)
     weights = {key: fingerprint_weights(path, f"--{key}") for key, path in zip(TEXT_ENCODERS, paths)}
     return weights | dict(zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers)))
-
-
-def judge_texts(jobs: Sequence[Job], record: dict[str, str], settings: CachingSettings) -> list[list[tuple[Item, Verdict]]]:
-    """For each dataset, what becomes of the cache file of each item."""
-    with ThreadPoolExecutor(settings.num_workers) as readers:
-        return [
-            list(zip(job.items, readers.map(lambda item: judge_text(item, record, settings.skip_existing), job.items)))
-            for job in jobs
-        ]
 
 
 def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Item]]:
@@ -98,13 +83,13 @@ def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Ite
     return batches
 
 
-def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``encoder.encode``, with what to do when memory does not suffice."""
-    with explain_out_of_memory(f"encoding {len(captions)} captions", "use a smaller --batch_size, or --fp8_llm"):
-        return encoder.encode(captions)
+def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, batch: Sequence[Item]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``encoder.encode`` of the captions, with what to do when memory does not suffice."""
+    with explain_out_of_memory(f"encoding {len(batch)} captions", "use a smaller --batch_size, or --fp8_llm"):
+        return encoder.encode([item.caption for item in batch])
 
 
-def encode_clip(
+def encode_pooled(
     encoders: TextEncoderSettings, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[Item]], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The pooled output (768,) for each caption, on the CPU. Encoder 2 is gone from the device afterwards."""
@@ -113,110 +98,82 @@ def encode_clip(
     pooled = {}
     with ProgressBar(batches, desc="text encoder 2", unit="batch") as progress:
         for batch in progress:
-            captions = [item.caption for item in batch]
-            pooled |= dict(zip(captions, encode(encoder, captions).cpu()))
+            pooled |= zip([item.caption for item in batch], encode(encoder, batch).cpu())
     del encoder
     free_memory(device)
     return pooled
-
-
-def encode_and_save(
-    encoder: LlamaTextEncoder,
-    batches: Sequence[Sequence[Item]],
-    clip: dict[str, torch.Tensor],
-    record: dict[str, str],
-    num_workers: int,
-) -> Iterator[Failure]:
-    """Encode each batch with encoder 1 and write its cache files while the next one is computed; yields what failed."""
-    with ThreadPoolExecutor(num_workers) as writers, ProgressBar(batches, desc="text encoder 1", unit="batch") as progress:
-        writing: list[tuple[Item, Future]] = []
-        for batch in progress:
-            states, masks = (output.cpu() for output in encode(encoder, [item.caption for item in batch]))
-            yield from finish(writing)
-            writing = [
-                (item, writers.submit(save_text, text_cache_path(item), llm, mask, clip[item.caption], item.caption, record))
-                for item, llm, mask in zip(batch, states, masks)
-            ]
-        yield from finish(writing)
-
-
-def finish(writing: Sequence[tuple[Item, Future]]) -> Iterator[Failure]:
-    """Wait for cache files; values that are not finite fail their item, a disk that is full ends the run."""
-    for item, future in writing:
-        try:
-            future.result()
-        except NonFiniteError as error:
-            yield Failure(item, f"{item.path}: {error}")
 
 
 def cache(
     items: Sequence[Item],
     settings: CachingSettings,
     encoders: TextEncoderSettings,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     record: dict[str, str],
     device: torch.device,
 ) -> list[Failure]:
-    """Make the cache files of ``items``; returns what failed. ``record``: the fingerprints that go into the files."""
+    """Make the cache files of ``items``, and write them while the next batch is computed; returns what failed.
+
+    ``record``: the fingerprints that go into the files.
+    """
     batches = make_batches(items, settings.batch_size)
-    clip = encode_clip(encoders, tokenizers[1], batches, device)
+    pooled = encode_pooled(encoders, tokenizers[1], batches, device)
     encoder = hunyuan_model.load_text_encoder_1(
         encoders.text_encoder1, device=device, dtype=encoders.text_encoder_dtype, fp8=encoders.fp8_llm, tokenizer=tokenizers[0]
     )
-    return list(encode_and_save(encoder, batches, clip, record, settings.num_workers))
+    failures: list[Failure] = []
+
+    def save(item: Item, states: torch.Tensor, mask: torch.Tensor) -> None:
+        try:
+            save_text(text_cache_path(item), states, mask, pooled[item.caption], item.caption, record)
+        except NonFiniteError as error:  # this item's alone; a disk that is full ends the run
+            failures.append(Failure(item, f"{item.path}: {error}"))
+
+    with ThreadPoolExecutor(settings.num_workers) as writers, ProgressBar(batches, desc="text encoder 1", unit="batch") as progress:
+        writing: list[Future] = []
+        for batch in progress:
+            states, masks = (output.cpu() for output in encode(encoder, batch))
+            for future in writing:
+                future.result()
+            writing = [writers.submit(save, *each) for each in zip(batch, states, masks)]
+        for future in writing:
+            future.result()
+    return failures
 
 
-def count_outcome(job: Job, judged: Sequence[tuple[Item, Verdict]], failures: Sequence[Failure], settings: CachingSettings) -> None:
-    """Count what became of a dataset's items; list the orphans, and the latents that have no text."""
+def count_outcome(job: Job, verdicts: Sequence[Verdict], failures: Sequence[Failure], settings: CachingSettings) -> None:
+    """Count what became of a dataset's items, and list the orphans."""
     failed = {failure.item for failure in failures}
-    outcome = job.report.outcome = CachingOutcome(skipped=job.report.found - len(judged))
-    for item, verdict in judged:
+    job.report.outcome = CachingOutcome(skipped=job.report.found - len(job.items))
+    for item, verdict in zip(job.items, verdicts):
         if item not in failed:
-            outcome.count(verdict.reason)
-    close_job(job, failures, orphaned_texts(job.dataset, [verdict.path for _, verdict in judged]), settings.remove_orphans)
-    listing = list_caches(job.dataset)
-    without = sorted({stem for stem, _ in listing.latents} - set(listing.texts))
-    if outcome.skipped and without:
-        logger.warning(
-            "%s: %d item(s) have latents, but no text encoder outputs, which training refuses: %s. Give both scripts the same "
-            "--missing_caption; cache_latents.py --skip_existing --missing_caption skip --remove_orphans deletes their latents.",
-            job.dataset.label,
-            len(without),
-            name_some(without),
-        )
+            job.report.outcome.count(verdict.reason)
+    called_for = [verdict.path for verdict in verdicts]
+    close_job(job, failures, list_caches(job.dataset).texts.values(), called_for, settings.remove_orphans)
 
 
 def main() -> int:
-    """Settings, data, tokenizers, what is to be made, room on the disk, one encoder after the other, report."""
+    """Settings, data, tokenizers, what is to be made, one encoder after the other, report."""
     args = parse_with_config(build_parser())
     settings = settings_from(CachingSettings, args)
     device = pick_device(args.device)
     encoders = text_encoder_settings(args, device)
-    widths = hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
+    hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
     jobs = open_caching(settings)
     tokenizers = (
         hunyuan_model.load_tokenizer_1(encoders.text_encoder1, encoders.tokenizer1),
         hunyuan_model.load_tokenizer_2(encoders.text_encoder2, encoders.tokenizer2),
     )
     record = fingerprints(encoders, tokenizers)
-    verdicts = judge_texts(jobs, record, settings)
-    each = text_bytes(TEXT_LENGTH, widths, encoders.text_encoder_dtype)
-    require_room(
-        {
-            job.dataset.cache_directory: each * sum(verdict.reason == NEW for _, verdict in judged)
-            for job, judged in zip(jobs, verdicts)
-        },
-        "the text encoder outputs that are still to be cached take",
-        "give another cache_directory",
-    )
+    judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
+    items = [item for job, verdicts in zip(jobs, judged) for item, verdict in zip(job.items, verdicts) if verdict.reason]
     warn_of_cpu(args.device, device)
-    items = [item for judged in verdicts for item, verdict in judged if verdict.reason is not None]
     failures = cache(items, settings, encoders, tokenizers, record, device) if items else []
 
-    for job, judged in zip(jobs, verdicts):
-        count_outcome(job, judged, failures, settings)
+    for job, verdicts in zip(jobs, judged):
+        count_outcome(job, verdicts, failures, settings)
     print(format_table([job.report for job in jobs]))
-    found = sum(map(len, verdicts))
+    found = sum(map(len, judged))
     print(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")
     return print_failures(failures)
 

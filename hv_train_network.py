@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from dataset import load_dataset_config
-from dataset.batches.batches import ShapeBatchSampler, find_cached_items, hold_out, require_model_sizes
-from dataset.batches.data_facts import data_facts
-from dataset.batches.largest_batch import largest_batch
+from dataset.batches.batches import ShapeBatchSampler, largest_batch
+from dataset.batches.cached_items import find_cached_items, hold_out, require_model_sizes
 from dataset.batches.reading import EpochReader, HeldOut
-from dataset.batches.report import report_cached_group
+from dataset.batches.report import data_facts, report_cached_group
 from dataset.cache.report import format_table, require_batches
 from hunyuan_model.runtime.memory_report import advice
 from hunyuan_model.transformer.config import TransformerConfig

@@ -9,33 +9,19 @@ import signal
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from dataset.batches.batches import Batch, CachedDataset, CachedGroup, Sample, ShapeBatchSampler, collate
-from dataset.cache.files import CachedItem
+from dataset.batches.batches import Batch, ShapeBatchSampler, read_batch
+from dataset.batches.cached_items import CachedGroup, CachedItem
 from utils.errors import UserError, name_some
 
 
-class _ErrorsAsValues(Dataset):
-    """A ``CachedDataset`` that returns its errors: an exception raised in a worker would arrive wrapped in a traceback."""
-
-    def __init__(self, data: CachedDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, index: int) -> Sample | UserError:
-        try:
-            return self.data[index]
-        except UserError as error:
-            return error
-
-
-def _collate_or_error(samples: Sequence[Sample | UserError]) -> Batch | UserError:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
-
-
-def _target_kind(item: CachedItem) -> tuple[str, ...]:
-    """Empty for ordinary items, so that their fingerprint stays that of older states."""
-    return ("prior_preservation",) if item.prior_preservation else ()
+def _batch_or_error(items: Sequence[CachedItem]) -> Batch | UserError:
+    """``read_batch``, with its error as a value: raised in a worker it would arrive wrapped in a traceback."""
+    try:
+        return read_batch(items)
+    except UserError as error:
+        return error
 
 
 def _ignore_interrupts(_worker: int) -> None:
@@ -47,13 +33,13 @@ class HeldOut:
     """Items that training does not see, as batches of one, in the same order every time they are gone through."""
 
     def __init__(self, items: Sequence[CachedItem]) -> None:
-        self._data = CachedDataset.of_items(items)
+        self._items = items
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._items)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (collate([self._data[index]]) for index in range(len(self)))
+        return (read_batch([item]) for item in self._items)
 
 
 class EpochReader:
@@ -68,15 +54,15 @@ class EpochReader:
 
     def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
         self.sampler = sampler
-        self._data = CachedDataset(groups)
+        self._items = [item for group in groups for item in group.items]
         self._due = 0
         workers = min(workers, os.cpu_count() or 1)
         # A generator of its own: torch takes a number from it at each epoch, which must not change the global one.
         self._loader = DataLoader(
-            _ErrorsAsValues(self._data),
+            self._items,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=_collate_or_error,
+            collate_fn=_batch_or_error,
             persistent_workers=persistent and workers > 0,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),
@@ -88,9 +74,10 @@ class EpochReader:
 
     def fingerprint(self) -> str:
         """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what their targets are."""
-        items = [(item.latents_path.name, item.shape, *_target_kind(item)) for item in self._data.items]
-        content = repr((self.sampler.pools, items))
-        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+        # Nothing is added for ordinary items, so that the fingerprint stays that of older states.
+        kinds = {False: (), True: ("prior_preservation",)}
+        items = [(item.latents_path.name, item.shape, *kinds[item.prior_preservation]) for item in self._items]
+        return hashlib.sha256(repr((self.sampler.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read.
@@ -98,8 +85,7 @@ class EpochReader:
         Raises:
             UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
         """
-        self.sampler.set_epoch(number)
-        self.sampler.skip(start)
+        self.sampler.set_epoch(number, start)
         self._due = 0
         for batch in self._loader:
             if isinstance(batch, UserError):
@@ -115,7 +101,7 @@ class EpochReader:
         if "DataLoader worker" not in str(error):
             return error
         ahead = itertools.islice(self.sampler, self._due, self._due + 3)
-        names = name_some(self._data.items[index].latents_path.name for batch in ahead for index in batch)
+        names = name_some(self._items[index].latents_path.name for batch in ahead for index in batch)
         return UserError(
             f"a process that reads the caches died, killed or out of memory, while it was about to read {names}. "
             "Training stopped. Use --max_data_loader_n_workers 0, or look at these files."

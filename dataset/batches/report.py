@@ -1,17 +1,70 @@
-"""What the table that opens a training has on the caches: their counts, media without caches, and caches that do not match."""
+"""What a training says of its data: the table at its start, and facts for the metadata of the trained file."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from dataset.batches.batches import CachedGroup
-from dataset.cache.freshness import check_caches
+from dataset.batches.cached_items import CachedGroup, CachedItem
+from dataset.cache.files import CAPTION, read_text_header
+from dataset.cache.records import (
+    BUCKET,
+    FRAME_RATE,
+    SOURCE_HASH,
+    WINDOW,
+    bucket_entry,
+    has_record,
+    latents_made,
+    latents_mismatch,
+    mismatch,
+    window_entry,
+)
 from dataset.cache.report import DatasetReport
 from dataset.items import Item, list_items
+from dataset.media.frame_rate import possible_records
 from utils.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
+
+GONE = "no such item any more"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a training knows about its data.
+
+    Attributes:
+        items: in all data sets, repeats included.
+        resolution: (width, height) of the largest data set, for ModelSpec.
+        datasets: one JSON-ready description for each.
+    """
+
+    items: int
+    resolution: tuple[int, int]
+    datasets: Sequence[Mapping[str, Any]] = ()
+
+
+def data_facts(groups: Sequence[CachedGroup]) -> DataFacts:
+    """The facts about these data sets, of which there is at least one."""
+    return DataFacts(
+        items=sum(len(group.items) * group.dataset.num_repeats for group in groups),
+        resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),
+        datasets=[_describe(group) for group in groups],
+    )
+
+
+def _describe(group: CachedGroup) -> dict[str, object]:
+    """The settings of a data set and how much it holds, and of its paths only the last name."""
+    settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
+    if group.dataset.kind == "image":
+        settings = {key: value for key, value in settings.items() if not key.startswith(("target_", "frame_"))}
+    paths = {key: value.name for key, value in settings.items() if isinstance(value, Path)}
+    return settings | paths | {"items": len(group.items)}
 
 
 def report_cached_group(group: CachedGroup) -> DatasetReport:
@@ -24,25 +77,33 @@ def report_cached_group(group: CachedGroup) -> DatasetReport:
         items = None
     else:
         report.count_items(items)
-    report.notes = describe_caches(group, items)
     if group.dataset.prior_preservation:
-        report.notes.insert(0, "prior preservation: the model's own predictions are the targets, not the latents")
+        report.notes.append("prior preservation: the model's own predictions are the targets, not the latents")
+    report.notes += _notes(group, items)
     return report
 
 
-def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
+def _notes(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
     """Lines on media without caches, and on caches that carry no record or do not match; the first and the last are warned of.
 
     ``items``: those of the dataset, None where the media cannot be reached.
     """
-    without_record, mismatches = check_caches(group.dataset, group.items, items)
-    notes = []
-    if items is not None and (uncached := describe_uncached(group, items)):
-        logger.warning("%s: %s", group.dataset.label, uncached)
-        notes.append(uncached)
-    if lengths := uncached_lengths(group):
-        frames = " or ".join(map(str, lengths))
-        notes.append(f"no clip has a cache of {frames} frame(s) (target_frames); run cache_latents.py, unless all are shorter")
+    dataset, notes = group.dataset, []
+    cached = {item.stem for item in group.items}
+    # those without a caption have a column of the table
+    if uncached := [item.path.name for item in items or () if item.stem not in cached and item.caption is not None]:
+        what = "picture(s)" if dataset.kind == "image" else "clip(s)"
+        note = f"{len(uncached)} of {len(items)} {what} have no cache: {name_some(uncached)}; run cache_latents.py"
+        if dataset.kind == "video" and dataset.frame_extraction != "full":
+            note += f" (clips of fewer than {min(dataset.target_frames)} frame(s) get none)"
+        logger.warning("%s: %s", dataset.label, note)
+        notes.append(note)
+    if dataset.kind == "video" and dataset.frame_extraction != "full":
+        lengths = sorted(set(dataset.target_frames) - {item.window[1] for item in group.items})
+        if lengths:
+            frames = " or ".join(map(str, lengths))
+            notes.append(f"no clip has a cache of {frames} frame(s) (target_frames); run cache_latents.py, unless all are shorter")
+    without_record, mismatches = check_caches(group, items)
     if without_record:
         notes.append(f"{without_record} cache(s) carry no record of what made them: whether they match is not known")
     for reason, names in mismatches.items():
@@ -52,27 +113,57 @@ def describe_caches(group: CachedGroup, items: Sequence[Item] | None) -> list[st
             "%s: %d cache(s) do not match the dataset, see the table. They are trained as they are; "
             "run both caching scripts with --skip_existing to make only those again, and with --remove_orphans to delete those "
             "of items that are gone.",
-            group.dataset.label,
+            dataset.label,
             sum(map(len, mismatches.values())),
         )
     return notes
 
 
-def describe_uncached(group: CachedGroup, items: Sequence[Item]) -> str | None:
-    """A line on the media that training does not see; None if there are none. Those without a caption are counted elsewhere."""
-    cached, dataset = {item.stem for item in group.items}, group.dataset
-    names = [item.path.name for item in items if item.stem not in cached and item.caption is not None]
-    if not names:
-        return None
-    exception = ""
-    if dataset.kind == "video" and dataset.frame_extraction != "full":
-        exception = f" (clips of fewer than {min(dataset.target_frames)} frame(s) get none)"
-    what = "picture(s)" if dataset.kind == "image" else "clip(s)"
-    return f"{len(names)} of {len(items)} {what} have no cache: {name_some(names)}; run cache_latents.py{exception}"
+def check_caches(group: CachedGroup, items: Sequence[Item] | None) -> tuple[int, dict[str, list[str]]]:
+    """Compare the caches of a dataset with its description, and with captions, sizes and times of its media.
 
+    No media file is read. ``items`` is None where they cannot be reached; one whose file is missing is not compared.
 
-def uncached_lengths(group: CachedGroup) -> list[int]:
-    """Those of target_frames of which there is not one clip."""
-    if group.dataset.kind == "image" or group.dataset.frame_extraction == "full":
-        return []
-    return sorted(set(group.dataset.target_frames) - {item.window[1] for item in group.items if item.window is not None})
+    Returns:
+        How many files carry no record, and the names of files by what does not match.
+    """
+    dataset = group.dataset
+    sources = None if items is None else {item.stem: item for item in items}
+    last_starts: dict[tuple[str, int], int] = {}  # what is known of a clip's own length: its last window of each length
+    for entry in group.items:
+        if entry.window is not None:
+            start, frames = entry.window
+            last_starts[entry.stem, frames] = max(start, last_starts.get((entry.stem, frames), 0))
+    without_record = 0
+    mismatches: dict[str, list[str]] = {}
+
+    def judge_latents(entry: CachedItem, made: Mapping[str, str]) -> str | None:
+        source = None if sources is None else sources.get(entry.stem)
+        if sources is not None and source is None:
+            return GONE
+        if SOURCE_HASH not in made:
+            return None
+        wanted = {BUCKET: {bucket_entry(dataset.bucket_for((int(made["width"]), int(made["height"]))))}}
+        if entry.window is not None:
+            frames = entry.window[1]
+            wanted[WINDOW] = set(map(window_entry, dataset.windows_of(last_starts[entry.stem, frames] + frames)))
+        if entry.window not in (None, (0, 1)):  # the first frame is the same at every rate
+            wanted[FRAME_RATE] = possible_records(dataset.target_fps, dataset.source_fps)
+        path = source.path if source is not None and os.path.exists(source.path) else None
+        return latents_mismatch(made, wanted, path, dataset.kind, read_source=False)
+
+    def add(path: Path, made: Mapping[str, str], reason: str | None) -> None:
+        nonlocal without_record
+        without_record += not has_record(made)
+        if reason is not None:
+            mismatches.setdefault(reason, []).append(path.name)
+
+    for entry in group.items:
+        made = latents_made(entry.latents_path)
+        add(entry.latents_path, made, judge_latents(entry, made))
+    for path, stem in {entry.text_path: entry.stem for entry in group.items}.items():
+        with suppress(UserError):  # reading the file for training reports what is wrong with it
+            _, made = read_text_header(path)
+            wanted = {} if sources is None or stem not in sources else {CAPTION: {sources[stem].caption or ""}}
+            add(path, made, mismatch(made, wanted))
+    return without_record, mismatches

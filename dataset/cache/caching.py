@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.cache.orphans import abandoned_files
 from dataset.cache.preparation import Failure
 from dataset.cache.report import DatasetReport, format_table, require_items
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.items import Item, list_items, settle_captions
+from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED
-from utils.files import require_writable_folder
+from utils.files import is_temporary, require_writable_folder
 
 logger = logging.getLogger(__name__)
+
+ROOM_BYTES = 16 * 10**6  # more than one cache file takes; a disk that fills up later ends the run with whole files
+ABANDONED_SECONDS = 600  # a cache file takes moments to write; what has been unfinished for longer was left by a killed run
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,11 @@ class Job:
         return self.report.dataset
 
 
-def open_jobs(path: str) -> list[Job]:
+def open_jobs(path: str, writes: bool = True) -> list[Job]:
     """List every item of every dataset, and print the table of what is there.
+
+    Args:
+        writes: whether something will be written to the cache directories, which must then be possible.
 
     Raises:
         UserError: as ``load_dataset_config`` and ``list_items``, or a dataset has no items.
@@ -56,61 +64,70 @@ def open_jobs(path: str) -> list[Job]:
         job.report.count_caches()
     print(format_table([job.report for job in jobs]), flush=True)
     require_items(job.report for job in jobs)
+    for job in jobs if writes else ():
+        folder = require_writable_folder(job.dataset.cache_directory, f"cache_directory of {job.dataset.label}")
+        require_room({folder: ROOM_BYTES}, "a cache file takes", "give another cache_directory")
     return jobs
 
 
-def require_writable_caches(jobs: Iterable[Job]) -> None:
-    """Refuse cache directories that cannot be written to."""
-    for job in jobs:
-        require_writable_folder(job.dataset.cache_directory, f"cache_directory of {job.dataset.label}")
-
-
 def open_caching(settings: CachingSettings) -> list[Job]:
-    """``open_jobs`` with items that have captions, and cache directories that can be written to.
+    """``open_jobs`` with items that have captions.
 
     Raises:
         UserError: also for captions that are missing, if ``missing_caption`` is "error".
     """
     jobs = open_jobs(settings.dataset_config)
-    require_writable_caches(jobs)
     for job in jobs:
         job.items = settle_captions(job.items, settings.missing_caption)
     return jobs
 
 
-def close_job(job: Job, failures: Iterable[Failure], orphans: Sequence[Path], remove_orphans: bool) -> None:
-    """Count what failed and what the cache directory holds now; list the orphans, and delete them if asked."""
-    report = job.report
+def close_job(
+    job: Job, failures: Iterable[Failure], there: Iterable[Path], called_for: Iterable[Path], remove_orphans: bool
+) -> None:
+    """Count what failed and what the cache directory holds now; list the orphans, and delete them if asked.
+
+    Orphans are cache files that belong to no item, or that stand beside the right one, and what killed runs left unfinished.
+    Training goes by the cache files alone: it uses orphans too.
+
+    Args:
+        there: the cache files of the script's kind whose items could be read.
+        called_for: the right file of each item, or of each window.
+    """
+    report, folder = job.report, job.dataset.cache_directory
     report.failed = len({failure.item.stem for failure in failures if failure.item.dataset is job.dataset})
-    orphans = [*orphans, *abandoned_files(job.dataset)]
+    right = _file_numbers(called_for)
+    orphans = sorted(path for path in there if _file_numbers([path]).isdisjoint(right))
+    if folder.is_dir():
+        before = time.time() - ABANDONED_SECONDS
+        unfinished = (path for path in folder.iterdir() if is_temporary(path) and path.suffix == ".safetensors")
+        orphans += sorted(path for path in unfinished if path.stat().st_mtime < before)
     if orphans:
-        report.outcome.orphans = len(orphans)
-        advice = (
-            ""
-            if remove_orphans
-            else " Training uses orphans that have latents and text; --remove_orphans deletes the listed files."
-        )
-        logger.warning(
-            "%s: %d cache file(s) in %s belong to no item any more.%s",
-            job.dataset.label,
-            len(orphans),
-            job.dataset.cache_directory,
-            advice,
-        )
-        for path in orphans:
-            removed = remove_orphans and _remove(path)
-            report.outcome.removed += removed
-            print(f"    {'removed' if removed else 'orphan'}: {path.name}")
+        advice = " Training uses orphans that have latents and text; --remove_orphans deletes the listed files."
+        message = "%s: %d cache file(s) in %s belong to no item any more.%s"
+        logger.warning(message, job.dataset.label, len(orphans), folder, "" if remove_orphans else advice)
+    report.outcome.orphans = len(orphans)
+    for path in orphans:
+        removed = False
+        if remove_orphans:
+            try:
+                path.unlink(missing_ok=True)
+                removed = True
+            except OSError as error:
+                logger.warning("cannot delete %s: %s.", path, error.strerror or error)
+        report.outcome.removed += removed
+        print(f"    {'removed' if removed else 'orphan'}: {path.name}")
     report.count_caches()
 
 
-def _remove(path: Path) -> bool:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("cannot delete %s: %s.", path, error.strerror or error)
-        return False
-    return True
+def _file_numbers(paths: Iterable[Path]) -> set[tuple[int, int]]:
+    """Device and number of the files that exist: where a.png became A.png, both names may mean one cache file."""
+    found = set()
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            found.add((status.st_dev, status.st_ino))
+    return found
 
 
 def print_failures(failures: Sequence[Failure]) -> int:

@@ -44,8 +44,7 @@ class ViewSettings:
 
 def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> list[Failure]:
     """Write or print every picture and window as training will see it; returns the items that could not be read."""
-    failures = []
-    shown = 0
+    failures, shown = [], 0
     colours = sys.stdout.isatty() or "FORCE_COLOR" in os.environ  # a file or a pipe would keep the codes as text
     for result in prepare(items, num_workers):
         if isinstance(result, Failure):
@@ -88,8 +87,8 @@ def save_view(prepared: Prepared, as_video: bool = False) -> Path:
 
     ``as_video``: of a clip its frames instead, at the speed that the model learns.
     """
-    cache_path = prepared.target.cache_path
-    path = cache_path.parent / "debug" / cache_path.stem
+    path = prepared.target.cache_path
+    path = path.parent / "debug" / path.name.removesuffix(".safetensors")
     if as_video and prepared.target.window is not None:
         path = path.with_name(f"{path.name}.mp4")
         save_video(path, prepared.pixels, MODEL_FPS)
@@ -111,24 +110,24 @@ def console_picture(pixels: np.ndarray, columns: int, back: str | None = None, c
     # Text cells are averages of what they stand for, hence BOX.
     half_blocks = back is None and colours
     cells = (columns, 2 * rows) if half_blocks else (columns, rows)
-    small = np.asarray(Image.fromarray(pixels[0]).resize(cells, Image.Resampling.BOX))
+    small = np.asarray(Image.fromarray(pixels[0]).resize(cells, Image.Resampling.BOX)).tolist()
     if not colours:
         return "\n".join("".join(map(_ink, row)) for row in small)
     if half_blocks:
-        lines = ("".join(map(_half_block, small[row], small[row + 1])) for row in range(0, 2 * rows, 2))
+        lines = (
+            "".join(f"{_colour(38, upper)}{_colour(48, lower)}\u2580" for upper, lower in zip(small[row], small[row + 1]))
+            for row in range(0, 2 * rows, 2)
+        )
     else:
-        ground = f"\x1b[48;2;{';'.join(map(str, CONSOLE_BACKS[back]))}m"
-        lines = (ground + "".join(map(_shade, row)) for row in small)
+        ground = _colour(48, CONSOLE_BACKS[back])
+        lines = (ground + "".join(f"{_colour(38, pixel)}{_ink(pixel)}" for pixel in row) for row in small)
     return "\n".join(line + RESET for line in lines)
 
 
-def _half_block(upper: np.ndarray, lower: np.ndarray) -> str:
-    return f"\x1b[38;2;{upper[0]};{upper[1]};{upper[2]}m\x1b[48;2;{lower[0]};{lower[1]};{lower[2]}m\u2580"
+def _colour(ground: int, rgb: Sequence[int]) -> str:
+    """The escape for a colour in front (``ground`` 38) or behind (48)."""
+    return f"\x1b[{ground};2;{rgb[0]};{rgb[1]};{rgb[2]}m"
 
 
-def _shade(colour: np.ndarray) -> str:
-    return f"\x1b[38;2;{colour[0]};{colour[1]};{colour[2]}m{_ink(colour)}"
-
-
-def _ink(colour: np.ndarray) -> str:
-    return SHADES[int(colour.max()) * len(SHADES) // 256]
+def _ink(rgb: Sequence[int]) -> str:
+    return SHADES[max(rgb) * len(SHADES) // 256]

@@ -1,17 +1,16 @@
 """What is inside cache files: tensors and metadata, written whole or not at all, and checked when read.
 
-``names.py`` has the names of the files, ``records.py`` the part of the metadata that records what made a file.
+``names.py`` has the names of the files, ``freshness.py`` the part of the metadata that records what made a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dataset.media.frames import Window
 from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.safetensors_io import read_header, read_tensor, read_tensors, save_tensors
@@ -26,6 +25,7 @@ LATENT_FILE, LATENT_SCRIPT = "latent cache", "cache_latents.py"
 TEXT_FILE, TEXT_SCRIPT = "text encoder output cache", "cache_text_encoder_outputs.py"
 
 LatentShape = tuple[int, int, int, int]  # channels, frames, height, width
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class NonFiniteError(UserError):
@@ -47,18 +47,6 @@ class TextStates:
     llm_mask: torch.Tensor
     clip: torch.Tensor
     caption: str | None
-
-
-@dataclass(frozen=True)
-class CachedItem:
-    """One picture or one window of a clip, ready for training."""
-
-    stem: str
-    window: Window | None
-    latents_path: Path
-    text_path: Path
-    shape: LatentShape
-    prior_preservation: bool = False
 
 
 def latent_shape_for(bucket: tuple[int, int], frames: int = 1, channels: int = 16) -> LatentShape:
@@ -86,7 +74,7 @@ def save_latents(
         latents: (C, F, H, W), any floating dtype.
         original_size: (W, H) of the source.
         frame_count: frames of the window, for clips.
-        record: what made them, see ``records.py``.
+        record: what made them, see ``freshness.py``.
 
     Raises:
         NonFiniteError: the latents hold NaN or infinity.
@@ -115,8 +103,6 @@ def save_text(
 ) -> None:
     """Save the outputs of both text encoders for one caption: llm (L, D), llm_mask (L,), clip (D2,).
 
-    ``record``: what made them, see ``records.py``.
-
     Raises:
         NonFiniteError: a value is NaN or infinite.
         UserError: the file cannot be written.
@@ -141,55 +127,44 @@ def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
         UserError: unreadable, of another model, or without one such tensor.
     """
     header = read_header(path, LATENT_FILE)
-    _check_architecture(path, header.metadata)
-    name = _tensor_name(path, header.shapes, "latents_", LATENT_SCRIPT)
-    return _check_latent_shape(path, header.shapes[name]), header.metadata
-
-
-def read_latent_shape(path: Path) -> LatentShape:
-    """(C, F, H, W) of the latents in a cache file. As ``read_latent_header``."""
-    return read_latent_header(path)[0]
+    return header.shapes[_latents_name(path, header.shapes, header.metadata)], header.metadata
 
 
 def read_latents(path: Path) -> torch.Tensor:
     """The latents (C, F, H, W) of a cache file, in the dtype stored.
 
     Raises:
-        UserError: unreadable, of another model, without latents, or with NaN or infinity in them.
+        UserError: as ``read_latent_header``, or NaN or infinity in them.
     """
     file = read_tensors(path, LATENT_FILE)
-    _check_architecture(path, file.metadata)
-    latents = file.tensors[_tensor_name(path, file.tensors, "latents_", LATENT_SCRIPT)]
-    _check_latent_shape(path, tuple(latents.shape))
+    latents = file.tensors[_latents_name(path, _shapes(file.tensors), file.metadata)]
     _check_values(path, latents, LATENT_SCRIPT)
     return latents
+
+
+def read_text_header(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
+    """Widths (D, D2) of the token states and of the pooled output, and metadata of a text cache, from its header alone.
+
+    Raises:
+        UserError: unreadable, of another model, or incomplete.
+    """
+    header = read_header(path, TEXT_FILE)
+    llm, clip = _text_names(path, header.shapes, header.metadata)
+    return (header.shapes[llm][1], header.shapes[clip][0]), header.metadata
 
 
 def read_text(path: Path) -> TextStates:
     """The text encoder outputs in a cache file, in the dtypes stored.
 
     Raises:
-        UserError: unreadable, of another model, incomplete, or with NaN or infinity in rows that count.
+        UserError: as ``read_text_header``, or NaN or infinity in rows that count.
     """
     file = read_tensors(path, TEXT_FILE)
-    _check_architecture(path, file.metadata)
-    _check_text_shapes(path, {name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
-    llm, clip = (file.tensors[_tensor_name(path, file.tensors, prefix, TEXT_SCRIPT)] for prefix in ("llm_", "clipL_"))
+    llm, clip = (file.tensors[name] for name in _text_names(path, _shapes(file.tensors), file.metadata))
     mask = file.tensors["llm_mask"].to(torch.int64)
     _check_values(path, llm[mask.bool()], TEXT_SCRIPT)
     _check_values(path, clip, TEXT_SCRIPT)
     return TextStates(llm, mask, clip, file.metadata.get(CAPTION))
-
-
-def read_text_widths(path: Path) -> tuple[int, int]:
-    """Widths (D, D2) of the token states and of the pooled output in a cache file, from its header alone.
-
-    Raises:
-        UserError: unreadable, of another model, or incomplete.
-    """
-    header = read_header(path, TEXT_FILE)
-    _check_architecture(path, header.metadata)
-    return _check_text_shapes(path, header.shapes)
 
 
 def read_text_length(path: Path) -> int:
@@ -200,67 +175,51 @@ def read_text_length(path: Path) -> int:
     """
     mask = read_tensor(path, "llm_mask", TEXT_FILE)
     if mask is None:
-        raise UserError(f"{path} has no llm_mask. {_make_again(TEXT_SCRIPT)}")
+        raise _wrong(path, "has no llm_mask", TEXT_SCRIPT)
     return int(mask.bool().sum())
 
 
-def read_text_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a text cache, from its header alone.
-
-    Raises:
-        UserError: as ``read_text_widths``.
-    """
-    header = read_header(path, TEXT_FILE)
-    _check_architecture(path, header.metadata)
-    _check_text_shapes(path, header.shapes)
-    return header.metadata
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _make_again(script: str) -> str:
-    return f"Delete it and run {script} again."
+def _wrong(path: Path, what: str, script: str) -> UserError:
+    return UserError(f"{path} {what}. Delete it and run {script} again.")
 
 
-def _check_architecture(path: Path, metadata: Mapping[str, str]) -> None:
-    found = metadata.get("architecture", ARCHITECTURE)
-    if found != ARCHITECTURE:
-        raise UserError(f"{path} is a cache for {found!r}, not for {ARCHITECTURE!r}; use another cache_directory for this model.")
-
-
-def _tensor_name(path: Path, names: Iterable[str], prefix: str, script: str) -> str:
-    found = [name for name in names if name.startswith(prefix) and not name.endswith("_mask")]
-    if len(found) != 1:
-        raise UserError(
-            f"{path} holds {len(found)} tensors called {prefix}*, expected one (it has: {', '.join(names) or 'none'}). "
-            f"{_make_again(script)}"
-        )
-    return found[0]
-
-
-def _check_latent_shape(path: Path, shape: tuple[int, ...]) -> LatentShape:
+def _latents_name(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    """The name of the latents in a file; a UserError where it is no cache of latents for this model."""
+    name = _tensor_name(path, shapes, metadata, "latents_", LATENT_SCRIPT)
+    shape = shapes[name]
     if len(shape) != 4 or 0 in shape or shape[2] % 2 or shape[3] % 2:
-        raise UserError(
-            f"{path} holds latents of shape {shape}; expected (16, F, H, W) with even H and W. {_make_again(LATENT_SCRIPT)}"
-        )
-    return shape
+        raise _wrong(path, f"holds latents of shape {shape}; expected (16, F, H, W) with even H and W", LATENT_SCRIPT)
+    return name
 
 
-def _check_text_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Refuse text encoder outputs that do not fit together; returns their widths (D, D2)."""
-    llm, clip = (shapes[_tensor_name(path, shapes, prefix, TEXT_SCRIPT)] for prefix in ("llm_", "clipL_"))
-    mask = shapes.get("llm_mask")
+def _text_names(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The names of the token states and of the pooled output; a UserError where they and the mask do not fit together."""
+    names = [_tensor_name(path, shapes, metadata, prefix, TEXT_SCRIPT) for prefix in ("llm_", "clipL_")]
+    llm, clip = (shapes[name] for name in names)
     if len(llm) != 2 or len(clip) != 1:
-        wrong = f"holds text states of shapes {llm} and {clip}; expected (L, D) and (D,)"
-    elif mask is None:
-        wrong = "has no llm_mask"
-    elif mask != llm[:1]:
-        wrong = f"has a mask with {'x'.join(map(str, mask)) or 'no'} entries for {llm[0]} rows"
-    else:
-        return llm[1], clip[0]
-    raise UserError(f"{path} {wrong}. {_make_again(TEXT_SCRIPT)}")
+        raise _wrong(path, f"holds text states of shapes {llm} and {clip}; expected (L, D) and (D,)", TEXT_SCRIPT)
+    if shapes.get("llm_mask") != llm[:1]:
+        raise _wrong(path, f"has an llm_mask of shape {shapes.get('llm_mask')} for {llm[0]} rows", TEXT_SCRIPT)
+    return names[0], names[1]
+
+
+def _tensor_name(path: Path, shapes: Shapes, metadata: Mapping[str, str], prefix: str, script: str) -> str:
+    model = metadata.get("architecture", ARCHITECTURE)
+    if model != ARCHITECTURE:
+        raise UserError(f"{path} is a cache for {model!r}, not for {ARCHITECTURE!r}; use another cache_directory for this model.")
+    found = [name for name in shapes if name.startswith(prefix) and not name.endswith("_mask")]
+    if len(found) != 1:
+        has = ", ".join(shapes) or "none"
+        raise _wrong(path, f"holds {len(found)} tensors called {prefix}*, expected one (it has: {has})", script)
+    return found[0]
 
 
 def _check_values(path: Path, tensor: torch.Tensor, script: str) -> None:
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise UserError(f"{path} holds {dtype_name(tensor.dtype)} values, expected floats. {_make_again(script)}")
+        raise _wrong(path, f"holds {dtype_name(tensor.dtype)} values, expected floats", script)
     if not torch.isfinite(tensor).all():
-        raise UserError(f"{path} holds NaN or infinity. Delete it and run {script} again; if it comes back, with float32.")
+        raise _wrong(path, "holds NaN or infinity", script)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from dataset.cache.files import NonFiniteError, save_latents
-from dataset.cache.plan import Target
-from dataset.cache.preparation import Failure, Finished, Prepared, Result
-from dataset.cache.records import latent_record
+from dataset.cache.preparation import Failure, Finished, Prepared, Result, Target
+from dataset.cache.records import VAE
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit
@@ -77,7 +75,7 @@ class LatentEncoder:
                 posterior = self.vae.encode(x)
         samples = []
         for prepared, mean, logvar in zip(batch, posterior.mean, posterior.logvar):
-            digest = hashlib.sha256(os.fsencode(prepared.target.cache_path.name)).digest()
+            digest = hashlib.sha256(prepared.target.cache_path.name.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
             samples.append(DiagonalGaussian(mean, logvar).sample(generator))
         return samples
@@ -86,7 +84,7 @@ class LatentEncoder:
         """Encode and save; yields each target that is cached, and a failure for latents that are not finite."""
         for prepared, latents in zip(batch, self.encode(batch)):
             target = prepared.target
-            record = prepared.source | latent_record(target.bucket, target.window, target.frame_rate, self.fingerprint)
+            record = {**prepared.source, **target.record, VAE: self.fingerprint}
             try:
                 save_latents(target.cache_path, latents, target.original_size, target.window and target.frames, record)
             except NonFiniteError as error:

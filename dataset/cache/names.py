@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +55,16 @@ def text_cache_path(item: Item) -> Path:
 
 def list_caches(dataset: DatasetConfig) -> CacheListing:
     """The cache files in a dataset's cache directory, sorted; empty if the directory does not exist."""
-    listing = CacheListing()
-    for path in _safetensors_files(dataset.cache_directory):
+    listing, directory = CacheListing(), dataset.cache_directory
+    if not os.path.isdir(directory):
+        return listing
+    try:
+        names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
+    except OSError as error:
+        raise UserError(f"cannot list the cache_directory {directory}: {error.strerror or error}.") from error
+    for path in sorted(directory / name for name in names):
+        if path.name.startswith("._") and path.name[2:] in names:
+            continue  # macOS leaves a "._x" beside an x that it copies to a foreign disk
         if path.name.endswith(TEXT_SUFFIX):
             listing.texts[path.name.removesuffix(TEXT_SUFFIX)] = path
         elif dataset.kind == "image" and (match := IMAGE_NAME.fullmatch(path.name)):
@@ -67,27 +75,16 @@ def list_caches(dataset: DatasetConfig) -> CacheListing:
     return listing
 
 
-def _safetensors_files(directory: Path) -> Iterator[Path]:
-    if os.path.isdir(directory):
-        try:
-            names = {path.name for path in directory.iterdir() if path.suffix == ".safetensors" and not is_temporary(path)}
-        except OSError as error:
-            raise UserError(f"cannot list the cache_directory {directory}: {error.strerror or error}.") from error
-        # macOS leaves a "._x" beside an x that it copies to a foreign disk
-        yield from (directory / name for name in sorted(names) if not (name.startswith("._") and name[2:] in names))
-
-
 def newest(paths: Collection[Path]) -> Path:
     """Of several caches of one thing, the one that training uses."""
-    return max(paths, key=lambda path: (_modified(path), path.name))
 
+    def age(path: Path) -> tuple[int, str]:
+        try:
+            return path.stat().st_mtime_ns, path.name
+        except OSError:  # a link that leads nowhere, which whoever reads the file will name
+            return -1, path.name
 
-def _modified(path: Path) -> int:
-    """Nanoseconds; -1 for a link that leads nowhere, which whoever reads the file will name."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1
+    return max(paths, key=age)
 
 
 def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:

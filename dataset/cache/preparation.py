@@ -1,4 +1,4 @@
-"""Decode, cut and resize items in threads while the caller encodes what came before.
+"""Which cache files an item calls for; decoding, cutting and resizing for them in threads while the caller encodes.
 
 Threads and not processes: Pillow and PyAV release the interpreter lock while they work, frames need no copying between
 processes, and an error always carries the file it is about.
@@ -8,24 +8,105 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from queue import Full, Queue
 from threading import Event
 
 import numpy as np
 
-from dataset.cache.plan import Target, plan_targets
-from dataset.cache.records import source_record
+from dataset.cache.names import CacheKey, latent_cache_path
+from dataset.cache.records import BUCKET, FRAME_RATE, WINDOW, bucket_entry, source_record, window_entry
 from dataset.items import Item
-from dataset.media.decoding import read_clip_windows, read_image
-from dataset.media.frames import Window
+from dataset.media.decoding import frame_times, probe_image, probe_video, read_clip_windows, read_image
+from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
+from dataset.media.frames import Window, frames_needed
 from dataset.media.resizing import fit_to_bucket
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+RATE_SECONDS = 1.0  # of a video, at least, are needed to measure its frame rate; single gaps between frames vary
+
+
+@dataclass(frozen=True)
+class Target:
+    """One latent cache file that an item calls for.
+
+    Attributes:
+        window: (first frame, frames) of a clip, None for a picture.
+        original_size: (W, H) of the source.
+        bucket: (W, H) to train at.
+        resampling: which frames of the file the clip is cut from, None for every frame. Windows count the chosen frames.
+    """
+
+    item: Item
+    window: Window | None
+    original_size: tuple[int, int]
+    bucket: tuple[int, int]
+    resampling: Resampling | None = None
+
+    @property
+    def key(self) -> CacheKey:
+        """Stem and window, under which the listing has the cache file."""
+        return self.item.stem, self.window
+
+    @property
+    def frames(self) -> int:
+        """Number of frames; 1 for a picture."""
+        return 1 if self.window is None else self.window[1]
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache file."""
+        return latent_cache_path(self.item, self.original_size, self.window)
+
+    @property
+    def label(self) -> str:
+        """For messages: the file, and the frames for a clip."""
+        if self.window is None:
+            return str(self.item.path)
+        resampled = f" ({self.resampling})" if self.resampling else ""
+        return f"{self.item.path} frames {self.window[0]} to {self.window[0] + self.window[1] - 1}{resampled}"
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What is done to the source, as it stands in the cache file."""
+        record = {BUCKET: bucket_entry(self.bucket)}
+        if self.window is not None:
+            record[WINDOW] = window_entry(self.window)
+        if self.window not in (None, (0, 1)):  # the first frame is the same at every rate
+            record[FRAME_RATE] = EVERY_FRAME if self.resampling is None else self.resampling.record
+        return record
+
+
+def plan_targets(item: Item) -> tuple[Target, ...]:
+    """The cache files an item calls for; none for a clip that is too short. Decodes no more than that needs.
+
+    Raises:
+        MediaError: the file is unreadable.
+    """
+    dataset = item.dataset
+    windows: list[Window | None] = [None]
+    resampling = None
+    if dataset.kind == "image":
+        size = probe_image(item.path)
+    else:
+        info = probe_video(item.path)
+        size = info.width, info.height
+        fps, given = dataset.source_fps or info.fps, dataset.source_fps is not None
+        limit = None
+        needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
+        if needed is not None:
+            limit = needed, max(needed / dataset.target_fps, RATE_SECONDS) if dataset.target_fps else 0.0
+        times = frame_times(item.path, fps, not given, limit)
+        resampling = resample(times, fps, dataset.target_fps, given)
+        windows = list(dataset.windows_of(len(times if resampling is None else resampling.indices)))
+    bucket = dataset.bucket_for(size)
+    return tuple(Target(item, window, size, bucket, resampling) for window in windows)
 
 
 @dataclass(frozen=True)
@@ -64,7 +145,12 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         missing = {target.window: target for target in targets if wanted(target)}
         if missing:
             source = source_record(item.path, item.dataset.kind)
-            for window, pixels in _read_windows(item, missing, targets[0]):
+            bucket, resampling = targets[0].bucket, targets[0].resampling
+            if item.dataset.kind == "image":
+                cut = [(None, fit_to_bucket(read_image(item.path), bucket)[None])]
+            else:
+                cut = read_clip_windows(item.path, missing, bucket, resampling and resampling.indices)
+            for window, pixels in cut:
                 yield Prepared(missing[window], pixels, source)
     except UserError as error:
         yield Failure(item, str(error))
@@ -74,16 +160,6 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         yield Failure(item, f"{item.path}: {type(error).__name__}: {error}")
     else:
         yield Finished(item, targets, decoded=bool(missing))
-
-
-def _read_windows(
-    item: Item, windows: Collection[Window | None], any_of_them: Target
-) -> Iterator[tuple[Window | None, np.ndarray]]:
-    bucket, resampling = any_of_them.bucket, any_of_them.resampling
-    if item.dataset.kind == "image":
-        yield None, fit_to_bucket(read_image(item.path), bucket)[None]
-    else:
-        yield from read_clip_windows(item.path, windows, bucket, resampling and resampling.indices)
 
 
 def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:

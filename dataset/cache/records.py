@@ -1,9 +1,8 @@
-"""What was done to a file to make its cache, as strings in the metadata of the cache, so that a later run finds what changed.
+"""What made a cache file, as strings in its metadata, and the comparison with what would make it today.
 
-Latents carry the source (bytes, modification time, hash), the bucket, the window, how frames were chosen, and the VAE; text
-encoder outputs carry the caption, the encoders and the tokenizers. A new processing step gets its key here: written by
-``latent_record`` and compared by ``freshness.latents_mismatch``. Caches without a record, of other tools or of earlier versions,
-stay valid.
+A record holds the source (bytes, modification time, hash), and under a key of ``REASONS`` each thing that was done to it. A new
+step of processing gets a line there and a value in ``Target.record``. What either side lacks is not compared, so that caches of
+other tools and of earlier versions stay valid.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from dataset.media.frames import Window
+from dataset.cache.files import CAPTION, bucket_of, read_latent_header
 
 HASH_BYTES = 16
 WHOLE_BYTES = 64 * 2**20  # of a larger video only the size, the beginning and the end are hashed
@@ -25,12 +24,84 @@ BUCKET, WINDOW, FRAME_RATE, VAE = "bucket", "window", "frame_rate", "vae"
 TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
 TOKENIZERS = ("tokenizer1", "tokenizer2")
 
+SOURCE_REPLACED = "source replaced"
+SOURCE_TOUCHED = "source perhaps changed, its time has"
+# why a cache does not match, by the key that differs
+REASONS = {
+    BUCKET: "another size",
+    WINDOW: "another window",
+    FRAME_RATE: "another frame rate",
+    VAE: "another VAE",
+    CAPTION: "another caption",
+    **dict.fromkeys(TEXT_ENCODERS, "another text encoder"),
+    **dict.fromkeys(TOKENIZERS, "another tokenizer"),
+}
+
+
+def bucket_entry(bucket: tuple[int, int]) -> str:
+    """A bucket (W, H) as it stands in a record."""
+    return f"{bucket[0]}x{bucket[1]}"
+
+
+def window_entry(window: tuple[int, int]) -> str:
+    """A window (first frame, frames) as it stands in a record."""
+    return f"{window[0]}-{window[1]}"
+
+
+def latents_made(path: Path) -> dict[str, str]:
+    """What made the latents in ``path``: the metadata, with the bucket that the tensor has. Errors as in ``read_latent_header``."""
+    shape, metadata = read_latent_header(path)
+    return metadata | {BUCKET: bucket_entry(bucket_of(shape)[:2])}
+
+
+def has_record(made: Mapping[str, str]) -> bool:
+    """Whether the metadata of a cache hold a record."""
+    return SOURCE_HASH in made or TEXT_ENCODERS[0] in made
+
+
+def mismatch(made: Mapping[str, str], wanted: Mapping[str, Collection[str]]) -> str | None:
+    """Why a cache is not one of those wanted: the first reason in the order of ``REASONS``, None if there is none.
+
+    Args:
+        wanted: the values that are right, by key.
+    """
+    return next((why for key, why in REASONS.items() if key in made and key in wanted and made[key] not in wanted[key]), None)
+
+
+def latents_mismatch(
+    made: Mapping[str, str], wanted: Mapping[str, Collection[str]], source: Path | None, kind: str, read_source: bool
+) -> str | None:
+    """``mismatch`` of latents with a record, and whether their source is the one they were made from.
+
+    Args:
+        source: the media file of ``kind`` "image" or "video"; None where it cannot be reached, and is not compared.
+        read_source: whether it may be read, to distinguish a copied file from a changed one.
+    """
+    same = True if source is None else is_same_source(made, source, kind, read_source)
+    if same is False:
+        return SOURCE_REPLACED
+    return mismatch(made, wanted) or (None if same else SOURCE_TOUCHED)
+
 
 def source_record(path: Path, kind: str) -> dict[str, str]:
-    """What a media file of ``kind`` "image" or "video" is now. Take it before decoding: a change in between is then found."""
+    """What a media file is now. Take it before decoding: a change in between is then found."""
     found = os.stat(path)
     digest = _cached_hash(path, kind, found.st_size, found.st_mtime_ns)
     return {SOURCE_BYTES: str(found.st_size), SOURCE_TIME: str(found.st_mtime_ns), SOURCE_HASH: digest}
+
+
+def is_same_source(made: Mapping[str, str], path: Path, kind: str, read: bool = True) -> bool | None:
+    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read.
+
+    Returns:
+        None where only reading the file could tell, and ``read`` is False.
+    """
+    found = os.stat(path)
+    if made.get(SOURCE_BYTES) != str(found.st_size):
+        return False
+    if made.get(SOURCE_TIME) == str(found.st_mtime_ns):
+        return True
+    return made[SOURCE_HASH] == _cached_hash(path, kind, found.st_size, found.st_mtime_ns) if read else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,34 +122,3 @@ def hash_source(path: Path, kind: str) -> str:
         while part := file.read(PART_BYTES):
             digest.update(part)
     return digest.hexdigest()
-
-
-def is_same_source(record: Mapping[str, str], path: Path, kind: str, read: bool = True) -> bool | None:
-    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read.
-
-    Returns:
-        None where only reading the file could tell, and ``read`` is False.
-    """
-    found = os.stat(path)
-    if record.get(SOURCE_BYTES) != str(found.st_size):
-        return False
-    if record.get(SOURCE_TIME) == str(found.st_mtime_ns):
-        return True
-    return record[SOURCE_HASH] == _cached_hash(path, kind, found.st_size, found.st_mtime_ns) if read else None
-
-
-def latent_record(bucket: tuple[int, int], window: Window | None, frame_rate: str | None, vae: str) -> dict[str, str]:
-    """How latents were made from their source.
-
-    ``frame_rate``: how the frames of a clip were chosen; None with the window of a picture. ``vae``: the fingerprint of its
-    weights.
-    """
-    record = {BUCKET: f"{bucket[0]}x{bucket[1]}", VAE: vae}
-    if window is not None and frame_rate is not None:
-        record |= {WINDOW: f"{window[0]}-{window[1]}", FRAME_RATE: frame_rate}
-    return record
-
-
-def has_record(metadata: Mapping[str, str]) -> bool:
-    """Whether the metadata of a cache hold a record of what made it."""
-    return SOURCE_HASH in metadata or TEXT_ENCODERS[0] in metadata

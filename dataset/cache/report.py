@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from dataset.cache.files import LatentShape, bucket_of, read_latent_shape
+from dataset.cache.files import LatentShape, bucket_of, read_latent_header
 from dataset.cache.freshness import NEW
 from dataset.cache.names import list_caches, newest_latents
 from dataset.config import DatasetConfig
@@ -19,22 +19,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CachingOutcome:
-    """What a caching run did with the cache files of one dataset.
-
-    Attributes:
-        made: where there was none.
-        redone: where there was one, by the reason.
-        skipped: items that were left out.
-        orphans: files that belong to no item any more.
-        removed: of those.
-    """
+    """What a caching run did with the cache files of one dataset; ``redone`` by the reason."""
 
     made: int = 0
     kept: int = 0
     redone: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0
+    skipped: int = 0  # items that were left out
     orphans: int = 0
-    removed: int = 0
+    removed: int = 0  # of the orphans
 
     def count(self, reason: str | None) -> None:
         """Count one cache file by the reason of its verdict, see ``freshness.Verdict``."""
@@ -46,9 +38,8 @@ class CachingOutcome:
             self.redone[reason] += 1
 
     def __str__(self) -> str:
-        redone = f"{self.redone.total()} redone"
-        if self.redone:
-            redone += f" ({', '.join(f'{count} {reason}' for reason, count in self.redone.most_common())})"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.redone.most_common())
+        redone = f"{self.redone.total()} redone" + (f" ({reasons})" if reasons else "")
         orphans = f"{self.orphans} orphans" + (f" ({self.removed} removed)" if self.removed else "")
         return f"{self.made} made, {self.kept} kept, {redone}, {self.skipped} skipped, {orphans}"
 
@@ -74,8 +65,7 @@ class DatasetReport:
     Attributes:
         found: media files in the folder, or lines of the JSONL file.
         without_caption: of those.
-        decoded: files decoded in this run.
-        failed: files that could not be decoded or encoded in this run.
+        decoded, failed: files that were decoded, or could not be decoded or encoded, in this run.
         too_short: clips with fewer frames than every target_frames.
         latents: pictures and windows whose latents are cached.
         texts: items whose text encoder outputs are cached.
@@ -126,20 +116,19 @@ class DatasetReport:
         shapes = {}
         for key, path in newest_latents(listing).items():
             try:
-                shapes[key] = read_latent_shape(path)
+                shapes[key], _ = read_latent_header(path)
             except UserError as error:
                 logger.warning("%s", error)
         self.count_shapes(shapes.values())
         self.texts = len(listing.texts)
         self.used = sum(stem in listing.texts for stem, _ in shapes)
 
-    def lines(self) -> Iterable[str]:
+    def lines(self) -> Iterator[str]:
         """What stands below the dataset's row of the table."""
-        dataset = self.dataset
-        yield f"{dataset.source} -> {dataset.cache_directory}"
+        yield f"{self.dataset.source} -> {self.dataset.cache_directory}"
         for (width, height, frames), items in self.buckets.items():
-            bucket = f"{width}x{height}" + (f", {frames} frame(s)" if dataset.kind == "video" else "")
-            yield f"{bucket}: {items} in {self.batches_of(items)} batch(es) of up to {dataset.batch_size}"
+            bucket = f"{width}x{height}" + (f", {frames} frame(s)" if self.dataset.kind == "video" else "")
+            yield f"{bucket}: {items} in {self.batches_of(items)} batch(es) of up to {self.dataset.batch_size}"
         yield from (f"{done}: {', '.join(names)}" for done, names in sorted(self.resampled.items()))
         if self.outcome is not None:
             yield f"cache files: {self.outcome}"
@@ -173,20 +162,19 @@ def require_batches(reports: Sequence[DatasetReport]) -> None:
     if any(report.batches for report in reports):
         return
     require_items(reports)
-    raise UserError("there is nothing to train on. " + " ".join(f"{_why_empty(report)}." for report in reports))
-
-
-def _why_empty(report: DatasetReport) -> str:
-    dataset, found = report.dataset, report.found
-    reasons = []
-    if report.outcome is not None and report.outcome.skipped:
-        reasons.append(f"{report.outcome.skipped} of {found} item(s) have no caption and were skipped (--missing_caption skip)")
-    if report.too_short:
-        shortest = min(dataset.target_frames)
-        reasons.append(
-            f"{report.too_short} of {found} clip(s) have fewer frames than the {shortest} that target_frames asks for at least "
-            "(lower target_frames or use longer clips)"
-        )
-    if report.failed:
-        reasons.append(f"{report.failed} of {found} file(s) could not be cached (they are listed above)")
-    return f"In {dataset.label}: " + (" and ".join(reasons) or "no latents are cached (run cache_latents.py)")
+    sentences = []
+    for report in reports:
+        reasons = []
+        if report.outcome is not None and report.outcome.skipped:
+            reasons.append(f"{report.outcome.skipped} have no caption and were skipped (--missing_caption skip)")
+        if report.too_short:
+            shortest = min(report.dataset.target_frames)
+            reasons.append(
+                f"{report.too_short} have fewer frames than the {shortest} that target_frames asks for at least "
+                "(lower target_frames or use longer clips)"
+            )
+        if report.failed:
+            reasons.append(f"{report.failed} could not be cached (they are listed above)")
+        why = f"of {report.found} item(s) " + " and ".join(reasons) if reasons else "no latents are cached (run cache_latents.py)"
+        sentences.append(f"In {report.dataset.label}, {why}.")
+    raise UserError(f"there is nothing to train on. {' '.join(sentences)}")

@@ -48,7 +48,6 @@ class VideoInfo:
 
     width: int
     height: int
-    frames: int | None  # as the file states it, which may be wrong: frame_times counts
     fps: float | None
 
 
@@ -86,7 +85,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Size, stated number of frames and frame rate; decodes the first frame.
+    """Size and stated frame rate; decodes the first frame.
 
     Raises:
         MediaError: as ``iterate_frames``.
@@ -97,7 +96,7 @@ def probe_video(path: Path) -> VideoInfo:
     with _reading(path, "video"), _open_video(path) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        return VideoInfo(width, height, stream.frames or None, float(rate) if rate else None)
+        return VideoInfo(width, height, float(rate) if rate else None)
 
 
 def frame_times(

@@ -86,13 +86,6 @@ def resample(times: Sequence[float], stated_fps: float | None, target_fps: float
     return Resampling(fps, target_fps, tuple(indices.tolist()), uneven, given)
 
 
-def frames_at(target_fps: float, frames: int, fps: float | None) -> int:
-    """About how many of an even video's ``frames`` at ``fps`` are left, or made of them, at ``target_fps`` (0: every frame)."""
-    if not target_fps or not fps or _is_near(fps, target_fps):
-        return frames
-    return int(frames * target_fps / fps)
-
-
 def own_rate(times: np.ndarray, stated_fps: float | None) -> float:
     """Frames per second by the times of at least two frames, or as stated where that is about the same."""
     measured = (len(times) - 1) / times[-1]

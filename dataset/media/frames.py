@@ -51,22 +51,6 @@ def cut_windows(
     return list(dict.fromkeys(windows))
 
 
-def is_cut(
-    window: Window,
-    last_start: int,
-    target_frames: Sequence[int],
-    mode: str,
-    stride: int = 1,
-    sample: int = 1,
-    max_frames: int = MAX_FRAMES,
-) -> bool:
-    """Whether ``cut_windows`` gives ``window`` for a video whose last window of that length begins at frame ``last_start``."""
-    start, length = window
-    if mode == "full":
-        return start == 0 and length <= longest_clip(max_frames)
-    return length in target_frames and start in _starts(last_start, length, mode, stride, sample)
-
-
 def _starts(last_start: int, length: int, mode: str, stride: int, sample: int) -> Iterable[int]:
     if mode == "head":
         return [0]

@@ -27,7 +27,7 @@ class BatchReader(Protocol):
 
 
 class LargestBatch(Protocol):
-    """The batch that takes the most memory (``dataset.batches.largest_batch.LargestBatch``)."""
+    """The batch that takes the most memory (``dataset.batches.batches.LargestBatch``)."""
 
     size: BatchSize
 

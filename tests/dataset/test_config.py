@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 
 import utils.toml_files
 from dataset import load_dataset_config
-from dataset.media.buckets import bucket_resolutions
 from utils.errors import UserError
 
 
@@ -97,12 +95,6 @@ def test_byte_order_mark_and_windows_line_ends(folder):
     assert load_dataset_config(folder / "data.toml").datasets[0].kind == "image"
 
 
-@pytest.mark.parametrize("resolution", [(4096, 4096), (8192, 2048), (2048, 8192)])
-def test_largest_resolutions_have_few_buckets(folder, resolution):
-    assert load(folder, PICTURES + f"resolution = {list(resolution)}\nenable_bucket = true").datasets[0].resolution == resolution
-    assert len(bucket_resolutions(resolution, enable_bucket=True)) < 300
-
-
 MISTAKES = {
     "no dataset": ("[general]\nbatch_size = 1\n", ["describes no dataset", "[[datasets]]"]),
     "misspelt section": ('[[dataset]]\nimage_directory = "pictures"\n', ["'dataset'", "Did you mean 'datasets'?"]),
@@ -110,7 +102,6 @@ MISTAKES = {
     "single brackets": ('[datasets]\nimage_directory = "pictures"\n', ["[[datasets]]", "double brackets"]),
     "double brackets": ("[[general]]\nbatch_size = 1\n" + PICTURES, ["[general]", "single brackets"]),
     "key above the sections": ("batch_size = 1\n" + PICTURES, ["batch_size stands above the first section"]),
-    "misspelt key": (PICTURES + "batchsize = 1\n", ["[[datasets]] number 1", "'batchsize'", "Did you mean 'batch_size'?"]),
     "misspelt key in the second dataset": (PICTURES + CLIPS + 'frame_extract = "head"\n', ["number 2", "'frame_extraction'?"]),
     "misspelt general key": ("[general]\nenable_buckets = true\n" + PICTURES, ["[general]", "'enable_bucket'?"]),
     "unrelated key": (PICTURES + "zzz = 1\n", ["'zzz'", "Known keys: resolution"]),
@@ -120,56 +111,36 @@ MISTAKES = {
     "video key for pictures": (PICTURES + "target_frames = [1]\n", ["target_frames is for videos", "image_directory"]),
     "JSONL without cache": ('[[datasets]]\nimage_jsonl_file = "list.jsonl"\n', ["image_jsonl_file needs a cache_directory"]),
     "folder missing": ('[[datasets]]\nimage_directory = "nowhere"\n', ["image_directory nowhere does not exist", "current folder"]),
-    "JSONL missing": (
-        '[[datasets]]\nvideo_jsonl_file = "no.jsonl"\ncache_directory = "c"\n',
-        ["video_jsonl_file no.jsonl does not exist"],
-    ),
+    "JSONL missing": ('[[datasets]]\nvideo_jsonl_file = "no.jsonl"\ncache_directory = "c"\n', ["no.jsonl does not exist"]),
     "name too long": (f'[[datasets]]\nimage_directory = "{"x" * 5000}"\n', ["does not exist"]),
     "unknown home": ('[[datasets]]\nimage_directory = "~no such user/x"\n', ["does not exist"]),
     "file for a folder": ('[[datasets]]\nimage_directory = "list.jsonl"\n', ["must be a folder"]),
     "folder for a file": ('[[datasets]]\nimage_jsonl_file = "pictures"\ncache_directory = "c"\n', ["must be a file"]),
     "cache is a file": (PICTURES + 'cache_directory = "list.jsonl"\n', ["cache_directory list.jsonl is a file"]),
-    "empty path": ('[[datasets]]\nimage_directory = ""\n', ["image_directory", "must be a path in quotes"]),
     "path without quotes": ("[[datasets]]\nimage_directory = 3\n", ["image_directory = 3 must be a path in quotes"]),
     "text for a number": (PICTURES + 'batch_size = "2"\n', ["number 1", "batch_size = '2' must be a whole number"]),
     "fraction": (PICTURES + "num_repeats = 1.5\n", ["num_repeats = 1.5 must be a whole number"]),
     "switch for a number": (PICTURES + "batch_size = true\n", ["batch_size = True must be a whole number"]),
-    "zero": (PICTURES + "batch_size = 0\n", ["batch_size = 0 must be at least 1"]),
-    "number for a switch": (PICTURES + "enable_bucket = 1\n", ["enable_bucket = 1 must be true or false"]),
+    "zero": (CLIPS + "frame_stride = 0\n", ["frame_stride = 0 must be a whole number from 1 to"]),
     "text for a switch": ('[general]\nbucket_no_upscale = "true"\n' + PICTURES, ["[general]", "without quotes"]),
     "resolution of three": (PICTURES + "resolution = [1, 2, 3]\n", ["resolution = [1, 2, 3] must be [width, height]"]),
-    "resolution as text": (PICTURES + 'resolution = "960x544"\n', ["must be [width, height]"]),
     "resolution of fractions": (PICTURES + "resolution = [960.5, 544.0]\n", ["resolution", "whole number"]),
-    "resolution as a switch": (PICTURES + "resolution = true\n", ["resolution", "whole number"]),
-    "small resolution": (PICTURES + "resolution = [960, 8]\n", ["resolution = [960, 8]", "at least 16 pixels"]),
-    "negative resolution": (PICTURES + "resolution = -64\n", ["resolution = -64", "at least 16 pixels"]),
-    "large resolution": (PICTURES + "resolution = 100000\n", ["resolution = 100000", "sides of at most 8192 pixels"]),
-    "huge resolution": (PICTURES + f"resolution = [{'9' * 26}, 16]\n", ["resolution", "sides of at most 8192 pixels"]),
-    "large area": (PICTURES + "resolution = [8192, 4096]\n", ["area of at most 16777216 pixels"]),
-    "huge number": (PICTURES + f"num_repeats = {'9' * 26}\n", ["num_repeats", "must be at most 1000000"]),
-    "huge number of frames": (CLIPS + f"target_frames = {'1' * 26}\n", ["target_frames", "at most 1000000"]),
+    "small resolution": (PICTURES + "resolution = [960, 8]\n", ["resolution = [960, 8]", "from 16 to 8192"]),
+    "huge resolution": (PICTURES + f"resolution = [{'9' * 26}, 16]\n", ["resolution", "from 16 to 8192"]),
     "frames not 4n+1": (CLIPS + "target_frames = [1, 24]\n", ["4n+1", "instead of 24 write 21 or 25"]),
-    "no frames": (CLIPS + "target_frames = [0]\n", ["instead of 0 write 1"]),
     "empty list of frames": (CLIPS + "target_frames = []\n", ["must be a list of frame counts"]),
     "frames as text": (CLIPS + 'target_frames = ["25"]\n', ["target_frames", "whole number"]),
     "unknown extraction": (
         CLIPS + 'frame_extraction = "uniforms"\n',
-        ["head, chunk, slide, uniform, full. Did you mean 'uniform'?"],
+        ["'uniforms' must be one of head, chunk, slide, uniform, full."],
     ),
-    "stride zero": (CLIPS + 'frame_extraction = "slide"\nframe_stride = 0\n', ["frame_stride = 0 must be at least 1"]),
-    "negative rate": (CLIPS + "target_fps = -1\n", ["target_fps = -1 must be a number of frames per second from 0 to 1000"]),
-    "rate in words": (CLIPS + 'source_fps = "30"\n', ["source_fps = '30' must be a number of frames per second"]),
-    "rate of nothing": (CLIPS + "source_fps = nan\n", ["source_fps = nan must be a number of frames per second"]),
-    "no rate": (CLIPS + "source_fps = 0\n", ["source_fps = 0 must be above 0"]),
-    "no frames at most": (CLIPS + 'frame_extraction = "full"\nmax_frames = 0\n', ["max_frames = 0 must be at least 1"]),
-    "sample negative": (CLIPS + 'frame_extraction = "uniform"\nframe_sample = -1\n', ["frame_sample = -1 must be at least 1"]),
+    "negative rate": (CLIPS + "target_fps = -1\n", ["target_fps = -1 must be a number from 0 to 1000"]),
+    "rate of nothing": (CLIPS + "source_fps = nan\n", ["source_fps = nan must be a number from 0.001 to 1000"]),
     "empty extension": (PICTURES + 'caption_extension = "."\n', ["caption_extension", ".txt"]),
-    "one folder twice": (PICTURES + PICTURES, ["number 1 and number 2", "same cache folder"]),
     "one cache folder by two names": (
         PICTURES + 'cache_directory = "cache"\n' + CLIPS + 'cache_directory = "clips/../cache"\n',
         ["number 1 and number 2", "its own cache_directory"],
     ),
-    "not TOML": ("[[datasets]]\nimage_directory = \n", ["not valid TOML", "line 2"]),
     "Windows path": ('[[datasets]]\nimage_directory = "C:\\Users\\me"\n', ["not valid TOML", "line 2", "C:/folder"]),
     "Windows path with a tab in it": ('[[datasets]]\nimage_directory = "C:\\train"\n', ["control characters", "C:/folder"]),
 }
@@ -187,14 +158,9 @@ def test_mistakes_are_named(folder, name):
         assert part in message
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="this Python uses the other parser anyway")
-@pytest.mark.parametrize("name", ["not TOML", "Windows path", "misspelt key"])
-def test_the_parser_for_older_pythons_says_the_same(folder, name, monkeypatch):
+def test_the_parser_for_older_pythons_says_the_same(folder, monkeypatch):
     monkeypatch.setattr(utils.toml_files.sys, "version_info", (3, 10))
-    text, parts = MISTAKES[name]
-    with pytest.raises(UserError) as caught:
-        load(folder, text)
-    assert all(part in str(caught.value) for part in parts)
+    test_mistakes_are_named(folder, "Windows path")
     assert load(folder, PICTURES).datasets[0].kind == "image"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset.cache.names import latent_cache_path, text_cache_path
+from dataset.cache.names import latent_cache_path
 from dataset.config import DatasetConfig
-from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, require_captions, settle_captions
+from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, settle_captions
 from utils.errors import UserError
 
 
@@ -65,10 +65,12 @@ def test_missing_captions_are_named_but_an_empty_one_is_a_caption(tmp_path):
     items = list_items(folder_dataset(tmp_path))
     assert items[0].caption == ""
     with pytest.raises(UserError, match="7 item") as raised:
-        require_captions(items)
+        settle_captions(items, "error")
     assert all(f"{number}.png" in str(raised.value) for number in (1, 2, 3, 4, 5))
     assert "0.png" not in str(raised.value) and "and 2 more" in str(raised.value)
-    require_captions(items[:1])
+    assert settle_captions(items[:1], "error") == items[:1]
+    assert settle_captions(items, "skip") == items[:1]
+    assert [item.caption for item in settle_captions(items, "empty")] == [""] * 8
 
 
 def test_two_files_with_one_stem_are_named(tmp_path):
@@ -108,12 +110,11 @@ def test_jsonl_paths_are_also_looked_for_beside_the_file(tmp_path, monkeypatch):
     [
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        ("[1, 2]", "holds a list, not an object"),
+        ("[1, 2]", r"holds \[1, 2\], not an object"),
         ('{"video_path": "a.mp4", "caption": "x"}', "has no 'image_path' .it has 'video_path', 'caption'"),
         ('{"image_path": 7}', "must be the path of a file, not 7"),
-        ('{"image_path": "a\\u0000.png"}', "must be the path of a file"),
         ('{"image_path": "a.png", "caption": ["x"]}', "'caption' must be text"),
-        ('{"image_path": "a.png", "caption": "\\ud800"}', "half of a surrogate pair"),
+        ('{"image_path": "a\\tb.png"}', "control characters"),
     ],
 )
 def test_malformed_jsonl_line_is_named(tmp_path, line, sentence):
@@ -127,52 +128,23 @@ def test_jsonl_without_caption_is_a_missing_caption(tmp_path):
     items = list_items(jsonl_dataset(write_jsonl(tmp_path, '{"video_path": "a.mp4"}'), kind="video"))
     assert items[0].caption is None
     with pytest.raises(UserError, match=r'give each line of .*items\.jsonl a "caption"'):
-        require_captions(items)
+        settle_captions(items, "error")
 
 
-@pytest.mark.parametrize("path", ["a" * 5000 + ".png", "folder/" * 1000 + "a.png"])
-def test_jsonl_path_that_no_disk_can_hold_names_its_line(tmp_path, path):
-    file = write_jsonl(tmp_path, '{"image_path": "ok.png"}', json.dumps({"image_path": path}))
-    with pytest.raises(UserError, match="too long") as raised:
-        list_items(jsonl_dataset(file))
-    assert f"{file}:2" in str(raised.value) and len(str(raised.value)) < 400
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_name_too_long_for_its_cache_files_is_refused(tmp_path, kind):
-    suffix = ".png" if kind == "image" else ".mp4"
-    longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX[kind])
+def test_name_too_long_for_its_cache_files_is_refused(tmp_path):
+    longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX)
     fits = "犬" * (longest // 3) + "x" * (longest % 3)
-    (tmp_path / f"{fits}{suffix}").touch()
-    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}{suffix}"}))
-    assert list_items(folder_dataset(tmp_path, kind))[0].stem == fits
-    assert list_items(jsonl_dataset(file, kind))[0].stem == fits
-    (tmp_path / f"{fits}y{suffix}").touch()
-    file = write_jsonl(tmp_path, json.dumps({f"{kind}_path": f"{fits}y{suffix}"}))
-    for dataset in (folder_dataset(tmp_path, kind), jsonl_dataset(file, kind)):
-        with pytest.raises(UserError, match=f"{fits}y{suffix} is too long for its cache files: {longest + 1} bytes"):
-            list_items(dataset)
-
-
-def test_longest_cache_suffix_is_that_of_the_cache_files(tmp_path):
-    for kind, window in (("image", None), ("video", (999999, 9997))):
-        item = Item(folder_dataset(tmp_path, kind), tmp_path / "x.ext", None, "")
-        assert len(latent_cache_path(item, (65535, 65535), window).name) == len(LONGEST_CACHE_SUFFIX[kind])
-        assert len(text_cache_path(item).name) <= len(LONGEST_CACHE_SUFFIX[kind])
+    file = write_jsonl(tmp_path, json.dumps({"image_path": f"{fits}.png"}))
+    assert list_items(jsonl_dataset(file))[0].stem == fits
+    file = write_jsonl(tmp_path, json.dumps({"image_path": f"{fits}y.png"}))
+    with pytest.raises(UserError, match=f"{fits}y.png is too long for its cache files: {longest + 1} bytes"):
+        list_items(jsonl_dataset(file))
+    item = Item(jsonl_dataset(file, "video"), tmp_path / "x.ext", None, "")
+    assert len(latent_cache_path(item, (65535, 65535), (999999, 9997)).name) == len(LONGEST_CACHE_SUFFIX)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_name_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).touch()
-    with pytest.raises(UserError, match=r"caf\\xe9\.png' is not UTF-8.*rename it"):
+    with pytest.raises(UserError, match=r"caf\\udce9\.png' is not UTF-8.*rename it"):
         list_items(folder_dataset(tmp_path))
-
-
-def test_items_without_caption_are_an_error_left_out_or_given_an_empty_one(tmp_path):
-    dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")
-    items = [Item(dataset, tmp_path / f"{stem}.png", caption, stem) for stem, caption in (("a", "x"), ("b", None), ("c", ""))]
-    with pytest.raises(UserError, match=r"1 item.*b\.png.*--missing_caption skip or empty"):
-        settle_captions(items, "error")
-    assert settle_captions([items[0], items[2]], "error") == [items[0], items[2]]
-    assert settle_captions(items, "skip") == [items[0], items[2]]
-    assert [item.caption for item in settle_captions(items, "empty")] == ["x", "", ""]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from dataset import load_dataset_config
-from dataset.cache.files import read_latent_shape, read_latents, read_text, read_text_widths
+from dataset.cache.files import read_latent_header, read_latents, read_text, read_text_header
 from dataset.config import COMMON_KEYS, SOURCE_KEYS, VIDEO_KEYS, DatasetConfig
-from dataset.items import list_items, require_captions
+from dataset.items import list_items, settle_captions
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from networks.lora_files import check_lora_file, read_lora
 from networks.training.arguments import build_training_parser
@@ -121,7 +121,7 @@ def test_jsonl_lines(tmp_path, lines, tail):
     path = tmp_path / "items.jsonl"
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
     with only_user_errors():
-        require_captions(list_items(DatasetConfig(0, "image", None, path, tmp_path / "cache")))
+        settle_captions(list_items(DatasetConfig(0, "image", None, path, tmp_path / "cache")), "error")
 
 
 @FUZZ
@@ -130,7 +130,8 @@ def test_captions(tmp_path, caption):
     (tmp_path / "a.png").touch()
     (tmp_path / "a.txt").write_bytes(caption)
     with only_user_errors():
-        require_captions(list_items(DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")))
+        dataset = DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache", caption_extension=".txt")
+        settle_captions(list_items(dataset), "error")
 
 
 DTYPES = ["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "U16", "Q4", "", 7]
@@ -174,9 +175,9 @@ def safetensors_files(draw) -> bytes:
 READERS = (
     read_header,
     read_tensors,
-    read_latent_shape,
+    read_latent_header,
     read_latents,
-    read_text_widths,
+    read_text_header,
     read_text,
     check_lora_file,
     read_lora,

@@ -28,7 +28,7 @@ class FlowSettings:
 
 @dataclass
 class FlowMatching:
-    """The losses of a transformer on batches of ``dataset.batches.batches.collate``.
+    """The losses of a transformer on batches of ``dataset.batches.batches.read_batch``.
 
     Attributes:
         noise: generator of the noise, on the accelerator's device.

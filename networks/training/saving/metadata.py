@@ -52,7 +52,7 @@ _KEPT_WITHOUT_METADATA = ("ss_base_model_version", "ss_network_")
 
 
 class DataFacts(Protocol):
-    """What the metadata needs to know about the data; ``dataset.batches.data_facts.DataFacts`` is one.
+    """What the metadata needs to know about the data; ``dataset.batches.report.DataFacts`` is one.
 
     Attributes:
         items: in all data sets, repeats included.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -15,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 
-from dataset.batches.batches import CachedDataset, CachedGroup, CachedItem, ShapeBatchSampler, collate, find_cached_items
+from dataset.batches.batches import ShapeBatchSampler, read_batch
+from dataset.batches.cached_items import CachedGroup, CachedItem, find_cached_items
 from dataset.batches.reading import EpochReader
 from dataset.cache.files import save_latents, save_text
 from dataset.config import DatasetConfig, DatasetGroup
@@ -75,7 +74,7 @@ def test_missing_latents_and_missing_text_name_the_script_to_run(group, tmp_path
     with pytest.raises(UserError, match=r"number 1 of .*run: python cache_latents\.py --dataset_config .*d\.toml"):
         find_cached_items(empty)
     clips = DatasetConfig(0, "video", tmp_path, None, tmp_path / "none", target_frames=(129, 201))
-    with pytest.raises(UserError, match=r"for example, clips shorter than target_frames \(129\); then lower target_frames or"):
+    with pytest.raises(UserError, match=r"clips are shorter than target_frames \(129\); mend that, or"):
         find_cached_items(DatasetGroup(group.path, (clips,)))
 
 
@@ -90,15 +89,19 @@ def test_newest_of_two_names_for_one_window_is_used(group, tmp_path, caplog):
     assert old.name in caplog.text
 
 
+def items_of(groups: list[CachedGroup]) -> list[CachedItem]:
+    return [item for group in groups for item in group.items]
+
+
 def test_every_item_comes_as_often_as_asked_in_batches_of_one_shape(group):
     groups = find_cached_items(group)
-    data, sampler = CachedDataset(groups), ShapeBatchSampler(groups, seed=1)
+    items, sampler = items_of(groups), ShapeBatchSampler(groups, seed=1)
     batches = list(sampler)
     assert len(batches) == len(sampler) == 3 + 2 + 1 + 1  # 6 and 4 pictures in pairs; two windows of different length
     assert Counter(index for batch in batches for index in batch) == {0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1}
     for batch in batches:
-        assert len({data.items[index].shape for index in batch}) == 1
-        assert len({data.items[index].latents_path.parent for index in batch}) == 1
+        assert len({items[index].shape for index in batch}) == 1
+        assert len({items[index].latents_path.parent for index in batch}) == 1
 
 
 def made_up(sizes: list[int], batch_size: int) -> list[CachedGroup]:
@@ -137,17 +140,13 @@ def test_batches_of_datasets_are_mixed():
     assert 8 < sum(halves[:40]) < 32
 
 
-def test_skip_goes_on_where_an_epoch_was_left():
+def test_an_epoch_goes_on_where_it_was_left():
     sampler = ShapeBatchSampler(made_up([9], batch_size=2), seed=3)
     sampler.set_epoch(4)
     whole = list(sampler)
-    sampler.skip(2)
+    sampler.set_epoch(4, start=2)
     assert list(sampler) == whole[2:]
     assert len(sampler) == len(whole) == 5
-    sampler.set_epoch(5)
-    assert len(list(sampler)) == 5
-    with pytest.raises(ValueError, match="cannot skip 6 of 5"):
-        sampler.skip(6)
 
 
 @pytest.mark.parametrize(("items", "world_size"), [(10, 2), (11, 4), (3, 8)])
@@ -162,8 +161,8 @@ def test_ranks_share_the_epoch_evenly(items, world_size):
 
 
 def test_batch_is_trimmed_to_the_longest_caption_and_padded_with_zeros(group):
-    data = CachedDataset(find_cached_items(group))
-    batch = collate([data[1], data[2], data[0]])
+    items = items_of(find_cached_items(group))
+    batch = read_batch([items[1], items[2], items[0]])
     assert batch["latents"].shape == (3, 16, 1, 4, 6)
     assert batch["latents"][:, 0, 0, 0, 0].tolist() == [1, 2, 0]
     assert batch["text_states"][..., 0].tolist() == [[1, 0], [1, 2], [0, 0]]
@@ -173,39 +172,28 @@ def test_batch_is_trimmed_to_the_longest_caption_and_padded_with_zeros(group):
 
 
 def test_batch_of_empty_captions_has_one_masked_row(group):
-    data = CachedDataset(find_cached_items(group))
-    batch = collate([data[0], data[0]])
+    first = items_of(find_cached_items(group))[0]
+    batch = read_batch([first, first])
     assert batch["text_states"].shape == (2, 1, WIDTH) and not batch["text_states"].any()
     assert batch["text_mask"].tolist() == [[0], [0]]
 
 
-def test_nan_in_latents_names_the_file(group, tmp_path):
-    data = CachedDataset(find_cached_items(group))
-    save_file({"latents_1x4x6_float32": torch.full((16, 1, 4, 6), float("nan"))}, data.items[0].latents_path)
+def test_a_cache_with_nan_or_of_another_shape_than_at_the_start_is_named(group):
+    first = items_of(find_cached_items(group))[0]
+    save_file({"latents_1x4x6_float32": torch.full((16, 1, 4, 6), float("nan"))}, first.latents_path)
     with pytest.raises(UserError, match=r"pic_0_0640x0480_hv\.safetensors holds NaN"):
-        data[0]
-
-
-def test_cache_replaced_by_another_shape_during_training_is_named(group, tmp_path):
-    data = CachedDataset(find_cached_items(group))
-    write_latents(tmp_path / "images", "pic_0_0640x0480", 2, 2)
+        read_batch([first])
+    write_latents(first.latents_path.parent, "pic_0_0640x0480", 2, 2)
     with pytest.raises(UserError, match=r"pic_0.* changed from"):
-        data[0]
-
-
-def test_sampler_and_data_can_be_sent_to_spawned_workers(group):
-    groups = find_cached_items(group)
-    data, sampler, sent_collate = pickle.loads(pickle.dumps((CachedDataset(groups), ShapeBatchSampler(groups, seed=1), collate)))
-    batches = [sent_collate([data[index] for index in batch]) for batch in sampler]
-    assert len(batches) == len(ShapeBatchSampler(groups, seed=1))
+        read_batch([first])
 
 
 @pytest.mark.slow
 def test_spawned_workers_read_batches(group):
     groups = find_cached_items(group)
-    data, sampler = CachedDataset(groups), ShapeBatchSampler(groups, seed=1)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
-    assert len(list(loader)) == len(sampler)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=False)
+    reader._loader.multiprocessing_context = "spawn"
+    assert len(list(reader.epoch(0))) == len(reader)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -213,7 +201,7 @@ def test_a_broken_cache_is_one_sentence_from_any_worker(group, workers):
     groups = find_cached_items(group)
     reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), workers, persistent=True)
     assert len(list(reader.epoch(0))) == len(reader)
-    path = CachedDataset(groups).items[6].latents_path
+    path = items_of(groups)[6].latents_path
     path.unlink()
     with pytest.raises(UserError) as raised:
         list(reader.epoch(1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.batches import find_cached_items
+from dataset.batches.cached_items import find_cached_items
 from dataset.batches.report import report_cached_group
 from dataset.cache.files import save_latents, save_text
 from dataset.cache.report import DatasetReport, format_table, require_batches, require_items
@@ -95,9 +95,9 @@ def test_empty_folder_is_an_error_that_names_it(tmp_path):
         ({"found": 0}, "holds no video files"),
         (
             {"found": 3, "too_short": 3},
-            r"nothing to train on\. In .* number 1: 3 of 3 clip.* have fewer frames than the 25",
+            r"nothing to train on\. In .* number 1, of 3 item.* 3 have fewer frames than the 25",
         ),
-        ({"found": 3, "too_short": 1, "failed": 2}, "1 of 3 clip.* and 2 of 3 file.* could not be cached"),
+        ({"found": 3, "too_short": 1, "failed": 2}, "of 3 item.* 1 have fewer.* and 2 could not be cached"),
         ({"found": 3}, r"no latents are cached \(run cache_latents\.py\)"),
     ],
 )

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from dataset.cache.debug_view import CONSOLE_BACKS, SHADES, console_picture, contact_sheet, describe, save_view
-from dataset.cache.plan import Target
-from dataset.cache.preparation import Prepared
+from dataset.cache.preparation import Prepared, Target
 from dataset.config import DatasetConfig
 from dataset.items import Item
 

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 import dataset.cache.preparation as preparation
-from dataset.cache.plan import plan_targets
-from dataset.cache.preparation import Failure, Finished, Prepared, prepare, prepare_item
+from dataset.cache.preparation import Failure, Finished, Prepared, plan_targets, prepare, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
 from dataset.media.decoding import iterate_frames

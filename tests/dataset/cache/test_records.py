@@ -11,24 +11,13 @@ import torch
 from PIL import Image
 
 import dataset.cache.records as records
-from dataset.batches.batches import CachedGroup, find_cached_items
+from dataset.batches.cached_items import CachedGroup, find_cached_items
 from dataset.batches.report import report_cached_group
 from dataset.cache.files import latent_shape_for, save_latents, save_text
-from dataset.cache.freshness import (
-    OTHER_FRAME_RATE,
-    OTHER_SIZE,
-    OTHER_VAE,
-    OTHER_WINDOW,
-    Verdict,
-    Wanted,
-    judge_latents,
-    judge_text,
-    latents_mismatch,
-    text_mismatch,
-)
+from dataset.cache.freshness import Verdict, judge_latents, judge_text
 from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
-from dataset.cache.plan import Target, plan_targets
-from dataset.cache.records import hash_source, is_same_source, latent_record, source_record
+from dataset.cache.preparation import Target, plan_targets
+from dataset.cache.records import hash_source, is_same_source, mismatch, source_record
 from dataset.cache.report import CachingOutcome
 from dataset.config import DatasetConfig, DatasetGroup
 from dataset.items import Item
@@ -75,22 +64,12 @@ def test_large_videos_are_told_by_their_ends_and_pictures_whole(tmp_path, monkey
 
 
 def test_reasons_name_what_differs_and_what_is_not_written_is_not_compared():
-    made = latent_record((64, 48), (0, 9), "every frame", "vae")
-    shape = latent_shape_for((64, 48), 9)
-    for wanted, reason in (
-        (Wanted(shape, True, {"every frame"}, "vae"), None),
-        (Wanted(None), None),
-        (Wanted(latent_shape_for((48, 64), 9)), OTHER_SIZE),
-        (Wanted(shape, is_cut=False), OTHER_WINDOW),
-        (Wanted(shape, frame_rates={"24 from timestamps"}), OTHER_FRAME_RATE),
-        (Wanted(shape, vae="other"), OTHER_VAE),
-    ):
-        assert latents_mismatch(shape, made, wanted, None, read_source=True) == reason
-    assert latents_mismatch(shape, {}, Wanted(shape, True, {"every frame"}, "vae"), None, read_source=True) is None
-    assert text_mismatch({}, "x", {"tokenizer1": "b"}) is None
-    assert text_mismatch({"caption1": "y", "tokenizer1": "a"}, "x", {"tokenizer1": "b"}) == "another caption"
-    assert text_mismatch({"text_encoder2": "a"}, "x", {"text_encoder2": "b"}) == "another text encoder"
-    assert text_mismatch({"tokenizer1": "a"}, "x", {"tokenizer1": "b"}) == "another tokenizer"
+    made = {"bucket": "64x48", "window": "0-9", "frame_rate": "every frame", "vae": "a", "caption1": "y", "tokenizer1": "b"}
+    assert mismatch(made, {key: {value, "other"} for key, value in made.items()}) is None
+    assert mismatch(made, {}) is None and mismatch({}, {"vae": {"a"}}) is None
+    reasons = ["another size", "another window", "another frame rate", "another VAE", "another caption", "another tokenizer"]
+    for key, reason in zip(made, reasons):
+        assert mismatch(made, {key: {"other"}}) == reason
 
 
 def test_latents_in_a_bucket_that_was_chosen_without_the_last_step_are_made_again(tmp_path):
@@ -99,11 +78,10 @@ def test_latents_in_a_bucket_that_was_chosen_without_the_last_step_are_made_agai
     Image.new("RGB", (224, 192)).save(tmp_path / "a.png")
     [target] = plan_targets(Item(dataset, tmp_path / "a.png", "", "a"))
     assert target.bucket == (112, 96)
-    for bucket, reason in (((128, 96), OTHER_SIZE), ((112, 96), None)):
-        record = source_record(target.item.path, "image") | latent_record(bucket, None, None, "vae")
+    for bucket, reason in (((128, 96), "another size"), ((112, 96), None)):
+        record = {**source_record(target.item.path, "image"), **replace(target, bucket=bucket).record, "vae": "vae"}
         save_latents(target.cache_path, torch.zeros(latent_shape_for(bucket)), target.original_size, None, record)
-        verdict = judge_latents(list_caches(dataset), target, "vae", skip_existing=True)
-        assert verdict == Verdict(reason, target.cache_path)
+        assert judge_latents(list_caches(dataset), target, "vae", skip_existing=True) == Verdict(reason, target.cache_path)
 
 
 def judged(target: Target) -> str | None:
@@ -124,9 +102,8 @@ def test_caches_of_other_tools_are_judged_by_name_size_and_time(tmp_path):
     assert judged(target) == "source newer"
     by_bucket.rename(latent_cache_path(target.item, (32, 32), (0, 9)))
     assert judged(target) == "source replaced"
-    for wrong in (torch.zeros(4, *shape[1:]), torch.zeros(16, 1, 8, 8)):
-        save_latents(target.cache_path, wrong, (96, 64), 9)
-        assert judged(target) == "another size"
+    save_latents(target.cache_path, torch.zeros(16, 3, 8, 6), (96, 64), 9)
+    assert judged(target) == "another size"
     target.cache_path.write_bytes(target.cache_path.read_bytes()[:200])
     assert judged(target) == "unreadable"
 
@@ -161,7 +138,7 @@ def group(tmp_path) -> CachedGroup:
         path = tmp_path / f"{stem}.png"
         path.write_bytes(stem.encode() * 10)
         (tmp_path / f"{stem}.txt").write_text(f"caption of {stem}", encoding="utf-8")
-        latents = None if stem == "c" else source_record(path, "image") | latent_record((64, 64), None, None, "vae")
+        latents = None if stem == "c" else {**source_record(path, "image"), "bucket": "64x64", "vae": "vae"}
         text = None if stem == "c" else {"text_encoder1": "x"}
         save_latents(
             dataset.cache_directory / f"{stem}_0064x0064_hv.safetensors", torch.zeros(16, 1, 8, 8), (64, 64), None, latents

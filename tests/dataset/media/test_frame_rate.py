@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.cache.plan import plan_targets
-from dataset.cache.preparation import Prepared, prepare_item
+from dataset.cache.preparation import Prepared, plan_targets, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import list_items
 from dataset.media.decoding import frame_times, iterate_frames, read_clip_windows
@@ -146,7 +145,7 @@ def test_keeping_every_frame_and_stating_the_rate(tmp_path):
     assert clips_of(tmp_path, frame_extraction="full", source_fps=12, max_frames=9) == {(0, 9): [0, 0, 1, 1, 2, 2, 3, 3, 4]}
     for values, record in (({"target_fps": 0}, EVERY_FRAME), ({}, "24 from timestamps"), ({"source_fps": 12}, "24 from 12")):
         [target] = plan_targets(list_items(video_dataset(tmp_path, frame_extraction="full", **values))[0])
-        assert target.frame_rate == record
+        assert target.record["frame_rate"] == record
 
 
 def test_a_variable_rate_is_followed(tmp_path):

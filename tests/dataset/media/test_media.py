@@ -248,7 +248,7 @@ def lossless_clip(tmp_path, noise) -> tuple[Path, np.ndarray]:
 def test_real_clips(real_media):
     bikes = next(path for path in real_media.clips if path.name == "bikes.mp4")
     info = probe_video(bikes)
-    assert (info.width, info.height, info.frames, info.fps) == (640, 272, 250, 25.0)
+    assert (info.width, info.height, info.fps) == (640, 272, 25.0)
     assert len(frame_times(bikes)) == 250
     with av.open(str(bikes)) as container:
         for expected, frame in zip(container.decode(video=0), iterate_frames(bikes)):
@@ -265,7 +265,7 @@ def test_every_frame_comes_once_and_in_order(lossless_clip):
     assert len(frame_times(path, limit=(7, 0.0))) == 7
     assert len(frame_times(path, limit=(100, 0.0))) == 20
     info = probe_video(path)
-    assert (info.width, info.height, info.frames, info.fps) == (64, 32, None, 24.0)
+    assert (info.width, info.height, info.fps) == (64, 32, 24.0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no colon in a name")

@@ -8,8 +8,8 @@ from conftest import write_caches
 from safetensors.torch import load_file
 
 from dataset import load_dataset_config
-from dataset.batches.batches import find_cached_items
-from dataset.batches.largest_batch import largest_batch
+from dataset.batches.batches import largest_batch
+from dataset.batches.cached_items import find_cached_items
 from hunyuan_model.runtime.memory import BatchSize
 from networks.training import loop
 from networks.training.dry_step import wants_dry_step

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.batches.batches import CachedDataset, ShapeBatchSampler, collate, find_cached_items, hold_out
-from dataset.batches.reading import EpochReader
+from dataset.batches.batches import ShapeBatchSampler, read_batch
+from dataset.batches.cached_items import find_cached_items, hold_out
+from dataset.batches.reading import EpochReader, HeldOut
 from networks import lora
 from networks.network_module import create_network, network_off, require_switch
 from networks.training.loss.flow_matching import FlowMatching
@@ -59,8 +60,7 @@ def setting(tiny_model):
 
 
 def test_the_loss_is_the_distance_from_the_model_without_the_network(setting, cached):
-    items = CachedDataset(groups_of(preserving(cached, 0)))
-    batch = collate([items[0]])
+    batch = read_batch(groups_of(preserving(cached, 0))[0].items[:1])
     assert batch["prior_preservation"]
     t, generator = torch.tensor([0.6]), torch.Generator().manual_seed(4)
     noise = torch.randn(batch["latents"].shape, generator=generator)
@@ -77,7 +77,7 @@ def test_the_loss_is_the_distance_from_the_model_without_the_network(setting, ca
 
 
 def test_a_network_that_does_nothing_yet_has_no_loss_and_only_it_learns(setting, cached):
-    batch = collate([CachedDataset(groups_of(preserving(cached, 0)))[0]])
+    batch = read_batch(groups_of(preserving(cached, 0))[0].items[:1])
     setting.losses.loss(batch)[0].backward()
     assert all(module.lora_down.weight.grad.abs().max() > 0 for module in setting.network.loras())
     assert {module.multiplier for module in setting.network.loras()} == {1.0}
@@ -103,8 +103,8 @@ def drift(dit: Path, cached: Path, weights: Path) -> float:
     losses = FlowMatching(
         transformer, Accelerator(cpu=True), timesteps, None, torch.float32, 1.0, partial(network_off, network)
     )  # fmt: skip
-    items = CachedDataset([group for group in groups_of(preserving(cached, 1)) if group.dataset.prior_preservation])
-    batches, generator = [collate([items[index]]) for index in range(len(items))], torch.Generator().manual_seed(9)
+    items = [item for group in groups_of(preserving(cached, 1)) for item in group.items if item.prior_preservation]
+    batches, generator = HeldOut(items), torch.Generator().manual_seed(9)
     with torch.no_grad():
         found = [
             losses.loss_at(batch, torch.randn(batch["latents"].shape, generator=generator), torch.tensor([t]))

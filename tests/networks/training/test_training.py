@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import hunyuan_model
 import hv_train_network
 from dataset import load_dataset_config
-from dataset.batches.batches import CachedDataset, collate, find_cached_items
+from dataset.batches.batches import read_batch
+from dataset.batches.cached_items import find_cached_items
 from networks import network_module
 from networks.lora import create_network_from_weights
 from networks.lora_files import read_lora
@@ -42,11 +43,11 @@ def loss_at_fixed_noise(dit: Path, dataset: Path, lora: Path | None) -> float:
     """Mean squared velocity error over all items at four timesteps, with the same noise at every call."""
     patch = merge_patch(read_lora_files([lora]), dit) if lora else None
     transformer = hunyuan_model.load_transformer(dit, device=CPU, dtype=torch.float32, patch=patch)
-    items = CachedDataset(find_cached_items(load_dataset_config(dataset)))
+    items = [item for group in find_cached_items(load_dataset_config(dataset)) for item in group.items]
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for index in range(len(items)):
-        batch = collate([items[index]])
+    for item in items:
+        batch = read_batch([item])
         latents = batch["latents"].float() * 0.476986
         for t in (0.2, 0.4, 0.6, 0.8):
             noise = torch.randn(latents.shape, generator=generator)
@@ -252,7 +253,7 @@ def test_command_of_the_readme_trains(tiny_model, cached, tmp_path):
 def test_what_the_model_is_told_and_compared_with(monkeypatch, cached, scheme):
     """A perfect prediction has no loss; the model hears 1000 t and 1000 times the guidance, and noisy scaled latents."""
     heard = []
-    batch = collate([CachedDataset(find_cached_items(load_dataset_config(cached, require_media=False)))[3]])
+    batch = read_batch(find_cached_items(load_dataset_config(cached, require_media=False))[0].items[3:4])
     latents = batch["latents"] * 0.476986
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(11))
 

@@ -11,7 +11,7 @@ from conftest import write_caches
 from safetensors.torch import load_file
 
 from dataset import load_dataset_config
-from dataset.batches.batches import find_cached_items, hold_out
+from dataset.batches.cached_items import find_cached_items, hold_out
 from utils.errors import UserError
 
 

@@ -94,7 +94,7 @@ def test_caching_ends_with_a_sentence_and_goes_on_where_it_stopped(
     (tiny_dataset.parent / "on_disk.toml").write_text(to_cache_in(text, disk), encoding="utf-8")
     flags = ("--dataset_config", tiny_dataset.parent / "on_disk.toml", *parts, "--batch_size", 1, "--device", "cpu")
     fill(disk, leave=40 * KIB)
-    monkeypatch.setattr(f"{script}.require_room", lambda *_: None)
+    monkeypatch.setattr("dataset.cache.caching.require_room", lambda *_: None)
     ended = call_script(script, *flags)
     made = whole_caches(disk)
     assert ended.status in (1, 2) and "No space left" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from dataset.batches.data_facts import DataFacts
+from dataset.batches.report import DataFacts
 from networks.lora import create_network
 from networks.lora_files import tensor_hashes
 from networks.training.saving.metadata import TrainingFacts, finished_metadata, training_metadata

@@ -21,7 +21,7 @@ VALIDATION_TIMESTEPS = 4  # for each item, at the middle of as many equally like
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """The flag of the distilled guidance, as a user writes it: the transformer gets 1000 times as much."""
+    """The distilled guidance as a user writes it: the transformer gets 1000 times as much."""
 
     guidance_scale: float = 1.0
 
@@ -33,7 +33,6 @@ class FlowMatching:
     Attributes:
         noise: generator of the noise, on the accelerator's device.
         dtype: what the transformer computes in.
-        guidance_scale: distilled guidance.
         network_off: inside it the transformer predicts as if no network were hooked into it.
     """
 
@@ -69,12 +68,10 @@ class FlowMatching:
             target = noise - latents
         velocity = self._predict(batch, noisy, t).float()
 
-        errors = nn.functional.mse_loss(velocity, target, reduction="none")  # (B, 16, F, H, W), one for each element
-        losses = errors.flatten(1).mean(1)  # (B,)
+        losses = nn.functional.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)  # (B,)
         return (losses * loss_weights(t, self.timesteps.settings.weighting_scheme)).mean()
 
     def _predict(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
-        """The velocity that the transformer predicts at noisy latents, for the captions of a batch."""
         device = self.accelerator.device
         guidance = torch.full((len(noisy),), self.guidance_scale * GUIDANCE_UNIT, device=device)
         with self.accelerator.autocast():

@@ -26,12 +26,9 @@ def show_timesteps(how: str, settings: TimestepSettings, folder: str | os.PathLi
 
 
 def timestep_shares(settings: TimestepSettings, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of samples, and share of the loss (samples times weight), in equal bins over the timesteps 0..1000.
+    """Shares of the samples, and of the loss (samples times weight), in equal bins over the timesteps 0..1000: (bins,) each.
 
     Computed at evenly spaced quantiles: nothing is random.
-
-    Returns:
-        Two float64 tensors (bins,), each summing to 1.
     """
     u = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
     t = timesteps_from_uniform(u, settings)
@@ -44,7 +41,7 @@ def timestep_shares(settings: TimestepSettings, bins: int) -> tuple[torch.Tensor
 
 
 def timestep_chart(settings: TimestepSettings, bins: int = 20, width: int = 60) -> str:
-    """The distribution as lines of text: timestep range, share of samples, share of the loss, a bar for the samples."""
+    """Lines of text: timestep range, share of samples, share of the loss, a bar for the samples."""
     samples, loss = timestep_shares(settings, bins)
     lines = [f"{'timesteps':>11} samples   loss"]
     for index, (share, weight) in enumerate(zip(samples.tolist(), loss.tolist())):

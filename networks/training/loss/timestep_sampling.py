@@ -57,10 +57,6 @@ class TimestepSettings:
         return low, float(TIMESTEPS) if self.max_timestep is None else float(self.max_timestep)
 
     def __post_init__(self) -> None:
-        """Raises a UserError for a value out of range."""
-        for name, known in (("timestep_sampling", DISTRIBUTIONS), ("weighting_scheme", WEIGHTING_SCHEMES)):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} must be one of {', '.join(known)}, but it is {getattr(self, name)!r}.")
         for name in ("discrete_flow_shift", "logit_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be above 0, but it is {getattr(self, name):g}.")
@@ -70,7 +66,7 @@ class TimestepSettings:
             raise UserError(f"{ends} are no range: 0 <= min < max <= {TIMESTEPS} is needed.")
         if self.timestep_sampling == "sigma" and math.floor(high) <= math.ceil(low):
             raise UserError(f"--timestep_sampling sigma samples whole timesteps, and there is none between {ends}.")
-        if self.preserve_distribution_shape and not len(_parts_in_range(self)[1]):
+        if self.preserve_distribution_shape and not len(_parts_in_range(self)):
             raise UserError(
                 f"--timestep_sampling {self.timestep_sampling} has no timestep between {ends}; "
                 "leave --preserve_distribution_shape out, or choose a larger range."
@@ -110,10 +106,21 @@ def timesteps_from_uniform(u: Tensor, settings: TimestepSettings) -> Tensor:
     u = u.to(torch.float64)
     low, high = settings.range
     if settings.preserve_distribution_shape:
-        whole, parts = _parts_in_range(settings)
-        return timesteps_from_uniform(_moved_into(u, parts), whole).clamp(low / TIMESTEPS, high / TIMESTEPS)
+        parts = _parts_in_range(settings)
+        position = u * len(parts)
+        part = position.floor().clamp(max=len(parts) - 1)
+        u = (parts[part.long().cpu()].to(u) + (position - part)) / QUANTILES
+        return timesteps_from_uniform(u, _without_range(settings)).clamp(low / TIMESTEPS, high / TIMESTEPS)
     if settings.timestep_sampling == "sigma":
-        return _sigma_table_timesteps(u, settings)
+        density = u
+        if settings.weighting_scheme == "logit_normal":
+            density = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
+        elif settings.weighting_scheme == "mode":
+            density = 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        # Whole timesteps above the least one. As in the schedule of the paper, small numbers are the noisy end.
+        low, high = math.ceil(low), math.floor(high)
+        index = (density * (high - low)).floor().clamp(0, high - low - 1)
+        return ((high - index) / TIMESTEPS).to(torch.float32)
     if settings.timestep_sampling == "uniform":
         t = u
     elif settings.timestep_sampling == "logsnr":
@@ -127,41 +134,22 @@ def timesteps_from_uniform(u: Tensor, settings: TimestepSettings) -> Tensor:
 
 
 @lru_cache
-def _parts_in_range(settings: TimestepSettings) -> tuple[TimestepSettings, Tensor]:
-    """The settings without their range, and which of ``QUANTILES`` equal parts of [0, 1) lead into it, in the order of their t."""
-    whole = replace(settings, min_timestep=None, max_timestep=None, preserve_distribution_shape=False)
-    t = timesteps_from_uniform((torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES, whole)
+def _parts_in_range(settings: TimestepSettings) -> Tensor:
+    """Which of ``QUANTILES`` equal parts of [0, 1) lead into the range of the settings, in the order of their t."""
+    t = timesteps_from_uniform((torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES, _without_range(settings))
     order = t.argsort(stable=True)
     low, high = settings.range
-    return whole, order[(t[order] >= low / TIMESTEPS) & (t[order] <= high / TIMESTEPS)]
+    return order[(t[order] >= low / TIMESTEPS) & (t[order] <= high / TIMESTEPS)]
 
 
-def _moved_into(u: Tensor, parts: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) -> uniform numbers in those parts of it."""
-    position = u * len(parts)
-    part = position.floor().clamp(max=len(parts) - 1)
-    return (parts[part.long().cpu()].to(u) + (position - part)) / QUANTILES
-
-
-def _sigma_table_timesteps(u: Tensor, settings: TimestepSettings) -> Tensor:
-    """Whole timesteps above ``min_timestep`` up to ``max_timestep``, over 1000."""
-    if settings.weighting_scheme == "logit_normal":
-        density = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
-    elif settings.weighting_scheme == "mode":
-        density = 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-    else:
-        density = u
-    # As in the schedule of the paper, small numbers are the noisy end.
-    low, high = math.ceil(settings.range[0]), math.floor(settings.range[1])
-    index = (density * (high - low)).floor().clamp(0, high - low - 1)
-    return ((high - index) / TIMESTEPS).to(torch.float32)
+def _without_range(settings: TimestepSettings) -> TimestepSettings:
+    return replace(settings, min_timestep=None, max_timestep=None, preserve_distribution_shape=False)
 
 
 def loss_weights(t: Tensor, weighting_scheme: str) -> Tensor:
     """Weight of each sample's loss, (B,) float32; ones for schemes that are no weights.
 
-    ``sigma_sqrt`` is sigma ** -2 and ``cosmap`` is 2 / (pi (1 - 2 sigma + 2 sigma^2)), sigma being t rounded to the table
-    0.001, 0.002, ..., 1, which also keeps the first one finite.
+    sigma is t rounded to the table 0.001, 0.002, ..., 1, which also keeps ``sigma_sqrt`` finite.
     """
     if weighting_scheme not in ("sigma_sqrt", "cosmap"):
         return torch.ones(len(t), device=t.device)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from networks.training.logging.settings import LogSettings
-from networks.training.logging.trackers import TRACKERS, TensorBoard, WandB, read_tracker_config, require_package
+from networks.training.logging.trackers import TRACKERS, LogSettings, TensorBoard, WandB, read_tracker_config, require_package
 from networks.training.pause import kept_random_state
 from utils.errors import UserError, first_line
-from utils.files import require_writable_folder
 
 if TYPE_CHECKING:
     from networks.training.samples.sampling import SavedSample
@@ -22,19 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_logs(settings: LogSettings) -> None:
-    """Refuse logs that cannot be written, before anything is loaded.
-
-    Raises:
-        UserError: a package that is not installed, a folder or a configuration that cannot be used.
-    """
-    if not settings.trackers:
-        return
+    """Refuse logs that cannot begin, before anything is loaded: a package that is missing, a configuration that is wrong."""
     for name in settings.trackers:
         require_package(name)
-    if settings.logging_dir is not None:
-        require_writable_folder(settings.logging_dir, "--logging_dir")
-    if (folder := read_tracker_config(settings.log_tracker_config)["tensorboard"].get("log_dir")) is not None:
-        require_writable_folder(folder, "--log_tracker_config: log_dir")
+    if settings.trackers:
+        read_tracker_config(settings.log_tracker_config)
 
 
 def open_logs(
@@ -60,8 +49,7 @@ def open_logs(
     if not main_process:
         return TrainingLogs()
     config = read_tracker_config(settings.log_tracker_config)
-    logs = TrainingLogs([], device)
-    logs.runs = dict(runs or {})
+    logs = TrainingLogs(device, runs)
     plain = (bool, int, float, str, list)
     stored = {name: value if isinstance(value, plain) else str(value) for name, value in (flags or {}).items()}
     with kept_random_state(device):
@@ -76,9 +64,7 @@ def open_logs(
                 logs.close()
                 if isinstance(error, UserError):
                     raise
-                reason = first_line(error).rstrip(".")
-                if settings.wandb_api_key is not None:
-                    reason = reason.replace(settings.wandb_api_key, "***")
+                reason = first_line(error).rstrip(".").replace(settings.wandb_api_key or "\0", "***")
                 raise UserError(f"--log_with {name} cannot begin: {reason}. Solve that, or leave it out.") from error
     return logs
 
@@ -86,23 +72,19 @@ def open_logs(
 class TrainingLogs:
     """Logs the steps of a training. A tracker that fails is one warning, and left out from then on.
 
-    Args:
-        trackers: from ``open_logs``; none logs nothing.
-        device: whose peak memory is logged, if it is a CUDA device.
-
     Attributes:
         runs: what a state keeps of them, by tracker; also of those that are not used this time.
     """
 
-    def __init__(self, trackers: Sequence[TensorBoard | WandB] = (), device: torch.device | None = None) -> None:
-        self.trackers = list(trackers)
+    def __init__(self, device: torch.device | None = None, runs: Mapping[str, str] | None = None) -> None:
+        self.trackers: list[TensorBoard | WandB] = []
         self.device = device
-        self.runs: dict[str, str] = {}
+        self.runs = dict(runs or {})
 
     def __enter__(self) -> TrainingLogs:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def step(
@@ -116,13 +98,7 @@ class TrainingLogs:
         seconds: float | None = None,
         validation_loss: float | None = None,
     ) -> None:
-        """One optimiser step. What is None is not logged.
-
-        Args:
-            rates: ``learning_rates`` before the step; the schedule moves on within it.
-            gradient_norm: before clipping.
-            seconds: that the step took.
-        """
+        """One optimiser step: its learning rates, the norm before clipping, its duration. What is None is not logged."""
         values = {"loss/current": loss, "loss/average": average, "loss/validation": validation_loss}
         values |= {"grad_norm": gradient_norm, "seconds_per_step": seconds}
         values |= {f"lr/{name}": rate for name, rate in rates.items()}

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
-from utils.files import MAX_NAME_BYTES, atomic_path, remove_leftovers_of, require_writable_folder
+from utils.files import atomic_path, remove_leftovers_of, require_possible_file, require_writable_folder
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "epoch", "loss", "average_loss", "learning_rate", "validation_loss")
+WHOLE_LINE = re.compile(r"([0-9]{1,18})(,[^,]*){5}")
 
 
 def check_loss_log(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that cannot be written, before a model is loaded. Leaves nothing behind.
-
-    Raises:
-        UserError: ``path`` is a folder, its name is too long, or it or its folder cannot be written to.
-    """
-    path = Path(path)
-    if os.path.isdir(path):
-        raise UserError(f"--loss_log {path} is a folder; give the name of a file, such as {path / 'loss.csv'}.")
-    if path.suffix.lower() == ".safetensors":
-        raise UserError(f"--loss_log {path} has the name of a LoRA file; give the name of a CSV file, such as loss.csv.")
-    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise UserError(f"--loss_log has a file name of more than {MAX_NAME_BYTES} bytes; give a shorter one.")
-    require_writable_folder(path.parent, "the folder of --loss_log,")
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise UserError(f"--loss_log {path} exists and cannot be written to; give another file.")
+    """Refuse a file that cannot be written, before a model is loaded. Leaves nothing behind."""
+    require_possible_file(path, "--loss_log")
+    require_writable_folder(Path(path).parent, "the folder of --loss_log,")
 
 
 class LossLog:
@@ -96,14 +86,9 @@ class LossLog:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Leave the heading and the lines up to ``step``: what a killed training logged later is made, and logged, again."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    kept = [line for line in lines if line.count(",") == len(COLUMNS) - 1 and 0 < _step_of(line) <= step]
+    """Leave the heading and the whole lines up to ``step``: what a killed training logged later is made, and logged, again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if (found := WHOLE_LINE.fullmatch(line)) and int(found[1]) <= step]
     remove_leftovers_of(path)
     with atomic_path(path, keep_name=True) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in (",".join(COLUMNS), *kept)), encoding="utf-8", newline="\n")
-
-
-def _step_of(line: str) -> int:
-    number = line.partition(",")[0]
-    return int(number) if number.isascii() and number.isdigit() else 0

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,58 @@ from utils.key_values import nearest_name
 from utils.toml_files import read_toml
 
 if TYPE_CHECKING:
-    from networks.training.logging.settings import LogSettings
     from networks.training.samples.sampling import SavedSample
 
 DEFAULT_NAME = "network_train"  # of --log_tracker_name
 RUN_TIME, IS_RUN_TIME = "%Y%m%d%H%M%S", re.compile(r"[0-9]{14}")  # the id of a run in TensorBoard
 GIF_SIDE = 320  # TensorBoard shows clips as animations, which are large: every second frame, at this size
 GIF_MILLISECONDS = 80
-MAX_NUMBER = 10**6
-# What SummaryWriter takes. Its thread, and not the call, would fail on values of another type.
-WRITER_OPTIONS = {"log_dir": str, "comment": str, "purge_step": int, "max_queue": int, "flush_secs": float, "filename_suffix": str}
+# Options of SummaryWriter of which its thread, and not the call, would fail on other values: the training would wait for ever.
+WRITER_NUMBERS, MAX_NUMBER = ("purge_step", "max_queue", "flush_secs"), 10**6
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """The flags of the logs.
+
+    Attributes:
+        log_with: a name of ``TRACKERS``, or ``all``; None for TensorBoard where there is a ``logging_dir``, else no logs.
+        loss_log: see ``networks.training.logging.loss_log``.
+    """
+
+    logging_dir: str | None = None
+    log_with: str | None = None
+    log_prefix: str | None = None
+    log_tracker_name: str | None = None
+    log_tracker_config: str | None = None
+    log_config: bool = False
+    wandb_run_name: str | None = None
+    wandb_api_key: str | None = field(default=None, repr=False)
+    loss_log: str | None = None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the trackers in use."""
+        if self.log_with is None:
+            return ("tensorboard",) if self.logging_dir is not None else ()
+        return tuple(TRACKERS) if self.log_with == "all" else (self.log_with,)
+
+    def __post_init__(self) -> None:
+        if "tensorboard" in self.trackers and self.logging_dir is None:
+            raise UserError(f"--log_with {self.log_with} needs --logging_dir, the folder for TensorBoard's files.")
+        if "wandb" in self.trackers and self.wandb_api_key is not None and not self.wandb_api_key.strip():
+            raise UserError("--wandb_api_key is empty; give the key, or leave the flag out after `wandb login`.")
+
+    def without_effect(self) -> list[str]:
+        """A sentence on the flags that the chosen trackers do not use."""
+        if "wandb" in self.trackers:
+            return []
+        unused = ["wandb_run_name", "wandb_api_key"]
+        if not self.trackers:
+            unused = ["log_prefix", "log_tracker_name", "log_tracker_config", *unused, "log_config"]
+        given = [f"--{name}" for name in unused if getattr(self, name)]
+        needs = "--log_with wandb" if self.trackers else "--log_with or --logging_dir"
+        return [f"{', '.join(given)}: no effect without {needs}."] if given else []
 
 
 class TensorBoard(TensorBoardTracker):
@@ -47,10 +90,13 @@ class TensorBoard(TensorBoardTracker):
     package = "torch.utils.tensorboard", "tensorboard"
 
     def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
-        resumed = earlier is not None and IS_RUN_TIME.fullmatch(earlier) is not None
-        self.run_id = earlier if resumed else unused_run_id(settings)
+        options = dict(options)
+        if earlier is not None and IS_RUN_TIME.fullmatch(earlier):
+            self.run_id = earlier
+            options.setdefault("purge_step", step + 1)  # later steps are made again
+        else:
+            self.run_id = unused_run_id(settings)
         folder = Path(settings.logging_dir, f"{settings.log_prefix or ''}{self.run_id}", settings.log_tracker_name or DEFAULT_NAME)
-        options = ({"purge_step": step + 1} if resumed else {}) | dict(options)  # later steps are made again
         folder = require_writable_folder(options.pop("log_dir", folder), "--logging_dir with --log_prefix and --log_tracker_name,")
         super().__init__(folder.name, folder.parent, **options)
         start(self)
@@ -141,29 +187,19 @@ def require_package(name: str) -> None:
 
 
 def read_tracker_config(path: str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:
-    """--log_tracker_config: the arguments of SummaryWriter in [tensorboard], those of ``wandb.init`` in [wandb].
-
-    Raises:
-        UserError: no such file, another table, or what SummaryWriter does not take.
-    """
+    """--log_tracker_config: the arguments of SummaryWriter in [tensorboard], those of ``wandb.init`` in [wandb]."""
     config = {} if path is None else read_toml(path, "--log_tracker_config")
     for name, table in config.items():
         if name not in TRACKERS or not isinstance(table, dict):
-            known = " and ".join(f"[{name}]" for name in TRACKERS)
             raise UserError(
-                f"--log_tracker_config {path}: {name!r} is no tracker's table; there are {known}.{nearest_name(name, TRACKERS)}"
+                f"--log_tracker_config {path}: {name!r} is no tracker's table.{nearest_name(name, TRACKERS)} "
+                f"There are {' and '.join(f'[{known}]' for known in TRACKERS)}."
             )
-    where = f"--log_tracker_config {path}: [tensorboard]"
     for name, value in config.get("tensorboard", {}).items():
-        if name not in WRITER_OPTIONS:
-            known = ", ".join(WRITER_OPTIONS)
-            raise UserError(f"{where} has no argument {name!r}.{nearest_name(name, WRITER_OPTIONS)} Known: {known}.")
-        kind = WRITER_OPTIONS[name]
-        if kind is str and not isinstance(value, str):
-            raise UserError(f"{where} {name} must be a text, but it is {shown(value)}.")
-        if kind is not str and (type(value) not in (int, kind) or not 0 <= value <= MAX_NUMBER):
-            what = "whole number" if kind is int else "number"
-            raise UserError(f"{where} {name} must be a {what} from 0 to {MAX_NUMBER}, but it is {shown(value)}.")
+        if name in WRITER_NUMBERS and not (isinstance(value, int | float) and 0 <= value <= MAX_NUMBER):
+            raise UserError(
+                f"--log_tracker_config {path}: {name} must be a number from 0 to {MAX_NUMBER}, but it is {shown(value)}."
+            )
     return {name: config.get(name, {}) for name in TRACKERS}
 
 

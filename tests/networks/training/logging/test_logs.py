@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
-import hv_train_network
 from networks.training.logging.logs import LogSettings, TrainingLogs, check_logs, open_logs
-from networks.training.logging.trackers import animation, read_tracker_config
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import SavedSample
 from utils.cli.arguments import hide_secrets, public_flags
@@ -89,7 +86,7 @@ def wandb(monkeypatch) -> types.ModuleType:
 @pytest.fixture
 def samples(tmp_path) -> list[SavedSample]:
     """A picture and a clip of five frames, whose brightness rises."""
-    frames = np.stack([np.full((32, 48, 3), 40 * index, dtype=np.uint8) for index in range(5)])
+    frames = np.stack([np.full((64, 704, 3), 40 * index, dtype=np.uint8) for index in range(5)])
     save_picture(tmp_path / "s.png", frames[3])
     save_video(tmp_path / "s.mp4", frames, 24)
     prompt = SamplePrompt("a ball", "here")
@@ -119,15 +116,9 @@ def test_tensorboard_gets_numbers_pictures_and_clips(samples, tmp_path):
     assert {tag: events.Scalars(tag)[0].value for tag in tags["scalars"]} == pytest.approx(NUMBERS)
     assert not tags["tensors"], "flags are stored with --log_config only"
     picture, clip = (events.Images(f"sample/0{index}")[0] for index in (0, 1))
-    assert picture.step == clip.step == 3 and (clip.width, clip.height) == (48, 32)
+    assert picture.step == clip.step == 3 and (clip.width, clip.height) == (320, 29)
     assert (np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))) == 120).all()
     assert levels_of(clip.encoded_image_string) == pytest.approx([0, 80, 160], abs=6)
-
-
-def test_large_clips_become_small_animations(tmp_path):
-    save_video(tmp_path / "c.mp4", np.zeros((9, 64, 704, 3), dtype=np.uint8), 24)
-    data, width, height = animation(tmp_path / "c.mp4")
-    assert (width, height) == (320, 29) and data[:3] == b"GIF"
 
 
 def test_wandb_gets_numbers_pictures_clips_and_its_options(wandb, samples, tmp_path):
@@ -233,6 +224,11 @@ def test_a_tracker_that_refuses_to_begin_is_one_sentence_without_the_key(wandb, 
     (tmp_path / "t.toml").write_text('[wandb]\nentitty = "me"\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"--log_with wandb cannot begin: .*entitty"):
         open_logs(LogSettings(log_with="wandb", log_tracker_config=str(tmp_path / "t.toml")), CPU)
+    (tmp_path / "t.toml").write_text("[tensorboard]\nflush = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--log_with tensorboard cannot begin: .*'flush'"):
+        open_logs(LogSettings(str(tmp_path), log_tracker_config=str(tmp_path / "t.toml")), CPU)
+    with pytest.raises(UserError, match=r"--logging_dir .*t\.toml"):
+        open_logs(LogSettings(str(tmp_path / "t.toml")), CPU)
 
     def refuses(**_options: Any) -> None:
         raise RuntimeError(f"the key {KEY} is not valid.\nTry again")
@@ -245,18 +241,20 @@ def test_a_tracker_that_refuses_to_begin_is_one_sentence_without_the_key(wandb, 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
         ({"log_with": "all"}, "--log_with all needs --logging_dir"),
         ({"log_with": "wandb", "wandb_api_key": " "}, "--wandb_api_key is empty"),
-        ({"log_with": "wandb", "logging_dir": "file/below"}, "--logging_dir"),
         ({"log_with": "wandb", "log_tracker_config": "none.toml"}, "none.toml does not exist"),
         ({"log_with": "wandb", "log_tracker_config": "bad.toml"}, "'wandbb' is no tracker's table"),
+        (
+            {"logging_dir": "logs", "log_tracker_config": "text.toml"},
+            "flush_secs must be a number from 0 to",
+        ),
     ],
 )
 def test_flags_that_are_refused(wandb, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("in the way", encoding="utf-8")
     Path("bad.toml").write_text("[wandbb]\nentity = 1\n", encoding="utf-8")
+    Path("text.toml").write_text("[tensorboard]\nflush_secs = 'x'\n", encoding="utf-8")
     with pytest.raises(UserError) as error:
         check_logs(LogSettings(**flags))
     assert says in str(error.value)
@@ -285,45 +283,8 @@ def test_flags_without_effect_are_named():
     assert LogSettings("logs", log_with="all", wandb_run_name="x").without_effect() == []
 
 
-TRACKER_CONFIG = '[tensorboard]\npurge_step = 0\nflush_secs = 0.5\nfilename_suffix = ".n"\n[wandb]\ntags = ["a"]\nnewer = 3\n'
-
-
-def test_the_arguments_of_trackers_are_read_as_they_are(tmp_path):
+def test_the_arguments_of_tensorboard_are_those_of_its_writer(tmp_path):
     path = tmp_path / "t.toml"
-    path.write_text(TRACKER_CONFIG, encoding="utf-8")
-    assert read_tracker_config(path) == {
-        "tensorboard": {"purge_step": 0, "flush_secs": 0.5, "filename_suffix": ".n"},
-        "wandb": {"tags": ["a"], "newer": 3},
-    }
+    path.write_text('[tensorboard]\npurge_step = 0\nflush_secs = 0.5\nfilename_suffix = ".n"\n', encoding="utf-8")
     open_logs(LogSettings(str(tmp_path / "logs"), log_tracker_config=str(path)), CPU).close()
     assert [file.suffix for file in (tmp_path / "logs").rglob("events.*")] == [".n"]
-    assert read_tracker_config(None) == {"tensorboard": {}, "wandb": {}}
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ('flush_secs = "x"', "flush_secs must be a number from 0 to 1000000, but it is 'x'"),
-        ("flush_secs = inf", "but it is inf"),
-        ("flush_secs = nan", "but it is nan"),
-        ("flush_secs = true", "but it is True"),
-        ("max_queue = 1.5", "max_queue must be a whole number from 0 to 1000000, but it is 1.5"),
-        ("max_queue = -1", "but it is -1"),
-        ("filename_suffix = 3", "filename_suffix must be a text, but it is 3"),
-        ("flush_seconds = 3", "has no argument 'flush_seconds'. Did you mean 'flush_secs'? Known: log_dir, "),
-    ],
-)
-def test_what_tensorboard_does_not_take_is_one_sentence(tmp_path, line, says):
-    (tmp_path / "t.toml").write_text(f"[tensorboard]\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        read_tracker_config(tmp_path / "t.toml")
-    assert says in str(error.value) and "t.toml: [tensorboard]" in str(error.value)
-
-
-def test_training_refuses_a_bad_tracker_config_before_anything_is_loaded(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(hv_train_network, "build_training", lambda *_a, **_k: pytest.fail("a model was loaded"))
-    (tmp_path / "t.toml").write_text("[tensorboard]\nlog_dir = 3\n", encoding="utf-8")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    ended = train("--logging_dir", tmp_path / "logs", "--log_tracker_config", tmp_path / "t.toml")
-    assert ended.status == 2 and "[tensorboard] log_dir must be a text" in ended.stderr and "Traceback" not in ended.stderr
-    assert not (tmp_path / "logs").exists()

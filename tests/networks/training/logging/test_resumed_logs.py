@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import types
 from pathlib import Path
@@ -142,16 +141,3 @@ def test_training_stores_its_run_and_goes_on_in_it(train, tmp_path):
     assert train("--max_train_steps", 3, *flags, "--resume", state, name="other").status == 0
     other = read_state_file(tmp_path / "out" / "other-state").progress.log_runs
     assert losses(tmp_path / "logs" / folder.name) == whole and other != {"tensorboard": folder.name}
-
-
-def test_a_state_without_runs_is_read_and_one_with_nonsense_is_refused(train, tmp_path):
-    flags = ("--max_train_steps", 2, "--save_state", "--save_every_n_steps", 1)
-    assert train(*flags).status == 0
-    state = tmp_path / "out" / "lora-step00000001-state"
-    content = json.loads((state / "state.json").read_text(encoding="utf-8"))
-    assert content.pop("log_runs") == {}
-    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    assert read_state_file(state).progress.log_runs == {}
-    (state / "state.json").write_text(json.dumps({**content, "log_runs": {"wandb": 3}}), encoding="utf-8")
-    ended = train(*flags, "--resume", state)
-    assert ended.status == 2 and "is not a state of this trainer" in ended.stderr.splitlines()[-1]

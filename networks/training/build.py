@@ -23,7 +23,7 @@ from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
 from networks.training.optim.optimizers import make_optimizer
 from networks.training.preflight import TrainingPlan
-from networks.training.run import Training, TrainingData, batch_order, training_facts
+from networks.training.run import Training, TrainingData, batch_order, known_facts
 from networks.training.samples.sampling import prepare_samples
 from networks.training.saving.metadata import new_session_id, training_metadata
 from networks.training.saving.resume import restore
@@ -105,8 +105,8 @@ def build_training(
     training.progress.log_runs = logs.runs
     if wants_dry_step(settings.loop.dry_step, accelerator.device):
         training.dry_batch = data.largest.load()
-    facts = training_facts(training, DEFAULT_RANK)
-    training.metadata = training_metadata({**settings.flags, "seed": plan.beginning.seed}, facts, settings.network.arguments)
+    known = known_facts(training, DEFAULT_RANK)
+    training.metadata = training_metadata(settings.flags, data.facts, known, settings.network.arguments)
     _report(training)
     return training
 

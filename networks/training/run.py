@@ -21,7 +21,7 @@ from networks.training.pause import evaluation_weights, paused_training
 from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples
 from networks.training.saving.files import remove_outdated, save_network, state_name
-from networks.training.saving.metadata import TrainingFacts, finished_metadata
+from networks.training.saving.metadata import finished_metadata
 from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
 from networks.training.settings import TrainingSettings
@@ -101,21 +101,21 @@ class Training:
         return self.settings.loop.steps_per_epoch(len(self.data.reader))
 
 
-def training_facts(training: Training, default_rank: int) -> TrainingFacts:
+def known_facts(training: Training, default_rank: int) -> dict[str, Any]:
     """What the run knows beyond its flags, for the metadata; ``default_rank`` is the network's without --network_dim."""
-    network = training.settings.network
-    return TrainingFacts(
-        data=training.data.facts,
-        batches_per_epoch=len(training.data.reader),
-        epochs=-(-training.plan.steps // training.steps_per_epoch),
-        steps=training.plan.steps,
-        optimizer=describe_optimizer(training.optimizer, training.settings.optimizer.optimizer_args),
-        started_at=training.progress.started_at,
-        session_id=training.progress.session_id,
-        network_dim="Dynamic" if network.dim_from_weights else network.network_dim or default_rank,
-        network_alpha="Dynamic" if network.dim_from_weights else network.network_alpha,
-        mixed_precision=training.accelerator.mixed_precision,
-    )
+    network, progress = training.settings.network, training.progress
+    return {
+        "session_id": progress.session_id,
+        "training_started_at": progress.started_at,
+        "num_batches_per_epoch": len(training.data.reader),
+        "num_epochs": -(-training.plan.steps // training.steps_per_epoch),
+        "max_train_steps": training.plan.steps,
+        "optimizer": describe_optimizer(training.optimizer, training.settings.optimizer.optimizer_args),
+        "seed": training.plan.beginning.seed,
+        "mixed_precision": training.accelerator.mixed_precision,
+        "network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or default_rank,
+        "network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+    }
 
 
 def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
@@ -143,9 +143,10 @@ def save_model(training: Training, file_name: str, epoch: int) -> None:
     """Save the network under the output folder, on the main process only."""
     if not training.accelerator.is_main_process:
         return
+    path = training.settings.saving.folder / file_name
     metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
     with evaluation_weights(training.optimizer):
-        path = save_network(training.network, training.settings.saving.folder / file_name, training.plan.precision.saved, metadata)
+        save_network(training.network, path, training.plan.precision.saved, metadata)
     if training.uploads is not None:
         training.uploads.upload(path)
 

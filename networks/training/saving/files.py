@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +42,16 @@ def state_name(model_name: str) -> str:
     return model_name.removesuffix(MODEL_SUFFIX) + STATE_SUFFIX
 
 
-def save_network(network: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-    """Save ``network`` by its own ``save_weights`` under ``path``, which appears only when whole.
+def output_names(name: str) -> re.Pattern[str]:
+    """Matches all names of models and states of the run ``name``; its groups are the step and the epoch."""
+    return re.compile(re.escape(name) + r"(?:-step(\d{8,})|-(\d{6,}))?(?:-state|\.safetensors)")
 
-    Works for any network module of the common contract, whose ``save_weights`` may write in place.
-    """
-    path = Path(path)
+
+def save_network(network: nn.Module, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    """Save ``network`` by its own ``save_weights``, which may write in place, under ``path``, which appears only when whole."""
     with atomic_path(path, keep_name=True) as temporary:
         network.save_weights(str(temporary), dtype, metadata)
     logger.info("saved %s", path)
-    return path
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,11 @@ class SaveSettings:
     save_state_on_train_end: bool = False
 
     def __post_init__(self) -> None:
-        for limit, partners in (
-            ("save_last_n_steps", ("save_every_n_steps",)),
-            ("save_last_n_epochs", ("save_every_n_epochs",)),
-            ("save_last_n_steps_state", ("save_state", "save_every_n_steps")),
-            ("save_last_n_epochs_state", ("save_state", "save_every_n_epochs")),
-        ):
-            for partner in partners:
-                if getattr(self, limit) and not getattr(self, partner):
-                    raise UserError(f"--{limit} limits what --{partner} writes; give --{partner} as well.")
+        for unit in ("steps", "epochs"):
+            limit, limit_of_states, every = f"save_last_n_{unit}", f"save_last_n_{unit}_state", f"save_every_n_{unit}"
+            for flag, needed in ((limit, every), (limit_of_states, every), (limit_of_states, "save_state")):
+                if getattr(self, flag) and not getattr(self, needed):
+                    raise UserError(f"--{flag} limits what --{needed} writes; give --{needed} as well.")
 
     @property
     def folder(self) -> Path:
@@ -116,44 +111,32 @@ def remove_outdated(
         before_removal: called with each file or folder that goes; returns when nobody needs it any more.
     """
     if step is not None:  # the models of the last n steps stay
-        every, models = settings.save_every_n_steps, settings.save_last_n_steps
+        group, every, models = 1, settings.save_every_n_steps, settings.save_last_n_steps
         first_model, first_state = (n and step - n for n in (models, settings.save_last_n_steps_state or models))
-        digits = r"-step(\d{8,})"
     else:  # the last n models stay
-        every, models = settings.save_every_n_epochs, settings.save_last_n_epochs
+        group, every, models = 2, settings.save_every_n_epochs, settings.save_last_n_epochs
         first_model, first_state = (n and epoch - (n - 1) * every for n in (models, settings.save_last_n_epochs_state or models))
-        digits = r"-(\d{6,})"
-    pattern = re.compile(re.escape(settings.output_name) + digits)
-    for suffix, first, remove in ((MODEL_SUFFIX, first_model, Path.unlink), (STATE_SUFFIX, first_state, remove_folder)):
-        for path, number in _numbered(settings.folder, pattern, suffix):
-            if first is not None and number < first and number % every == 0:
-                if before_removal is not None:
-                    before_removal(path)
-                _remove(path, remove)
-
-
-def _numbered(folder: Path, pattern: re.Pattern[str], suffix: str) -> Iterator[tuple[Path, int]]:
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(suffix) and (match := pattern.fullmatch(path.name.removesuffix(suffix))):
-            yield path, int(match[1])
-
-
-def _remove(path: Path, remove: Callable[[Path], None]) -> None:
-    try:
-        remove(path)
-    except OSError as error:  # a file that another program holds open must not end a training
-        logger.warning("cannot remove the old %s: %s", path, error.strerror or error)
-    else:
-        logger.info("removed the old %s", path)
+    ours = output_names(settings.output_name)
+    for path in sorted(settings.folder.iterdir()):
+        match = ours.fullmatch(path.name)
+        if match is None or match[group] is None:
+            continue
+        number, first = int(match[group]), first_state if path.name.endswith(STATE_SUFFIX) else first_model
+        if first is None or number >= first or number % every:
+            continue
+        if before_removal is not None:
+            before_removal(path)
+        try:
+            remove_folder(path) if path.is_dir() else path.unlink()
+            logger.info("removed the old %s", path)
+        except OSError as error:  # a file that another program holds open must not end a training
+            logger.warning("cannot remove the old %s: %s", path, error.strerror or error)
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove what a killed run of the same name was writing: files and folders that never got their final names."""
-    if not folder.is_dir():
-        return
-    ours = re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?(-state|\.safetensors)")
-    for path in folder.iterdir():
-        final = final_of_temporary(path)
-        if final is not None and ours.fullmatch(final):
+    ours = output_names(name)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if ours.fullmatch(final_of_temporary(path) or ""):
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Resumed:
 
 
 def find_resumed(settings: ResumeSettings) -> Resumed | None:
-    """The state that --resume names, or None where training begins anew. Without --seed, training takes that of the state.
+    """The state that --resume names, or None where training begins anew.
 
     Raises:
         UserError: no such state, one that is damaged, or one with another seed than --seed.
@@ -148,18 +148,16 @@ def _network_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join([*differences, *_differing(then, now, names)]) or "its network has layers of other sizes"
 
 
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """``--learning_rate 0.01, now 0.001`` for each of the flags whose values differ."""
 
     def text(value: object) -> str:
-        if value in (None, False, [], ""):
+        if not value:
             return "not given"
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    for name in names:
-        before, after = text(then.get(name)), text(now.get(name))
-        if before != after:
-            yield f"--{name} {before}, now {after}"
+    pairs = [(name, text(then.get(name)), text(now.get(name))) for name in names]
+    return [f"--{name} {before}, now {after}" for name, before, after in pairs if before != after]
 
 
 def restore(

@@ -15,10 +15,9 @@ import json
 import logging
 import os
 import random
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from networks.training.loss.timestep_sampling import TimestepSampler
-from networks.training.saving.files import STATE_SUFFIX
+from networks.training.saving.files import STATE_SUFFIX, output_names
 from utils.errors import UserError, first_line
 from utils.files import atomic_folder, final_of_temporary
 from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
 LATEST = "latest"
 
@@ -74,6 +72,8 @@ class StateFile:
         identity: what must be as it was for the state to fit: a word or number for each name.
         order: what the order of the batches depends on.
         flags: the flags of the run that saved it.
+        saved_at: seconds since 1970.
+        files: the other files of the state and their sizes in bytes.
     """
 
     progress: Progress
@@ -82,6 +82,7 @@ class StateFile:
     order: dict[str, Any]
     flags: dict[str, Any]
     saved_at: float
+    files: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,33 +113,15 @@ def save_state(folder: Path, parts: Restorable, state: StateFile) -> None:
         UserError: the folder cannot be written to, or the disk is full; an older state there is untouched.
     """
     accelerator = parts.accelerator
-    if accelerator.num_processes == 1:
-        with atomic_folder(folder) as temporary:
-            _write_random_state(temporary, parts)
-            _write_parts(temporary, parts, state)
-    else:
-        _save_with_all_processes(folder, parts, state)
-    if accelerator.is_main_process:
-        logger.info("saved the state %s", folder)
-
-
-def _save_with_all_processes(folder: Path, parts: Restorable, state: StateFile) -> None:
-    """Each process adds its random generators to the folder that the main one opened, and that one closes it."""
-    accelerator = parts.accelerator
-    if accelerator.is_main_process:
-        with atomic_folder(folder) as temporary:
-            broadcast_object_list([str(temporary)])
-            _write_random_state(temporary, parts)
-            accelerator.wait_for_everyone()
-            _write_parts(temporary, parts, state)
-    else:
-        temporary = broadcast_object_list([""])[0]
-        try:
-            _write_random_state(Path(temporary), parts)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {folder}: {reason}. Check the folder and the free disk space.") from error
+    main = accelerator.is_main_process
+    with atomic_folder(folder) if main else nullcontext() as temporary:
+        shared = Path(broadcast_object_list([str(temporary)])[0])
+        _save_plain(_random_state(parts), shared / random_name(accelerator.process_index))
         accelerator.wait_for_everyone()
+        if main:
+            _write_parts(shared, parts, state)
+    if main:
+        logger.info("saved the state %s", folder)
     accelerator.wait_for_everyone()
 
 
@@ -151,16 +134,7 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     _save_plain(states, folder / OPTIMIZER_FILE)
-    content = {
-        "format": FORMAT,
-        **vars(state.progress),
-        "seed": state.seed,
-        "identity": state.identity,
-        "order": state.order,
-        "flags": state.flags,
-        "saved_at": state.saved_at,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-    }
+    content = asdict(state) | {"files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
@@ -174,14 +148,11 @@ def plain_state(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
     if isinstance(value, Mapping):
-        kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((plain_state(key), plain_state(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set)):
-        items = [plain_state(item) for item in value]
-        return items if isinstance(value, list) else type(value)(items) if type(value) in (tuple, set) else tuple(items)
+        return {plain_state(key): plain_state(item) for key, item in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(plain_state(item) for item in value)
     raise UserError(
         f"the state of the optimiser or the schedule holds a {type(value).__name__}, which cannot be saved safely. "
         "Use another --optimizer_type or --lr_scheduler_type, or train without --save_state."
@@ -209,20 +180,18 @@ def _save_plain(value: Any, path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _write_random_state(folder: Path, parts: Restorable) -> None:
-    numpy_state = np.random.get_state()
+def _random_state(parts: Restorable) -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
     state = {
-        "python": list(random.getstate()[1]),
-        "python_gauss": random.getstate()[2],
-        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_rest": [int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "noise": parts.noise.get_state(),
         "timesteps": parts.timesteps.state_dict(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    _save_plain(state, folder / random_name(parts.accelerator.process_index))
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,87 +200,59 @@ def _write_random_state(folder: Path, parts: Restorable) -> None:
 
 def find_latest_state(folder: Path, name: str) -> Path | None:
     """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning."""
-    ours = _names_state_of(name)
-    found = [path for path in folder.iterdir() if path.is_dir() and ours.fullmatch(path.name)] if folder.is_dir() else []
-    whole: list[tuple[float, str, Path]] = []
-    for path in found:
-        try:
-            whole.append((read_state_file(path).saved_at, path.name, path))
-        except UserError as error:
-            logger.warning("%s", error)
-    return max(whole)[2] if whole else None
+    whole: list[tuple[float, Path]] = []
+    for path in _states_in(folder, name):
+        if final_of_temporary(path) is None:
+            try:
+                whole.append((read_state_file(path).saved_at, path))
+            except UserError as error:
+                logger.warning("%s", error)
+    return max(whole)[1] if whole else None
+
+
+def recover_state(folder: Path, name: str) -> None:
+    """Give a state its name again if a kill came while it replaced an older one of that name; the newer of the two wins."""
+    whole: list[tuple[float, Path]] = []
+    for path in _states_in(folder, name):
+        if final_of_temporary(path) is not None:
+            with suppress(UserError):  # not whole: its writing was interrupted
+                whole.append((read_state_file(path).saved_at, path))
+    for _, path in sorted(whole, reverse=True):
+        final = folder / final_of_temporary(path)
+        if not final.exists():
+            os.replace(path, final)
+            logger.warning("recovered the state %s, which was being replaced when the training was killed", final)
+
+
+def _states_in(folder: Path, name: str) -> list[Path]:
+    """The states of the run ``name``, under their own and under temporary names."""
+    ours = output_names(name)
+    return [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name.endswith(STATE_SUFFIX) and path.is_dir() and ours.fullmatch(final_of_temporary(path) or path.name)
+    ]
 
 
 def read_state_file(folder: Path) -> StateFile:
     """What the state.json in ``folder`` holds.
 
     Raises:
-        UserError: no state there, one of another format, or one whose files are missing or cut short.
+        UserError: no state there, or one whose files are missing or cut short.
     """
-    path = folder / STATE_FILE
     remedy = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to begin anew."
     if not folder.is_dir():
         raise UserError(f"--resume {folder} is not a folder. {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has the format {content['format']}; this version reads {FORMAT}. {remedy}")
-        content = {"log_runs": {}, "skipped": 0} | content  # states of older versions have none
-        progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
-        parts = {name: content[name] for name in ("seed", "identity", "order", "flags", "saved_at")}
-        files = dict(content["files"])
-        _require_types(content)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder} is not a state of this trainer ({type(error).__name__}: {first_line(error)}). {remedy}"
-        ) from error
-    for name, size in files.items():
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = StateFile(**content | {"progress": Progress(**content["progress"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder} is not a state of this trainer ({reason}). {remedy}") from error
+    for name, size in state.files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
-    parts["flags"] = _with_present_names(parts["flags"])
-    return StateFile(progress=progress, **parts)
-
-
-def _with_present_names(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags of a state. In older ones, --fp8_scaled without --fp8_fast means what --int8_base is now."""
-    if "int8_base" in flags or not flags.get("fp8_scaled") or flags.get("fp8_fast"):
-        return flags
-    return flags | {"int8_base": True, "fp8_base": False, "fp8_scaled": False}
-
-
-def _require_types(content: Mapping[str, Any]) -> None:
-    kinds = {"seed": int, "started_at": (int, float), "saved_at": (int, float), "losses": list, "session_id": str}
-    kinds |= dict.fromkeys(("identity", "order", "flags", "files", "log_runs"), dict)
-    least = {"step": 0, "epoch": 1, "batches": 0, "skipped": 0}
-    for name, kind in (kinds | dict.fromkeys(least, int)).items():
-        if not isinstance(content[name], kind) or isinstance(content[name], bool):
-            raise TypeError(f"{name} is {content[name]!r}")
-        if name in least and content[name] < least[name]:
-            raise ValueError(f"{name} is {content[name]}")
-    for name, run in content["log_runs"].items():
-        if not isinstance(run, str):
-            raise TypeError(f"the run in {name} is {run!r}")
-
-
-def recover_state(folder: Path, name: str) -> None:
-    """Give a state its name again if a kill came while it replaced an older one of that name; the newer of the two wins."""
-    lost: dict[str, list[tuple[float, Path]]] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        final = final_of_temporary(path)
-        if final is None or not path.is_dir() or not _names_state_of(name).fullmatch(final) or (folder / final).exists():
-            continue
-        try:
-            saved_at = read_state_file(path).saved_at
-        except UserError:
-            continue  # not whole: its writing was interrupted
-        lost.setdefault(final, []).append((saved_at, path))
-    for final, states in lost.items():
-        os.replace(max(states)[1], folder / final)
-        logger.warning("recovered the state %s, which was being replaced when the training was killed", folder / final)
-
-
-def _names_state_of(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name) + r"(-step\d{8,}|-\d{6,})?" + re.escape(STATE_SUFFIX))
+    return state
 
 
 def load_state(folder: Path, parts: Restorable) -> None:
@@ -320,7 +261,6 @@ def load_state(folder: Path, parts: Restorable) -> None:
     Raises:
         UserError: a file cannot be read, or its content does not fit.
     """
-    device = parts.accelerator.device
     try:
         parts.network.load_state_dict(read_tensors(folder / NETWORK_FILE).tensors)
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
@@ -328,27 +268,27 @@ def load_state(folder: Path, parts: Restorable) -> None:
         parts.lr_scheduler.load_state_dict(states["lr_scheduler"])
         if parts.accelerator.scaler is not None and states["scaler"] is not None:
             parts.accelerator.scaler.load_state_dict(states["scaler"])
-        _load_random_state(folder, parts, device)
+        _load_random_state(folder, parts)
     except UserError:
         raise
     except Exception as error:  # third-party optimisers fail in ways of their own
         raise UserError(f"the state {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
 
 
-def _load_random_state(folder: Path, parts: Restorable, device: torch.device) -> None:
+def _load_random_state(folder: Path, parts: Restorable) -> None:
     path = folder / random_name(parts.accelerator.process_index)
     if not path.is_file():
         logger.warning("%s has no random state for process %d; its noise begins anew.", folder, parts.accelerator.process_index)
         return
     state = torch.load(path, map_location="cpu", weights_only=True)
-    random.setstate((random.getstate()[0], tuple(state["python"]), state["python_gauss"]))
-    position, has_gauss, gauss = state["numpy_rest"]
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     parts.timesteps.load_state_dict(state["timesteps"])
     if state["noise"].shape == parts.noise.get_state().shape:
         parts.noise.set_state(state["noise"])
     else:
         logger.warning("%s was saved on another kind of device; the noise begins anew.", folder)
-    if device.type == "cuda" and "cuda" in state:
+    if parts.accelerator.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -25,21 +25,13 @@ def require_room(wanted: Mapping[Path, int], what: str, remedy: str) -> None:
     for folder in wanted:
         by_disk.setdefault(os.stat(_existing(folder)).st_dev, []).append(folder)
     for folders in by_disk.values():
-        free, needed = free_bytes(folders[0]), sum(wanted[folder] for folder in folders)
-        if free is not None and free < needed:
+        usage, needed = shutil.disk_usage(_existing(folders[0])), sum(wanted[folder] for folder in folders)
+        if usage.total and usage.free < needed:  # some network file systems say 0 of 0
             where = ", ".join(map(str, folders))
             raise UserError(
-                f"the disk of {where} has {readable(free)} free, but {what} about {readable(needed)}. Free some space, or {remedy}."
+                f"the disk of {where} has {readable(usage.free)} free, but {what} about {readable(needed)}. "
+                f"Free some space, or {remedy}."
             )
-
-
-def free_bytes(folder: Path) -> int | None:
-    """What may still be written to the disk of a folder that need not exist yet; None where the system does not say."""
-    try:
-        usage = shutil.disk_usage(_existing(folder))
-    except OSError:
-        return None
-    return usage.free if usage.total else None  # some network file systems say 0 of 0
 
 
 def _existing(folder: Path) -> Path:

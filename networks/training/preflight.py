@@ -28,8 +28,7 @@ from networks.training.optim.lr_schedules import check_lr_scheduler
 from networks.training.optim.optimizers import check_optimizer, state_bytes_per_value, warn_of_low_learning_rate
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
-from networks.training.saving.disk_space import NetworkSize, require_room_for_save
-from networks.training.saving.files import remove_leftovers
+from networks.training.saving.files import remove_leftovers, require_room_for_save
 from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, state_identity
 from networks.training.saving.state import check_state_can_be_saved, recover_state
 from networks.training.settings import NetworkSettings, TrainingSettings
@@ -60,11 +59,9 @@ class ModelPlan:
     prompts: Sequence[SamplePrompt]
 
     @property
-    def size(self) -> NetworkSize | None:
-        """Of the network."""
-        if self.network is None or not self.network.state_dict():  # or one that adds its layers only when it is applied
-            return None
-        return NetworkSize.of_shapes(tuple(value.shape) for value in self.network.state_dict().values())
+    def values(self) -> int | None:
+        """Numbers in the network; None for one that adds its layers only when it is applied."""
+        return sum(value.numel() for value in self.network.state_dict().values()) or None if self.network is not None else None
 
 
 @dataclass(frozen=True)
@@ -194,14 +191,10 @@ def preflight(
         identity = state_identity(settings.flags, known, optimizer)
         check_resumed(settings.resuming, resumed, identity, settings.given_flags, steps)
     complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
-    optimizer_bytes, size = state_bytes_per_value(optimizer), model.size
-    if size is not None and main and not complete:
-        require_room_for_save(
-            settings.saving.folder,
-            size.model_bytes(precision.saved),
-            size.state_bytes(optimizer_bytes) if settings.saving.state_at_end else 0,
-        )
+    optimizer_bytes = state_bytes_per_value(optimizer)
     if main and not complete:
+        if model.values is not None:
+            require_room_for_save(settings.saving, model.values, precision.saved, optimizer_bytes)
         remove_leftovers(settings.saving.folder, settings.saving.output_name)
     memory = _plan_memory(settings, model, data, precision, optimizer_bytes, accelerator, shown=main and not complete)
     return TrainingPlan(model, precision, beginning, steps, memory, complete)
@@ -217,7 +210,6 @@ def _plan_memory(
     shown: bool,
 ) -> MemoryPlan:
     """The memory plan, with the same number of swapped blocks in all processes."""
-    network = model.size
     sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in model.prompts]
     free = free_device_memory(accelerator.device)
     memory = MemoryPlan(
@@ -227,7 +219,7 @@ def _plan_memory(
         data.largest.size,
         precision.base,
         precision.compute,
-        None if network is None else network.values,
+        model.values,
         optimizer_bytes,
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,

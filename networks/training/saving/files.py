@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.disk_space import require_room
 from utils.errors import UserError
 from utils.files import atomic_path, final_of_temporary, remove_folder
 
@@ -131,6 +132,23 @@ def remove_outdated(
             logger.info("removed the old %s", path)
         except OSError as error:  # a file that another program holds open must not end a training
             logger.warning("cannot remove the old %s: %s", path, error.strerror or error)
+
+
+def require_room_for_save(settings: SaveSettings, values: int, dtype: torch.dtype, optimizer_bytes: float) -> None:
+    """Refuse a disk without room for one save, before a model is loaded.
+
+    Args:
+        values: numbers in the network.
+        dtype: of the saved model. A state holds the network in float32.
+        optimizer_bytes: what a state holds of the optimiser for each value.
+
+    Raises:
+        UserError: with the sizes.
+    """
+    size, what = values * dtype.itemsize, "one model takes"
+    if settings.state_at_end:
+        size, what = size + round(values * (4 + optimizer_bytes)), "one model with its state takes"
+    require_room({settings.folder: size}, what, "give another --output_dir")
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

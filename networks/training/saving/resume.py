@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ NETWORK_SIZES = "a network of sizes"  # the entry of a state's identity that hol
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """Which state a training goes on from. Fields have the names of their flags."""
+    """Which state a training goes on from."""
 
     output_dir: str
     output_name: str
@@ -96,9 +95,9 @@ def is_complete(settings: ResumeSettings, steps: int, resumed: Resumed | None) -
         return False
 
 
-def state_identity(flags: Mapping[str, Any], network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def state_identity(flags: Mapping[str, Any], network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """What must be the same for a state to fit; without a network, all but its sizes."""
-    identity: dict[str, object] = {
+    identity = {
         "--network_module": flags["network_module"],
         "--optimizer_type": describe_optimizer(optimizer),
         "--lr_scheduler": flags.get("lr_scheduler_type") or flags["lr_scheduler"],
@@ -125,7 +124,7 @@ def check_resumed(
     folder, state = resumed.folder, resumed.state
     for name, now in identity.items():
         then = state.identity.get(name)
-        if json.loads(json.dumps(now, default=str)) != then:
+        if now != then:
             what = _network_difference(state.flags, flags) if name == NETWORK_SIZES else f"{name} {then}, now {now}"
             raise UserError(
                 f"the state {folder} does not fit this training: {what}. Use the flags of that run, "
@@ -168,9 +167,7 @@ def restore(
     flags: Mapping[str, Any],
     steps: int,
 ) -> Progress:
-    """Put everything where the state was saved; returns where that was.
-
-    Where the data sets or their division changed, the place inside the epoch means nothing: the epoch begins anew.
+    """Put everything where the state was saved; returns where that was. The epoch begins anew where its batches changed.
 
     Args:
         order: what the order of the batches depends on now.
@@ -188,7 +185,7 @@ def restore(
         logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), progress.epoch)
         progress.batches = 0
     names = sorted((flags.keys() | state.flags.keys()) - set(PLACE_FLAGS))
-    if differing := list(_differing(state.flags, flags, names)):
+    if differing := _differing(state.flags, flags, names):
         logger.warning(
             "flags that differ from those of the state: %s. The network's alpha, the optimiser and the schedule go on with the "
             "numbers in the state.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.saving.state import read_state_file
 from networks.training.step import MAX_SKIPPED_IN_A_ROW
-from utils.errors import UserError
 
 
 def saved(folder: Path) -> list[str]:
@@ -140,21 +138,6 @@ def test_a_row_of_skipped_steps_goes_on_in_a_resumed_training(train, tmp_path: P
     again = train(*flags, "--resume", state, name="again")  # no batch is finite from now on
     assert again.status == 1 and again.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
     assert caplog.text.count("was skipped: ") == MAX_SKIPPED_IN_A_ROW - 4 and "step 13 was skipped" in caplog.text
-
-
-def test_a_state_that_counts_no_skipped_steps_begins_with_none(train, tmp_path: Path) -> None:
-    flags = ("--max_train_steps", 2, "--save_every_n_steps", 1, "--save_state")
-    assert train(*flags).status == 0
-    state = tmp_path / "out" / "lora-step00000001-state"
-    content = json.loads((state / "state.json").read_text("utf-8"))
-    assert content.pop("skipped") == 0
-    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    assert read_state_file(state).progress.skipped == 0
-    assert train(*flags, "--resume", state, name="again").status == 0
-    for nonsense in (-1, "2", True, None):
-        (state / "state.json").write_text(json.dumps({**content, "skipped": nonsense}), encoding="utf-8")
-        with pytest.raises(UserError, match=r"is not a state of this trainer .*skipped"):
-            read_state_file(state)
 
 
 def test_a_step_that_the_scaler_skips_is_named_and_counted(train, monkeypatch, caplog) -> None:

@@ -164,17 +164,13 @@ def require_batches(reports: Sequence[DatasetReport]) -> None:
     require_items(reports)
     sentences = []
     for report in reports:
-        reasons = []
-        if report.outcome is not None and report.outcome.skipped:
-            reasons.append(f"{report.outcome.skipped} have no caption and were skipped (--missing_caption skip)")
-        if report.too_short:
-            shortest = min(report.dataset.target_frames)
-            reasons.append(
-                f"{report.too_short} have fewer frames than the {shortest} that target_frames asks for at least "
-                "(lower target_frames or use longer clips)"
-            )
-        if report.failed:
-            reasons.append(f"{report.failed} could not be cached (they are listed above)")
-        why = f"of {report.found} item(s) " + " and ".join(reasons) if reasons else "no latents are cached (run cache_latents.py)"
-        sentences.append(f"In {report.dataset.label}, {why}.")
+        reasons = {
+            "have no caption and were skipped (--missing_caption skip)": report.outcome and report.outcome.skipped,
+            f"have fewer frames than the {min(report.dataset.target_frames)} that target_frames asks for": report.too_short,
+            "could not be cached (they are listed above)": report.failed,
+        }
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        sentences.append(
+            f"In {report.dataset.label}, of {report.found} item(s) {why or 'none has cached latents: run cache_latents.py'}."
+        )
     raise UserError(f"there is nothing to train on. {' '.join(sentences)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 import wave
 import zlib
@@ -37,11 +36,6 @@ def test_a_list_of_pictures_that_cannot_be_read(bench, name):
     refused(bench.texts(bench.jsonl(content)), *says)
 
 
-def test_a_line_that_names_a_folder(bench):
-    line = json.dumps({"image_path": str(bench.folder / "pictures"), "caption": "x"})
-    refused(bench.texts(bench.jsonl(line)), "items.jsonl:1", "pictures is a folder")
-
-
 CAPTIONS = {
     "UTF-16": ("a caption".encode("utf-16"), "a.txt is not UTF-8 text (byte 0)"),
     "Latin-1": (b"caf\xe9", "a.txt is not UTF-8 text (byte 3)"),
@@ -64,7 +58,7 @@ DATASETS = {
     "sections as numbers": ("general = 1\n[[datasets]]\nimage_directory = '.'", ["[general]", "single brackets"]),
     "a list of numbers": ("datasets = [1, 2]", ["[[datasets]]", "double brackets"]),
     "a date": ("[[datasets]]\nimage_directory = '.'\nbatch_size = 2025-01-01", ["batch_size", "whole number"]),
-    "not a number": ("[[datasets]]\nimage_directory = '.'\nresolution = nan", ["resolution", "[width, height]"]),
+    "not a number": ("[[datasets]]\nimage_directory = '.'\nresolution = nan", ["resolution", "whole number"]),
     "several folders": ("[[datasets]]\nimage_directory = ['.', 'x']", ["image_directory", "path in quotes"]),
     "extension a number": ("[[datasets]]\nimage_directory = '.'\ncaption_extension = 1", ["caption_extension", '".txt"']),
     "training flags": ("[optimizer]\nlearning_rate = 1", ["unknown section 'optimizer'", "[[datasets]]"]),
@@ -126,7 +120,7 @@ def test_media_that_cannot_be_read(bench, name):
     kind, file, content, says = MEDIA[name]
     ended = bench.latents(bench.media(kind, **{file: content(bench.folder)}))
     assert "1 failure(s):" in ended.stderr and says in ended.stderr
-    refused(ended, "nothing to train on", "1 of 1 file(s) could not be cached")
+    refused(ended, "nothing to train on", "1 could not be cached")
     assert not list((bench.folder / "cache").glob("*")) if (bench.folder / "cache").exists() else True
 
 
@@ -165,13 +159,13 @@ CACHES = {
     "latents infinite": (LATENTS, lambda t: t[KEY].view(-1)[3:4].fill_(-torch.inf), ["NaN or infinity", "cache_latents.py"]),
     "latents whole numbers": (LATENTS, lambda t: t.update({KEY: t[KEY].long()}), ["int64", "cache_latents.py"]),
     "latents float8": (LATENTS, lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), ["float8_e4m3fn"]),
-    "text without mask": (TEXT, lambda t: t.pop("llm_mask"), ["no llm_mask", "cache_text_encoder_outputs.py"]),
+    "text without mask": (TEXT, lambda t: t.pop("llm_mask"), ["llm_mask of shape None", "cache_text_encoder_outputs.py"]),
     "text without states": (TEXT, lambda t: t.pop("llm_float32"), ["0 tensors called llm_"]),
     "text without pooled": (TEXT, lambda t: t.pop("clipL_float32"), ["0 tensors called clipL_"]),
     "text in a batch": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.ones(1, 32, 64))), ["(1, 32, 64)", "(L, D)"]),
     "text a number": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.tensor(1.0))), ["shapes ()", "(L, D)"]),
-    "mask a number": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.tensor(1))), ["no entries for 32 rows"]),
-    "mask short": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.ones(31))), ["31 entries for 32 rows"]),
+    "mask a number": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.tensor(1))), ["shape () for 32 rows"]),
+    "mask short": (TEXT, lambda t: t.update(text_cache(llm_mask=torch.ones(31))), ["shape (31,) for 32 rows"]),
     "text NaN": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.full((32, 64), torch.nan))), ["NaN or infinity"]),
     "pooled NaN": (TEXT, lambda t: t.update(text_cache(clipL_float32=torch.full((48,), torch.nan))), ["NaN or infinity"]),
     "text whole numbers": (TEXT, lambda t: t.update(text_cache(llm_float32=torch.ones(32, 64).int())), ["int32"]),

@@ -97,8 +97,8 @@ def test_empty_folder_is_an_error_that_names_it(tmp_path):
             {"found": 3, "too_short": 3},
             r"nothing to train on\. In .* number 1, of 3 item.* 3 have fewer frames than the 25",
         ),
-        ({"found": 3, "too_short": 1, "failed": 2}, "of 3 item.* 1 have fewer.* and 2 could not be cached"),
-        ({"found": 3}, r"no latents are cached \(run cache_latents\.py\)"),
+        ({"found": 3, "too_short": 1, "failed": 2}, "of 3 item.* 1 have fewer.*, 2 could not be cached"),
+        ({"found": 3}, r"none has cached latents: run cache_latents\.py"),
     ],
 )
 def test_zero_batches_say_which_rule_removed_the_items(tmp_path, counts, sentence):

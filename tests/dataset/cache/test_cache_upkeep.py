@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -161,15 +157,6 @@ def test_missing_captions_are_skipped_or_empty_in_both_scripts(cache_latents, ca
     assert outcomes(removed.stdout)[0] == "0 made, 5 kept, 0 redone, 1 skipped, 1 orphans (1 removed)"
 
 
-def test_nothing_but_missing_captions(call_script, tiny_model, tiny_dataset):
-    for path in tiny_dataset.parent.rglob("*.txt"):
-        path.unlink()
-    finished = call_script(
-        "cache_latents", "--dataset_config", tiny_dataset, "--device", "cpu", "--vae", tiny_model.vae, "--missing_caption", "skip"
-    )
-    assert finished.status == 2 and "of 6 item(s) 6 have no caption and were skipped" in finished.stderr
-
-
 def test_orphans_are_listed_and_removed_only_when_asked(cache_latents, cache_text, tiny_dataset):
     media = tiny_dataset.parent
     cache_latents()
@@ -203,16 +190,6 @@ def test_orphans_are_listed_and_removed_only_when_asked(cache_latents, cache_tex
     assert (cache / "lora.safetensors").exists() and fresh.exists()
 
 
-def test_caches_of_files_that_cannot_be_read_are_no_orphans(call_script, tiny_model, tiny_dataset):
-    media = tiny_dataset.parent
-    flags = ["--num_workers", 2, "--device", "cpu", "--dataset_config", tiny_dataset, "--vae", tiny_model.vae]
-    assert call_script("cache_latents", *flags).status == 0
-    before = latents(media)
-    (media / "images" / "red_circle.png").write_bytes(b"half a download")
-    finished = call_script("cache_latents", *flags, "--skip_existing", "--remove_orphans")
-    assert finished.status == 1 and latents(media) == before
-
-
 def test_text_is_made_again_for_another_caption_encoder_or_tokenizer(cache_text, tiny_model, tiny_dataset, tmp_path):
     media = tiny_dataset.parent
     assert outcomes(cache_text("--skip_existing").stdout)[0] == "6 made, 0 kept, 0 redone, 0 skipped, 0 orphans"
@@ -239,42 +216,3 @@ def test_text_is_made_again_for_another_caption_encoder_or_tokenizer(cache_text,
     (tokens / "tokenizer.json").write_text(text[: merges.end()] + text[first.end() :], encoding="utf-8")
     changed = cache_text("--skip_existing", "--tokenizer1", tokens, text_encoder2=other)
     assert outcomes(changed.stdout)[1] == "0 made, 0 kept, 2 redone (2 another tokenizer), 0 skipped, 0 orphans"
-
-
-def kill_when(arguments: list[object], ready, limit: float = 120.0) -> None:
-    """Start a script and kill it, as the system does when memory is short, once ``ready()``."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        until = time.monotonic() + limit
-        while process.poll() is None and not ready() and time.monotonic() < until:
-            time.sleep(0.001)
-    finally:
-        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-        process.wait()
-
-
-@pytest.mark.slow
-def test_killed_runs_leave_whole_files_and_a_rerun_completes_the_work(tiny_model, tiny_dataset, cache_latents, cache_text):
-    """Each script once, in a process of its own; ``test_kills`` kills them many times."""
-    media = tiny_dataset.parent
-    common = ["--dataset_config", tiny_dataset, "--device", "cpu", "--num_workers", 2]
-    encoders = ["--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2]
-    scripts = (
-        (["cache_latents.py", *common, "--vae", tiny_model.vae], "*_hv.safetensors", read_latents),
-        (
-            ["cache_text_encoder_outputs.py", *common, "--batch_size", 1, *encoders],
-            "*_hv_te.safetensors",
-            read_text,
-        ),
-    )
-    for arguments, pattern, read in scripts:
-        kill_when(arguments, lambda pattern=pattern: len(list(media.rglob(pattern))) >= 3)
-        for path in media.rglob(pattern):
-            read(path)
-    found = len(texts(media))
-    finished = cache_text("--skip_existing")
-    assert f"8 captions: {8 - found} encoded, {found} kept, 0 failed" in finished.stdout
-    cache_latents("--skip_existing")
-    assert len(latents(media)) == 10 and len(texts(media)) == 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
@@ -52,19 +51,6 @@ def test_picture_calls_for_one_cache_named_by_its_upright_size(tmp_path):
     assert results[0].pixels.shape == (1, target.bucket[1], target.bucket[0], 3)
 
 
-@pytest.mark.parametrize(
-    ("enable_bucket", "no_upscale", "bucket"),
-    [(False, False, (128, 128)), (True, False, (144, 112)), (True, True, (64, 48))],
-)
-def test_bucket_settings_hold_for_clips_too(tmp_path, enable_bucket, no_upscale, bucket):
-    write_clip(tmp_path / "a.mp4", 3, size=(64, 48))
-    dataset = video_dataset(tmp_path, resolution=(128, 128), enable_bucket=enable_bucket, bucket_no_upscale=no_upscale)
-    [target] = plan_targets(list_items(dataset)[0])
-    assert target.bucket == bucket
-    [prepared, _] = prepare_item(target.item)
-    assert prepared.pixels.shape == (1, bucket[1], bucket[0], 3)
-
-
 def test_windows_of_a_clip_hold_its_frames(tmp_path):
     write_clip(tmp_path / "a_b.mp4", 22)
     dataset = video_dataset(tmp_path, resolution=(64, 48), target_frames=(1, 9), frame_extraction="chunk")
@@ -110,20 +96,6 @@ def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch, num_worke
     assert [result.target.item.stem for result in results[::2]] == stems
     assert [result.item.stem for result in results[1::2]] == stems
     assert [int(result.pixels.mean()) for result in results[::2]] == list(range(12))
-
-
-def test_items_are_read_by_several_threads_at_once(tmp_path, monkeypatch):
-    write_pictures(tmp_path, 2)
-    both = threading.Barrier(2, timeout=10)
-    read = preparation.read_image
-
-    def read_together(path: Path) -> np.ndarray:
-        both.wait()
-        return read(path)
-
-    monkeypatch.setattr(preparation, "read_image", read_together)
-    results = list(prepare(list_items(image_dataset(tmp_path)), 2))
-    assert sum(isinstance(result, Prepared) for result in results) == 2
 
 
 def test_workers_do_not_run_ahead_of_the_reader(tmp_path, monkeypatch):

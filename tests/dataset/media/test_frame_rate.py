@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dataset.cache.preparation import Prepared, plan_targets, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import list_items
-from dataset.media.decoding import frame_times, iterate_frames, read_clip_windows
+from dataset.media.decoding import frame_times
 from dataset.media.frame_rate import EVERY_FRAME, resample
 
 
@@ -156,15 +156,3 @@ def test_a_variable_rate_is_followed(tmp_path):
     for moment, frame in enumerate(frames):
         nearest = min(abs(time - 1000 * moment / 24) for time in times)
         assert abs(times[frame] - 1000 * moment / 24) <= nearest + 2.1
-
-
-def test_a_frame_that_comes_twice_is_fitted_once(tmp_path, monkeypatch):
-    import dataset.media.decoding as media
-
-    path = write_clip(tmp_path / "a.mkv", [0, 100, 200])
-    fitted = []
-    fit = media.fit_to_bucket
-    monkeypatch.setattr(media, "fit_to_bucket", lambda frame, bucket: fitted.append(1) or fit(frame, bucket))
-    [(_, pixels)] = read_clip_windows(path, [(0, 5)], (64, 32), indices=(0, 0, 1, 1, 2))
-    assert numbers(pixels) == [0, 0, 1, 1, 2] and len(fitted) == 3
-    assert len(list(iterate_frames(path))) == 3

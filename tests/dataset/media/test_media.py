@@ -143,33 +143,6 @@ def test_probing_reads_the_header_only(tmp_path):
         probe_image(tmp_path / "none.png")
 
 
-def test_the_first_frame_of_an_animation(tmp_path):
-    first, second = Image.new("RGB", (4, 4), (200, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 200))
-    first.save(tmp_path / "moving.webp", save_all=True, append_images=[second], lossless=True)
-    assert read_image(tmp_path / "moving.webp")[0, 0].tolist() == RED
-
-
-def test_damaged_pictures_are_named(tmp_path):
-    whole = tmp_path / "whole.png"
-    Image.fromarray(smooth_picture(200, 100)).save(whole)
-    data = whole.read_bytes()
-    damaged = {
-        "cut.png": data[: len(data) // 2],
-        "empty.png": b"",
-        "text.jpg": b"this is no picture",
-        "flipped.png": data[:60] + bytes(byte ^ 255 for byte in data[60:400]) + data[400:],
-        "unknown.avif": b"\0\0\0\x20ftypavif" + bytes(40),
-    }
-    for name, content in damaged.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(MediaError) as caught:
-            read_image(tmp_path / name)
-        assert name in str(caught.value)
-        assert "cannot be decoded" in str(caught.value)
-    with pytest.raises(MediaError, match=r"picture .*none\.png does not exist"):
-        read_image(tmp_path / "none.png")
-
-
 def test_postscript_named_like_a_picture_starts_no_program(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: started.append(arguments))

@@ -14,13 +14,12 @@ from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.quantization.scaled_mm import check_float8_matmuls, find_float8_matmuls
+from hunyuan_model.quantization.scaled_mm import find_float8_matmuls
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwappedParts, enable_block_swap
 from hunyuan_model.runtime.compilation import enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.runtime.shared_memory import SharedMemory
 from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
@@ -37,7 +36,7 @@ def load_transformer(
     attn_mode: str = "torch",
     split_attn: bool = False,
     runtime: RuntimeSettings | None = None,
-    shared: SharedMemory | None = None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """The transformer in ``path``, in eval mode and frozen; its size is read from the shapes in the file.
@@ -48,21 +47,24 @@ def load_transformer(
     Args:
         path: .safetensors, .pt (also wrapped as ``{"module": ...}``), or a folder with one of them or with shards.
         dtype: of the weights, and of the computation outside autocast.
-        attn_mode, split_attn: short form of a ``runtime`` that sets only these.
+        attn_mode, split_attn: short form of a ``runtime`` that sets only these; not beside one.
         runtime: everything that is put on the transformer. A file that holds float8 weights keeps them, with their scales if it
             has such, in every quantized format; with PLAIN they are dequantized to ``dtype``.
-        shared: host memory for swapped weights that the processes of this machine share.
+        allocate: bytes -> uint8 tensor, host memory for swapped weights; by default of this process alone.
         patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
 
     Raises:
-        UserError: the file is missing, damaged, incomplete or something else than a transformer; it has fewer blocks than
-            are to be swapped; ``runtime`` asks for what ``device`` cannot do.
+        UserError: the file is missing, damaged, incomplete or something else than a transformer; ``runtime`` asks for what
+            the transformer or ``device`` cannot do.
     """
-    device, runtime = torch.device(device), runtime or RuntimeSettings(attn_mode=attn_mode, split_attn=split_attn)
-    if runtime.fp8_fast:
-        check_float8_matmuls(device, "fp8_fast")
+    if runtime is None:
+        runtime = RuntimeSettings(attn_mode=attn_mode, split_attn=split_attn)
+    elif attn_mode != "torch" or split_attn:
+        raise UserError("load_transformer takes attn_mode and split_attn, or a runtime that has them; set them in the runtime.")
     checkpoint, config = open_transformer(path, "--dit")
-    return transformer_from(checkpoint, config, device=device, dtype=dtype, runtime=runtime, shared=shared, patch=patch)
+    return transformer_from(
+        checkpoint, config, device=torch.device(device), dtype=dtype, runtime=runtime, allocate=allocate, patch=patch
+    )
 
 
 def transformer_from(
@@ -72,7 +74,7 @@ def transformer_from(
     device: torch.device,
     dtype: torch.dtype,
     runtime: RuntimeSettings,
-    shared: SharedMemory | None = None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """``load_transformer`` of a checkpoint that is open already, as ``open_transformer`` returns it.
@@ -80,24 +82,24 @@ def transformer_from(
     Everything that happens to the plain network stands here, in the one order that works. What a network module hooks into the
     Linear layers comes after all of it.
     """
+    runtime.check(device, config=config)
     # 1. The network itself, which only knows how it attends.
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
     # 2. Its weights, each quantized and put into host memory as soon as it is read, so that none is held twice.
-    swapped = SwappedParts(model, runtime.swap, device, shared.take if shared else None)
-    quantized = runtime.weights is not WeightFormat.PLAIN
+    swapped = SwappedParts(model, runtime.swap, device, allocate)
     load_weights(
         model,
         checkpoint,
         device=device,
-        dtype_of=lambda name: FP8_DTYPE if quantized and is_quantized_name(name) else dtype,
+        dtype_of=lambda name: FP8_DTYPE if runtime.quantized and is_quantized_name(name) else dtype,
         quantize=quantizer_for(runtime.weights, checkpoint),
         patch=patch,
         host=swapped,
         progress="loading the transformer",
     )
     # 3. Forwards that dequantize. Before block swap, which counts the scales among a block's weights.
-    if quantized:
+    if runtime.quantized:
         count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
     # 4. Block swap. Before compiling: a compiled block does not see where its weights come from.

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """How a transformer is stored, attends, and where its weights and activations are. The fields have the names of flags.
+    """How a transformer is stored, how it attends, and where its weights and activations are. Fields are named as flags.
 
     Attributes:
         weights: storage of the blocks' Linear weights.
@@ -58,18 +58,19 @@ class RuntimeSettings:
                 "well, or leave --gradient_checkpointing_cpu_offload out."
             )
 
-    def check(self, device: torch.device, dtype: torch.dtype, config: TransformerConfig | None = None) -> None:
-        """Refuse what cannot work here, before anything is loaded; compiling is tried with a small function.
+    def check(self, device: torch.device, dtype: torch.dtype | None = None, config: TransformerConfig | None = None) -> None:
+        """Refuse what cannot work here. Scripts call it before anything is loaded, and loading calls it again.
 
         Args:
-            dtype: in which the layers compute.
+            dtype: in which the layers compute; None where autocast may choose another one.
             config: of the transformer, for the number of blocks.
 
         Raises:
             UserError: a package, a device or a transformer that does not do what is asked for.
         """
         check_attention_device(self.attn_mode, device)
-        check_attention_dtype(self.attn_mode, dtype)
+        if dtype is not None:
+            check_attention_dtype(self.attn_mode, dtype)
         make_attention(self.attn_mode)
         if self.fp8_fast:
             check_float8_matmuls(device, "--fp8_fast")
@@ -90,7 +91,9 @@ class RuntimeSettings:
 
     @property
     def swap(self) -> SwapSettings:
-        """What block swap has to know of it, once a number stands for auto."""
+        """What block swap has to know of it. Raises UserError while the number of blocks is "auto"."""
+        if self.blocks_to_swap == AUTO:
+            raise UserError('blocks_to_swap is still "auto": give a number of blocks, or that of MemoryPlan.resolved.')
         return SwapSettings(
             blocks=self.blocks_to_swap,
             embedders=self.img_in_txt_in_offloading,

@@ -102,10 +102,10 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
 
 def check_attention_device(mode: str, device: torch.device) -> None:
     """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer GPU."""
-    if mode in ("torch", "sdpa"):
+    if mode not in ("flash", "xformers", "sageattn"):
         return
     if device.type != "cuda":
-        raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch.")
+        raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch (in training: --sdpa).")
     if mode not in CAPABILITIES or torch.version.hip is not None:
         return
     found, needed = torch.cuda.get_device_capability(device), CAPABILITIES[mode]

@@ -389,8 +389,6 @@ def attention_mode(args: argparse.Namespace) -> str:
     mode = ATTENTION_FLAGS[chosen[0]] if chosen else "torch"
     if mode not in TRAINABLE_MODES:
         raise UserError(f"--{chosen[0]} cannot train: it has no backward pass. Use --sdpa, --flash_attn or --xformers.")
-    if mode != "torch" and not torch.cuda.is_available():
-        raise UserError(f"--{chosen[0]} needs a CUDA device and torch finds none here; use --sdpa.")
     return mode
 
 

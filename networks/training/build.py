@@ -115,14 +115,13 @@ def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator:
     """The frozen transformer, with --base_weights merged while it loads. Processes of a machine share swapped weights."""
     model, runtime = settings.model, plan.memory.runtime
     bases = read_lora_files(model.base_weights, model.base_weights_multiplier, "--base_weights", "--base_weights_multiplier")
-    layout = f"{plan.precision.base} {runtime.blocks_to_swap}"
-    with shared_host_memory(accelerator, layout) if runtime.swaps else nullcontext() as shared:
+    with shared_host_memory(accelerator) if runtime.swaps else nullcontext() as allocate:
         return hunyuan_model.load_transformer(
             model.dit,
             device=accelerator.device,
             dtype=plan.precision.base,
             runtime=runtime,
-            shared=shared,
+            allocate=allocate,
             patch=merge_patch(bases, model.dit) if bases else None,
         )
 

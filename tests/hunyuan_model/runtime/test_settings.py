@@ -10,6 +10,8 @@ import torch
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.arguments import add_weight_format_arguments, weight_format
+from hunyuan_model.runtime.compilation import CompileSettings
+from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
 from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
 from utils.errors import UserError
 
@@ -70,13 +72,32 @@ def test_wrong_combinations_are_refused_while_settings_are_made(settings, senten
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"attn_mode": "flash"}, "flash"),
+        ({"attn_mode": "flash"}, "flash needs a CUDA device"),
+        ({"attn_mode": "fast"}, "no attention mode 'fast'"),
         ({"fp8_fast": True, "weights": WeightFormat.FP8}, "--fp8_fast multiplies in float8"),
+        ({"blocks_to_swap": 5}, "--blocks_to_swap 5 is more than this transformer allows"),
+        ({"compile": CompileSettings(backend="none")}, "--compile: torch cannot compile"),
     ],
 )
-def test_what_the_cpu_cannot_do_is_refused(settings, sentence):
+def test_what_cannot_work_here_is_refused_before_and_while_loading(tiny_model, settings, sentence):
+    runtime, options = RuntimeSettings(**settings), {"device": "cpu", "dtype": torch.float32}
     with pytest.raises(UserError, match=sentence):
-        RuntimeSettings(**settings).check(CPU, torch.float32)
+        runtime.check(CPU, torch.float32, check_transformer_file(tiny_model.dit))
+    with pytest.raises(UserError, match=sentence):
+        load_transformer(tiny_model.dit, runtime=runtime, **options)
+
+
+def test_a_number_of_blocks_that_is_not_known_yet_passes_the_check_and_is_refused_while_loading(tiny_model):
+    runtime = RuntimeSettings(blocks_to_swap="auto")
+    runtime.check(CPU, torch.float32, check_transformer_file(tiny_model.dit))
+    with pytest.raises(UserError, match='still "auto"'):
+        load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32, runtime=runtime)
+
+
+@pytest.mark.parametrize("short", [{"attn_mode": "sdpa"}, {"split_attn": True}], ids=str)
+def test_attention_is_set_once(tiny_model, short):
+    with pytest.raises(UserError, match="set them in the runtime"):
+        load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32, runtime=RuntimeSettings(), **short)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import mmap
 import multiprocessing
@@ -15,14 +14,14 @@ import torch
 from small_transformer import CPU, GOLDENS, MOST, add_lora, blocks_of, make_transformer, same, train_and_sample
 
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.runtime import loading, shared_memory
+from hunyuan_model.runtime import loading
 from hunyuan_model.runtime.block_swap import SwappedParts, SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.host_weights import page_lock
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.runtime.shared_memory import Address, SharedMemory
 from networks.training import shared_weights
+from networks.training.shared_weights import Address, SharedMemory, shared_host_memory
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
 SIZES = (100_000, 0, 5)  # of pieces, in bytes
@@ -76,27 +75,24 @@ def test_pieces_outlive_the_object_and_its_file_is_closed():
 
 
 @linux
-def test_memory_of_others_is_not_taken_for_it(tmp_path: Path):
+def test_memory_of_others_is_not_taken_for_it():
+    address = SharedMemory.create().address
     memory = SharedMemory.create()
-    address = memory.address
-    assert SharedMemory.open(address).address == address
-    with pytest.raises(OSError, match="another machine"):
-        SharedMemory.open(dataclasses.replace(address, machine="elsewhere"))
     with pytest.raises(OSError, match="another container"):  # the same process and number there, but not this file
-        SharedMemory.open(dataclasses.replace(address, token=bytes(len(address.token))))
+        SharedMemory.open(memory.address._replace(token=address.token))
     read_end, write_end = os.pipe()
     try:
         with pytest.raises(OSError, match="another container"):
-            SharedMemory.open(dataclasses.replace(address, descriptor=read_end))
+            SharedMemory.open(memory.address._replace(descriptor=read_end))
     finally:
         os.close(read_end)
         os.close(write_end)
     with pytest.raises(FileNotFoundError):
-        SharedMemory.open(dataclasses.replace(address, descriptor=1_000_000))
+        SharedMemory.open(memory.address._replace(descriptor=1_000_000))
 
 
 @linux
-def test_where_memory_is_short_each_takes_its_own_for_the_rest(caplog: pytest.LogCaptureFixture):
+def test_where_memory_is_short_each_takes_its_own_for_the_rest():
     import resource
 
     memory = SharedMemory.create()
@@ -104,14 +100,12 @@ def test_where_memory_is_short_each_takes_its_own_for_the_rest(caplog: pytest.Lo
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 * mmap.ALLOCATIONGRANULARITY, limits[1]))
     try:
-        with caplog.at_level(logging.WARNING):
-            large = memory.take(10 * mmap.ALLOCATIONGRANULARITY)
+        large = memory.take(10 * mmap.ALLOCATIONGRANULARITY)
+        small = memory.take(20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    small = memory.take(20)
     assert (memory.shared_bytes, memory.own_bytes) == (10, large.nbytes + 20)
     assert large.fill_(1).sum() == large.nbytes and small.fill_(1).sum() == 20
-    assert [record.message for record in caplog.records if "no more memory" in record.message] == [caplog.records[0].message]
 
     other = SharedMemory.open(memory.address)  # has the memory, and finds its pieces where they would be
     assert other.take(10).copy_(torch.arange(10)).tolist() == first.tolist()
@@ -141,12 +135,11 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
 
 
 @linux
-@pytest.mark.parametrize("weights", [WeightFormat.PLAIN, WeightFormat.INT8])
-def test_loading_moves_each_block_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch, weights: WeightFormat):
+def test_loading_moves_each_block_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch):
     options = {"device": "cpu", "dtype": torch.float32}
-    expected = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=RuntimeSettings(weights))
+    expected = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=RuntimeSettings(WeightFormat.INT8))
     memory = SharedMemory.create()
-    settings = RuntimeSettings(weights, blocks_to_swap=3, img_in_txt_in_offloading=True)
+    settings = RuntimeSettings(WeightFormat.INT8, blocks_to_swap=3, img_in_txt_in_offloading=True)
     after: list[int] = []
     load_weights = loading.load_weights
 
@@ -155,9 +148,8 @@ def test_loading_moves_each_block_as_soon_as_it_is_there(monkeypatch: pytest.Mon
         after.append(memory.shared_bytes)
 
     monkeypatch.setattr(loading, "load_weights", loads)
-    monkeypatch.setattr(shared_memory, "host_memory", lambda _: pytest.fail("memory of its own"))
-    swapped = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=settings, shared=memory)
-    assert after == [memory.shared_bytes] and after[0] > 0
+    swapped = load_transformer(GOLDENS / "dit.safetensors", **options, runtime=settings, allocate=memory.take)
+    assert after == [memory.shared_bytes] and after[0] > 0 and not memory.own_bytes
     assert same([*expected.state_dict().values()], [*swapped.state_dict().values()])
     pieces = {parameter.untyped_storage().data_ptr() for block in blocks_of(swapped) for parameter in block.parameters()}
     assert len(pieces) == len(blocks_of(swapped))  # all take turns
@@ -195,54 +187,34 @@ class Processes:
 @linux
 def test_the_others_find_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     memory = SharedMemory.create()
-    memory.take(10)
-    elsewhere = dataclasses.replace(memory.address, machine="elsewhere")
-    first = (memory.address.token, 10, 0, "")
-    offers = [(elsewhere, "layout", ""), (memory.address, "layout", "")]
-    with (
-        caplog.at_level(logging.INFO),
-        shared_weights.shared_host_memory(Processes(monkeypatch, False, [offers, [first]]), "layout") as found,
-    ):
-        assert found is not None and found.address == memory.address
-        found.take(10)
+    memory.take(10).fill_(7)
+    elsewhere = memory.address._replace(token=b"x")
+    offers, ended = [(elsewhere, ""), (memory.address, "")], [(memory.address.token, 10, "")]
+    with caplog.at_level(logging.INFO), shared_host_memory(Processes(monkeypatch, False, [offers, ended])) as take:
+        assert take(10).tolist() == [7] * 10
     assert [record.message for record in caplog.records] == ["swapped weights: 0.0 GB, shared by 2 processes"]
 
 
 @linux
-@pytest.mark.parametrize(
-    ("changes", "layout", "reason"),
-    [
-        ({"machine": "elsewhere"}, "layout", "another machine"),
-        ({"token": b"x"}, "layout", "another container"),
-        ({}, "x", "different"),
-    ],
-)
-def test_who_cannot_reach_it_holds_a_copy_and_says_so(monkeypatch, caplog, changes, layout, reason):
+def test_who_cannot_reach_it_holds_a_copy_and_says_so(monkeypatch, caplog):
     memory = SharedMemory.create()
-    offers = [(dataclasses.replace(memory.address, **changes), layout, "")]
-    processes = Processes(monkeypatch, False, [offers, [(memory.address.token, 10, 0, "")]])
-    with caplog.at_level(logging.INFO), shared_weights.shared_host_memory(processes, "layout") as found:
-        assert found is None
+    offers = [(memory.address._replace(token=b"x"), "")]
+    processes = Processes(monkeypatch, False, [offers, [(memory.address.token, 10, "")]])
+    with caplog.at_level(logging.INFO), shared_host_memory(processes) as take:
+        assert take is None
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith("1 of 2 processes hold a copy of their own") and reason in line
+    assert line.startswith("1 of 2 processes hold swapped weights of their own") and "another machine" in line
 
 
 def test_without_such_memory_every_process_holds_a_copy(monkeypatch, caplog):
     monkeypatch.delattr(os, "memfd_create", raising=False)
     refused = "only Linux has memory for that"
-    processes = Processes(monkeypatch, True, [[(None, "layout", "")], [(b"", 0, 0, refused)]])
-    with caplog.at_level(logging.INFO), shared_weights.shared_host_memory(processes, "layout") as found:
-        assert found is None
-    assert processes.said[0] == (None, "layout", refused)
+    processes = Processes(monkeypatch, True, [[(None, "")], [(b"", 0, refused)]])
+    with caplog.at_level(logging.INFO), shared_host_memory(processes) as take:
+        assert take is None
+    assert processes.said[0] == (None, refused)
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith("2 of 2 processes hold a copy of their own") and refused in line
-
-
-def test_one_process_alone_shares_nothing(monkeypatch):
-    processes = Processes(monkeypatch, True, [])
-    processes.num_processes = 1
-    with shared_weights.shared_host_memory(processes, "layout") as found:
-        assert found is None
+    assert line.startswith("2 of 2 processes hold swapped weights of their own") and refused in line
 
 
 def test_auto_goes_by_the_fullest_gpu_of_all_processes(train, monkeypatch, caplog):

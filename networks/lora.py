@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import os
 import re
 import warnings
@@ -39,10 +40,11 @@ DEFAULT_ALPHA = 1.0
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """The arguments of the network: which layers are taken, LoRA+ and the dropouts (see ``LoRAModule``).
+    """The arguments of the network, see ``LoRAModule`` for the dropouts.
 
     Attributes:
-        exclude_patterns, include_patterns: regular expressions for whole paths; the second win.
+        exclude_patterns, include_patterns: regular expressions for whole paths of layers; the second win.
+        loraplus_lr_ratio: 0 is without LoRA+.
         dropout: of neurons.
         verbose: log every layer.
     """
@@ -81,34 +83,31 @@ class LoraOptions:
     def __post_init__(self) -> None:
         for name in ("exclude_patterns", "include_patterns"):
             patterns = getattr(self, name)
-            if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+            try:
+                if isinstance(patterns, str):
+                    raise TypeError("it is a text")
+                for pattern in patterns:
+                    re.compile(pattern)
+            except (
+                TypeError,
+                re.error,
+                OverflowError,
+                RecursionError,
+            ) as error:  # the last two for counts and depths beyond reason
                 raise UserError(
                     f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], "
-                    f"but it is {shown(patterns)}."
-                )
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except (re.error, OverflowError, RecursionError) as error:  # the last two for counts and depths beyond reason
-                    raise UserError(
-                        f"--network_args {name}: {shown(pattern)} is not a regular expression ({first_line(error)})."
-                    ) from None
-        for name in ("dropout", "rank_dropout", "module_dropout"):
-            if (value := getattr(self, name)) is not None and not (_is_number(value) and 0 <= value < 1):
-                raise UserError(f"{name} of the LoRA must be a number from 0 to below 1, but it is {shown(value)}.")
-        ratio = self.loraplus_lr_ratio
-        if ratio is not None and not (_is_number(ratio) and 0 < ratio < float("inf")):
-            raise UserError(f"loraplus_lr_ratio of the LoRA must be a positive number, but it is {shown(ratio)}.")
+                    f"but it is {shown(patterns)} ({first_line(error)})."
+                ) from None
+        for name in ("loraplus_lr_ratio", "dropout", "rank_dropout", "module_dropout"):
+            value, limit = getattr(self, name), math.inf if name == "loraplus_lr_ratio" else 1
+            if value is not None and not (type(value) in (int, float) and 0 <= value < limit):
+                raise UserError(f"{name} of the LoRA must be a number from 0 to below {limit}, but it is {shown(value)}.")
 
     def takes(self, path: str) -> bool:
         """Whether the linear layer at ``path`` gets a LoRA."""
         if any(re.fullmatch(pattern, path) for pattern in self.include_patterns):
             return True
         return not any(re.fullmatch(pattern, path) for pattern in (EXCLUDED_BY_DEFAULT, *self.exclude_patterns))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class LoRAModule(nn.Module):
@@ -222,7 +221,7 @@ class LoRANetwork(nn.Module):
         With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the up factors learn ``loraplus_lr_ratio`` times as fast.
         """
         learning_rate = default_lr if unet_lr is None else unet_lr
-        if self.loraplus_lr_ratio is None:
+        if not self.loraplus_lr_ratio:
             return [{"params": list(self.parameters()), "lr": learning_rate}], ["unet"]
         down = {"params": [lora.lora_down.weight for lora in self.loras()], "lr": learning_rate}
         up = {"params": [lora.lora_up.weight for lora in self.loras()], "lr": learning_rate * self.loraplus_lr_ratio}
@@ -304,8 +303,7 @@ class LoRANetwork(nn.Module):
     ) -> tuple[int, float, float]:
         """Scale updates whose Frobenius norm exceeds ``max_norm_value`` down to it (both factors alike).
 
-        Returns:
-            How many modules were scaled, and the mean and the largest norm afterwards.
+        Returns how many modules were scaled, and the mean and the largest norm afterwards.
         """
         norms = []
         for lora in self.loras():
@@ -340,8 +338,7 @@ def create_network(
         network_alpha: 1 by default; 0 means the rank.
         vae, text_encoder: part of the contract, not read.
         unet: the transformer.
-        network_args: text or typed values of ``exclude_patterns``, ``include_patterns``, ``loraplus_lr_ratio``,
-            ``rank_dropout``, ``module_dropout``, ``dropout`` (the same as neuron_dropout) and ``verbose``.
+        network_args: the fields of ``LoraOptions``, as text or typed; ``dropout`` is the same as neuron_dropout.
 
     Raises:
         UserError: an unknown or malformed argument, or no linear layer left.
@@ -355,10 +352,7 @@ def create_network(
         if isinstance(module, nn.Linear) and options.takes(path)
     }
     if not linears:
-        raise UserError(
-            "no linear layer is left for the LoRA: the model has no "
-            f"{' or '.join(TARGET_BLOCKS)}, or exclude_patterns removes everything."
-        )
+        raise UserError(f"no linear layer is left for the LoRA: exclude_patterns removes all of {' and '.join(TARGET_BLOCKS)}.")
     rank = DEFAULT_RANK if network_dim is None else network_dim
     alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha or float(rank)
     return LoRANetwork(linears, dict.fromkeys(linears, (rank, alpha)), multiplier, options)
@@ -383,17 +377,12 @@ def create_network_from_weights(
     Args:
         file: LoRA of any layout; not read if ``weights_sd`` is given.
         for_inference: no gradients and no dropout.
-
-    Raises:
-        UserError: not a LoRA, or its modules do not match the model.
     """
     source = str(file) if file is not None else "the given LoRA"
     weights = read_lora(file).tensors if weights_sd is None else to_layout(weights_sd, DEFAULT, source)
     options = LoraOptions.of(network_args, neuron_dropout)
     if options.exclude_patterns or options.include_patterns:
-        raise UserError(
-            "exclude_patterns and include_patterns cannot be used with --dim_from_weights: the file says which modules."
-        )
+        raise UserError("exclude_patterns and include_patterns have no place with --dim_from_weights: the file says which modules.")
     linears = {path: module for path, module in unet.named_modules() if isinstance(module, nn.Linear)}
     shapes = {f"{path}.weight": (linear.out_features, linear.in_features) for path, linear in linears.items()}
     pairs = lora_pairs(weights, source)

@@ -158,12 +158,12 @@ def test_patterns_exclude_then_include(transformer):
     ("network_args", "message"),
     [
         ({"exclude_patern": "[]"}, "Did you mean 'exclude_patterns'"),
-        ({"exclude_patterns": "['(']"}, "not a regular expression"),
+        ({"exclude_patterns": "['(']"}, "must be a list of regular expressions"),
         ({"exclude_patterns": "'.*'"}, "must be a list of regular expressions"),
         ({"exclude_patterns": "['.*']"}, "no linear layer is left"),
         ({"rank_dropout": "1.0"}, "from 0 to below 1"),
         ({"module_dropout": "much"}, "must be a Python literal"),
-        ({"loraplus_lr_ratio": "0"}, "must be a positive number"),
+        ({"loraplus_lr_ratio": "True"}, "from 0 to below inf"),
     ],
 )
 def test_malformed_network_args_are_user_errors(transformer, network_args, message):

@@ -61,7 +61,7 @@ ROWS = [
     (TRAIN, ["--optimizer_args", "eps=1e-8", "eps=1e-7"], ["--optimizer_args", "'eps' twice"]),
     (TRAIN, ["--optimizer_args", "betas=0.9"], ["the optimiser adamw", "betas=0.9"]),
     (TRAIN, ["--optimizer_args", "eps=" + "(" * 5000], ["--optimizer_args", "Python literal"]),
-    (TRAIN, ["--network_args", "exclude_patterns=['a{99999999999}']"], ["--network_args", "is not a regular expression"]),
+    (TRAIN, ["--network_args", "exclude_patterns=['a{99999999999}']"], ["--network_args", "list of regular expressions"]),
     (TRAIN, ["--network_args", "exclude_patterns={[]: 1}"], ["--network_args exclude_patterns", "Python literal"]),
     (TRAIN, ["--network_args", "include_patterns='x'"], ["--network_args include_patterns", "list of regular expressions"]),
     (TRAIN, ["--network_args", "module_dropout=1.0"], ["module_dropout", "below 1"]),

@@ -60,9 +60,6 @@ def step_count(value: str | float, total: int, flag: str) -> int:
     """``"100"`` steps, ``"0.1"`` of the steps, or ``"10%"`` of them, as a number of steps (rounded down).
 
     A number with a decimal point up to 1.0 is a ratio; values from TOML may be numbers.
-
-    Raises:
-        UserError: not such a value, negative, or more than ``total`` steps.
     """
     text = str(value).strip()
     try:
@@ -84,12 +81,7 @@ def step_count(value: str | float, total: int, flag: str) -> int:
 
 
 def make_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """A schedule for ``optimizer`` over ``steps`` calls of its ``step``.
-
-    Raises:
-        UserError: an unknown schedule, arguments that it does not take, a warm-up or a decay for a schedule without one, or
-            Adafactor's schedule with another optimiser.
-    """
+    """A schedule for ``optimizer`` over ``steps`` calls of its ``step``; a UserError where the settings make none."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, AdafactorSchedule
 
     name = settings.lr_scheduler
@@ -128,12 +120,10 @@ def check_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimi
 def step_schedule(scheduler: LRScheduler, loss: float) -> None:
     """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step.
 
-    Raises:
-        UserError: the schedule cannot go on, because its own number of steps is over for example.
+    A UserError says why one cannot go on, because its own number of steps is over for example.
     """
-    watching = "metrics" in inspect.signature(scheduler.step).parameters
     try:
-        scheduler.step(*([loss] if watching else []))
+        scheduler.step(*([loss] if "metrics" in inspect.signature(scheduler.step).parameters else []))
     except (ValueError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"the learning rate schedule cannot go on ({first_line(error)}); look at --lr_scheduler_args.") from error
 
@@ -144,12 +134,9 @@ def _options(settings: ScheduleSettings, steps: int, known: Collection[str]) -> 
     warmup = step_count(settings.lr_warmup_steps, steps, "--lr_warmup_steps")
     decay = step_count(settings.lr_decay_steps, steps, "--lr_decay_steps")
     if warmup and "num_warmup_steps" not in known:
-        hint = " Use constant_with_warmup." if name == "constant" else ""
-        raise UserError(f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps is {settings.lr_warmup_steps}.{hint}")
+        raise UserError(f"--lr_scheduler {name} has no --lr_warmup_steps (given: {warmup}); constant_with_warmup has, for example.")
     if decay and "num_decay_steps" not in known:
-        raise UserError(
-            f"--lr_scheduler {name} has no --lr_decay_steps (given: {settings.lr_decay_steps}); only warmup_stable_decay has."
-        )
+        raise UserError(f"--lr_scheduler {name} has no --lr_decay_steps (given: {decay}); only warmup_stable_decay has.")
     if warmup + decay > steps:
         raise UserError(f"--lr_warmup_steps and --lr_decay_steps make {warmup + decay} steps, but the training has {steps}.")
     cycles, lowest = settings.lr_scheduler_num_cycles, settings.lr_scheduler_min_lr_ratio

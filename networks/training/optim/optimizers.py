@@ -54,11 +54,7 @@ def warn_of_low_learning_rate(settings: OptimizerSettings, rank: int, alpha: flo
 
 
 def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.optim.Optimizer:
-    """The optimiser of the settings over parameters, or parameter groups that may have an ``lr`` of their own.
-
-    Raises:
-        UserError: unknown, not installed, or arguments that the class does not take.
-    """
+    """The optimiser of the settings over parameters, or parameter groups that may have an ``lr`` of their own."""
     name, params = settings.optimizer_type, list(params)
     path = NAMED.get(name.lower(), name)
     if "." not in path:
@@ -85,12 +81,10 @@ def check_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
 
-    Args:
-        device: where training will be.
-        group_rates: the learning rates of the parameter groups that training will have, where it has several.
+    A step may fail because there is no kernel for ``device``, or because more is needed than a gradient (LBFGS).
 
-    Raises:
-        UserError: as ``make_optimizer``; or a step fails: no kernel for the device, or more is needed than a gradient (LBFGS).
+    Args:
+        group_rates: the learning rates of the parameter groups that training will have, where it has several.
     """
     rates = [settings.learning_rate] if group_rates is None else group_rates
     scratch = [torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device)) for _ in rates]
@@ -130,10 +124,7 @@ def without_wrapper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Call ``train`` or ``eval`` of optimisers that have them: schedule-free ones keep other weights while they train.
-
-    Call it with False before saving or sampling and with True before the next step.
-    """
+    """Call ``train`` or ``eval`` of optimisers that have them: schedule-free ones keep other weights while they train."""
     method = getattr(optimizer, "train" if training else "eval", None)
     if callable(method):
         method()

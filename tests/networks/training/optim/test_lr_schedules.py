@@ -123,7 +123,7 @@ def test_impossible_step_counts_are_user_errors(value):
     ("settings", "message"),
     [
         ({"lr_scheduler": "cosin"}, "is not known. Did you mean 'cosine'"),
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "has no warm-up.*Use constant_with_warmup"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "has no --lr_warmup_steps .*constant_with_warmup"),
         ({"lr_scheduler": "cosine", "lr_decay_steps": 5}, "only warmup_stable_decay has"),
         (
             {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 60, "lr_decay_steps": 50},

@@ -39,8 +39,9 @@ from hunyuan_model.sampling.settings import SamplingSettings
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.text.encoding import TextConditions
 from hunyuan_model.transformer.attention import ATTENTION_MODES
-from hunyuan_model.vae.arguments import VAESettings, add_vae_arguments, vae_settings
+from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.loading import check_vae_file
+from hunyuan_model.vae.memory import VAESettings
 from networks.lora_merging import MergePatch, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.cli.arguments import (
     add_device_argument,

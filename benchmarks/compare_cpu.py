@@ -223,7 +223,7 @@ def vae_runs(frames: int, side: int, direction: str, tiles: bool = False) -> dic
     """Encoding or decoding a clip of ``frames`` frames of ``side`` pixels squared."""
     ours, theirs = vaes()
     if tiles:
-        ours.enable_spatial_tiling(TILE)
+        ours.split(tile_size=TILE)
         theirs.enable_tiling(TILE, TILE, None, TILE * 3 // 4, TILE * 3 // 4)
     generator = torch.Generator().manual_seed(3)
     if direction == "encode":

@@ -12,9 +12,8 @@ from dataset.cache.preparation import Failure, Finished, Prepared, Result, Targe
 from dataset.cache.records import VAE
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.vae.loading import load_vae
-from hunyuan_model.vae.memory import Clip, VAEFit
+from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
-from hunyuan_model.vae.settings import VAESettings
 from utils.devices import explain_out_of_memory
 
 WAITING_BYTES = 512 * 2**20  # of pixels that wait for others of their size; with many buckets they would fill the memory

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.vae.loading import load_vae
-from hunyuan_model.vae.memory import Clip, VAEFit
-from hunyuan_model.vae.settings import VAESettings
+from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 
 
 def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,22 +1,23 @@
-"""The flags of the VAE."""
+"""The flags of the VAE. Parsing alone does not import torch."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from hunyuan_model.vae.settings import DEFAULT_TILE_SIZE, VAESettings
 from utils.cli.arguments import positive_int
 from utils.cli.settings import settings_from
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["VAESettings", "add_vae_arguments", "vae_settings"]
+    from hunyuan_model.vae.memory import VAESettings
+
+DEFAULT_TILE_SIZE = 256
 
 
 def add_vae_arguments(group: argparse._ArgumentGroup, *, required: bool, tiling_switch: bool = True) -> None:
-    """--vae and how it runs. ``hunyuan_model.vae.loading`` reads the file; ``configure_vae`` applies the rest."""
+    """--vae and how it runs."""
     group.add_argument("--vae", metavar="PATH", required=required, help="VAE checkpoint: a .pt or .safetensors file, or a folder")
     group.add_argument(
         "--vae_dtype",
@@ -50,8 +51,9 @@ def vae_settings(args: argparse.Namespace, device: torch.device) -> VAESettings:
     Raises:
         UserError: an unknown dtype, or a tile size that the VAE cannot work with.
     """
-    import torch  # here, as parsing alone does not need it
+    import torch
 
+    from hunyuan_model.vae.memory import VAESettings
     from utils.devices import choose_dtype
 
     tile_size = args.vae_spatial_tile_sample_min_size or (DEFAULT_TILE_SIZE if getattr(args, "vae_tiling", False) else None)

@@ -27,27 +27,24 @@ class CausalConv3d(nn.Module):
 
     def forward(self, source: torch.Tensor | ConvInput, onto: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve ``source`` (B, C, T, H, W); with ``onto``, add the result to that tensor, in place, and return it."""
-        source = source if isinstance(source, ConvInput) else ConvInput(source)
-        out = onto if onto is not None else self._empty_output(source.tensor)
+        source, conv = source if isinstance(source, ConvInput) else ConvInput(source), self.conv
+        out = onto
+        if out is None:
+            sizes = zip(source.tensor.shape[2:], self.padding, conv.kernel_size, conv.stride)
+            size = ((length + sum(padding) - kernel) // stride + 1 for length, padding, kernel, stride in sizes)
+            out = empty_beside(source.tensor, (source.tensor.shape[0], conv.out_channels, *size))
         convolve(
             source,
-            self.conv.weight,
-            self.conv.bias,
+            conv.weight,
+            conv.bias,
             out,
-            stride=self.conv.stride,
+            stride=conv.stride,
             padding=self.padding,
             accumulate=onto is not None,
             chunk_size=self.chunk_size,
             reuse_buffers=self.reuse_buffers,
         )
         return out
-
-    def _empty_output(self, x: torch.Tensor) -> torch.Tensor:
-        size = (
-            (length + sum(padding) - kernel) // stride + 1
-            for length, padding, kernel, stride in zip(x.shape[2:], self.padding, self.conv.kernel_size, self.conv.stride)
-        )
-        return empty_beside(x, (x.shape[0], self.conv.out_channels, *size))
 
 
 class ResnetBlockCausal3D(nn.Module):
@@ -97,11 +94,14 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, channels, frames, rows, columns = x.shape
-        out_frames = (frames - 1) * self.time_factor + 1
-        out = empty_beside(x, (batch, channels, out_frames, 2 * rows, 2 * columns))
-        for time_phase, time_weight, time_padding in self._time_phases(self.conv.conv.weight, frames):
-            for row, row_weight, row_padding in _doubling_phases(time_weight, 3):
-                for column, weight, column_padding in _doubling_phases(row_weight, 4):
+        out = empty_beside(x, (batch, channels, (frames - 1) * self.time_factor + 1, 2 * rows, 2 * columns))
+        time_phases = [(slice(None), self.conv.conv.weight, self.conv.padding[0])]
+        if self.time_factor == 2 and frames > 1:  # output frame t shows input frame (t + 1) // 2
+            (even, even_padding), (odd, _) = _doubling_phases(self.conv.conv.weight, 2)
+            time_phases = [(slice(0, None, 2), even, even_padding), (slice(1, None, 2), odd, (0, 0))]
+        for time_phase, time_weight, time_padding in time_phases:
+            for row, (row_weight, row_padding) in enumerate(_doubling_phases(time_weight, 3)):
+                for column, (weight, column_padding) in enumerate(_doubling_phases(row_weight, 4)):
                     convolve(
                         ConvInput(x),
                         weight,
@@ -113,24 +113,11 @@ class Upsample(nn.Module):
                     )
         return out
 
-    def _time_phases(self, weight: torch.Tensor, frames: int) -> list[tuple[slice, torch.Tensor, Padding]]:
-        """Which output frames, with which kernel and padding. Output frame t shows input frame (t + 1) // 2."""
-        if self.time_factor == 1 or frames == 1:
-            return [(slice(None), weight, self.conv.padding[0])]
-        first, second, third = weight.split(1, dim=2)
-        return [
-            (slice(0, None, 2), torch.cat([first, second + third], dim=2), (1, 0)),
-            (slice(1, None, 2), torch.cat([first + second, third], dim=2), (0, 0)),
-        ]
 
-
-def _doubling_phases(weight: torch.Tensor, dim: int) -> list[tuple[int, torch.Tensor, Padding]]:
+def _doubling_phases(weight: torch.Tensor, dim: int) -> list[tuple[torch.Tensor, Padding]]:
     """The even and odd outputs of a 3-tap kernel over a doubled axis, as 2-tap kernels over the axis itself."""
     first, second, third = weight.split(1, dim=dim)
-    return [
-        (0, torch.cat([first, second + third], dim=dim), (1, 0)),
-        (1, torch.cat([first + second, third], dim=dim), (0, 1)),
-    ]
+    return [(torch.cat([first, second + third], dim=dim), (1, 0)), (torch.cat([first + second, third], dim=dim), (0, 1))]
 
 
 class CausalAttention(nn.Module):

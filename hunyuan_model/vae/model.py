@@ -1,13 +1,11 @@
 """The causal 3D VAE of HunyuanVideo: clips of RGB frames to latents, 4x smaller in time and 8x in space, and back.
 
 Frame 0 is encoded alone and every four frames after it together, so a clip has 4n + 1 frames and n + 1 latent frames.
-The state dict has the published key names. Convolutions work piece by piece (``vae.convolution``); tiles
-are in ``vae.tiling``.
+The state dict has the published key names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +20,7 @@ from hunyuan_model.vae.layers import (
     ResnetBlockCausal3D,
     Upsample,
 )
-from hunyuan_model.vae.settings import check_tile_size
-from hunyuan_model.vae.tiling import TileSize, run_in_tiles
+from hunyuan_model.vae.tiling import check_tile_size, run_in_tiles
 from utils.errors import UserError
 
 SPATIAL_COMPRESSION = 8
@@ -51,12 +48,6 @@ class DiagonalGaussian:
 
     mean: torch.Tensor
     logvar: torch.Tensor
-
-    @classmethod
-    def from_moments(cls, moments: torch.Tensor) -> DiagonalGaussian:
-        """Split the encoder's output (B, 2 * channels, F, H, W); the log variance is clamped to [-30, 20]."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """One random sample, shape and dtype of ``mean``. The noise is made in float32 on the generator's own device."""
@@ -117,12 +108,11 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = CausalConv3d(config.in_channels, widths[0])
         halving = [Downsample(widths[0], 1), Downsample(widths[1], 2), Downsample(widths[2], 2), None]
-        self.down_blocks = nn.ModuleList(
-            [DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, halving[i]) for i in range(len(widths))]
-        )
+        inputs = (widths[0], *widths)
+        self.down_blocks = nn.ModuleList(DownBlock(*sizes, layers, groups, last) for *sizes, last in zip(inputs, widths, halving))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
@@ -140,16 +130,12 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
         self.conv_in = CausalConv3d(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups)
         doubling = [Upsample(widths[0], 1), Upsample(widths[1], 2), Upsample(widths[2], 2), None]
-        self.up_blocks = nn.ModuleList(
-            [
-                UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, doubling[i])
-                for i in range(len(widths))
-            ]
-        )
+        inputs = (widths[0], *widths)
+        self.up_blocks = nn.ModuleList(UpBlock(*sizes, layers, groups, last) for *sizes, last in zip(inputs, widths, doubling))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
@@ -165,7 +151,7 @@ class AutoencoderKLCausal3D(nn.Module):
     """Encode clips to a Gaussian over latents and decode latents to clips.
 
     Latents are those of the encoder: neither multiplied by ``scaling_factor`` on encoding nor divided on decoding.
-    Tiling, chunks and the reuse of buffers are off until enabled.
+    Tiles, chunks and the reuse of buffers are off until enabled.
     """
 
     def __init__(self, config: VAEConfig):
@@ -182,39 +168,29 @@ class AutoencoderKLCausal3D(nn.Module):
         """Latents times this have about unit variance: what the transformer is trained on."""
         return self.config.scaling_factor
 
-    def enable_spatial_tiling(self, sample_min_size: int = 256) -> None:
-        """Work on squares of ``sample_min_size`` pixels that overlap by a quarter and are blended linearly.
+    def split(self, *, chunk_size: int | None = None, tile_size: int | None = None) -> None:
+        """Work through clips in parts, for less memory. Only space is split: a clip's frames stay together.
 
-        Memory is bounded by the tile, at the price of values that differ from the untiled ones: a tile does not see
-        beyond its edges.
+        Args:
+            chunk_size: columns that a convolution takes at a time, None for all: the same values.
+            tile_size: side in pixels of squares that overlap by a quarter and are blended linearly, None for whole frames. The
+                values differ a little: a tile does not see beyond its edges.
 
         Raises:
-            UserError: not a positive multiple of 32 (a quarter of a tile must be whole latent positions).
+            UserError: a tile whose side is not a positive multiple of 32.
         """
-        check_tile_size(sample_min_size)
-        self.spatial_tile = sample_min_size
-
-    def disable_tiling(self) -> None:
-        """Work on whole frames, as at first."""
-        self.spatial_tile = None
+        if tile_size is not None:
+            check_tile_size(tile_size)
+        self.spatial_tile = tile_size
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.chunk_size = chunk_size
 
     def reuse_buffers(self, reuse: bool = True) -> None:
         """Let layers write over what is no longer needed: about a third less memory, and no gradients through the VAE."""
         for module in self.modules():
             if isinstance(module, CausalConv3d):
                 module.reuse_buffers = reuse
-
-    def set_chunk_size(self, chunk_size: int | None) -> None:
-        """Let every convolution work on at most ``chunk_size`` columns at a time (None: all): less memory, same values.
-
-        Raises:
-            UserError: less than 1.
-        """
-        if chunk_size is not None and chunk_size < 1:
-            raise UserError(f"--vae_chunk_size {chunk_size} is too small: give the number of columns of a chunk, for example 32.")
-        for module in self.modules():
-            if isinstance(module, CausalConv3d):
-                module.chunk_size = chunk_size
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussian:
         """(B, 3, T, H, W) in [-1, 1] -> posterior over latents (B, 16, (T - 1) / 4 + 1, H / 8, W / 8).
@@ -227,21 +203,15 @@ class AutoencoderKLCausal3D(nn.Module):
             raise UserError(f"the VAE encodes clips of 4n + 1 frames (1, 5, 9, ...), not of {frames}.")
         if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION or not height or not width:
             raise UserError(f"the VAE encodes frames whose sides are multiples of 8 pixels, not {width}x{height}.")
-        return DiagonalGaussian.from_moments(self._in_tiles(x, self._encode_whole, from_pixels=True))
+        tile = self.spatial_tile or max(height, width)
+        moments = run_in_tiles(self._moments, x, tile, tile // SPATIAL_COMPRESSION)
+        mean, logvar = moments.chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def _moments(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(x)).contiguous()
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, 16, F, h, w), already divided by the scaling factor -> (B, 3, 4F - 3, 8h, 8w), not clamped."""
-        return self._in_tiles(z, self._decode_whole, from_pixels=False)
-
-    def _encode_whole(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant_conv(self.encoder(x)).contiguous()
-
-    def _decode_whole(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(z))
-
-    def _in_tiles(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor], *, from_pixels: bool) -> torch.Tensor:
-        """``run`` on tiles of ``x``, where tiling is enabled and ``x`` is larger than one."""
-        if self.spatial_tile is None:
-            return run(x)
-        pixels, latent = self.spatial_tile, self.spatial_tile // SPATIAL_COMPRESSION
-        return run_in_tiles(run, x, TileSize(pixels, latent) if from_pixels else TileSize(latent, pixels))
+        tile = self.spatial_tile or SPATIAL_COMPRESSION * max(z.shape[3:])
+        return run_in_tiles(lambda part: self.decoder(self.post_quant_conv(part)), z, tile // SPATIAL_COMPRESSION, tile)

@@ -1,68 +1,56 @@
-"""Running a network on overlapping tiles of a clip and joining the results.
-
-Tiles start every three quarters of a tile and are blended linearly over the last quarter. Of tiles already done only
-their blended edges are kept beside the result, so memory is the result and one tile.
-"""
+"""Running a network on overlapping square tiles of a clip and joining the results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from utils.errors import UserError
 
-@dataclass(frozen=True)
-class TileSize:
-    """Length of a tile in the network's input and in its output; both divisible by 4. Their ratio scales lengths."""
-
-    input: int
-    output: int
-
-    @property
-    def input_step(self) -> int:
-        return self.input * 3 // 4
-
-    @property
-    def output_step(self) -> int:
-        return self.output * 3 // 4
-
-    @property
-    def overlap(self) -> int:
-        """Length of the blended part, in the output."""
-        return self.output - self.output_step
-
-    def scaled(self, length: int) -> int:
-        return length * self.output // self.input
+TILE_SIZE_UNIT = 32  # a quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels
 
 
-def run_in_tiles(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: TileSize) -> torch.Tensor:
-    """``run`` on square tiles of ``x`` (B, C, T, H, W); one call on all of it where it is no larger than one tile.
+def check_tile_size(pixels: int) -> None:
+    """Raise a UserError unless ``pixels`` is a positive multiple of 32."""
+    if pixels <= 0 or pixels % TILE_SIZE_UNIT:
+        lower = max(pixels // TILE_SIZE_UNIT, 1) * TILE_SIZE_UNIT
+        raise UserError(
+            f"--vae_spatial_tile_sample_min_size {pixels} is not a multiple of {TILE_SIZE_UNIT} pixels, which tiles of the VAE "
+            f"must be; use {lower} or {lower + TILE_SIZE_UNIT}."
+        )
 
-    A tile is blended first with the one above it, then with the one to its left, each as it is after blending.
+
+def run_in_tiles(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int, tile_out: int) -> torch.Tensor:
+    """``run`` on tiles of ``x`` (B, C, T, H, W) with a side of ``tile``, of which it makes tiles with a side of ``tile_out``.
+
+    Tiles start every three quarters of a tile and are blended linearly over the last quarter, first with the one above, then with
+    the one to the left, each as it is after blending. Of tiles already done only their blended edges are kept beside the
+    result, so memory is the result and one tile. A clip no larger than one tile is run as it is.
     """
     height, width = x.shape[3:]
-    if height <= tile.input and width <= tile.input:
+    if height <= tile and width <= tile:
         return run(x)
+    step, kept = tile * 3 // 4, tile_out * 3 // 4
+    overlap = tile_out - kept
     out = None
     above: list[torch.Tensor] = []
-    for top in range(0, height, tile.input_step):
+    for row, top in enumerate(range(0, height, step)):
         edges_below: list[torch.Tensor] = []
         left_edge = None
-        for column, left in enumerate(range(0, width, tile.input_step)):
-            tile_out = run(x[:, :, :, top : top + tile.input, left : left + tile.input])
+        for column, left in enumerate(range(0, width, step)):
+            done = run(x[:, :, :, top : top + tile, left : left + tile])
             if above:
-                _blend(above[column], tile_out, dim=3)
+                _blend(above[column], done, dim=3)
             if left_edge is not None:
-                _blend(left_edge, tile_out, dim=4)
-            edges_below.append(tile_out[:, :, :, -tile.overlap :].clone())
-            left_edge = tile_out[:, :, :, :, -tile.overlap :].clone()
+                _blend(left_edge, done, dim=4)
+            edges_below.append(done[:, :, :, -overlap:].clone())
+            left_edge = done[:, :, :, :, -overlap:].clone()
             if out is None:
-                out = tile_out.new_empty(*tile_out.shape[:3], tile.scaled(height), tile.scaled(width))
-            kept = tile_out[:, :, :, : tile.output_step, : tile.output_step]
-            row, col = tile.scaled(top), tile.scaled(left)
-            out[:, :, :, row : row + kept.shape[3], col : col + kept.shape[4]] = kept
-            del tile_out, kept  # before the next one is made
+                out = done.new_empty(*done.shape[:3], height * tile_out // tile, width * tile_out // tile)
+            place = out[:, :, :, row * kept : (row + 1) * kept, column * kept : (column + 1) * kept]
+            place.copy_(done[:, :, :, : place.shape[3], : place.shape[4]])
+            del done  # before the next one is made
         above = edges_below
     return out
 

@@ -21,8 +21,7 @@ from hunyuan_model.sampling.flow import flow_sigmas
 from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.loading import check_vae_file
-from hunyuan_model.vae.memory import Clip, VAEFit
-from hunyuan_model.vae.settings import VAESettings
+from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
 from utils.cli.arguments import random_seed

@@ -15,7 +15,6 @@ from dataset.config import DatasetConfig
 from dataset.items import Item
 from hunyuan_model.vae import memory
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
-from hunyuan_model.vae.settings import VAESettings
 from utils.errors import UserError
 
 SMALL = VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8)
@@ -26,7 +25,7 @@ def encoder(**settings: object) -> LatentEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKLCausal3D(SMALL).eval().requires_grad_(False)
-    return LatentEncoder(vae, VAESettings(None, torch.float32, **settings), "")
+    return LatentEncoder(vae, memory.VAESettings(None, torch.float32, **settings), "")
 
 
 def item(stem: str = "a") -> Item:

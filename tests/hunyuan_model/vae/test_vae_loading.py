@@ -99,9 +99,8 @@ def test_config_of_something_else_is_passed_over_and_said(tmp_path, weights, cap
     "changes, said",
     [
         ({"norm_num_groups": 3}, "norm_num_groups 3"),
-        ({"norm_num_groups": "8"}, "norm_num_groups '8'"),
         ({"scaling_factor": 0.5}, "scaling_factor is 0.5"),
-        ({"time_compression_ratio": 8}, "compression"),
+        ({"time_compression_ratio": 8}, "time_compression_ratio is 8"),
     ],
 )
 def test_config_that_cannot_be_followed_is_refused(tmp_path, weights, changes, said):
@@ -137,7 +136,7 @@ def test_norm_groups_assumed_for_the_published_widths():
     assert vae_config_from_shapes(shapes) == VAEConfig()
 
 
-def test_wrong_number_of_blocks_is_refused(weights):
+def test_a_file_without_four_blocks_is_refused(weights):
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "down_blocks.3" not in name}
-    with pytest.raises(UserError, match="3 encoder blocks"):
+    with pytest.raises(UserError, match="four encoder blocks"):
         vae_config_from_shapes(shapes)

@@ -26,40 +26,26 @@ from hunyuan_model.runtime.arguments import (
     runtime_settings,
 )
 from hunyuan_model.runtime.compilation import CompileWatch
-from hunyuan_model.runtime.loading import check_transformer_file
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, batch_name
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.sampling.arguments import add_sampling_arguments, sampling_settings
-from hunyuan_model.sampling.decoding import load_decoder
-from hunyuan_model.sampling.generation import generate_latents
-from hunyuan_model.sampling.latent_files import LATENT_ENDING, read_latents, save_latents
-from hunyuan_model.sampling.settings import SamplingSettings
+from hunyuan_model.sampling.arguments import add_output_arguments, add_sampling_arguments, output_settings, sampling_settings
+from hunyuan_model.sampling.decoding import OutputSettings, load_decoder, read_latents
+from hunyuan_model.sampling.generation import SamplingSettings, generate_latents
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
-from hunyuan_model.text.encoding import TextConditions
 from hunyuan_model.transformer.attention import ATTENTION_MODES
+from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
-from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import VAESettings
-from networks.lora_merging import MergePatch, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
-from utils.cli.arguments import (
-    add_device_argument,
-    finite_float,
-    int_up_to,
-    require_flags,
-    script_parser,
-    warn_of_unused,
-)
+from networks.lora_merging import complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
+from utils.cli.arguments import add_device_argument, finite_float, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
-from utils.files import require_writable_folder
 from utils.free_memory import free_device_memory
-from utils.media_writing import OutputSettings, unused_stem
 
-MAX_FPS = 1000  # video files hold no higher rate
 # The flags that runs without sampling read.
 GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark"}
 MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "save_merged_model"}
@@ -68,39 +54,20 @@ DECODING_FLAGS = GENERAL_FLAGS | VAE_FLAGS | {"latent_path", "save_path", "outpu
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """LoRA files to merge, and a multiplier for each."""
-
-    lora_weight: tuple[str, ...]
-    lora_multiplier: tuple[float, ...]
-
-    def patch(self, dit: str) -> MergePatch | None:
-        """What merges the files into the transformer ``dit`` while it loads; None without files."""
-        if not self.lora_weight:
-            return None
-        return merge_patch(read_lora_files(self.lora_weight, self.lora_multiplier), dit)
-
-
-@dataclass(frozen=True)
 class GenerationSettings:
-    """A run that samples, as the flags describe it."""
+    """A run that samples, as the flags describe it. ``config`` is read from the header of ``dit``."""
 
     prompt: str
     dit: str
     dit_dtype: torch.dtype
+    config: TransformerConfig
     runtime: RuntimeSettings
-    lora: LoraSettings
+    lora_weight: tuple[str, ...]
+    lora_multiplier: tuple[float, ...]
     text: TextEncoderSettings
     sampling: SamplingSettings
     vae: VAESettings
     output: OutputSettings
-
-    def metadata(self) -> dict[str, str]:
-        """What made the video, for its file; empty with --no_metadata."""
-        if self.output.no_metadata:
-            return {}
-        files = ", ".join(Path(path).name for path in self.lora.lora_weight)
-        return {"prompt": self.prompt, **self.sampling.metadata(), "lora": files}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,21 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_argument("--prompt", metavar="TEXT", help="what the video shows")
     add_sampling_arguments(video)
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--save_path", metavar="FOLDER", help="folder for what is generated")
-    output.add_argument(
-        "--fps", type=int_up_to(MAX_FPS), default=24, metavar="N", help="frames per second of the file written (default: 24)"
-    )
-    output.add_argument(
-        "--output_type",
-        choices=("video", "images", "latent", "both"),
-        default="video",
-        help="an MP4, PNG frames, the latent for a later --latent_path, or latent and MP4 (default: video)",
-    )
-    output.add_argument(
-        "--latent_path", nargs="*", default=[], metavar="PATH", help="only decode these latents; no --dit and no --prompt"
-    )
-    output.add_argument("--no_metadata", action="store_true", help="do not write prompt and settings into the files (default: off)")
+    add_output_arguments(parser.add_argument_group("output"))
     return parser
 
 
@@ -163,34 +116,28 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
     require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", "prompt")
     if args.output_type != "latent":
         require_flags(args, f"--output_type {args.output_type}", "vae")
-    settings = GenerationSettings(
-        prompt=args.prompt,
-        dit=args.dit,
+    settings = settings_from(
+        GenerationSettings,
+        args,
         dit_dtype=choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16),
         runtime=runtime_settings(args, args.attn_mode),
-        lora=lora_settings(args),
+        lora_multiplier=lora_multipliers(args),
         text=text_encoder_settings(args, device),
         sampling=sampling_settings(args),
         vae=vae_settings(args, device),
         output=output_settings(args),
+        config=hunyuan_model.check_transformer_file(args.dit, "--dit"),
     )
-    settings.runtime.check(device, settings.dit_dtype, check_transformer_file(args.dit, "--dit"))
+    settings.runtime.check(device, settings.dit_dtype, settings.config)
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
-        check_vae_file(args.vae)
+        hunyuan_model.check_vae_file(args.vae)
     return settings
 
 
-def lora_settings(args: argparse.Namespace) -> LoraSettings:
-    """The LoRA files and their multipliers."""
-    multipliers = complete_multipliers(args.lora_weight, args.lora_multiplier, "--lora_weight", "--lora_multiplier")
-    return LoraSettings(tuple(args.lora_weight), multipliers)
-
-
-def output_settings(args: argparse.Namespace) -> OutputSettings:
-    """Where results go; the folder is tried."""
-    require_writable_folder(args.save_path, "--save_path")
-    return settings_from(OutputSettings, args)
+def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:
+    """One for each --lora_weight."""
+    return complete_multipliers(args.lora_weight, args.lora_multiplier, "--lora_weight", "--lora_multiplier")
 
 
 def save_merged(args: argparse.Namespace) -> None:
@@ -198,8 +145,7 @@ def save_merged(args: argparse.Namespace) -> None:
     require_flags(args, "--save_merged_model", "dit")
     if not args.lora_weight:
         raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
-    lora = lora_settings(args)
-    merge_lora_into_file(args.dit, read_lora_files(lora.lora_weight, lora.lora_multiplier), args.save_merged_model)
+    merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, lora_multipliers(args)), args.save_merged_model)
     print(args.save_merged_model)
 
 
@@ -209,40 +155,39 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
     if args.output_type in ("latent", "both"):
         raise UserError(f"--output_type {args.output_type} would write the latents that --latent_path reads; use video or images.")
     vae, output = vae_settings(args, device), output_settings(args)
-    check_vae_file(args.vae)
+    hunyuan_model.check_vae_file(args.vae)
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latents(path, "--latent_path")) for path in args.latent_path]
     warn_of_cpu(args.device, device)
-    with explain_out_of_memory("decoding", decoding_advice(vae), device):
-        decode = load_decoder(vae, device)
-        for stem, latents, metadata in stored:
-            frames = decode(latents)[0].numpy()
-            print(output.save_frames(unused_stem(Path(output.save_path), stem), frames, metadata))
+    decode = load_decoder(vae, device)
+    for stem, latents, metadata in stored:
+        print(output.save_frames(output.unused_stem(stem), decode(latents)[0], metadata))
 
 
 def generate(settings: GenerationSettings, device: torch.device) -> None:
     """Encode, sample, decode and write."""
-    latents = sample(settings, device)
-    folder, output = Path(settings.output.save_path), settings.output
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{settings.sampling.seed}"
-    stem = unused_stem(folder, name, endings=("", ".mp4", LATENT_ENDING))
+    latents, output = sample(settings, device), settings.output
+    files = ", ".join(Path(path).name for path in settings.lora_weight)
+    metadata = {"prompt": settings.prompt, **settings.sampling.metadata(), "lora": files}
+    stem = output.unused_stem(f"{time.strftime('%Y%m%d-%H%M%S')}_{settings.sampling.seed}")
     if output.output_type in ("latent", "both"):  # before decoding, so that running out of memory there loses nothing
-        path = folder / f"{stem}{LATENT_ENDING}"
-        save_latents(path, latents, settings.metadata())
-        print(path)
+        print(output.save_latents(stem, latents, metadata))
     if output.output_type != "latent":
-        with explain_out_of_memory("decoding", decoding_advice(settings.vae), device):
-            frames = load_decoder(settings.vae, device)(latents)[0].numpy()
-        print(output.save_frames(stem, frames, settings.metadata()))
+        frames = load_decoder(settings.vae, device)(latents)[0]
+        print(output.save_frames(stem, frames, metadata))
 
 
 def sample(settings: GenerationSettings, device: torch.device) -> Tensor:
     """Latents (1, 16, F, H, W) on the CPU. Text encoders and transformer are loaded one after the other, and gone afterwards."""
-    patch = settings.lora.patch(settings.dit)  # first, as it finds out what is wrong with the files
+    patch = None
+    if settings.lora_weight:  # first, as it finds out what is wrong with the files
+        patch = merge_patch(read_lora_files(settings.lora_weight, settings.lora_multiplier), settings.dit)
     with explain_out_of_memory("encoding the prompt", "use --fp8_llm", device):
         (text,) = hunyuan_model.encode_prompts([settings.prompt], settings.text, device)
-    plan = memory_plan(settings, text, device)
-    with explain_out_of_memory(f"sampling {batch_name(plan.batch)}", lambda: advice(plan), device):
-        dtype, compiling = settings.dit_dtype, CompileWatch()
+    batch, dtype = BatchSize(1, settings.sampling.latent_size, int(text.mask.sum())), settings.dit_dtype
+    plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False)
+    plan = plan.resolved(free_device_memory(device))
+    with explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(plan), device):
+        compiling = CompileWatch()
         transformer = hunyuan_model.load_transformer(settings.dit, device=device, dtype=dtype, runtime=plan.runtime, patch=patch)
         del patch  # merged: nobody needs the files any more
         latents = generate_latents(
@@ -263,20 +208,6 @@ def sample(settings: GenerationSettings, device: torch.device) -> Tensor:
             "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
         )
     return latents
-
-
-def memory_plan(settings: GenerationSettings, text: TextConditions, device: torch.device) -> MemoryPlan:
-    """What sampling takes; an automatic number of swapped blocks is resolved by what is free now."""
-    batch = BatchSize(1, settings.sampling.latent_size, int(text.mask.sum()))
-    dtype, config = settings.dit_dtype, check_transformer_file(settings.dit, "--dit")
-    return MemoryPlan(config, device, settings.runtime, batch, dtype, dtype, trains=False).resolved(free_device_memory(device))
-
-
-def decoding_advice(vae: VAESettings) -> str:
-    """What to change where memory does not suffice to decode."""
-    if lighter := vae.lighter_flags:
-        return f"use {lighter}, or a shorter --video_length"
-    return "use a smaller --video_size or a shorter --video_length"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from hunyuan_model.runtime.loading import transformer_from
 from hunyuan_model.runtime.memory import BatchSize, weight_bytes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network

@@ -35,8 +35,7 @@ from benchmarks.load_memory import MemoryWatch  # noqa: E402
 from hunyuan_model.quantization.formats import WeightFormat  # noqa: E402
 from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
 from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
-from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents  # noqa: E402
-from hunyuan_model.sampling.flow import flow_sigmas  # noqa: E402
+from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from utils.devices import parse_dtype  # noqa: E402

@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from examples.toy.scoring import held_out_prompts  # noqa: E402
 from examples.toy.toy_model import FLOW_SHIFT, FRAMES, GUIDANCE, SIZE, ToyModel  # noqa: E402
-from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents  # noqa: E402
-from hunyuan_model.sampling.flow import flow_sigmas  # noqa: E402
+from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents  # noqa: E402
 from hunyuan_model.sampling.step_cache import StepCache  # noqa: E402
 
 

@@ -38,7 +38,7 @@ from examples.toy.scoring import (
 from examples.toy.toy_model import BATCH_SIZE, FLOW_SHIFT, FOLDER, FRAMES, GUIDANCE, STEPS, ToyModel
 from hunyuan_model.runtime.arguments import add_weight_format_arguments, weight_format
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.sampling.step_cache import check_step_cache
 from hunyuan_model.transformer.attention import ATTENTION_MODES, check_attention_device, make_attention
 from utils.cli.arguments import (

@@ -18,8 +18,7 @@ from examples.toy.model_files import FOLDER, require_model
 from examples.toy.world import to_pixels
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.decoding import decode_latents
-from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
-from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents
 from hunyuan_model.sampling.step_cache import StepCache, check_step_cache
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder

@@ -9,7 +9,7 @@ from typing import Any
 
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan, Need
-from hunyuan_model.sampling.euler import latent_size
+from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.devices import explain_out_of_memory
 from utils.disk_space import readable

@@ -1,17 +1,20 @@
-"""The flags of sampling."""
+"""The flags of sampling and of what is written."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 
-from hunyuan_model.sampling.settings import SamplingSettings
+from hunyuan_model.sampling.decoding import ENDINGS, OutputSettings
+from hunyuan_model.sampling.generation import SamplingSettings
 from utils.cli.arguments import finite_float, int_up_to, non_negative_float, positive_float, random_seed, seed, whole_number
 from utils.cli.settings import settings_from
+from utils.files import require_writable_folder
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS = 10_000  # the schedule has 1000 timesteps
+MAX_FPS = 1000  # video files hold no higher rate
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
@@ -50,6 +53,24 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where results go, and in which form."""
+    group.add_argument("--save_path", metavar="FOLDER", help="folder for what is generated")
+    group.add_argument(
+        "--fps", type=int_up_to(MAX_FPS), default=24, metavar="N", help="frames per second of the file written (default: 24)"
+    )
+    group.add_argument(
+        "--output_type",
+        choices=tuple(ENDINGS),
+        default="video",
+        help="an MP4, PNG frames, the latent for a later --latent_path, or latent and MP4 (default: video)",
+    )
+    group.add_argument(
+        "--latent_path", nargs="*", default=[], metavar="PATH", help="only decode these latents; no --dit and no --prompt"
+    )
+    group.add_argument("--no_metadata", action="store_true", help="do not write prompt and settings into the files (default: off)")
+
+
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
     """As the flags of ``add_sampling_arguments`` say; a seed that is not given is random, and logged.
 
@@ -61,3 +82,13 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
     settings = settings_from(SamplingSettings, args, seed=random_seed())
     logger.info("seed %d", settings.seed)
     return settings
+
+
+def output_settings(args: argparse.Namespace) -> OutputSettings:
+    """As the flags of ``add_output_arguments`` say; the folder is tried.
+
+    Raises:
+        UserError: a folder that cannot be written to.
+    """
+    require_writable_folder(args.save_path, "--save_path")
+    return settings_from(OutputSettings, args)

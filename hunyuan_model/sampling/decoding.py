@@ -1,14 +1,79 @@
-"""From latents to frames."""
+"""From latents to frames, and the files of either."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hunyuan_model.sampling.flow import LATENT_CHANNELS
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
+from utils.devices import explain_out_of_memory
+from utils.errors import UserError
+from utils.media_writing import save_picture, save_video, unused_stem
+from utils.safetensors_io import read_tensors, save_tensors
+
+LATENT_ENDING = "_latent.safetensors"
+ENDINGS = {"video": (".mp4",), "images": ("",), "latent": (LATENT_ENDING,), "both": (".mp4", LATENT_ENDING)}
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where results go, and in which form; the fields have the names of flags.
+
+    Attributes:
+        save_path: folder.
+        output_type: video (MP4), images (a folder of PNG), latent, or both (latent and MP4).
+        no_metadata: leave prompt and settings out of the files.
+    """
+
+    save_path: str
+    output_type: str = "video"
+    fps: int = 24
+    no_metadata: bool = False
+
+    def unused_stem(self, stem: str) -> str:
+        """``stem``, or with a number behind it, so that nothing is overwritten."""
+        return unused_stem(Path(self.save_path), stem, ENDINGS[self.output_type])
+
+    def save_latents(self, stem: str, latents: Tensor, metadata: dict[str, str]) -> Path:
+        """Write latents (1, 16, F, H, W), in the network's scale, as the tensor ``latent`` (16, F, H, W); returns the path."""
+        path = Path(self.save_path) / f"{stem}{LATENT_ENDING}"
+        save_tensors(path, {"latent": latents[0]}, None if self.no_metadata else metadata)
+        return path
+
+    def save_frames(self, stem: str, frames: Tensor, metadata: dict[str, str]) -> Path:
+        """Write uint8 RGB frames (T, H, W, 3) as a folder with 00000.png and on, or as MP4; returns its path."""
+        path, pictures, metadata = Path(self.save_path) / stem, frames.numpy(), {} if self.no_metadata else metadata
+        if self.output_type == "images":
+            for index, picture in enumerate(pictures):
+                save_picture(path / f"{index:05d}.png", picture, metadata)
+            return path
+        path = path.with_name(f"{stem}.mp4")
+        save_video(path, pictures, self.fps, metadata)
+        return path
+
+
+def read_latents(path: str | os.PathLike[str], flag: str) -> tuple[Tensor, dict[str, str]]:
+    """Latents (1, 16, F, H, W), float32, that ``OutputSettings.save_latents`` wrote, and the metadata.
+
+    Raises:
+        UserError: not such a file, or values that are not finite; names ``flag``.
+    """
+    file = read_tensors(path, flag)
+    if "latent" not in file.tensors:
+        raise UserError(f"{flag} {path} holds no tensor named latent; give a file that --output_type latent wrote.")
+    latent = file.tensors["latent"]
+    if latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
+        raise UserError(f"{flag} {path}: the latent has the shape {tuple(latent.shape)}, expected (16, frames, height, width).")
+    if not torch.isfinite(latent).all():
+        raise UserError(f"{flag} {path} holds NaN or infinity; sample it again.")
+    return latent[None].float(), file.metadata
 
 
 def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -17,14 +82,16 @@ def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tenso
     Chunks and tiles are those of the settings, or what free memory demands.
 
     Raises:
-        UserError: as ``load_vae``.
+        UserError: as ``load_vae``; when it decodes, memory that does not suffice, with the flags to change.
     """
     vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
     fit = VAEFit(vae, settings, encode=False)
+    lighter = f"use {settings.lighter_flags or 'a smaller --video_size'}, or a shorter --video_length"
 
     def decode(latents: Tensor) -> Tensor:
         fit.fit(Clip.of_latents(latents))
-        return decode_latents(vae, latents, device=device, dtype=settings.vae_dtype)
+        with explain_out_of_memory("decoding", lighter, device):
+            return decode_latents(vae, latents, device=device, dtype=settings.vae_dtype)
 
     return decode
 

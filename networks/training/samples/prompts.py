@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hunyuan_model.sampling.euler import PATCH_PIXELS, latent_size
+from hunyuan_model.sampling.flow import PATCH_PIXELS, latent_size
 from utils.cli.arguments import MAX_SEED
 from utils.errors import UserError, shown
 from utils.files import require_file

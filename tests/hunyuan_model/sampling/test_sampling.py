@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hunyuan_model.sampling.decoding import decode_latents
-from hunyuan_model.sampling.euler import initial_noise, latent_size, sample_latents
-from hunyuan_model.sampling.flow import euler_step, flow_sigmas
+from hunyuan_model.sampling.flow import euler_step, flow_sigmas, initial_noise, latent_size, sample_latents
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"

@@ -16,8 +16,7 @@ from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling import step_cache
-from hunyuan_model.sampling.euler import initial_noise, sample_latents
-from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, sample_latents
 from hunyuan_model.sampling.step_cache import StepCache
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from utils.errors import UserError

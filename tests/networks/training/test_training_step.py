@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 import hunyuan_model
 import hv_train_network
-from hunyuan_model.sampling.euler import sample_latents
-from hunyuan_model.sampling.flow import flow_sigmas
+from hunyuan_model.sampling.flow import flow_sigmas, sample_latents
 from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hunyuan_model
+from hunyuan_model.runtime import loading
 from networks.lora import create_network
 from utils.safetensors_io import read_header
 
@@ -225,6 +226,13 @@ def test_out_of_memory_names_the_flags(generate, monkeypatch):
     monkeypatch.setattr("hunyuan_model.sampling.generation.sample_latents", full)
     ended = generate()
     assert ended.status == 2 and "out of memory while sampling 1 x 48x32x5; give --int8 next, which saves about" in ended.stderr
+
+
+def test_the_header_of_the_transformer_is_read_to_check_and_to_load(generate, monkeypatch):
+    opened, plain = [], loading.open_transformer
+    monkeypatch.setattr(loading, "open_transformer", lambda path, flag: opened.append(path) or plain(path, flag))
+    assert generate("--output_type", "latent", "--video_length", 1, "--infer_steps", 1).status == 0
+    assert len(opened) == 2
 
 
 def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_path):

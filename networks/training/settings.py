@@ -40,7 +40,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         values, files = len(self.base_weights_multiplier), len(self.base_weights)
         if values > files:
-            raise UserError(f"--base_weights_multiplier has {values} values for {files} --base_weights.")
+            raise UserError(f"--base_weights_multiplier has more values ({values}) than --base_weights has files ({files}).")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Collection
-from typing import TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn, TypeVar
 
-from utils.errors import UserError, shown
+from utils.errors import STATUS_USER_ERROR, UserError, shown
+from utils.key_values import nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,24 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36, width=116)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage, which is longer than a screen, and names the nearest flag."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            hint = nearest_name(unknown[0].partition("=")[0], flags)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" ({hint.strip()})" if hint else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(STATUS_USER_ERROR, f"{self.prog}: error: {message}; see --help\n")
+
+
 def script_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help is laid out in groups. Abbreviated flags are refused: a typo must not become another flag."""
-    return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def _number(text: str, convert: Callable[[str], N], kind: str) -> N:

@@ -91,7 +91,7 @@ def test_a_model_that_gives_nan_stops_before_anything_is_saved(train, tiny_model
         (["--scale_weight_norms", 0], "not above 0"),
         (["--network_dropout", 1.5], "not between 0 and 1"),
         (["--dim_from_weights"], "--network_weights, which is missing"),
-        (["--base_weights_multiplier", 0.5], "1 values for 0 --base_weights"),
+        (["--base_weights_multiplier", 0.5], r"has more values (1) than --base_weights has files (0)"),
         (["--learning_rate", 0], "not above 0"),
         (["--network_module", "networks.nothing"], "cannot be imported"),
         (["--network_module", "json"], "no network module"),

@@ -52,7 +52,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    # transformers imports peft and that imports bitsandbytes, which warns of a package for products in 4 bits: nothing here uses them.
+    # transformers imports peft, and that bitsandbytes, which warns of a package for products in 4 bits. Nothing here uses them.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the pipe's encoding lacks must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -78,11 +78,11 @@ def main() -> int:
         show_timesteps(args.show_timesteps, timestep_settings(args), args.output_dir)
         return 0
     settings = training_settings(args)
-    model = inspect_model(settings)
     accelerator = make_accelerator(settings)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
-    beginning = find_beginning(settings, accelerator)
+    model = inspect_model(settings, accelerator)
+    beginning = find_beginning(settings, model, accelerator)
     set_seed(beginning.seed)
     data = open_training_data(settings, model.config, beginning.seed, accelerator)
     plan = preflight(settings, model, beginning, data, accelerator)

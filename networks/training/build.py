@@ -43,7 +43,7 @@ def open_run_logs(settings: TrainingSettings, plan: TrainingPlan, accelerator: A
         settings.logs,
         accelerator.device,
         main_process=accelerator.is_main_process,
-        flags=settings.given_flags | {"seed": plan.beginning.seed},
+        flags=plan.beginning.given_flags,
         runs=resumed.state.progress.log_runs if same_run else None,
         step=resumed.state.progress.step if same_run else 0,
     )
@@ -79,7 +79,7 @@ def build_training(
         accelerator,
         TimestepSampler(settings.timesteps, torch.Generator().manual_seed(rank_seed)),
         noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
-        dtype=plan.precision.base,
+        dtype=plan.model.precision.base,
         guidance_scale=settings.flow.guidance_scale,
         network_off=partial(network_off, network),
     )
@@ -101,12 +101,12 @@ def build_training(
     )
     if (resumed := plan.beginning.resumed) is not None:
         order = batch_order(settings, data.reader, accelerator)
-        training.progress = restore(settings.resuming, resumed, training.restorable, order, training.flags, plan.steps)
+        training.progress = restore(resumed, training.restorable, order, settings.flags)
     training.progress.log_runs = logs.runs
     if wants_dry_step(settings.loop.dry_step, accelerator.device):
         training.dry_batch = data.largest.load()
     known = known_facts(training, DEFAULT_RANK)
-    training.metadata = training_metadata(settings.flags, data.facts, known, settings.network.arguments)
+    training.metadata = training_metadata(plan.beginning.flags, data.facts, known, settings.network.arguments)
     _report(training)
     return training
 
@@ -119,7 +119,7 @@ def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator:
         return hunyuan_model.load_transformer(
             model.dit,
             device=accelerator.device,
-            dtype=plan.precision.base,
+            dtype=plan.model.precision.base,
             runtime=runtime,
             allocate=allocate,
             patch=merge_patch(bases, model.dit) if bases else None,
@@ -134,6 +134,6 @@ def _report(training: Training) -> None:
         training.settings.loop.gradient_accumulation_steps,
         training.plan.steps,
         sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
-        training.plan.precision.base,
+        training.plan.model.precision.base,
         "" if weights is WeightFormat.PLAIN else f" with {weights.value} weights",
     )

@@ -161,7 +161,7 @@ def make_samples(training: Training, requests: TrainingRequests, epoch: int, epo
         training.transformer,
         training.network,
         training.optimizer,
-        training.plan.precision.base,
+        training.plan.model.precision.base,
         step=training.progress.step,
         epoch=epoch,
         epoch_ended=epoch_ended,

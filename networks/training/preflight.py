@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,9 +30,16 @@ from networks.training.optim.optimizers import check_optimizer, state_bytes_per_
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
-from networks.training.saving.resume import Resumed, check_resumed, find_resumed, is_complete, state_identity
+from networks.training.saving.resume import (
+    Resumed,
+    check_steps_left,
+    find_resumed,
+    is_complete,
+    require_fitting,
+    state_identity,
+)
 from networks.training.saving.state import check_state_can_be_saved, recover_state
-from networks.training.settings import NetworkSettings, TrainingSettings
+from networks.training.settings import TrainingSettings
 from utils.cli.arguments import random_seed
 from utils.errors import UserError, first_line
 from utils.files import require_file
@@ -48,14 +56,15 @@ class ModelPlan:
         config: the sizes of the transformer in --dit.
         module: of the network.
         network: the network without its values; None where its module does not make it without the transformer's weights.
-        group_rates: the learning rates of its parameter groups.
+        optimizer: over scratch parameters, after one step.
         prompts: of the samples.
     """
 
     config: TransformerConfig
     module: ModuleType
     network: nn.Module | None
-    group_rates: Sequence[float]
+    precision: Precision
+    optimizer: torch.optim.Optimizer
     prompts: Sequence[SamplePrompt]
 
     @property
@@ -66,10 +75,20 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training starts: a state and its seed, or None and a seed."""
+    """Where a training starts: a state and its seed, or None and a seed.
+
+    Attributes:
+        flags: of the training, with the seed, and with what the state keeps in place of what was given.
+    """
 
     resumed: Resumed | None
     seed: int
+    flags: Mapping[str, Any]
+
+    @property
+    def given_flags(self) -> dict[str, Any]:
+        """Those that have a value."""
+        return {name: value for name, value in self.flags.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -83,22 +102,24 @@ class TrainingPlan:
     """
 
     model: ModelPlan
-    precision: Precision
     beginning: Beginning
     steps: int
     memory: MemoryPlan
     complete: bool = False
 
 
-def inspect_model(settings: TrainingSettings) -> ModelPlan:
-    """Read the headers of the files that the settings name.
+def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> ModelPlan:
+    """Read the headers of the files that the settings name, and check all that depends neither on a state nor on the data.
 
     Raises:
-        UserError: a file, the network or its arguments cannot be used.
+        UserError: a file, the network, the optimiser or runtime settings cannot be used here.
     """
     prompts = check_samples(settings.samples)
     check_logs(settings.logs)
     config = check_transformer_file(settings.model.dit, "--dit")
+    precision = Precision.of(settings, accelerator)
+    settings.runtime.check(accelerator.device, precision.compute, config)
+    settings.kernels.apply(accelerator.device)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
@@ -111,103 +132,90 @@ def inspect_model(settings: TrainingSettings) -> ModelPlan:
             "leave --fp8_base and --int8_base out."
         )
     module = import_network_module(network.network_module)
-    if module is not networks.lora:
-        if network.network_weights:
-            require_file(network.network_weights, "--network_weights")
-        return ModelPlan(config, module, _other_network(network, module, transformer), [rate], prompts)
-    planned = _network_without_values(network, module, transformer, network.arguments)
-    if network.network_weights:
-        ranks, rank = check_lora_file(network.network_weights, shapes).ranks, network.network_dim or DEFAULT_RANK
+    ours, rank = module is networks.lora, network.network_dim or DEFAULT_RANK
+    if ours and network.network_weights:
+        ranks = check_lora_file(network.network_weights, shapes).ranks
         if not network.dim_from_weights and ranks != {rank}:
             raise UserError(
                 f"--network_weights {network.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "
                 "give it as --network_dim, or use --dim_from_weights."
             )
-    group_rates = [group["lr"] for group in parameter_groups(planned, rate)[0]]
-    return ModelPlan(config, module, planned, group_rates, prompts)
-
-
-def _other_network(settings: NetworkSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer) -> nn.Module | None:
-    try:
-        return _network_without_values(settings, module, transformer, settings.arguments)
-    except Exception as error:  # a module may look at weights, which are not there yet; its arguments are checked later
-        reason = first_line(error)
-        logger.info("not checked: disk space. %s shows its size only later (%s)", settings.network_module, reason)
-        return None
+    elif network.network_weights:
+        require_file(network.network_weights, "--network_weights")
+    planned = _network_without_values(settings, module, transformer)
+    rates = [group["lr"] for group in parameter_groups(planned, rate)[0]] if ours else [rate]
+    optimizer = check_optimizer(settings.optimizer, accelerator.device, rates)
+    for sentence in settings.without_effect():
+        logger.warning("%s", sentence)
+    if ours and not network.dim_from_weights:
+        warn_of_low_learning_rate(settings.optimizer, rank, network.network_alpha)
+    return ModelPlan(config, module, planned, precision, optimizer, prompts)
 
 
 def _network_without_values(
-    settings: NetworkSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer, arguments: dict[str, str]
-) -> nn.Module:
-    """The network for a transformer on the meta device; its names and sizes are those it will have."""
-    if settings.dim_from_weights:
-        return module.create_network_from_weights(1.0, settings.network_weights, None, None, transformer, **arguments)[0]
-    with torch.device("meta"):
-        return module.create_network(1.0, settings.network_dim, settings.network_alpha, None, None, transformer, **arguments)
+    settings: TrainingSettings, module: ModuleType, transformer: HYVideoDiffusionTransformer
+) -> nn.Module | None:
+    """The network for a transformer on the meta device, with the names and sizes it will have; None where that cannot be made."""
+    network = settings.network
+    try:
+        if network.dim_from_weights:
+            return module.create_network_from_weights(1.0, network.network_weights, None, None, transformer, **network.arguments)[0]
+        with torch.device("meta"):
+            dim, alpha = network.network_dim, network.network_alpha
+            return module.create_network(1.0, dim, alpha, None, None, transformer, **network.arguments)
+    except Exception as error:  # another module may look at weights, which are not there yet; its arguments are checked later
+        if module is networks.lora:
+            raise
+        logger.info("not checked: disk space. %s shows its size only later (%s)", network.network_module, first_line(error))
+        return None
 
 
-def find_beginning(settings: TrainingSettings, accelerator: Accelerator) -> Beginning:
+def find_beginning(settings: TrainingSettings, model: ModelPlan, accelerator: Accelerator) -> Beginning:
     """The state to resume from, if any, and the seed: that of the state, the given one, or a random one.
 
     Raises:
-        UserError: no such state, one that is damaged, or one with another seed.
+        UserError: no such state, one that is damaged, or one that does not fit this training.
     """
     if settings.resuming.latest and accelerator.is_main_process:
         recover_state(settings.saving.folder, settings.saving.output_name)
     accelerator.wait_for_everyone()
-    resumed = find_resumed(settings.resuming)
+    resumed, flags = find_resumed(settings.resuming), settings.flags
     if resumed is not None:
-        return Beginning(resumed, resumed.state.seed)
-    if settings.resuming.seed is not None:
-        return Beginning(None, settings.resuming.seed)
-    seed = int(broadcast_object_list([random_seed()])[0])
-    logger.info("seed %d", seed)
-    return Beginning(None, seed)
+        # Other modules may add their layers only when they are applied: their sizes are compared once they are loaded.
+        known = model.network if model.module is networks.lora else None
+        require_fitting(resumed, state_identity(flags, known, model.optimizer), flags)
+        seed, flags = resumed.state.seed, resumed.flags_used(flags)
+    elif (seed := settings.resuming.seed) is None:
+        seed = int(broadcast_object_list([random_seed()])[0])
+        logger.info("seed %d", seed)
+    return Beginning(resumed, seed, {**flags, "seed": seed})
 
 
 def preflight(
     settings: TrainingSettings, model: ModelPlan, beginning: Beginning, data: TrainingData, accelerator: Accelerator
 ) -> TrainingPlan:
-    """Check everything that can be checked without loading a model, and report it once.
+    """Check what depends on the data, still without loading a model, and report the memory once.
 
     Raises:
-        UserError: optimiser, schedule, state, disk or runtime settings that cannot work here.
+        UserError: a schedule, a state or a disk that does not suffice for the steps.
     """
-    main, resumed = accelerator.is_main_process, beginning.resumed
-    precision = Precision.of(settings, accelerator)
-    settings.runtime.check(accelerator.device, precision.compute, model.config)
-    settings.kernels.apply(accelerator.device)
-    for sentence in settings.without_effect():
-        logger.warning("%s", sentence)
-    if model.module is networks.lora and not settings.network.dim_from_weights:
-        warn_of_low_learning_rate(settings.optimizer, settings.network.network_dim or DEFAULT_RANK, settings.network.network_alpha)
+    resumed, saving = beginning.resumed, settings.saving
     steps = settings.loop.steps(len(data.reader))
-    optimizer = check_optimizer(settings.optimizer, accelerator.device, model.group_rates)
-    schedule = check_lr_scheduler(settings.schedule, optimizer, steps)
-    check_state_can_be_saved(optimizer, schedule, wanted=settings.saving.state_at_end)
+    schedule = check_lr_scheduler(settings.schedule, model.optimizer, steps)
+    check_state_can_be_saved(model.optimizer, schedule, wanted=saving.state_at_end)
     if resumed is not None:
-        # Other modules may add their layers only when they are applied: their sizes are compared once they are loaded.
-        known = model.network if model.module is networks.lora else None
-        identity = state_identity(settings.flags, known, optimizer)
-        check_resumed(settings.resuming, resumed, identity, settings.given_flags, steps)
+        check_steps_left(settings.resuming, resumed, steps)
     complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
-    optimizer_bytes = state_bytes_per_value(optimizer)
-    if main and not complete:
+    if accelerator.is_main_process and not complete:
         if model.values is not None:
-            require_room_for_save(settings.saving, model.values, precision.saved, optimizer_bytes)
-        remove_leftovers(settings.saving.folder, settings.saving.output_name)
-    memory = _plan_memory(settings, model, data, precision, optimizer_bytes, accelerator, shown=main and not complete)
-    return TrainingPlan(model, precision, beginning, steps, memory, complete)
+            require_room_for_save(saving, model.values, model.precision.saved, state_bytes_per_value(model.optimizer))
+        remove_leftovers(saving.folder, saving.output_name)
+    memory = _plan_memory(settings, model, data, accelerator, shown=accelerator.is_main_process and not complete)
+    return TrainingPlan(model, beginning, steps, memory, complete)
 
 
 def _plan_memory(
-    settings: TrainingSettings,
-    model: ModelPlan,
-    data: TrainingData,
-    precision: Precision,
-    optimizer_bytes: float,
-    accelerator: Accelerator,
-    shown: bool,
+    settings: TrainingSettings, model: ModelPlan, data: TrainingData, accelerator: Accelerator, shown: bool
 ) -> MemoryPlan:
     """The memory plan, with the same number of swapped blocks in all processes."""
     sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in model.prompts]
@@ -217,10 +225,10 @@ def _plan_memory(
         accelerator.device,
         settings.runtime,
         data.largest.size,
-        precision.base,
-        precision.compute,
+        model.precision.base,
+        model.precision.compute,
         model.values,
-        optimizer_bytes,
+        state_bytes_per_value(model.optimizer),
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,
     ).resolved(free)

@@ -66,11 +66,6 @@ class Training:
         return self.settings.saving.output_name
 
     @property
-    def flags(self) -> dict[str, Any]:
-        """The flags that have a value, and the seed, for states."""
-        return self.settings.given_flags | {"seed": self.plan.beginning.seed}
-
-    @property
     def restorable(self) -> Restorable:
         """What a state holds of it."""
         loss = self.flow_matching
@@ -110,7 +105,7 @@ def known_facts(training: Training, default_rank: int) -> dict[str, Any]:
         "num_batches_per_epoch": len(training.data.reader),
         "num_epochs": -(-training.plan.steps // training.steps_per_epoch),
         "max_train_steps": training.plan.steps,
-        "optimizer": describe_optimizer(training.optimizer, training.settings.optimizer.optimizer_args),
+        "optimizer": describe_optimizer(training.optimizer, training.plan.beginning.flags["optimizer_args"]),
         "seed": training.plan.beginning.seed,
         "mixed_precision": training.accelerator.mixed_precision,
         "network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or default_rank,
@@ -146,7 +141,7 @@ def save_model(training: Training, file_name: str, epoch: int) -> None:
     path = training.settings.saving.folder / file_name
     metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
     with evaluation_weights(training.optimizer):
-        save_network(training.network, path, training.plan.precision.saved, metadata)
+        save_network(training.network, path, training.plan.model.precision.saved, metadata)
     if training.uploads is not None:
         training.uploads.upload(path)
 
@@ -158,7 +153,7 @@ def save_training_state(training: Training, model_name: str) -> None:
         seed=training.plan.beginning.seed,
         identity=state_identity(training.settings.flags, training.network, training.optimizer),
         order=batch_order(training.settings, training.data.reader, training.accelerator),
-        flags=training.flags,
+        flags=training.plan.beginning.given_flags,
         saved_at=time.time(),
     )
     folder = training.settings.saving.folder / state_name(model_name)

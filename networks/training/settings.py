@@ -150,11 +150,6 @@ class TrainingSettings:
         check_output_name(self.saving.output_dir, self.saving.output_name)
         require_writable_folder(self.saving.output_dir, "--output_dir")
 
-    @property
-    def given_flags(self) -> dict[str, Any]:
-        """The flags that have a value."""
-        return {name: value for name, value in self.flags.items() if value is not None}
-
     def without_effect(self) -> list[str]:
         """Sentences on flags that do nothing beside the others."""
         parts = (self.loop, self.schedule, self.timesteps, self.samples, self.logs)

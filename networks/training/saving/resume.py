@@ -23,6 +23,7 @@ from utils.safetensors_io import read_header
 logger = logging.getLogger(__name__)
 
 PLACE_FLAGS = ("resume", "seed")  # those that say where to go on, and the one that is checked by itself
+OPTIMIZER_FLAGS = ("learning_rate", "optimizer_args")  # whose values an optimiser goes on with
 NETWORK_SIZES = "a network of sizes"  # the entry of a state's identity that holds their hash
 
 
@@ -56,6 +57,10 @@ class Resumed:
 
     folder: Path
     state: StateFile
+
+    def flags_used(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """``flags`` of this training, with those of the state where the optimiser goes on with its numbers."""
+        return {**flags, **{name: self.state.flags[name] for name in OPTIMIZER_FLAGS if name in self.state.flags}}
 
 
 def find_resumed(settings: ResumeSettings) -> Resumed | None:
@@ -108,88 +113,95 @@ def state_identity(flags: Mapping[str, Any], network: nn.Module | None, optimize
     return identity
 
 
-def check_resumed(
-    settings: ResumeSettings, resumed: Resumed, identity: Mapping[str, Any], flags: Mapping[str, Any], steps: int
-) -> None:
-    """Refuse a state that does not fit this training.
+def require_fitting(resumed: Resumed, identity: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Refuse a state of another network, optimiser or schedule.
 
     Args:
         identity: of this training, as far as it is known; see ``state_identity``.
         flags: of this training.
-        steps: of the whole training.
 
     Raises:
-        UserError: a state of another network, optimiser or schedule, or one that is past the last step.
+        UserError: names what differs.
     """
-    folder, state = resumed.folder, resumed.state
-    for name, now in identity.items():
-        then = state.identity.get(name)
-        if now != then:
-            what = _network_difference(state.flags, flags) if name == NETWORK_SIZES else f"{name} {then}, now {now}"
-            raise UserError(
-                f"the state {folder} does not fit this training: {what}. Use the flags of that run, "
-                "or leave --resume out; to begin anew from its weights give its model as --network_weights."
-            )
-    # --resume latest ends well where everything is done, and saves the model where a kill came between it and the last state.
-    done = is_complete(settings, steps, resumed) or (state.progress.step == steps and not settings.final_model.exists())
-    if state.progress.step >= steps and not (settings.latest and done):
+    then = resumed.state
+    differences = [
+        f"{name} {then.identity.get(name)}, now {now}"
+        for name, now in identity.items()
+        if name != NETWORK_SIZES and now != then.identity.get(name)
+    ]
+    differences += _network_differences(then.flags, flags)
+    if not differences and identity.get(NETWORK_SIZES) not in (None, then.identity.get(NETWORK_SIZES)):
+        differences = ["its network has layers of other sizes"]
+    if differences:
         raise UserError(
-            f"the state {folder} was saved after step {state.progress.step}, and this training has {steps}; "
+            f"the state {resumed.folder} does not fit this training: {'; '.join(differences)}. Use the flags of that run, "
+            "or leave --resume out; to begin anew from its weights give its model as --network_weights."
+        )
+
+
+def check_steps_left(settings: ResumeSettings, resumed: Resumed, steps: int) -> None:
+    """Refuse a state that is past the last of ``steps``.
+
+    --resume latest ends well where everything is done, and saves the model where a kill came between it and the last state.
+    """
+    step = resumed.state.progress.step
+    done = is_complete(settings, steps, resumed) or (step == steps and not settings.final_model.exists())
+    if step >= steps and not (settings.latest and done):
+        raise UserError(
+            f"the state {resumed.folder} was saved after step {step}, and this training has {steps}; "
             "raise --max_train_steps to go on."
         )
 
 
-def _network_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Why the network has other sizes, for a sentence: ``rank 16, now 24``."""
-    ranks = [flags.get("network_dim") or DEFAULT_RANK for flags in (then, now)]
-    differences = [f"rank {ranks[0]}, now {ranks[1]}"] if ranks[0] != ranks[1] else []
-    names = ("network_alpha", "network_args", "network_weights", "dim_from_weights", "dit")
-    return "; ".join([*differences, *_differing(then, now, names)]) or "its network has layers of other sizes"
+def _network_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes another network, as ``rank 16, now 24``. The network of a state has its own rank, alpha and arguments."""
+
+    def described(flags: Mapping[str, Any]) -> dict[str, str]:
+        words = sorted(word for word in flags.get("network_args") or () if not word.startswith("verbose="))
+        if flags.get("dim_from_weights"):
+            rank = alpha = f"as in {Path(flags['network_weights']).name}"
+        else:
+            rank, alpha = str(flags.get("network_dim") or DEFAULT_RANK), f"{flags['network_alpha']:g}"
+        return {"rank": rank, "alpha": alpha, "--network_args": _text(words)}
+
+    before, after = described(then), described(now)
+    return [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
 
 
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """``--learning_rate 0.01, now 0.001`` for each of the flags whose values differ."""
-
-    def text(value: object) -> str:
-        if not value:
-            return "not given"
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    pairs = [(name, text(then.get(name)), text(now.get(name))) for name in names]
-    return [f"--{name} {before}, now {after}" for name, before, after in pairs if before != after]
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(name, value then, value now) of each of the flags whose values differ."""
+    values = [(f"--{name}", _text(then.get(name)), _text(now.get(name))) for name in names]
+    return [(name, before, after) for name, before, after in values if before != after]
 
 
-def restore(
-    settings: ResumeSettings,
-    resumed: Resumed,
-    parts: Restorable,
-    order: Mapping[str, Any],
-    flags: Mapping[str, Any],
-    steps: int,
-) -> Progress:
+def _text(value: object) -> str:
+    if not value:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def restore(resumed: Resumed, parts: Restorable, order: Mapping[str, Any], flags: Mapping[str, Any]) -> Progress:
     """Put everything where the state was saved; returns where that was. The epoch begins anew where its batches changed.
 
     Args:
         order: what the order of the batches depends on now.
-        flags: of this training, without secrets.
-        steps: of the whole training.
+        flags: that were given to this training, without secrets.
 
     Raises:
-        UserError: see ``check_resumed``.
+        UserError: see ``require_fitting``.
     """
     state = resumed.state
-    check_resumed(settings, resumed, state_identity(flags, parts.network, parts.optimizer), flags, steps)
+    require_fitting(resumed, state_identity(flags, parts.network, parts.optimizer), flags)
     load_state(resumed.folder, parts)
     progress = state.progress
     if changed := [name for name, value in order.items() if state.order.get(name) != value]:
         logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), progress.epoch)
         progress.batches = 0
-    names = sorted((flags.keys() | state.flags.keys()) - set(PLACE_FLAGS))
+    names = sorted((flags.keys() | state.flags.keys()) - {*PLACE_FLAGS, *OPTIMIZER_FLAGS})
     if differing := _differing(state.flags, flags, names):
-        logger.warning(
-            "flags that differ from those of the state: %s. The network's alpha, the optimiser and the schedule go on with the "
-            "numbers in the state.",
-            "; ".join(differing),
-        )
+        sentences = (f"{name} {before}, now {after}" for name, before, after in differing)
+        logger.warning("flags that differ from those of the state: %s", "; ".join(sentences))
+    for name, before, after in _differing(state.flags, flags, OPTIMIZER_FLAGS):
+        logger.warning("%s %s is not used: the optimiser goes on as in the state, with %s", name, after, before)
     logger.info("resumed from %s: step %d, epoch %d", resumed.folder, progress.step, progress.epoch)
     return progress

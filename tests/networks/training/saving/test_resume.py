@@ -138,12 +138,14 @@ def test_latest_takes_the_newest_that_is_whole(train, whole: Path, caplog) -> No
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(train, whole: Path, tmp_path: Path, monkeypatch) -> None:
     state = whole / "lora-step00000004-state"
     monkeypatch.setattr("hunyuan_model.load_transformer", None)  # nothing is loaded before
+    monkeypatch.setattr("hv_train_network.load_dataset_config", None)  # nor are the data sets looked at
     cases = [
         (("--network_dim", 8), "does not fit this training: rank 4, now 8."),
+        (("--network_alpha", 16), "does not fit this training: alpha 1, now 16."),
+        (("--network_args", "rank_dropout=0.1"), "--network_args not given, now rank_dropout=0.1."),
         (("--optimizer_type", "SGD"), "--optimizer_type"),
         (("--lr_scheduler", "linear"), "--lr_scheduler cosine, now linear"),
         (("--seed", 4), "--seed 4 is not that of the state"),
-        (("--max_train_steps", 4), "raise --max_train_steps"),
         (("--resume", tmp_path), "is not a state of this trainer"),
         (("--resume", tmp_path / "none"), "is not a folder"),
     ]
@@ -182,9 +184,25 @@ def test_changed_data_sets_begin_the_epoch_anew(train, whole: Path, cached: Path
     assert ended.status == 0 and "data sets changed since the state was saved: epoch 2 begins anew" in caplog.text
 
 
-def test_flags_that_differ_are_named(train, whole: Path, caplog) -> None:
-    flags = (*FLAGS, "--learning_rate", 1e-3, "--resume", whole / "lora-step00000004-state")
-    assert train(*flags, name="other").status == 0 and "--learning_rate 0.01, now 0.001; --loss_log" in caplog.text
+def test_a_state_past_the_last_step_is_refused_before_loading(train, whole: Path, monkeypatch) -> None:
+    monkeypatch.setattr("hunyuan_model.load_transformer", None)
+    ended = train(*FLAGS, "--resume", whole / "lora-step00000004-state", "--max_train_steps", 4, name="other")
+    assert ended.status == 2 and "raise --max_train_steps" in ended.stderr
+
+
+def test_metadata_and_later_states_hold_what_the_optimiser_goes_on_with(train, whole: Path, caplog) -> None:
+    flags = ("--learning_rate", 1e-3, "--optimizer_args", "weight_decay=0.5", "--max_grad_norm", 2)
+    ended = train(*FLAGS, *flags, "--resume", whole / "lora-step00000004-state", "--save_state", name="other")
+    assert ended.status == 0, ended.stderr
+    assert "--learning_rate 0.001 is not used: the optimiser goes on as in the state, with 0.01" in caplog.text
+    assert "--max_grad_norm 1.0, now 2.0" in caplog.text
+    metadata = read_header(whole / "other.safetensors").metadata
+    kept = ("ss_learning_rate", "ss_optimizer", "ss_max_grad_norm")
+    assert [metadata[name] for name in kept] == ["0.01", "torch.optim.adamw.AdamW", "2.0"]
+    assert read_state_file(whole / "other-state").flags["learning_rate"] == 0.01
+    plain = train(*FLAGS, "--max_grad_norm", 2, "--resume", whole / "lora-step00000004-state", name="plain")
+    assert plain.status == 0, plain.stderr
+    assert_same(weights(whole, "other"), weights(whole, "plain"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,6 @@ def add_compile_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compile_mode",
         choices=COMPILE_MODES,
-        default=COMPILE_MODES[0],
         help="with --compile, whether to try many kernels for each matmul, which takes minutes (default: default)",
     )
 
@@ -97,7 +96,7 @@ def runtime_settings(args: argparse.Namespace, attn_mode: str) -> RuntimeSetting
     from hunyuan_model.runtime import compilation
     from hunyuan_model.runtime.settings import RuntimeSettings
 
-    if args.compile_mode != COMPILE_MODES[0] and not args.compile:
+    if args.compile_mode is not None and not args.compile:
         raise UserError("--compile_mode says how --compile is done; give --compile as well, or leave --compile_mode out.")
     return RuntimeSettings(
         weights=weight_format(args),
@@ -109,7 +108,7 @@ def runtime_settings(args: argparse.Namespace, attn_mode: str) -> RuntimeSetting
         pinned_swap_memory=not args.no_pinned_swap_memory,
         gradient_checkpointing=getattr(args, "gradient_checkpointing", False),
         gradient_checkpointing_cpu_offload=getattr(args, "gradient_checkpointing_cpu_offload", False),
-        compile=compilation.CompileSettings(args.compile_mode, compilation.BACKEND) if args.compile else None,
+        compile=compilation.CompileSettings(args.compile_mode or COMPILE_MODES[0], compilation.BACKEND) if args.compile else None,
     )
 
 

@@ -16,7 +16,6 @@ from hunyuan_model.runtime.arguments import (
 )
 from hunyuan_model.transformer.attention import TRAINABLE_MODES
 from networks.training.logging.logs import LogSettings
-from networks.training.logging.loss_log import check_loss_log
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings
@@ -401,10 +400,6 @@ def training_settings(args: argparse.Namespace) -> TrainingSettings:
     missing = [f"--{name}" for name in ("dataset_config", "dit", "output_dir", "output_name") if getattr(args, name) is None]
     if missing:
         raise UserError(f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing.")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
-    if args.loss_log is not None:
-        check_loss_log(args.loss_log)
     return TrainingSettings(
         dataset_config=args.dataset_config,
         model=settings_from(ModelSettings, args),

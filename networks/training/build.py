@@ -54,7 +54,7 @@ def build_training(
 ) -> Training:
     """Load and connect everything; with a state, as it was saved."""
     uploads = open_uploads(settings.hub) if accelerator.is_main_process else None
-    samples = prepare_samples(settings.samples, plan.model.prompts, accelerator, plan.model.config)
+    samples = prepare_samples(settings.samples, plan.model.prompts, accelerator, plan.model.config, plan.beginning.seed)
     transformer = load_base_model(settings, plan, accelerator)
     network = create_network(
         plan.model.module,

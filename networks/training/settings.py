@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
@@ -96,6 +98,8 @@ class LoopSettings:
     ddp_static_graph: bool = False
 
     def __post_init__(self) -> None:
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
         if self.max_data_loader_n_workers < 0:
             raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
         if self.validation_split is not None and self.validation_split >= 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from networks.training.logging.loss_log import check_loss_log
 from networks.training.logging.trackers import TRACKERS, LogSettings, TensorBoard, WandB, read_tracker_config, require_package
 from networks.training.pause import kept_random_state
 from utils.errors import UserError, first_line
@@ -19,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_logs(settings: LogSettings) -> None:
-    """Refuse logs that cannot begin, before anything is loaded: a package that is missing, a configuration that is wrong."""
+    """Refuse logs that cannot begin, before anything is loaded: a package or folder that is missing, a wrong configuration."""
+    if settings.loss_log is not None:
+        check_loss_log(settings.loss_log)
     for name in settings.trackers:
         require_package(name)
     if settings.trackers:

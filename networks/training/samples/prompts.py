@@ -31,7 +31,7 @@ class SamplePrompt:
         where: file and line or entry, as messages name it.
         width, height: pixels, multiples of 16.
         frame_count: 4n + 1; 1 is a picture.
-        seed: of the noise; None for a random one for every sample.
+        seed: of the noise; None for one that follows from --seed.
         sample_steps: steps of the sampler.
         guidance_scale: strength of the distilled guidance.
         discrete_flow_shift: shift of the schedule towards noise.
@@ -222,7 +222,7 @@ def _checked(setting: _Setting, value: Any, where: str) -> int | float:
     allowed = int if setting.kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not setting.low <= value <= setting.high:  # NaN too
         kind = "a whole number" if setting.kind is int else "a number"
-        advice = " Leave it out for a random one." if setting.key == "seed" else ""
+        advice = " Leave it out for one that follows from --seed." if setting.key == "seed" else ""
         raise UserError(
             f"{where}: {setting.key} (--{setting.option}) must be {kind} from {setting.low} to {setting.high}, "
             f"but it is {shown(value)}.{advice}"

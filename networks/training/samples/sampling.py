@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +23,6 @@ from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
-from utils.cli.arguments import random_seed
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.files import MAX_NAME_BYTES, require_writable_folder
@@ -129,7 +128,7 @@ class SavedSample:
 
     Attributes:
         index: place of the prompt in its file, from 0.
-        seed: of the noise; random where the prompt has none.
+        seed: of the noise.
     """
 
     path: Path
@@ -157,7 +156,7 @@ def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
 
 
 def prepare_samples(
-    settings: SampleSettings, prompts: Sequence[SamplePrompt], accelerator: Accelerator, config: TransformerConfig
+    settings: SampleSettings, prompts: Sequence[SamplePrompt], accelerator: Accelerator, config: TransformerConfig, seed: int
 ) -> TrainingSamples:
     """Encode the prompts on the main process, before the transformer is loaded; the text encoders are gone afterwards.
 
@@ -166,6 +165,7 @@ def prepare_samples(
     Args:
         prompts: from ``check_samples``.
         config: of the transformer.
+        seed: of the training; a prompt without a seed gets this one plus its place in the file.
 
     Raises:
         UserError: as the loading of text encoders; or they do not belong to the transformer, or memory does not suffice.
@@ -175,7 +175,9 @@ def prepare_samples(
         device, encoders = accelerator.device, settings.text_settings
         with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
             texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], encoders, device)
-        encoded = [EncodedPrompt(index, prompt, text) for index, (prompt, text) in enumerate(zip(prompts, texts))]
+        seeds = [(seed + index) % 2**32 if prompt.seed is None else prompt.seed for index, prompt in enumerate(prompts)]
+        seeded = [replace(prompt, seed=seed) for prompt, seed in zip(prompts, seeds)]
+        encoded = [EncodedPrompt(index, prompt, text) for index, (prompt, text) in enumerate(zip(seeded, texts))]
         for number, given, width in ((1, texts[0].states, config.text_dim), (2, texts[0].pooled, config.pooled_dim)):
             if given.shape[-1] != width:
                 raise UserError(
@@ -277,7 +279,7 @@ class SampleRound:
         steps = sum(entry.prompt.sample_steps for entry in prompts)
         with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
             for entry in prompts:
-                seed = random_seed() if entry.prompt.seed is None else entry.prompt.seed
+                seed = entry.prompt.seed
                 latents = self._or_warn(f"sample {entry} was not made", self._sample, entry, seed, progress)
                 if latents is not None:
                     sampled.append((entry, seed, latents))

@@ -217,8 +217,9 @@ def test_it_is_found_out_before_anything_is_loaded(train, call_script, tiny_mode
     assert ended.status == 2 and "C++ compiler" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_a_mode_without_compiling_is_refused(train) -> None:
-    ended = train("--compile_mode", "max-autotune-no-cudagraphs")
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_a_mode_without_compiling_is_refused(train, mode: str) -> None:
+    ended = train("--compile_mode", mode)
     assert ended.status == 2 and "give --compile as well" in ended.stderr
 
 

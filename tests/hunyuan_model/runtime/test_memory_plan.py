@@ -188,6 +188,8 @@ def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
     assert ended.status == 0
     assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks" in caplog.text
     assert "for the largest batch, 2 x 32x32 (30 tokens):" in ended.stdout
+    monkeypatch.undo()
+    assert train("--max_train_steps", 1, "--blocks_to_swap", "auto").status == 0 and "--blocks_to_swap auto: 0" in caplog.text
 
 
 def test_generation_takes_auto(call_script, tiny_model, tmp_path, caplog) -> None:

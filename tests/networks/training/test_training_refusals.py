@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import hunyuan_model
 import hv_train_network
 from networks.training import loop
+from networks.training.arguments import training_settings
 from utils.safetensors_io import read_tensors
 
 
@@ -175,6 +178,28 @@ def test_caches_of_another_model_are_refused_before_loading(train, monkeypatch, 
     ended = train()
     assert ended.status == 2 and path.name in ended.stderr
     assert ("cache_text_encoder_outputs.py" if path is text else "cache_latents.py") in ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("flags", ["--blocks_to_swap 99", "--fp8_base --fp8_fast", "--optimizer_type LBFGS"])
+def test_what_the_data_cannot_change_is_refused_before_they_are_looked_at(train, monkeypatch, flags):
+    monkeypatch.setattr(hv_train_network, "load_dataset_config", lambda *_, **__: pytest.fail("looked at the data sets"))
+    ended = train(*flags.split())
+    assert ended.status == 2 and flags.split("--")[-1] in ended.stderr
+
+
+def test_flags_with_checks_of_their_own_are_read_once(tmp_path):
+    class Counting(argparse.Namespace):
+        def __getattribute__(self, name):
+            counts[name] += 1
+            return super().__getattribute__(name)
+
+    counts = Counter()
+    needed = f"--dataset_config d --dit d --output_dir {tmp_path / 'out'} --output_name n --loss_log {tmp_path / 'loss.csv'}"
+    args = hv_train_network.build_parser().parse_args(needed.split(), Counting())
+    counts.clear()
+    training_settings(args)
+    assert counts["mixed_precision"] == counts["loss_log"] == counts["learning_rate"]
 
 
 def test_lora_of_another_model_is_refused(train, tmp_path):

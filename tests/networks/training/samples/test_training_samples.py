@@ -105,7 +105,7 @@ class TinyTraining:
         self.losses.append(loss.item())
 
     def samples(self, settings: SampleSettings) -> training_samples.TrainingSamples:
-        return prepare_samples(settings, check_samples(settings), self.accelerator, self.transformer.config)
+        return prepare_samples(settings, check_samples(settings), self.accelerator, self.transformer.config, seed=2**32 - 1)
 
     def sample(self, samples: training_samples.TrainingSamples, step: int = 2, **options: object):
         return samples.sample_if_due(self.transformer, self.network, self.optimizer, torch.float32, step=step, epoch=1, **options)
@@ -153,8 +153,8 @@ def test_what_is_written(sampling, tiny_model, tmp_path, caplog):
         picture, clip = training.sample(samples)
     folder = tmp_path / "out" / "sample"
     assert sorted(folder.iterdir()) == [picture.path, clip.path]
-    assert picture.path.match("lora_000002_00_*_7.png") and clip.path.match(f"lora_000002_01_*_{clip.seed}.mp4")
-    assert (picture.index, clip.index, picture.seed) == (0, 1, 7)
+    assert picture.path.match("lora_000002_00_*_7.png") and clip.path.match("lora_000002_01_*_0.mp4")  # one more than the training
+    assert (picture.index, clip.index, picture.seed, clip.seed) == (0, 1, 7, 0)
     with Image.open(picture.path) as file:
         assert file.size == (48, 32)
         assert file.text["prompt"] == "a red ball" and file.text["seed"] == "7" and file.text["training_steps"] == "2"

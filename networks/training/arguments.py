@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from hunyuan_model.runtime.arguments import (
     add_compile_arguments,
     add_kernel_arguments,

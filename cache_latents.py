@@ -64,16 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def warn_of_flags_without_effect(settings: CachingSettings, view: ViewSettings) -> None:
+def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     """Flags of caching while looking at the data, and the other way round."""
-    if view.debug_mode != "console":
-        for name in ("console_width", "console_back", "console_num_images"):
-            if getattr(view, name) is not None:
-                logger.warning("--%s has an effect only with --debug_mode console.", name)
-    if view.debug_mode is not None:
-        for name in ("skip_existing", "remove_orphans"):
-            if getattr(settings, name):
-                logger.warning("--%s has no effect with --debug_mode, which caches nothing.", name)
+    unused = {f"--{name}": "with --debug_mode" for name in ("skip_existing", "remove_orphans") if args.debug_mode}
+    if args.debug_mode != "console":
+        unused |= dict.fromkeys(("--console_width", "--console_back", "--console_num_images"), "without --debug_mode console")
+    for flag, when in unused.items():
+        if getattr(args, flag[2:]):
+            logger.warning("%s has no effect %s.", flag, when)
 
 
 def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -> list[Failure]:
@@ -122,7 +120,7 @@ def main() -> int:
     """Settings, data, VAE, one dataset after the other, report."""
     args = parse_with_config(build_parser())
     settings, view = settings_from(CachingSettings, args), settings_from(ViewSettings, args)
-    warn_of_flags_without_effect(settings, view)
+    warn_of_flags_without_effect(args)
     device = pick_device(args.device)
     vae = vae_settings(args, device)
     if view.debug_mode:

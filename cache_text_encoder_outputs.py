@@ -21,7 +21,7 @@ from dataset import DatasetConfig
 from dataset.arguments import add_dataset_arguments
 from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, print_failures
 from dataset.cache.files import NonFiniteError, save_text
-from dataset.cache.freshness import Verdict, judge_text
+from dataset.cache.freshness import judge_text
 from dataset.cache.names import list_caches, text_cache_path
 from dataset.cache.preparation import Failure
 from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
@@ -141,15 +141,15 @@ def cache(
     return failures
 
 
-def count_outcome(job: Job, verdicts: Sequence[Verdict], failures: Sequence[Failure], settings: CachingSettings) -> None:
+def count_outcome(job: Job, reasons: Sequence[str | None], failures: Sequence[Failure], settings: CachingSettings) -> None:
     """Count what became of a dataset's items, and list the orphans."""
     failed = {failure.item for failure in failures}
     job.report.outcome = CachingOutcome(skipped=job.report.found - len(job.items))
-    for item, verdict in zip(job.items, verdicts):
+    for item, reason in zip(job.items, reasons):
         if item not in failed:
-            job.report.outcome.count(verdict.reason)
-    called_for = [verdict.path for verdict in verdicts]
-    close_job(job, failures, list_caches(job.dataset).texts.values(), called_for, settings.remove_orphans)
+            job.report.outcome.count(reason)
+    there, called_for = list_caches(job.dataset).texts.values(), map(text_cache_path, job.items)
+    close_job(job, failures, there, called_for, settings.remove_orphans)
 
 
 def main() -> int:
@@ -166,12 +166,12 @@ def main() -> int:
     )
     record = fingerprints(encoders, tokenizers)
     judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
-    items = [item for job, verdicts in zip(jobs, judged) for item, verdict in zip(job.items, verdicts) if verdict.reason]
+    items = [item for job, reasons in zip(jobs, judged) for item, reason in zip(job.items, reasons) if reason]
     warn_of_cpu(args.device, device)
     failures = cache(items, settings, encoders, tokenizers, record, device) if items else []
 
-    for job, verdicts in zip(jobs, judged):
-        count_outcome(job, verdicts, failures, settings)
+    for job, reasons in zip(jobs, judged):
+        count_outcome(job, reasons, failures, settings)
     print(format_table([job.report for job in jobs]))
     found = sum(map(len, judged))
     print(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")

@@ -166,10 +166,7 @@ def load_dataset_config(path: str | os.PathLike[str], *, require_media: bool = T
     """Read and check a dataset TOML file.
 
     Relative paths in it start at the current folder. ``require_media=False`` accepts media folders and JSONL files that
-    are gone, for training from caches alone.
-
-    Raises:
-        UserError: the file, the section and the key that is wrong, and what to write instead.
+    are gone, for training from caches alone. A UserError names the section and the key that is wrong, and what to write instead.
     """
     path = Path(path)
     content = read_toml(path, "dataset config")

@@ -19,28 +19,19 @@ LONGEST_CACHE_SUFFIX = "_000000-0000_00000x00000_hv.safetensors"  # after the st
 
 @dataclass(frozen=True)
 class Item:
-    """One picture or clip.
-
-    Attributes:
-        dataset: the dataset it belongs to.
-        path: the media file; it need not exist yet when the item comes from a JSONL file.
-        caption: the caption without surrounding white space; None where there is no caption file or no ``caption`` key.
-            An empty caption file is an empty caption, which is allowed.
-        stem: what the names of its cache files begin with.
-    """
+    """One picture or clip."""
 
     dataset: DatasetConfig
-    path: Path
-    caption: str | None
-    stem: str
+    path: Path  # that of a JSONL line need not exist yet
+    caption: str | None  # None where there is no caption file or no ``caption`` key; an empty file is an empty caption
+    stem: str  # what the names of its cache files begin with
 
 
 def list_items(dataset: DatasetConfig) -> list[Item]:
     """Every item of a dataset, sorted by path (folder) or in the order of the lines (JSONL).
 
-    Raises:
-        UserError: the folder or file cannot be read, a JSONL line is malformed (file and line are named), a caption is
-            not UTF-8, a name cannot be that of a cache file, or two items would share a cache file (both are named).
+    Raises a UserError where the folder or file cannot be read, a JSONL line is malformed (file and line are named), a caption is
+    not UTF-8, a name cannot be that of a cache file, or two items would share a cache file (both are named).
     """
     items = _items_of_folder(dataset) if dataset.jsonl_file is None else _items_of_jsonl(dataset)
     longest = FILE_NAME_BYTES - len(LONGEST_CACHE_SUFFIX)
@@ -67,11 +58,7 @@ def list_items(dataset: DatasetConfig) -> list[Item]:
 def settle_captions(items: Sequence[Item], missing: str) -> list[Item]:
     """The items to cache, each with a caption.
 
-    Args:
-        missing: what becomes of items without one: ``error``, ``skip`` (left out), or ``empty`` (an empty caption).
-
-    Raises:
-        UserError: with ``error``; it names up to five of the items that have no caption.
+    ``missing`` is what becomes of items without one: ``error`` (a UserError names some), ``skip``, or ``empty`` (an empty caption).
     """
     if missing == "empty":
         return [replace(item, caption=item.caption or "") for item in items]

@@ -42,8 +42,7 @@ class Batch(TypedDict):
 def read_batch(items: Sequence[CachedItem]) -> Batch:
     """Read the caches of items whose latents have one shape, and stack them.
 
-    Raises:
-        UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
+    Raises a UserError that names a cache file which is missing, damaged, changed or holds NaN.
     """
     latents, states, pooled = [], [], []
     for item in items:
@@ -80,11 +79,7 @@ class LargestBatch:
 
 
 def largest_batch(groups: Sequence[CachedGroup], config: TransformerConfig) -> LargestBatch:
-    """The batch of the most tokens that the sampler can make of ``groups``: of every shape the longest captions together.
-
-    Raises:
-        UserError: text encoder outputs that cannot be read.
-    """
+    """The batch of the most tokens that the sampler can make of ``groups``: of every shape the longest captions together."""
     lengths = {path: read_text_length(path) for path in {item.text_path for group in groups for item in group.items}}
     candidates = []
     for group in groups:
@@ -101,11 +96,6 @@ class ShapeBatchSampler(Sampler[list[int]]):
     The order of an epoch depends on the seed and the number of the epoch only, so any position in it can be found again.
     A last batch that is not full is kept. With several ranks every rank gets the same number of batches: where they do not
     divide evenly, the first ones of the epoch are used again at its end.
-
-    Args:
-        groups: what ``find_cached_items`` returned.
-        seed: of the order.
-        rank, world_size: this process and how many there are.
     """
 
     def __init__(self, groups: Sequence[CachedGroup], seed: int, rank: int = 0, world_size: int = 1) -> None:

@@ -47,9 +47,8 @@ class CachedGroup:
 def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:
     """Pair the latents of every dataset with the text encoder outputs, from the files in the cache directories.
 
-    Raises:
-        UserError: a dataset has no latents, or latents without text encoder outputs (the script to run is named), or a
-            cache file is unreadable or of another model; or all datasets are for prior preservation.
+    Raises a UserError where a dataset has no latents, or latents without text encoder outputs (the script to run is named), or a
+    cache file is unreadable or of another model; or all datasets are for prior preservation.
     """
     if all(dataset.prior_preservation for dataset in group.datasets):
         raise UserError(
@@ -91,9 +90,7 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
 
     All windows of a clip stay on one side. Nothing is held out of data sets for prior preservation. Of each other data set with at
     least two pictures or clips about ``share`` of them are held out, one at least; which ones depends on the seed alone.
-
-    Raises:
-        UserError: no data set has two.
+    Raises a UserError where no data set has two.
     """
     kept, held_out = [], []
     for number, group in enumerate(groups):
@@ -113,11 +110,7 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
 def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width: int, pooled_width: int) -> None:
     """Refuse caches that another VAE or other text encoders made than those of the model that is to be trained.
 
-    Args:
-        channels, text_width, pooled_width: what the transformer takes. Reads the headers of the text caches.
-
-    Raises:
-        UserError: names the first file that does not fit, and the script that makes it anew.
+    Reads the headers of the text caches. The UserError names the first file that does not fit, and the script that makes it anew.
     """
     items = [item for group in groups for item in group.items]
     for item in items:

@@ -43,13 +43,10 @@ class HeldOut:
 
 
 class EpochReader:
-    """The batches of one epoch after the other.
+    """The batches of one epoch after the other, from a sampler over the same groups.
 
-    Args:
-        groups: what ``find_cached_items`` returned.
-        sampler: over the same groups.
-        workers: processes that read ahead, at most one for each processor core; 0 reads in this process.
-        persistent: keep them between epochs.
+    ``workers``: processes that read ahead, at most one for each processor core; 0 reads in this process. ``persistent``: keep them
+    between epochs.
     """
 
     def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
@@ -80,11 +77,7 @@ class EpochReader:
         return hashlib.sha256(repr((self.sampler.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read.
-
-        Raises:
-            UserError: a cache file is missing, damaged, changed or holds NaN; the message names it.
-        """
+        """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read. Errors: ``read_batch``."""
         self.sampler.set_epoch(number, start)
         self._due = 0
         for batch in self._loader:

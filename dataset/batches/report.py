@@ -13,16 +13,14 @@ from typing import Any
 from dataset.batches.cached_items import CachedGroup, CachedItem
 from dataset.cache.files import CAPTION, read_text_header
 from dataset.cache.records import (
-    BUCKET,
     FRAME_RATE,
     SOURCE_HASH,
     WINDOW,
-    bucket_entry,
     has_record,
     latents_made,
     latents_mismatch,
     mismatch,
-    window_entry,
+    target_record,
 )
 from dataset.cache.report import DatasetReport
 from dataset.items import Item, list_items
@@ -36,17 +34,11 @@ GONE = "no such item any more"
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a training knows about its data.
+    """What a training knows about its data."""
 
-    Attributes:
-        items: in all data sets, repeats included.
-        resolution: (width, height) of the largest data set, for ModelSpec.
-        datasets: one JSON-ready description for each.
-    """
-
-    items: int
-    resolution: tuple[int, int]
-    datasets: Sequence[Mapping[str, Any]] = ()
+    items: int  # in all data sets, repeats included
+    resolution: tuple[int, int]  # (width, height) of the largest data set, for ModelSpec
+    datasets: Sequence[Mapping[str, Any]] = ()  # one JSON-ready description for each
 
 
 def data_facts(groups: Sequence[CachedGroup]) -> DataFacts:
@@ -84,10 +76,7 @@ def report_cached_group(group: CachedGroup) -> DatasetReport:
 
 
 def _notes(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
-    """Lines on media without caches, and on caches that carry no record or do not match; the first and the last are warned of.
-
-    ``items``: those of the dataset, None where the media cannot be reached.
-    """
+    """Lines on media without caches, and on caches that carry no record or do not match; the first and the last are warned of."""
     dataset, notes = group.dataset, []
     cached = {item.stem for item in group.items}
     # those without a caption have a column of the table
@@ -143,11 +132,13 @@ def check_caches(group: CachedGroup, items: Sequence[Item] | None) -> tuple[int,
             return GONE
         if SOURCE_HASH not in made:
             return None
-        wanted = {BUCKET: {bucket_entry(dataset.bucket_for((int(made["width"]), int(made["height"]))))}}
-        if entry.window is not None:
+        size = int(made["width"]), int(made["height"])
+        wanted = {key: {value} for key, value in target_record(dataset.bucket_for(size), entry.window).items()}
+        if WINDOW in wanted:
             frames = entry.window[1]
-            wanted[WINDOW] = set(map(window_entry, dataset.windows_of(last_starts[entry.stem, frames] + frames)))
-        if entry.window not in (None, (0, 1)):  # the first frame is the same at every rate
+            if entry.window not in dataset.windows_of(last_starts[entry.stem, frames] + frames):
+                wanted[WINDOW] = set()  # no window is right
+        if FRAME_RATE in wanted:
             wanted[FRAME_RATE] = possible_records(dataset.target_fps, dataset.source_fps)
         path = source.path if source is not None and os.path.exists(source.path) else None
         return latents_mismatch(made, wanted, path, dataset.kind, read_source=False)

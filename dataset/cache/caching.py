@@ -52,11 +52,7 @@ class Job:
 def open_jobs(path: str, writes: bool = True) -> list[Job]:
     """List every item of every dataset, and print the table of what is there.
 
-    Args:
-        writes: whether something will be written to the cache directories, which must then be possible.
-
-    Raises:
-        UserError: as ``load_dataset_config`` and ``list_items``, or a dataset has no items.
+    Raises a UserError also where a dataset has no items, or, if something ``writes`` there, for a cache directory that lets it not.
     """
     jobs = [Job(list_items(dataset), DatasetReport(dataset)) for dataset in load_dataset_config(path).datasets]
     for job in jobs:
@@ -71,11 +67,7 @@ def open_jobs(path: str, writes: bool = True) -> list[Job]:
 
 
 def open_caching(settings: CachingSettings) -> list[Job]:
-    """``open_jobs`` with items that have captions.
-
-    Raises:
-        UserError: also for captions that are missing, if ``missing_caption`` is "error".
-    """
+    """``open_jobs``, with items that have captions as ``missing_caption`` says."""
     jobs = open_jobs(settings.dataset_config)
     for job in jobs:
         job.items = settle_captions(job.items, settings.missing_caption)

@@ -64,22 +64,20 @@ def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> l
 def describe(prepared: Prepared) -> str:
     """One line: file, frames, sizes and caption."""
     target = prepared.target
-    (width, height), (bucket_width, bucket_height) = target.original_size, target.bucket
+    sizes = " -> ".join(f"{width}x{height}" for width, height in (target.original_size, target.bucket))
     caption = "(no caption)" if target.item.caption is None else repr(target.item.caption)
-    return f"{target.label}: {width}x{height} -> {bucket_width}x{bucket_height}, {caption}"
+    return f"{target.label}: {sizes}, {caption}"
 
 
 def contact_sheet(pixels: np.ndarray) -> np.ndarray:
     """Frames (F, H, W, 3) side by side on a grid that is about as wide as high: at most 16 of them, first and last included."""
-    shown = np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), SHEET_FRAMES), dtype=int))
+    shown = pixels[np.unique(np.linspace(0, len(pixels) - 1, min(len(pixels), SHEET_FRAMES), dtype=int))]
     columns = int(np.ceil(np.sqrt(len(shown))))
     rows = -(-len(shown) // columns)
-    _, height, width, channels = pixels.shape
-    sheet = np.zeros((rows * height, columns * width, channels), np.uint8)
-    for position, frame in enumerate(shown):
-        top, left = position // columns * height, position % columns * width
-        sheet[top : top + height, left : left + width] = pixels[frame]
-    return sheet
+    shown = np.pad(shown, ((0, rows * columns - len(shown)), (0, 0), (0, 0), (0, 0)))
+    _, height, width, _ = pixels.shape
+    grid = shown.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(grid.reshape(rows * height, columns * width, 3))
 
 
 def save_view(prepared: Prepared, as_video: bool = False) -> Path:

@@ -1,7 +1,4 @@
-"""What is inside cache files: tensors and metadata, written whole or not at all, and checked when read.
-
-``names.py`` has the names of the files, ``freshness.py`` the part of the metadata that records what made a file.
-"""
+"""What is inside cache files: tensors and metadata, written whole or not at all, and checked when read."""
 
 from __future__ import annotations
 
@@ -34,19 +31,12 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class TextStates:
-    """What both text encoders gave for one caption.
+    """What both text encoders gave for one caption, in the dtypes stored."""
 
-    Attributes:
-        llm: (L, D) states of encoder 1; rows where ``llm_mask`` is 0 mean nothing.
-        llm_mask: (L,) int64, 1 for the rows of the caption.
-        clip: (D2,) pooled output of encoder 2.
-        caption: the caption it was made from, None if the file has none.
-    """
-
-    llm: torch.Tensor
-    llm_mask: torch.Tensor
-    clip: torch.Tensor
-    caption: str | None
+    llm: torch.Tensor  # (L, D) states of encoder 1; rows where the mask is 0 mean nothing
+    llm_mask: torch.Tensor  # (L,) int64, 1 for the rows of the caption
+    clip: torch.Tensor  # (D2,) pooled output of encoder 2
+    caption: str | None  # that it was made from; None if the file has none
 
 
 def latent_shape_for(bucket: tuple[int, int], frames: int = 1, channels: int = 16) -> LatentShape:
@@ -68,23 +58,17 @@ def save_latents(
     frame_count: int | None = None,
     record: Mapping[str, str] | None = None,
 ) -> None:
-    """Save one sample of the latents, not multiplied by the VAE's scaling factor.
+    """Save one sample (C, F, H, W) of the latents, not multiplied by the VAE's scaling factor.
 
     Args:
-        latents: (C, F, H, W), any floating dtype.
         original_size: (W, H) of the source.
         frame_count: frames of the window, for clips.
-        record: what made them, see ``freshness.py``.
+        record: what made them, see ``records.py``.
 
     Raises:
-        NonFiniteError: the latents hold NaN or infinity.
-        UserError: the file cannot be written.
+        UserError: NaN or infinity in them (``NonFiniteError``), or the file cannot be written.
     """
-    if not torch.isfinite(latents).all():
-        raise NonFiniteError(
-            f"the latents for {path.name} hold NaN or infinity and were not saved; the VAE overflowed: "
-            "try --vae_dtype bfloat16 or float32."
-        )
+    _require_finite(latents, f"the latents for {path.name}", "--vae_dtype")
     _, frames, height, width = latents.shape
     metadata = {"width": str(original_size[0]), "height": str(original_size[1])}
     if frame_count is not None:
@@ -101,17 +85,9 @@ def save_text(
     caption: str,
     record: Mapping[str, str] | None = None,
 ) -> None:
-    """Save the outputs of both text encoders for one caption: llm (L, D), llm_mask (L,), clip (D2,).
-
-    Raises:
-        NonFiniteError: a value is NaN or infinite.
-        UserError: the file cannot be written.
-    """
-    if not (torch.isfinite(llm).all() and torch.isfinite(clip).all()):
-        raise NonFiniteError(
-            f"the text encoder outputs for {path.name} hold NaN or infinity and were not saved; "
-            "try --text_encoder_dtype bfloat16 or float32."
-        )
+    """Save the outputs of both text encoders for one caption: llm (L, D), llm_mask (L,), clip (D2,). Errors as above."""
+    for states in (llm, clip):
+        _require_finite(states, f"the text encoder outputs for {path.name}", "--text_encoder_dtype")
     tensors = {
         f"llm_{dtype_name(llm.dtype)}": llm,
         "llm_mask": llm_mask.to(torch.int64),
@@ -120,22 +96,19 @@ def save_text(
     save_tensors(path, tensors, {**(record or {}), **COMMON_METADATA, CAPTION: caption})
 
 
-def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
-    """Shape (C, F, H, W) and metadata of a latent cache, from its header alone.
+def _require_finite(tensor: torch.Tensor, what: str, flag: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(f"{what} hold NaN or infinity and were not saved; try {flag} bfloat16 or float32.")
 
-    Raises:
-        UserError: unreadable, of another model, or without one such tensor.
-    """
+
+def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
+    """Shape (C, F, H, W) and metadata, from the header alone; a UserError where the file is not such a cache."""
     header = read_header(path, LATENT_FILE)
     return header.shapes[_latents_name(path, header.shapes, header.metadata)], header.metadata
 
 
 def read_latents(path: Path) -> torch.Tensor:
-    """The latents (C, F, H, W) of a cache file, in the dtype stored.
-
-    Raises:
-        UserError: as ``read_latent_header``, or NaN or infinity in them.
-    """
+    """The latents (C, F, H, W), in the dtype stored; a UserError also for NaN or infinity in them."""
     file = read_tensors(path, LATENT_FILE)
     latents = file.tensors[_latents_name(path, _shapes(file.tensors), file.metadata)]
     _check_values(path, latents, LATENT_SCRIPT)
@@ -143,22 +116,14 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def read_text_header(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
-    """Widths (D, D2) of the token states and of the pooled output, and metadata of a text cache, from its header alone.
-
-    Raises:
-        UserError: unreadable, of another model, or incomplete.
-    """
+    """Widths (D, D2) and metadata, from the header alone; a UserError where the file is not such a cache."""
     header = read_header(path, TEXT_FILE)
     llm, clip = _text_names(path, header.shapes, header.metadata)
     return (header.shapes[llm][1], header.shapes[clip][0]), header.metadata
 
 
 def read_text(path: Path) -> TextStates:
-    """The text encoder outputs in a cache file, in the dtypes stored.
-
-    Raises:
-        UserError: as ``read_text_header``, or NaN or infinity in rows that count.
-    """
+    """The outputs of both text encoders; a UserError also for NaN or infinity in rows that count."""
     file = read_tensors(path, TEXT_FILE)
     llm, clip = (file.tensors[name] for name in _text_names(path, _shapes(file.tensors), file.metadata))
     mask = file.tensors["llm_mask"].to(torch.int64)
@@ -168,11 +133,7 @@ def read_text(path: Path) -> TextStates:
 
 
 def read_text_length(path: Path) -> int:
-    """Number of rows of the token states that belong to the caption; reads the mask alone.
-
-    Raises:
-        UserError: unreadable, or without a mask.
-    """
+    """Number of rows of the token states that belong to the caption; reads the mask alone."""
     mask = read_tensor(path, "llm_mask", TEXT_FILE)
     if mask is None:
         raise _wrong(path, "has no llm_mask", TEXT_SCRIPT)

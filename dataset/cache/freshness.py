@@ -25,23 +25,16 @@ SOURCE_NEWER = "source newer"  # all that can be known without a record
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one cache file.
+    """What becomes of one cache file."""
 
-    Attributes:
-        reason: why it is made (``NEW``) or made again; None when it is kept.
-        path: the file that is kept or will be made.
-    """
-
-    reason: str | None
-    path: Path
+    reason: str | None  # why it is made (``NEW``) or made again; None when it is kept
+    path: Path  # that is kept or will be made
 
 
 def judge_latents(listing: CacheListing, target: Target, vae: str, skip_existing: bool) -> Verdict:
     """Whether the latents of a target are kept; judged is the file that training would use.
 
-    Args:
-        listing: of the cache directory before this run.
-        vae: the fingerprint of the VAE that is to encode.
+    ``listing``: of the cache directory before this run. ``vae``: the fingerprint of the VAE that is to encode.
     """
     paths = listing.latents.get(target.key)
     if not paths or not skip_existing:
@@ -70,18 +63,14 @@ def _why_again(path: Path, target: Target, vae: str) -> str | None:
     return SOURCE_NEWER if path.stat().st_mtime_ns < source.stat().st_mtime_ns else mismatch(made, wanted)
 
 
-def judge_text(item: Item, encoders: Mapping[str, str], skip_existing: bool) -> Verdict:
-    """Whether the text encoder outputs of an item are kept.
-
-    Args:
-        encoders: fingerprints by the keys of ``records.TEXT_ENCODERS`` and ``records.TOKENIZERS``.
-    """
+def judge_text(item: Item, encoders: Mapping[str, str], skip_existing: bool) -> str | None:
+    """Why the text encoder outputs of an item are made, None if they are kept. ``encoders``: what the record has of them."""
     path = text_cache_path(item)
     if not path.is_file() or not skip_existing:
-        return Verdict(NOT_KEPT if path.is_file() else NEW, path)
+        return NOT_KEPT if path.is_file() else NEW
     try:
         _, made = read_text_header(path)
     except UserError as error:
         logger.warning("%s; it is made again.", error)
-        return Verdict(UNREADABLE, path)
-    return Verdict(mismatch(made, {key: {value} for key, value in {**encoders, CAPTION: item.caption or ""}.items()}), path)
+        return UNREADABLE
+    return mismatch(made, {key: {value} for key, value in {**encoders, CAPTION: item.caption or ""}.items()})

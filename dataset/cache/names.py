@@ -25,20 +25,15 @@ TEXT_SUFFIX = "_hv_te.safetensors"
 IMAGE_NAME = re.compile(r"(?P<stem>.+)_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
 VIDEO_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<frames>\d{3,})_(\d{4,})x(\d{4,})_hv\.safetensors", re.DOTALL)
 
-CacheKey = tuple[str, Window | None]  # stem; window for clips
+CacheKey = tuple[str, Window | None]  # stem; window for clips, None for pictures
 
 
 @dataclass(frozen=True)
 class CacheListing:
-    """The cache files of one dataset.
-
-    Attributes:
-        latents: by (stem, window), window None for pictures; several files where tools or runs named one thing differently.
-        texts: by stem.
-    """
+    """The cache files of one dataset; several latents of one key where tools or runs named one thing differently."""
 
     latents: dict[CacheKey, list[Path]] = field(default_factory=dict)
-    texts: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, Path] = field(default_factory=dict)  # by stem
 
 
 def latent_cache_path(item: Item, original_size: tuple[int, int], window: Window | None = None) -> Path:
@@ -76,7 +71,7 @@ def list_caches(dataset: DatasetConfig) -> CacheListing:
 
 
 def newest(paths: Collection[Path]) -> Path:
-    """Of several caches of one thing, the one that training uses."""
+    """Of several caches of one thing (a source of another size, another tool), the one that training uses."""
 
     def age(path: Path) -> tuple[int, str]:
         try:
@@ -88,9 +83,6 @@ def newest(paths: Collection[Path]) -> Path:
 
 
 def newest_latents(listing: CacheListing) -> dict[CacheKey, Path]:
-    """The latent cache of each (stem, window), sorted; the newest where several files stand for one.
-
-    That happens when a source was replaced by one of another size, or when another tool named its files by the bucket.
-    """
+    """The latent cache of each (stem, window), sorted; the newest where several files stand for one."""
     keys = sorted(listing.latents, key=lambda key: (key[0], key[1] or (0, 0)))
     return {key: newest(listing.latents[key]) for key in keys}

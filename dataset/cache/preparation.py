@@ -19,7 +19,7 @@ from threading import Event
 import numpy as np
 
 from dataset.cache.names import CacheKey, latent_cache_path
-from dataset.cache.records import BUCKET, FRAME_RATE, WINDOW, bucket_entry, source_record, window_entry
+from dataset.cache.records import source_record, target_record
 from dataset.items import Item
 from dataset.media.decoding import frame_times, probe_image, probe_video, read_clip_windows, read_image
 from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
@@ -34,20 +34,13 @@ RATE_SECONDS = 1.0  # of a video, at least, are needed to measure its frame rate
 
 @dataclass(frozen=True)
 class Target:
-    """One latent cache file that an item calls for.
-
-    Attributes:
-        window: (first frame, frames) of a clip, None for a picture.
-        original_size: (W, H) of the source.
-        bucket: (W, H) to train at.
-        resampling: which frames of the file the clip is cut from, None for every frame. Windows count the chosen frames.
-    """
+    """One latent cache file that an item calls for."""
 
     item: Item
-    window: Window | None
-    original_size: tuple[int, int]
-    bucket: tuple[int, int]
-    resampling: Resampling | None = None
+    window: Window | None  # (first frame, frames) of a clip, None for a picture
+    original_size: tuple[int, int]  # (W, H) of the source
+    bucket: tuple[int, int]  # (W, H) to train at
+    resampling: Resampling | None = None  # the frames of the file that windows count, None for every frame
 
     @property
     def key(self) -> CacheKey:
@@ -75,19 +68,13 @@ class Target:
     @property
     def record(self) -> dict[str, str]:
         """What is done to the source, as it stands in the cache file."""
-        record = {BUCKET: bucket_entry(self.bucket)}
-        if self.window is not None:
-            record[WINDOW] = window_entry(self.window)
-        if self.window not in (None, (0, 1)):  # the first frame is the same at every rate
-            record[FRAME_RATE] = EVERY_FRAME if self.resampling is None else self.resampling.record
-        return record
+        return target_record(self.bucket, self.window, EVERY_FRAME if self.resampling is None else self.resampling.record)
 
 
 def plan_targets(item: Item) -> tuple[Target, ...]:
     """The cache files an item calls for; none for a clip that is too short. Decodes no more than that needs.
 
-    Raises:
-        MediaError: the file is unreadable.
+    Raises a MediaError where the file is unreadable.
     """
     dataset = item.dataset
     windows: list[Window | None] = [None]

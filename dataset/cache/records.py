@@ -1,8 +1,8 @@
 """What made a cache file, as strings in its metadata, and the comparison with what would make it today.
 
 A record holds the source (bytes, modification time, hash), and under a key of ``REASONS`` each thing that was done to it. A new
-step of processing gets a line there and a value in ``Target.record``. What either side lacks is not compared, so that caches of
-other tools and of earlier versions stay valid.
+step of processing gets a line there and one in ``target_record``. What either side lacks is not compared, so that caches of other
+tools and of earlier versions stay valid.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dataset.cache.files import CAPTION, bucket_of, read_latent_header
+from dataset.media.frame_rate import EVERY_FRAME
+from dataset.media.frames import Window
 
 HASH_BYTES = 16
 WHOLE_BYTES = 64 * 2**20  # of a larger video only the size, the beginning and the end are hashed
@@ -38,20 +40,20 @@ REASONS = {
 }
 
 
-def bucket_entry(bucket: tuple[int, int]) -> str:
-    """A bucket (W, H) as it stands in a record."""
-    return f"{bucket[0]}x{bucket[1]}"
-
-
-def window_entry(window: tuple[int, int]) -> str:
-    """A window (first frame, frames) as it stands in a record."""
-    return f"{window[0]}-{window[1]}"
+def target_record(bucket: tuple[int, int], window: Window | None = None, frame_rate: str = EVERY_FRAME) -> dict[str, str]:
+    """What is done to a source: fitted to ``bucket`` (W, H); of a clip the frames are chosen and a window is cut."""
+    record = {BUCKET: f"{bucket[0]}x{bucket[1]}"}
+    if window is not None:
+        record[WINDOW] = f"{window[0]}-{window[1]}"
+    if window not in (None, (0, 1)):  # the first frame is the same at every rate
+        record[FRAME_RATE] = frame_rate
+    return record
 
 
 def latents_made(path: Path) -> dict[str, str]:
     """What made the latents in ``path``: the metadata, with the bucket that the tensor has. Errors as in ``read_latent_header``."""
     shape, metadata = read_latent_header(path)
-    return metadata | {BUCKET: bucket_entry(bucket_of(shape)[:2])}
+    return metadata | target_record(bucket_of(shape)[:2])
 
 
 def has_record(made: Mapping[str, str]) -> bool:
@@ -60,11 +62,7 @@ def has_record(made: Mapping[str, str]) -> bool:
 
 
 def mismatch(made: Mapping[str, str], wanted: Mapping[str, Collection[str]]) -> str | None:
-    """Why a cache is not one of those wanted: the first reason in the order of ``REASONS``, None if there is none.
-
-    Args:
-        wanted: the values that are right, by key.
-    """
+    """The first of ``REASONS`` why a cache is not one of those wanted, None if it is. ``wanted``: the right values by key."""
     return next((why for key, why in REASONS.items() if key in made and key in wanted and made[key] not in wanted[key]), None)
 
 
@@ -73,9 +71,8 @@ def latents_mismatch(
 ) -> str | None:
     """``mismatch`` of latents with a record, and whether their source is the one they were made from.
 
-    Args:
-        source: the media file of ``kind`` "image" or "video"; None where it cannot be reached, and is not compared.
-        read_source: whether it may be read, to distinguish a copied file from a changed one.
+    ``source``: the media file of ``kind`` "image" or "video", None where it cannot be reached. ``read_source``: whether it may be
+    read, to distinguish a copied file from a changed one.
     """
     same = True if source is None else is_same_source(made, source, kind, read_source)
     if same is False:
@@ -91,10 +88,9 @@ def source_record(path: Path, kind: str) -> dict[str, str]:
 
 
 def is_same_source(made: Mapping[str, str], path: Path, kind: str, read: bool = True) -> bool | None:
-    """Whether ``path`` holds what a cache was made from. A file of the same size and time is not read.
+    """Whether ``path`` holds what a cache was made from, None where only reading could tell and ``read`` is False.
 
-    Returns:
-        None where only reading the file could tell, and ``read`` is False.
+    A file of the same size and time is not read.
     """
     found = os.stat(path)
     if made.get(SOURCE_BYTES) != str(found.st_size):

@@ -60,35 +60,21 @@ COLUMNS = {
 
 @dataclass
 class DatasetReport:
-    """Counts of one dataset; None where this stage did not look.
-
-    Attributes:
-        found: media files in the folder, or lines of the JSONL file.
-        without_caption: of those.
-        decoded, failed: files that were decoded, or could not be decoded or encoded, in this run.
-        too_short: clips with fewer frames than every target_frames.
-        latents: pictures and windows whose latents are cached.
-        texts: items whose text encoder outputs are cached.
-        used: pictures and windows that have both, which is what training sees.
-        buckets: pictures and windows by (W, H, frames) in pixels, of all cached latents.
-        resampled: names of the clips whose frame rate was changed, by what was done.
-        outcome: what a caching run did; None before it and in training.
-        notes: lines about the caches, for training.
-    """
+    """Counts of one dataset; None where this stage did not look."""
 
     dataset: DatasetConfig
-    found: int | None = None
-    without_caption: int | None = None
-    decoded: int | None = None
-    failed: int | None = None
-    too_short: int | None = None
-    latents: int = 0
-    texts: int = 0
-    used: int = 0
-    buckets: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    resampled: dict[str, list[str]] = field(default_factory=dict)
-    outcome: CachingOutcome | None = None
-    notes: list[str] = field(default_factory=list)
+    found: int | None = None  # media files in the folder, or lines of the JSONL file
+    without_caption: int | None = None  # of those
+    decoded: int | None = None  # files, in this run
+    failed: int | None = None  # files that could not be decoded or encoded in this run
+    too_short: int | None = None  # clips with fewer frames than every target_frames
+    latents: int = 0  # pictures and windows whose latents are cached
+    texts: int = 0  # items whose text encoder outputs are cached
+    used: int = 0  # pictures and windows that have both, which is what training sees
+    buckets: dict[tuple[int, int, int], int] = field(default_factory=dict)  # of all cached latents, by (W, H, frames) in pixels
+    resampled: dict[str, list[str]] = field(default_factory=dict)  # clips whose frame rate was changed, by what was done
+    outcome: CachingOutcome | None = None  # of a caching run; None before it and in training
+    notes: list[str] = field(default_factory=list)  # on the caches, for training
 
     @property
     def batches(self) -> int:

@@ -245,4 +245,4 @@ def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, c
     piped = capsys.readouterr().out
     assert "\x1b" not in piped and any(len(line) == 16 and set(line) <= set(SHADES) for line in piped.splitlines())
     assert run("--dataset_config", pictures, "--console_width", 16) == 0
-    assert "--console_width has an effect only with --debug_mode console" in caplog.text
+    assert "--console_width has no effect without --debug_mode console" in caplog.text

@@ -13,7 +13,7 @@ import dataset.cache.records as records
 from dataset.batches.cached_items import CachedGroup, find_cached_items
 from dataset.batches.report import report_cached_group
 from dataset.cache.files import latent_shape_for, save_latents, save_text
-from dataset.cache.freshness import Verdict, judge_latents, judge_text
+from dataset.cache.freshness import judge_latents, judge_text
 from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
 from dataset.cache.preparation import Target
 from dataset.cache.records import hash_source, is_same_source, mismatch, source_record
@@ -97,12 +97,12 @@ def test_caches_of_other_tools_are_judged_by_name_size_and_time(tmp_path):
 def test_text_caches_that_are_cut_short_are_made_again(tmp_path):
     item = Item(DatasetConfig(0, "image", tmp_path, None, tmp_path / "cache"), tmp_path / "a.png", "x", "a")
     path = text_cache_path(item)
-    assert judge_text(item, {}, skip_existing=True) == Verdict("new", path)
+    assert judge_text(item, {}, skip_existing=True) == "new"
     save_text(path, torch.zeros(2, 4), torch.ones(2), torch.zeros(3), "x")
-    assert judge_text(item, {"tokenizer1": "b"}, skip_existing=True).reason is None
-    assert judge_text(item, {}, skip_existing=False).reason == "without --skip_existing"
+    assert judge_text(item, {"tokenizer1": "b"}, skip_existing=True) is None
+    assert judge_text(item, {}, skip_existing=False) == "without --skip_existing"
     path.write_bytes(path.read_bytes()[:50])
-    assert judge_text(item, {}, skip_existing=True).reason == "unreadable"
+    assert judge_text(item, {}, skip_existing=True) == "unreadable"
 
 
 @pytest.fixture

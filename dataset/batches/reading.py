@@ -77,7 +77,7 @@ class EpochReader:
         return hashlib.sha256(repr((self.sampler.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number``, counted from 0, without its first ``start``, which are not read. Errors: ``read_batch``."""
+        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on. Errors as in ``read_batch``."""
         self.sampler.set_epoch(number, start)
         self._due = 0
         for batch in self._loader:

@@ -15,42 +15,46 @@ from utils.errors import UserError
 
 
 class Kind(Enum):
-    """The kinds of files users mix up; the value completes "this is ..."."""
+    """The kinds of files users mix up: what completes "this is ...", and patterns of which each is found in some name.
 
-    TRANSFORMER = "a HunyuanVideo transformer"
-    TRANSFORMER_DIFFUSERS = "a HunyuanVideo transformer in the layout of diffusers"
-    TRANSFORMER_COMFY = "a transformer in the layout of Flux or ComfyUI"
-    VAE = "a HunyuanVideo VAE"
-    VAE_OTHER = "a VAE of another model or in another layout"
-    LLAMA = "a Llama language model"
-    CLIP_TEXT = "a CLIP text model"
-    OPEN_CLIP = "a CLIP model in the layout of open_clip"
-    T5 = "a T5 text encoder"
-    LORA_SD_SCRIPTS = "a LoRA in the layout of sd-scripts"
-    LORA_AB = "a LoRA with lora_A/lora_B keys"
-    LYCORIS = "a LyCORIS network"
-    LATENT_CACHE = "a latent cache"
-    TEXT_CACHE = "a text encoder output cache"
+    The first kind that fits counts. Networks come before the models they train, the names of which they contain.
+    """
 
+    LORA_AB = ("a LoRA with lora_A/lora_B keys", r"\.lora_A\.(\w+\.)?weight$")
+    LYCORIS = ("a LyCORIS network", r"\.(lokr_w[12](_[ab])?|hada_w[12]_[ab]|oft_blocks)$")
+    LORA_SD_SCRIPTS = ("a LoRA in the layout of sd-scripts", r"\.lora_down\.weight$")
+    LATENT_CACHE = ("a latent cache", r"^latents_\d+x\d+x\d+_\w+$")
+    TEXT_CACHE = ("a text encoder output cache", r"^llm_\w+$", r"^(llm_mask|clipL_\w+)$")
+    TRANSFORMER_COMFY = ("a transformer in the layout of Flux or ComfyUI", r"(^|\.)double_blocks\.\d+\.img_attn\.qkv\.")
+    TRANSFORMER = (
+        "a HunyuanVideo transformer",
+        r"(^|\.)(double_blocks\.\d+\.img_attn_qkv|single_blocks\.\d+\.linear1)\.weight$",
+        r"(^|\.)img_in\.",
+    )
+    TRANSFORMER_DIFFUSERS = (
+        "a HunyuanVideo transformer in the layout of diffusers",
+        r"(^|\.)single_transformer_blocks\.\d+\.",
+        r"(^|\.)context_embedder\.token_refiner\.",
+    )
+    VAE = (
+        "a HunyuanVideo VAE",
+        r"(^|\.)decoder\.(up_blocks\.\d+|mid_block)\.resnets\.\d+\.conv1\.conv\.weight$",
+        r"(^|\.)post_quant_conv\.",
+    )
+    VAE_OTHER = ("a VAE of another model or in another layout", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
+    LLAMA = ("a Llama language model", r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", r"(^|\.)embed_tokens\.weight$")
+    CLIP_TEXT = (
+        "a CLIP text model",
+        r"(^|\.)embeddings\.token_embedding\.weight$",
+        r"(^|\.)encoder\.layers\.\d+\.self_attn\.q_proj\.weight$",
+    )
+    OPEN_CLIP = ("a CLIP model in the layout of open_clip", r"(^|\.)resblocks\.\d+\.attn\.in_proj_weight$")
+    T5 = ("a T5 text encoder", r"(^|\.)block\.\d+\.layer\.0\.SelfAttention\.q\.weight$")
 
-# A kind is the first one of which every pattern is found in some name. Networks come before the models they train,
-# the names of which they contain.
-_SIGNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    (Kind.LORA_AB, (r"\.lora_A\.(\w+\.)?weight$",)),
-    (Kind.LYCORIS, (r"\.(lokr_w[12](_[ab])?|hada_w[12]_[ab]|oft_blocks)$",)),
-    (Kind.LORA_SD_SCRIPTS, (r"\.lora_down\.weight$",)),
-    (Kind.LATENT_CACHE, (r"^latents_\d+x\d+x\d+_\w+$",)),
-    (Kind.TEXT_CACHE, (r"^llm_\w+$", r"^(llm_mask|clipL_\w+)$")),
-    (Kind.TRANSFORMER_COMFY, (r"(^|\.)double_blocks\.\d+\.img_attn\.qkv\.",)),
-    (Kind.TRANSFORMER, (r"(^|\.)(double_blocks\.\d+\.img_attn_qkv|single_blocks\.\d+\.linear1)\.weight$", r"(^|\.)img_in\.")),
-    (Kind.TRANSFORMER_DIFFUSERS, (r"(^|\.)single_transformer_blocks\.\d+\.", r"(^|\.)context_embedder\.token_refiner\.")),
-    (Kind.VAE, (r"(^|\.)decoder\.(up_blocks\.\d+|mid_block)\.resnets\.\d+\.conv1\.conv\.weight$", r"(^|\.)post_quant_conv\.")),
-    (Kind.VAE_OTHER, (r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")),
-    (Kind.LLAMA, (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", r"(^|\.)embed_tokens\.weight$")),
-    (Kind.CLIP_TEXT, (r"(^|\.)embeddings\.token_embedding\.weight$", r"(^|\.)encoder\.layers\.\d+\.self_attn\.q_proj\.weight$")),
-    (Kind.OPEN_CLIP, (r"(^|\.)resblocks\.\d+\.attn\.in_proj_weight$",)),
-    (Kind.T5, (r"(^|\.)block\.\d+\.layer\.0\.SelfAttention\.q\.weight$",)),
-)
+    def __init__(self, text: str, *signs: str) -> None:
+        self.text = text
+        self.signs = signs
+
 
 # Scales beside float8 weights: without them the weights mean something else.
 _SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
@@ -59,19 +63,15 @@ _SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|in
 def identify(names: Iterable[str]) -> Kind | None:
     """The kind of file that holds tensors under ``names``; None if it is none of those known here."""
     text = "\n".join(names)
-    for kind, signs in _SIGNS:
-        if all(re.search(sign, text, re.MULTILINE) for sign in signs):
-            return kind
-    return None
+    return next((kind for kind in Kind if all(re.search(sign, text, re.MULTILINE) for sign in kind.signs)), None)
 
 
 def describe_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What a file with tensors of these names looks like, to complete "it looks like ..."."""
     if not shapes:
         return "a file without tensors"
-    kind = identify(shapes)
-    if kind is not None:
-        return kind.value
+    if kind := identify(shapes):
+        return kind.text
     return f"an unknown file; its first keys are {', '.join(list(shapes)[:3])}"
 
 
@@ -82,7 +82,7 @@ def check_is(shapes: Mapping[str, tuple[int, ...]], kind: Kind, path: str | os.P
         UserError: names ``flag``, what it needs, and what the file looks like; or says that float8 weights come with scales.
     """
     if identify(shapes) is not kind:
-        raise UserError(f"{flag} needs {kind.value}, but {path} looks like {describe_shapes(shapes)}. Give the right file.")
+        raise UserError(f"{flag} needs {kind.text}, but {path} looks like {describe_shapes(shapes)}. Give the right file.")
     scale = next((name for name in shapes if _SCALE.search(name)), None)
     if scale is not None:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -64,28 +65,30 @@ def load_weights(
     """
     device = torch.device(device)
     require_same_tensors(module, checkpoint)
-    total = sum(_bytes(checkpoint, name) for name in checkpoint.shapes)
+    sizes = {name: math.prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()}
+    total = sum(sizes.values())
     description = progress or f"loading {checkpoint.what}"
-    with (
-        ProgressBar(
-            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=total < PROGRESS_FROM_BYTES
-        ) as bar,
-        read_ahead(checkpoint.shapes, checkpoint.get) as tensors,
-    ):
+    units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": total < PROGRESS_FROM_BYTES}
+    with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(checkpoint.shapes, checkpoint.get) as tensors:
         for name, stored in tensors:
-            dtype = dtype_of(name) if checkpoint.dtypes[name].is_floating_point else checkpoint.dtypes[name]
+            dtype = dtype_of(name) if stored.is_floating_point() else stored.dtype
             on_host = host is not None and host.wants(name)
-            as_stored = patch is None and checkpoint.dtypes[name] == dtype
-            place = torch.device("cpu") if on_host and as_stored else device
-            for part, tensor in _final_tensors(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch):
-                _assign(module, part, host.copy(tensor) if on_host else tensor)
+            place = torch.device("cpu") if on_host and patch is None and stored.dtype == dtype else device
+            tensor, scale = _converted(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch)
+            parts = {name: tensor} if scale is None else {name: tensor, name + SCALE_SUFFIX: scale}
+            for part, value in parts.items():
+                _assign(module, part, host.copy(value) if on_host else value)
             if host is not None:
                 host.loaded(name)
-            bar.update(_bytes(checkpoint, name))
-    _move_other_buffers(module, device)
+            bar.update(sizes[name])
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            raise RuntimeError(f"buffer {name} is neither in the checkpoint nor computed: build it outside the meta device")
+        if buffer.device != device:
+            _assign(module, name, buffer.to(device))
 
 
-def _final_tensors(
+def _converted(
     name: str,
     stored: torch.Tensor,
     scale: torch.Tensor | None,
@@ -93,13 +96,14 @@ def _final_tensors(
     dtype: torch.dtype,
     quantize: Quantizer,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
-) -> list[tuple[str, torch.Tensor]]:
-    """A tensor as ``module`` is to hold it, and its scale if it has one."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A tensor and its scale, if it has one, as the module is to hold them."""
     tensor = stored.to(device)
-    if patch is not None or (scale is not None and (dtype != FP8_DTYPE or tensor.dtype != dtype)):
+    as_stored = dtype == FP8_DTYPE == tensor.dtype
+    if patch is not None or (scale is not None and not as_stored):
         value = true_value(tensor, scale)
         patched = value if patch is None else patch(name, value).to(device)
-        if patched is not value or dtype != FP8_DTYPE or tensor.dtype != dtype:
+        if patched is not value or not as_stored:
             tensor, scale = patched, None
     if dtype == FP8_DTYPE and tensor.dtype != dtype:
         tensor, scale = quantize(tensor)
@@ -107,10 +111,7 @@ def _final_tensors(
         tensor = cast(tensor, dtype)
     if tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    parts = [(name, tensor.contiguous())]
-    if scale is not None:
-        parts.append((name + SCALE_SUFFIX, scale.to(device, copy=True)))
-    return parts
+    return tensor.contiguous(), None if scale is None else scale.to(device, copy=True)
 
 
 def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -118,13 +119,6 @@ def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
     if scale is not None:
         return dequantize(stored.float(), torch.float32, scale.to(stored.device))
     return stored.float() if stored.dtype in FP8_DTYPES else stored
-
-
-def _bytes(checkpoint: Checkpoint, name: str) -> int:
-    count = 1
-    for side in checkpoint.shapes[name]:
-        count *= side
-    return count * checkpoint.dtypes[name].itemsize
 
 
 def require_same_tensors(module: nn.Module, checkpoint: Checkpoint) -> None:
@@ -164,11 +158,3 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         setattr(owner, leaf, tensor)
     else:  # also scales, which the module has no place for yet
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _move_other_buffers(module: nn.Module, device: torch.device) -> None:
-    for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
-            raise RuntimeError(f"buffer {name} is neither in the checkpoint nor computed: build it outside the meta device")
-        if buffer.device != device:
-            _assign(module, name, buffer.to(device))

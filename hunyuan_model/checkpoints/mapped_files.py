@@ -9,7 +9,6 @@ tensors that come next: what then converts them waits neither for the disk nor f
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -19,8 +18,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +53,6 @@ class MappedFile:
         return self.tensor(torch.uint8, (len(self._bytes),), 0).untyped_storage()
 
 
-def safetensors_offsets(path: Path) -> dict[str, int]:
-    """Where the data of each tensor begins, in bytes from the start of a file that ``safetensors`` found to be valid."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
 @contextmanager
 def torch_maps_read_only() -> Iterator[None]:
     """Inside, ``torch.load(..., mmap=True)`` maps as above; there is no option for it."""
@@ -71,15 +60,12 @@ def torch_maps_read_only() -> Iterator[None]:
     def from_file(path: str, *_how: object, **_named: object) -> torch.UntypedStorage:
         return MappedFile(path).storage()
 
-    before = torch.UntypedStorage.__dict__.get("from_file")  # None: the class inherits it
+    before = torch.UntypedStorage.from_file
     torch.UntypedStorage.from_file = from_file
     try:
         yield
     finally:
-        if before is None:
-            del torch.UntypedStorage.from_file
-        else:
-            torch.UntypedStorage.from_file = before
+        torch.UntypedStorage.from_file = before
 
 
 @contextmanager

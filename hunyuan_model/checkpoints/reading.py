@@ -13,14 +13,14 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hunyuan_model.checkpoints.mapped_files import MappedFile, safetensors_offsets, torch_maps_read_only
-from utils.errors import UserError
+from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_only
+from utils.errors import UserError, first_line, name_some
 from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, require_file, require_there
 from utils.safetensors_io import SAFETENSORS_DTYPES
 
@@ -40,61 +40,49 @@ FOLDER_FILES = (
     "pytorch_model.bin",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.(safetensors|bin|pt)")
+SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 # Training frameworks put the state dict one level down, under one of these.
 WRAPPERS = ("module", "state_dict", "model_state_dict", "model")
 
 
-class _File(Protocol):
-    """One opened file: shapes and dtypes by name in file order, and its tensors on demand."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an open file."""
 
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-    metadata: dict[str, str]
-
-    def get(self, name: str) -> torch.Tensor: ...
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
 
 
-class _SafetensorsFile:
-    def __init__(self, path: Path, what: str) -> None:
-        try:
-            file = safe_open(str(path), framework="numpy")  # looks whether all is well; for torch it would map to write
-            self._offsets = safetensors_offsets(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{what} {path} is cut short or damaged ({error}). Copy or download it again.") from error
-        try:
-            self._mapped = MappedFile(path)
-        except OSError as error:
+def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file in file order, and its metadata."""
+    try:
+        with safe_open(str(path), framework="numpy"):  # looks whether all is well; for torch it would map to write
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{what} {path} is cut short or damaged ({error}). Copy or download it again.") from error
+    try:
+        mapped = MappedFile(path)
+    except OSError as error:
+        raise UserError(
+            f"{what} {path} cannot be mapped into memory ({error.strerror or error}). Copy it to a disk of this machine."
+        ) from error
+    metadata = header.pop("__metadata__", {})
+    entries = {}
+    for name, stored in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if stored["dtype"] not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{what} {path} cannot be mapped into memory ({error.strerror or error}). Copy it to a disk of this machine."
-            ) from error
-        names = sorted(self._offsets, key=self._offsets.__getitem__)
-        slices = {name: file.get_slice(name) for name in names}
-        self.shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}
-        self.metadata = dict(file.metadata() or {})
-        self.dtypes = {}
-        for name, entry in slices.items():
-            if entry.get_dtype() not in SAFETENSORS_DTYPES:
-                raise UserError(
-                    f"{what} {path} stores {name} as {entry.get_dtype()}, which is not supported. "
-                    "Use a file in bfloat16, float16, float32 or float8."
-                )
-            self.dtypes[name] = SAFETENSORS_DTYPES[entry.get_dtype()]
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._mapped.tensor(self.dtypes[name], self.shapes[name], self._offsets[name])
-
-
-class _TorchFile:
-    def __init__(self, path: Path, what: str) -> None:
-        self._tensors = _state_dict_of(_torch_load(path, what), path, what)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-        self.metadata = {}
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach()
+                f"{what} {path} stores {name} as {stored['dtype']}, which is not supported. "
+                "Use a file in bfloat16, float16, float32 or float8."
+            )
+        dtype, shape = SAFETENSORS_DTYPES[stored["dtype"]], tuple(stored["shape"])
+        offset = 8 + length + stored["data_offsets"][0]
+        entries[name] = StoredTensor(shape, dtype, partial(mapped.tensor, dtype, shape, offset))
+    return entries, metadata
 
 
 def _torch_load(path: Path, what: str) -> object:
@@ -114,24 +102,23 @@ def _torch_load(path: Path, what: str) -> object:
             "Use a .safetensors file, or a .pt file that holds only a state dict."
         ) from error
     except Exception as error:  # unpickling what is damaged raises nearly every type
-        # torch goes on with advice for programmers; a full stop within a word is that of a file name or a number
-        reason = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".") or type(error).__name__
-        raise UserError(f"{what} {path} is cut short or damaged ({reason}). Copy or download it again.") from error
+        raise UserError(f"{what} {path} is cut short or damaged ({first_line(error)}). Copy or download it again.") from error
 
 
-def _state_dict_of(content: object, path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The tensors of an unpickled checkpoint, taken out of the wrappers that training frameworks put around them."""
+def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
+    """The tensors of a torch checkpoint, taken out of the wrappers that training frameworks put around them."""
+    content = _torch_load(path, what)
     while isinstance(content, Mapping):
         inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
             if tensors:
-                return tensors
+                return {name: StoredTensor(tuple(value.shape), value.dtype, value.detach) for name, value in tensors.items()}
         content = inner
     raise UserError(f"{what} {path} holds no state dict (a mapping from names to tensors). Check that it is the right file.")
 
 
-def _open_file(path: Path, what: str) -> _File:
+def _open_file(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Open one file by what it holds; suffixes are often wrong."""
     require_file(path, what)  # opening a pipe would wait for ever
     try:
@@ -142,9 +129,9 @@ def _open_file(path: Path, what: str) -> _File:
     if found := foreign_content(start):
         raise UserError(f"{what} {path} {found}")
     if is_torch_file(start):
-        return _TorchFile(path, what)
+        return _torch_entries(path, what), {}
     if start[8:9] == b"{" or path.suffix == ".safetensors":  # a length in 8 bytes, then the JSON header
-        return _SafetensorsFile(path, what)
+        return _safetensors_entries(path, what)
     raise UserError(f"{what} {path} is neither a safetensors file nor a torch checkpoint. Check that it is the right file.")
 
 
@@ -161,17 +148,12 @@ def _files_of_folder(folder: Path, what: str) -> list[Path]:
         if name in names:
             return [folder / name]
     found = sorted(folder / name for name in names if Path(name).suffix in WEIGHT_SUFFIXES)
-    shards = [SHARD_NAME.fullmatch(path.name) for path in found]
-    if found and all(shards) and len({shard.group(1, 2, 3) for shard in shards}) == 1:
-        if len(found) != int(shards[0].group(2)):
-            raise UserError(f"{what} {folder} holds {len(found)} of {int(shards[0].group(2))} shards. Fetch the others.")
-        return found
-    if len(found) == 1:
-        return found
     if not found:
         raise UserError(f"{what} {folder} is a folder without weights ({', '.join(WEIGHT_SUFFIXES)}).")
-    names = ", ".join(path.name for path in found[:4])
-    raise UserError(f"{what} {folder} is a folder with several weight files ({names}). Name the one to use.")
+    if len({SHARD_NUMBER.sub("", path.name) for path in found}) > 1:
+        names = name_some(path.name for path in found)
+        raise UserError(f"{what} {folder} is a folder with several weight files ({names}). Name the one to use.")
+    return found
 
 
 def _shards_of_index(index: Path, what: str) -> list[Path]:
@@ -184,12 +166,6 @@ def _shards_of_index(index: Path, what: str) -> list[Path]:
     if missing or not names:
         raise UserError(f"{what} {index.parent} lacks {', '.join(missing[:4]) or 'shards'}, which {index.name} lists.")
     return [index.parent / name for name in names]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: _File
-    name: str  # as stored
 
 
 class Checkpoint:
@@ -207,22 +183,21 @@ class Checkpoint:
         self,
         path: Path,
         what: str,
-        entries: dict[str, _Entry],
-        metadata: dict[str, str],
-        scales: Mapping[str, torch.Tensor] | None = None,
+        entries: Mapping[str, StoredTensor],
+        metadata: Mapping[str, str],
+        scales: Mapping[str, torch.Tensor],
     ) -> None:
         self.path = path
         self.what = what
         self.metadata = metadata
-        self.scales = dict(scales or {})
+        self.scales = scales
         self._entries = entries
-        self.shapes = {name: entry.file.shapes[entry.name] for name, entry in entries.items()}
-        self.dtypes = {name: entry.file.dtypes[entry.name] for name, entry in entries.items()}
+        self.shapes = {name: entry.shape for name, entry in entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in entries.items()}
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor ``name`` on the CPU as stored. It may lie in the mapped file: never write to it, clone it to keep it."""
-        entry = self._entries[name]
-        return entry.file.get(entry.name)
+        return self._entries[name].read()
 
     def with_scales(self, scales: Mapping[str, torch.Tensor]) -> Checkpoint:
         """A view in which these tensors are multiplied with scales, see ``scales``."""
@@ -234,17 +209,13 @@ class Checkpoint:
         Raises:
             UserError: two tensors would have one name.
         """
-        entries: dict[str, _Entry] = {}
-        scales = {}
-        for old, entry in self._entries.items():
-            new = new_name(old)
-            if new is None:
-                continue
+        names = {old: new for old in self._entries if (new := new_name(old)) is not None}
+        entries: dict[str, StoredTensor] = {}
+        for old, new in names.items():
             if new in entries:
                 raise UserError(f"{self.what} {self.path} holds {new} twice (also as {old}). Use a file with one model in it.")
-            entries[new] = entry
-            if old in self.scales:
-                scales[new] = self.scales[old]
+            entries[new] = self._entries[old]
+        scales = {names[old]: scale for old, scale in self.scales.items() if old in names}
         return Checkpoint(self.path, self.what, entries, self.metadata, scales)
 
     def under_prefix(self, prefix: str) -> Checkpoint:
@@ -274,10 +245,10 @@ def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
         UserError: missing, unreadable, cut short, a pickle of more than tensors, a folder without (unambiguous) weights.
     """
     root = require_there(path, what)
-    files = [_open_file(file, what) for file in (_files_of_folder(root, what) if root.is_dir() else [root])]
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
-    for file in files:
-        entries |= {name: _Entry(file, name) for name in file.shapes}
-        metadata |= file.metadata
-    return Checkpoint(root, what, entries, metadata)
+    for file in _files_of_folder(root, what) if root.is_dir() else [root]:
+        found, described = _open_file(file, what)
+        entries |= found
+        metadata |= described
+    return Checkpoint(root, what, entries, metadata, {})

@@ -3,12 +3,11 @@
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from hunyuan_model.checkpoints.loading import load_weights
@@ -63,7 +62,7 @@ def test_dtypes(tmp_path, dtype, suffix):
     assert_holds(path, content)
 
 
-def test_format_is_told_by_content_not_suffix(tmp_path):
+def test_format_is_recognised_by_content_not_suffix(tmp_path):
     save_file(tensors(), tmp_path / "model.ckpt", {"origin": "here"})
     torch.save(tensors(), tmp_path / "weights.safetensors")
     assert_holds(tmp_path / "model.ckpt", tensors())
@@ -90,9 +89,6 @@ def test_folder_with_index(tmp_path):
 def test_folder_with_shards_but_no_index(tmp_path):
     save_shards(tmp_path)
     assert_holds(tmp_path, tensors())
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="1 of 2 shards"):
-        open_checkpoint(tmp_path, "model")
 
 
 def test_folder_with_one_file_of_any_name(tmp_path):
@@ -101,10 +97,9 @@ def test_folder_with_one_file_of_any_name(tmp_path):
     assert_holds(tmp_path, tensors())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}"])
-def test_broken_index(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8")
+def test_broken_index(tmp_path, content):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="index"):
         open_checkpoint(tmp_path, "model")
 
@@ -165,24 +160,6 @@ def test_truncated_files(tmp_path, name, share):
     (tmp_path / name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match="cut short or damaged"):
         open_checkpoint(tmp_path / name, "model")
-
-
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [
-        ("file dit.pt is not whole. Please file a bug report\nwith a stack", "(file dit.pt is not whole)"),
-        ("version 1.2 is unknown.", "(version 1.2 is unknown)"),
-        ("", "(RuntimeError)"),
-    ],
-)
-def test_reason_of_damage_ends_with_its_sentence(monkeypatch, said, reason):
-    def load(*arguments, **options):
-        raise RuntimeError(said)
-
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(GOLDENS / "dit.pt", "model")
-    assert f"is cut short or damaged {reason}. Copy" in str(caught.value)
 
 
 def test_missing_file_and_no_state_dict(tmp_path):
@@ -250,22 +227,6 @@ def test_load_weights(tmp_path, suffix, dtype):
     assert torch.equal(checkpoint.get("0.bias"), tensors()["0.bias"])
 
 
-def test_loaded_weights_outlive_the_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    shutil.copy(GOLDENS / "dit.safetensors", path)
-    names = list(load_file(path))[:3]
-    module = nn.Module()
-    for index, name in enumerate(names):
-        module.register_parameter(f"p{index}", nn.Parameter(torch.empty_like(load_file(path)[name], device="meta")))
-    fresh = {name: f"p{index}" for index, name in enumerate(names)}
-    load_weights(module, open_checkpoint(path, "m").rename(fresh.get), device="cpu", dtype_of=lambda name: torch.float32)
-    with open(path, "rb+") as file:  # same inode: a mapped tensor would change
-        file.seek(20_000)
-        file.write(bytes(path.stat().st_size - 20_000))
-    for name in names:
-        assert torch.equal(module.get_parameter(fresh[name]), load_file(GOLDENS / "dit.safetensors")[name])
-
-
 def test_views_in_pickles_become_contiguous(tmp_path):
     base = torch.arange(64.0).reshape(8, 8)
     torch.save({"0.weight": base.t()[:, :4], "0.bias": base[:, 3]}, tmp_path / "m.pt")
@@ -276,7 +237,7 @@ def test_views_in_pickles_become_contiguous(tmp_path):
     assert torch.equal(module[0].weight, base.t()[:, :4])
 
 
-def test_patch_sees_wide_weights_and_its_answer_is_cast(tmp_path):
+def test_patch_sees_float32_weights_and_its_answer_is_cast(tmp_path):
     stored = {"0.weight": torch.full((8, 4), 2.0).to(torch.float8_e4m3fn), "0.bias": torch.ones(8, dtype=torch.bfloat16)}
     save_file(stored, tmp_path / "m.safetensors")
     seen = {}

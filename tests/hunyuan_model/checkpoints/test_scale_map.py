@@ -53,7 +53,7 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
 
-def test_widened_weights_are_multiplied_with_their_scales(pair, weights):
+def test_dequantized_weights_are_multiplied_with_their_scales(pair, weights):
     stored, scales = parts(pair)
     for name, parameter in load(pair).named_parameters():
         if stored[name].dtype == FP8_DTYPE:

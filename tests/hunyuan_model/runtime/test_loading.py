@@ -201,7 +201,7 @@ KEYS = {
 @pytest.mark.parametrize("kind", KEYS)
 def test_kinds_told_by_their_keys(kind):
     assert identify(KEYS[kind]) is kind
-    with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE, but x.pt looks like " + kind.value):
+    with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE, but x.pt looks like " + kind.text):
         check_is(dict.fromkeys(KEYS[kind], (1,)), Kind.VAE, "x.pt", "--vae")
 
 

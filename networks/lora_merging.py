@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -74,21 +75,16 @@ def complete_multipliers(
     """
     given, files = len(multipliers), len(paths)
     if given > files:
-        raise UserError(f"{multiplier_flag} has {given} values for {files} {flag} files; give one for each at most.")
+        raise UserError(f"{multiplier_flag} has more values ({given}) than {flag} has files ({files}).")
     if 0 < given < files:
         logger.info("%s has %d of %d values; the other files of %s count 1.0 each", multiplier_flag, given, files, flag)
     return (*multipliers, *[1.0] * (files - given))
 
 
-def read_lora_files(
-    paths: Sequence[str | os.PathLike[str]],
-    multipliers: Sequence[float] = (),
-    flag: str = "--lora_weight",
-    multiplier_flag: str = "--lora_multiplier",
-) -> list[LoraToMerge]:
-    """Read LoRA files with their multipliers. Errors as in ``complete_multipliers`` and ``read_lora``."""
-    complete = complete_multipliers(paths, multipliers, flag, multiplier_flag)
-    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in zip(paths, complete)]
+def read_lora_files(paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = ()) -> list[LoraToMerge]:
+    """Read LoRA files, with 1.0 for multipliers that are missing at the end."""
+    pairs = itertools.zip_longest(paths, multipliers, fillvalue=1.0)
+    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in pairs]
 
 
 def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:

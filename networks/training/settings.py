@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
+from networks.lora_merging import complete_multipliers
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import TimestepSettings
@@ -40,9 +41,7 @@ class ModelSettings:
     base_weights_multiplier: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        values, files = len(self.base_weights_multiplier), len(self.base_weights)
-        if values > files:
-            raise UserError(f"--base_weights_multiplier has more values ({values}) than --base_weights has files ({files}).")
+        complete_multipliers(self.base_weights, self.base_weights_multiplier, "--base_weights", "--base_weights_multiplier")
 
 
 @dataclass(frozen=True)

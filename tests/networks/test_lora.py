@@ -22,7 +22,7 @@ from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
 from networks.lora import LoRAModule, create_network, create_network_from_weights
 from networks.lora_files import read_lora
-from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
+from networks.lora_merging import complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -441,8 +441,8 @@ def test_merge_into_file_refuses_to_overwrite_what_it_reads(tmp_path):
 
 def test_multipliers_fill_up_with_one():
     assert [lora.multiplier for lora in read_lora_files([LORA, LORA], [0.5])] == [0.5, 1.0]
-    with pytest.raises(UserError, match="--lora_multiplier has 2 values for 1 --lora_weight"):
-        read_lora_files([LORA], [0.5, 1.0])
+    with pytest.raises(UserError, match=r"--lora_multiplier has more values .2. than --lora_weight"):
+        complete_multipliers([LORA], [0.5, 1.0], "--lora_weight", "--lora_multiplier")
 
 
 def test_merge_patch_leaves_its_input_alone():

@@ -77,7 +77,7 @@ ROWS = [
     (GENERATE, ["--video_length", 4], ["not 4n + 1"]),
     (GENERATE, ["--dit", "nowhere.safetensors"], ["does not exist"]),
     (GENERATE, ["--lora_weight", "nowhere.safetensors"], ["nowhere.safetensors"]),
-    (GENERATE, ["--lora_multiplier", 0.5, 0.7], ["2 values for 0 --lora_weight"]),
+    (GENERATE, ["--lora_multiplier", 0.5, 0.7], ["more values (2) than --lora_weight"]),
     (GENERATE, ["--vae_spatial_tile_sample_min_size", 100], ["multiple of 32"]),
     (GENERATE, ["--seed", -1], ["outside 0"]),
     (GENERATE, ["--flow_shift", 0], ["not above 0"]),

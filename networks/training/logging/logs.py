@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from networks.training.logging.loss_log import check_loss_log
-from networks.training.logging.trackers import TRACKERS, LogSettings, TensorBoard, WandB, read_tracker_config, require_package
+from networks.training.logging.trackers import TRACKERS, LogSettings, TensorBoard, WandB, read_tracker_config
 from networks.training.pause import kept_random_state
 from utils.errors import UserError, first_line
 
@@ -24,7 +25,13 @@ def check_logs(settings: LogSettings) -> None:
     if settings.loss_log is not None:
         check_loss_log(settings.loss_log)
     for name in settings.trackers:
-        require_package(name)
+        try:
+            importlib.import_module(TRACKERS[name].module)
+        except Exception as error:  # an installation that does not fit raises many things besides ImportError
+            raise UserError(
+                f"--log_with {name} needs a package which cannot be imported here ({first_line(error)}). "
+                f"Install it with: pip install {name}; or leave --logging_dir and --log_with out."
+            ) from error
     if settings.trackers:
         read_tracker_config(settings.log_tracker_config)
 

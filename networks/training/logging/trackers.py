@@ -1,11 +1,10 @@
 """accelerate's trackers for TensorBoard and Weights & Biases, with what they lack: samples, a table of the flags, resumed runs.
 
-Their packages are imported when they are used; ``require_package`` names what to install.
+Their packages are imported when they are used.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import re
@@ -20,7 +19,7 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from utils.errors import UserError, first_line, shown
+from utils.errors import UserError, shown
 from utils.files import require_writable_folder
 from utils.key_values import nearest_name
 from utils.toml_files import read_toml
@@ -87,7 +86,7 @@ class TensorBoard(TensorBoardTracker):
         run_id: the time of its beginning; a state keeps it.
     """
 
-    package = "torch.utils.tensorboard", "tensorboard"
+    module = "torch.utils.tensorboard"
 
     def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
         options = dict(options)
@@ -99,7 +98,8 @@ class TensorBoard(TensorBoardTracker):
         folder = Path(settings.logging_dir, f"{settings.log_prefix or ''}{self.run_id}", settings.log_tracker_name or DEFAULT_NAME)
         folder = require_writable_folder(options.pop("log_dir", folder), "--logging_dir with --log_prefix and --log_tracker_name,")
         super().__init__(folder.name, folder.parent, **options)
-        start(self)
+        if hasattr(self, "start"):  # older versions of accelerate have begun the run by now
+            self.start()
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """The flags as a Markdown table; accelerate would make a second run for them."""
@@ -136,7 +136,7 @@ class WandB(WandBTracker):
         run_id: of the run in W&B; a state keeps it.
     """
 
-    package = "wandb", "wandb"
+    module = "wandb"
 
     def __init__(self, settings: LogSettings, options: Mapping[str, Any], earlier: str | None, step: int) -> None:
         if settings.wandb_api_key is not None:
@@ -149,7 +149,8 @@ class WandB(WandBTracker):
         if earlier is not None and not options.keys() & {"resume", "resume_from", "fork_from"}:
             options = {"id": earlier, **options, "resume": "allow"}
         super().__init__(options.pop("project"), **options)
-        start(self)
+        if hasattr(self, "start"):  # older versions of accelerate have begun the run by now
+            self.start()
         self.run_id = str(self.run.id)
 
     def log_sample(self, sample: SavedSample, step: int) -> None:
@@ -164,26 +165,6 @@ class WandB(WandBTracker):
 
 
 TRACKERS: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
-
-
-def start(tracker: TensorBoard | WandB) -> None:
-    """Begin the run; older versions of accelerate have begun it already."""
-    if hasattr(tracker, "start"):
-        tracker.start()
-
-
-def require_package(name: str) -> None:
-    """Refuse a tracker whose package cannot be imported; the UserError names what to install."""
-    module, package = TRACKERS[name].package
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # an installation that does not fit raises many things besides ImportError
-        raise UserError(
-            f"--log_with {name} needs {package}, which cannot be imported here ({first_line(error)}). "
-            f"Install it with: pip install {package}; or leave --logging_dir and --log_with out."
-        ) from error
-    if name == "wandb" and not hasattr(found, "init"):  # a folder called wandb, which W&B itself makes, imports as an empty package
-        raise UserError("--log_with wandb finds a folder called wandb but not the package. Install it with: pip install wandb")
 
 
 def read_tracker_config(path: str | os.PathLike[str] | None) -> dict[str, dict[str, Any]]:

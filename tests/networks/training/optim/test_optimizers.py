@@ -17,7 +17,6 @@ from networks.training.optim.optimizers import (
     learning_rates,
     make_optimizer,
     picks_own_learning_rate,
-    set_optimizer_mode,
     state_bytes_per_value,
     warn_of_low_learning_rate,
 )
@@ -119,24 +118,6 @@ def test_a_step_is_tried_with_the_rates_of_all_groups():
 def test_what_an_optimiser_keeps_for_each_value(name, bytes_each):
     optimizer = check_optimizer(OptimizerSettings(name), group_rates=[1e-3, 1e-3])
     assert state_bytes_per_value(optimizer) == pytest.approx(bytes_each, abs=0.02)
-
-
-def test_mode_is_set_where_an_optimizer_has_modes():
-    class ScheduleFree(torch.optim.SGD):
-        mode = None
-
-        def train(self):
-            self.mode = "train"
-
-        def eval(self):
-            self.mode = "eval"
-
-    optimizer = ScheduleFree([parameter()], lr=0.1)
-    set_optimizer_mode(optimizer, training=True)
-    assert optimizer.mode == "train"
-    set_optimizer_mode(optimizer, training=False)
-    assert optimizer.mode == "eval"
-    set_optimizer_mode(torch.optim.SGD([parameter()], lr=0.1), training=True)
 
 
 def test_rates_are_named_by_group():

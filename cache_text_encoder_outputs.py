@@ -9,7 +9,6 @@ from __future__ import annotations
 import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -41,10 +40,7 @@ from utils.progress import ProgressBar
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hunyuan_model.text.clip import CLIPTextEncoder
-    from hunyuan_model.text.llm import LlamaTextEncoder
-
-logger = logging.getLogger("cache_text_encoder_outputs")
+ADVICE = "use a smaller --batch_size, or --fp8_llm"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,12 +79,6 @@ def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Ite
     return batches
 
 
-def encode(encoder: CLIPTextEncoder | LlamaTextEncoder, batch: Sequence[Item]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``encoder.encode`` of the captions, with what to do when memory does not suffice."""
-    with explain_out_of_memory(f"encoding {len(batch)} captions", "use a smaller --batch_size, or --fp8_llm"):
-        return encoder.encode([item.caption for item in batch])
-
-
 def encode_pooled(
     encoders: TextEncoderSettings, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[Item]], device: torch.device
 ) -> dict[str, torch.Tensor]:
@@ -98,7 +88,9 @@ def encode_pooled(
     pooled = {}
     with ProgressBar(batches, desc="text encoder 2", unit="batch") as progress:
         for batch in progress:
-            pooled |= zip([item.caption for item in batch], encode(encoder, batch).cpu())
+            captions = [item.caption for item in batch]
+            with explain_out_of_memory(f"encoding {len(batch)} captions", ADVICE):
+                pooled |= zip(captions, encoder.encode(captions).cpu())
     del encoder
     free_memory(device)
     return pooled
@@ -132,7 +124,8 @@ def cache(
     with ThreadPoolExecutor(settings.num_workers) as writers, ProgressBar(batches, desc="text encoder 1", unit="batch") as progress:
         writing: list[Future] = []
         for batch in progress:
-            states, masks = (output.cpu() for output in encode(encoder, batch))
+            with explain_out_of_memory(f"encoding {len(batch)} captions", ADVICE):
+                states, masks = (output.cpu() for output in encoder.encode([item.caption for item in batch]))
             for future in writing:
                 future.result()
             writing = [writers.submit(save, *each) for each in zip(batch, states, masks)]

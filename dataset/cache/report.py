@@ -44,18 +44,8 @@ class CachingOutcome:
         return f"{self.made} made, {self.kept} kept, {redone}, {self.skipped} skipped, {orphans}"
 
 
-# The columns of the table, each an attribute of DatasetReport; None is shown as "-".
-COLUMNS = {
-    "found": "found",
-    "no caption": "without_caption",
-    "decoded": "decoded",
-    "too short": "too_short",
-    "failed": "failed",
-    "latents": "latents",
-    "texts": "texts",
-    "used": "used",
-    "batches": "batches",
-}
+# The columns of the table, each an attribute of DatasetReport.
+COLUMNS = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "used", "batches")
 
 
 @dataclass
@@ -64,7 +54,7 @@ class DatasetReport:
 
     dataset: DatasetConfig
     found: int | None = None  # media files in the folder, or lines of the JSONL file
-    without_caption: int | None = None  # of those
+    no_caption: int | None = None  # of those
     decoded: int | None = None  # files, in this run
     failed: int | None = None  # files that could not be decoded or encoded in this run
     too_short: int | None = None  # clips with fewer frames than every target_frames
@@ -88,7 +78,7 @@ class DatasetReport:
     def count_items(self, items: Sequence[Item]) -> None:
         """Set the counts of items."""
         self.found = len(items)
-        self.without_caption = sum(item.caption is None for item in items)
+        self.no_caption = sum(item.caption is None for item in items)
 
     def count_shapes(self, shapes: Iterable[LatentShape]) -> None:
         """Set the counts of latents and buckets."""
@@ -127,8 +117,8 @@ def format_table(reports: Sequence[DatasetReport]) -> str:
     width = max(len("dataset"), *map(len, labels))
     lines = ["  ".join(["dataset".ljust(width), *COLUMNS])]
     for label, report in zip(labels, reports):
-        values = {name: getattr(report, attribute) for name, attribute in COLUMNS.items()}
-        cells = (("-" if value is None else str(value)).rjust(len(name)) for name, value in values.items())
+        values = (getattr(report, column.replace(" ", "_")) for column in COLUMNS)
+        cells = (("-" if value is None else str(value)).rjust(len(column)) for column, value in zip(COLUMNS, values))
         lines.append("  ".join([label.ljust(width), *cells]))
         lines += [f"    {line}" for line in report.lines()]
     return "\n".join(lines)

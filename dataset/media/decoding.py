@@ -54,19 +54,14 @@ class VideoInfo:
 def read_image(path: Path) -> np.ndarray:
     """The picture as (H, W, 3) uint8 RGB, see ``picture_to_rgb``. Of an animation the first frame is read.
 
-    Raises:
-        MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
+    Raises a MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
     """
     with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
         return picture_to_rgb(image, path)
 
 
 def probe_image(path: Path) -> tuple[int, int]:
-    """(width, height) of what ``read_image`` gives, from the header alone where the format allows.
-
-    Raises:
-        MediaError: as ``read_image``, as far as was read.
-    """
+    """(width, height) of what ``read_image`` gives, from the header alone where the format allows."""
     with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
         if (size := upright_size(image)) is not None:
             return size
@@ -85,11 +80,7 @@ def readable_formats() -> tuple[str, ...]:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Size and stated frame rate; decodes the first frame.
-
-    Raises:
-        MediaError: as ``iterate_frames``.
-    """
+    """Size and stated frame rate; decodes the first frame."""
     for frame in _decoded_frames(path):
         height, width = frame_to_rgb(frame).shape[:2]
         break
@@ -132,8 +123,7 @@ def frame_times(
 def iterate_frames(path: Path) -> Iterator[np.ndarray]:
     """Each frame of the video in order, upright, as (H, W, 3) uint8 RGB; one in memory at a time.
 
-    Raises:
-        MediaError: missing, not a video, cut short, without frames, or with a frame that cannot be decoded.
+    Raises a MediaError: missing, not a video, cut short, without frames, or with a frame that cannot be decoded.
     """
     return map(frame_to_rgb, _decoded_frames(path))
 
@@ -146,12 +136,8 @@ def read_clip_windows(
     Yields each distinct window (start, length) with its (length, H, W, 3) uint8 clip as soon as its last frame is there.
     Only fitted frames that an unfinished window needs are kept, and decoding stops with the last window.
 
-    Args:
-        indices: which frames of the file are the frames that windows count; they never fall, and one may come several times.
-            None: every frame.
-
-    Raises:
-        MediaError: as ``iterate_frames``, or the video ends before a window does.
+    ``indices``: which frames of the file are the frames that windows count; they never fall, and one may come several times. None:
+    every frame. Raises a MediaError as ``iterate_frames``, or where the video ends before a window does.
     """
     queue = deque(sorted(set(windows)))  # from the oldest unfinished window on
     by_end: dict[int, list[Window]] = {}

@@ -22,21 +22,13 @@ EVERY_FRAME = "every frame"
 
 @dataclass(frozen=True)
 class Resampling:
-    """What is done to one video.
+    """What is done to one video; rates are in frames per second."""
 
-    Attributes:
-        fps: its own rate in frames per second.
-        target_fps: the rate after it.
-        indices: the frames of the file, in order, that are the frames of the clip; one may come several times.
-        uneven: whether the times between its frames differ.
-        given: whether ``fps`` is the source_fps of the dataset, so that the times in the file do not count.
-    """
-
-    fps: float
+    fps: float  # its own rate
     target_fps: float
-    indices: tuple[int, ...]
-    uneven: bool = False
-    given: bool = False
+    indices: tuple[int, ...]  # the frames of the file, in order, that are the frames of the clip; one may come several times
+    uneven: bool = False  # whether the times between its frames differ
+    given: bool = False  # whether ``fps`` is the source_fps of the dataset, so that the times in the file do not count
 
     @property
     def record(self) -> str:
@@ -64,12 +56,10 @@ def _is_near(fps: float, target_fps: float) -> bool:
 
 
 def resample(times: Sequence[float], stated_fps: float | None, target_fps: float, given: bool = False) -> Resampling | None:
-    """Choose the frames of a video whose frames are shown at ``times``, or None if every frame is kept.
+    """Choose the frames of a video, or None if every frame is kept, as ``target_fps`` 0 wants.
 
-    Args:
-        times: seconds since the first frame, never falling.
-        stated_fps: the rate that the file, or if ``given`` the dataset, states.
-        target_fps: the rate wanted; 0 keeps every frame.
+    ``times``: when its frames are shown, in seconds since the first, never falling. ``stated_fps``: the rate that the file, or if
+    ``given`` the dataset, states.
     """
     shown = np.asarray(times, dtype=np.float64)
     if not target_fps or len(shown) < 2:

@@ -28,17 +28,12 @@ def cut_windows(
 ) -> list[Window]:
     """The distinct windows cut from a video of ``frame_count`` frames, as (first frame, number of frames).
 
-    Args:
-        target_frames: clip lengths; a length greater than the video gives no window.
-        mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
-            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last; ``full`` one clip,
-            all frames but the up to three beyond 4n+1, whatever ``target_frames`` is.
-        stride: frames from one start to the next, for ``slide``.
-        sample: number of clips, for ``uniform``; starts that coincide in a short video are cut once.
-        max_frames: for ``full``, what a longer video is trimmed to.
+    They come in the order of ``target_frames``, by start within each length; a length greater than the video gives none.
 
-    Returns:
-        Windows in the order of ``target_frames``, by start within each length; every window once.
+    Args:
+        mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
+            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last, those that coincide once;
+            ``full`` one clip, all frames up to ``max_frames`` but the up to three beyond 4n+1, whatever ``target_frames`` is.
     """
     if mode == "full":
         return [(0, longest_clip(min(frame_count, max_frames)))] if frame_count else []

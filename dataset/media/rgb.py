@@ -35,10 +35,8 @@ class MediaError(UserError):
 def picture_to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     """An opened picture as (H, W, 3) uint8 RGB, upright.
 
-    Transparent parts become white. 16 bit greys are scaled to 8 bits, floating-point greys from 0..1 or 0..255.
-
-    Raises:
-        MediaError: values that have no agreed meaning.
+    Transparent parts become white. 16 bit greys are scaled to 8 bits, floating-point greys from 0..1 or 0..255; a MediaError says
+    where values have no agreed meaning.
     """
     if image.format not in ORIENTATION_IN_HEADER:
         image = ImageOps.exif_transpose(image)
@@ -72,11 +70,8 @@ def _grey_to_8_bits(values: np.ndarray, is_float: bool, path: Path) -> np.ndarra
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= (255 if is_float else 65535)):  # false for NaN as well
         raise MediaError(f"{path} holds values from {low:g} to {high:g}, which no rule maps to grey; save it with 8 or 16 bits.")
-    if is_float:
-        scale = 255 if high <= 1 else 1
-    else:
-        scale = 255 / 65535
-    return np.rint(values * scale).astype(np.uint8)
+    full = (1 if high <= 1 else 255) if is_float else 65535
+    return np.rint(values * 255 / full).astype(np.uint8)
 
 
 def frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:

@@ -41,7 +41,7 @@ def dataset(tmp_path) -> DatasetConfig:
 
 def test_counts_of_items_and_caches(dataset):
     report = report_of(dataset)
-    assert (report.found, report.without_caption, report.latents, report.texts, report.used) == (3, 1, 2, 1, 1)
+    assert (report.found, report.no_caption, report.latents, report.texts, report.used) == (3, 1, 2, 1, 1)
     assert report.buckets == {(48, 32, 1): 2} and report.batches == 5
     assert report.decoded is None
 
@@ -56,11 +56,11 @@ def test_training_counts_caches_alone_when_the_media_are_gone(dataset, tmp_path)
     (dataset.cache_directory / "b_0099x0099_hv.safetensors").unlink()
     [group] = find_cached_items(DatasetGroup(tmp_path / "d.toml", (dataset,)))
     report = report_cached_group(group)
-    assert (report.found, report.without_caption, report.latents, report.used, report.batches) == (3, 1, 1, 1, 3)
+    assert (report.found, report.no_caption, report.latents, report.used, report.batches) == (3, 1, 1, 1, 3)
     gone = DatasetConfig(0, "image", tmp_path / "gone", None, dataset.cache_directory)
     [group] = find_cached_items(DatasetGroup(tmp_path / "d.toml", (gone,)))
     report = report_cached_group(group)
-    assert (report.found, report.without_caption, report.latents, report.used) == (None, None, 1, 1)
+    assert (report.found, report.no_caption, report.latents, report.used) == (None, None, 1, 1)
 
 
 def test_last_partial_batch_counts_and_shapes_do_not_mix(tmp_path):

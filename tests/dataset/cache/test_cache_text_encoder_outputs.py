@@ -16,6 +16,8 @@ from dataset.cache.files import read_text
 from dataset.cache.names import text_cache_path
 from dataset.items import Item, list_items
 from hunyuan_model import load_text_encoder_1, load_text_encoder_2
+from hunyuan_model.text.clip import CLIPTextEncoder
+from hunyuan_model.text.llm import LlamaTextEncoder
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 
@@ -113,6 +115,16 @@ def test_missing_caption_is_told_before_a_model_is_loaded(tiny_model, tiny_datas
     monkeypatch.setattr("hunyuan_model.load_text_encoder_2", None, raising=False)
     with pytest.raises(UserError, match=item.path.name):
         run_here(flags(tiny_dataset, tiny_model))
+
+
+def test_running_out_of_memory_names_the_flags(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
+    def no_memory(self, prompts):
+        raise torch.OutOfMemoryError("no memory left")
+
+    for encoder in (LlamaTextEncoder, CLIPTextEncoder):
+        monkeypatch.setattr(encoder, "encode", no_memory)
+        with pytest.raises(UserError, match=r"captions.*--batch_size.*--fp8_llm"):
+            run_here(flags(tiny_dataset, tiny_model))
 
 
 def test_tokenizer_flags(tiny_model, tiny_dataset: Path, tmp_path: Path, run_here) -> None:

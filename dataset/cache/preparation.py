@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from queue import Full, Queue
-from threading import Event
 
 import numpy as np
 
@@ -152,41 +150,18 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
 def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
     """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
 
-    Memory is bounded: at most ``num_workers`` items are being decoded, and at most two more wait; each holds one result
-    back, besides the windows it is cutting. ``wanted`` is called in the threads.
+    Memory is bounded: of the item that is due and of ``num_workers + 1`` items after it one result each is prepared ahead, besides
+    the windows that are being cut. ``wanted`` is called in the threads.
     """
-    stop = Event()
-    remaining = iter(items)
-    waiting: deque[Queue[Result | None]] = deque()
+    started = (prepare_item(item, wanted) for item in items)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
-
-        def start(count: int) -> None:
-            for item in islice(remaining, count):
-                queue: Queue[Result | None] = Queue(maxsize=1)
-                waiting.append(queue)
-                pool.submit(_fill, queue, item, wanted, stop)
-
+        waiting = deque((results, pool.submit(next, results, None)) for results in islice(started, num_workers + 2))
         try:
-            start(num_workers + 2)
             while waiting:
-                queue = waiting.popleft()
-                while (result := queue.get()) is not None:
+                results, ahead = waiting.popleft()
+                while (result := ahead.result()) is not None:
+                    ahead = pool.submit(next, results, None)
                     yield result
-                start(1)
+                waiting.extend((results, pool.submit(next, results, None)) for results in islice(started, 1))
         finally:
-            stop.set()
-
-
-def _fill(queue: Queue[Result | None], item: Item, wanted: Callable[[Target], bool], stop: Event) -> None:
-    """Put an item's results into its queue, then None; leave when ``stop`` is set, since nobody reads any more."""
-    results = prepare_item(item, wanted)
-    while not stop.is_set():
-        result = next(results, None)
-        while not stop.is_set():
-            try:
-                queue.put(result, timeout=0.1)
-                break
-            except Full:
-                continue
-        if result is None:
-            return
+            pool.shutdown(cancel_futures=True)

@@ -32,8 +32,8 @@ def cut_windows(
 
     Args:
         mode: ``head`` the first frames; ``chunk`` one clip after the other without overlap; ``slide`` a clip every
-            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last, those that coincide once;
-            ``full`` one clip, all frames up to ``max_frames`` but the up to three beyond 4n+1, whatever ``target_frames`` is.
+            ``stride`` frames; ``uniform`` ``sample`` clips spread evenly from the first frame to the last, those that coincide
+            once; ``full`` one clip, all frames up to ``max_frames`` but the up to three beyond 4n+1, whatever ``target_frames`` is.
     """
     if mode == "full":
         return [(0, longest_clip(min(frame_count, max_frames)))] if frame_count else []

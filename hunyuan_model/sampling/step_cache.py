@@ -25,16 +25,12 @@ MIN_STEPS = 4  # the first two and the last are always computed
 MAX_TOKENS = 4096  # that are compared: evenly spaced ones, as all tokens of a large video would fill gigabytes
 
 
-def check_step_cache(threshold: float, steps: int, flag: str = "--step_cache") -> None:
-    """Refuse a step cache where there is nothing to skip.
-
-    Raises:
-        UserError: with the least number of steps.
-    """
+def check_step_cache(threshold: float, steps: int) -> None:
+    """Raise a UserError for a step cache that has nothing to skip."""
     if threshold and steps < MIN_STEPS:
         raise UserError(
-            f"{flag} has nothing to skip in {steps} step{'' if steps == 1 else 's'}, as the first two and the last are always "
-            f"computed. Use at least {MIN_STEPS} steps, or leave it out."
+            f"--step_cache has nothing to skip in so few steps ({steps}): the first two and the last are always computed. "
+            f"Use at least {MIN_STEPS} steps, or leave it out."
         )
 
 
@@ -73,15 +69,13 @@ class StepCache:
         text_states_2: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Velocity at x, as ``HYVideoDiffusionTransformer.forward`` has it; float32 where it is not computed.
-
-        Raises:
-            ValueError: all steps have been taken.
-        """
-        if self._step == self._steps:
-            raise ValueError(f"all {self._steps} steps have been taken; the next video needs a StepCache of its own")
+        """Velocity at x, as ``HYVideoDiffusionTransformer.forward`` has it; float32 where it is not computed."""
         step, self._step = self._step, self._step + 1
-        self._note_change(self._modulated_input(x, t, text_states_2, guidance))
+        modulated = self._modulated_input(x, t, text_states_2, guidance)
+        if self._last_input is not None:
+            difference = (modulated - self._last_input).abs().mean((1, 2))
+            self._change = self._change + difference / self._last_input.abs().mean((1, 2))
+        self._last_input = modulated
         if 1 < step < self._steps - 1 and bool((self._change < self._threshold).all()):
             return self._continued(t)
         velocity = self._transformer(x, t, text_states, text_mask, text_states_2, guidance)
@@ -98,24 +92,13 @@ class StepCache:
         ahead = torch.where(gap == 0, torch.zeros_like(gap), (t - t_last) / gap)
         return last + (last - before) * ahead.view(-1, 1, 1, 1, 1)
 
-    def _note_change(self, modulated: Tensor) -> None:
-        """Add the relative change, in the mean of absolute values, of ``modulated`` (B, L, hidden) since the last step."""
-        if self._last_input is not None:
-            difference = (modulated - self._last_input).abs().mean((1, 2))
-            self._change = self._change + difference / self._last_input.abs().mean((1, 2))
-        self._last_input = modulated
-
     def _modulated_input(self, x: Tensor, t: Tensor, text_states_2: Tensor, guidance: Tensor | None) -> Tensor:
         """What the first block's attention reads of the image, at most ``MAX_TOKENS`` tokens of it: (B, L, hidden), float32."""
-        if self._first_modulation is None:
-            self._first_modulation = self._copy_first_modulation(x.device)
+        if self._first_modulation is None:  # a copy of it, as the block itself may be in host memory between its turns
+            linear, rows = self._transformer.double_blocks[0].img_mod.linear, 2 * self.config.hidden_size
+            self._first_modulation = tuple(part.detach()[:rows].to(x.device, copy=True) for part in (linear.weight, linear.bias))
         img = self._transformer.img_in(x.to(self._transformer.dtype))
         img = img[:, :: -(-img.shape[1] // MAX_TOKENS)]
         vec = self._transformer.conditioning(t, text_states_2, guidance)
         shift, scale = F.linear(F.silu(vec), *self._first_modulation)[:, None].chunk(2, dim=-1)
         return modulated_norm(img, shift, scale).float()
-
-    def _copy_first_modulation(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the first shift and scale. A copy: the block itself may be in host memory between its turns."""
-        linear, rows = self._transformer.double_blocks[0].img_mod.linear, 2 * self.config.hidden_size
-        return linear.weight.detach()[:rows].to(device, copy=True), linear.bias.detach()[:rows].to(device, copy=True)

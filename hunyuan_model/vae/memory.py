@@ -11,12 +11,13 @@ import torch
 
 from hunyuan_model.vae.convolution import piece_elements
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D, VAEConfig
-from hunyuan_model.vae.tiling import check_tile_size
 from utils.disk_space import readable
+from utils.errors import UserError
 from utils.free_memory import free_device_memory
 
 logger = logging.getLogger(__name__)
 
+TILE_SIZE_UNIT = 32  # a quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels
 DEFAULT_CHUNK_SIZE = 32
 SHARE_OF_FREE = 0.8
 """The rest is for what is not counted: workspaces of libraries, and gaps between tensors."""
@@ -43,8 +44,13 @@ class VAESettings:
     vae_spatial_tile_sample_min_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.vae_spatial_tile_sample_min_size is not None:
-            check_tile_size(self.vae_spatial_tile_sample_min_size)
+        tile, unit = self.vae_spatial_tile_sample_min_size, TILE_SIZE_UNIT
+        if tile is not None and (tile <= 0 or tile % unit):
+            lower = max(tile // unit, 1) * unit
+            raise UserError(
+                f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of {unit} pixels, which tiles of the VAE must be; "
+                f"use {lower} or {lower + unit}."
+            )
 
     @property
     def lighter_flags(self) -> str:

@@ -20,7 +20,7 @@ from hunyuan_model.vae.layers import (
     ResnetBlockCausal3D,
     Upsample,
 )
-from hunyuan_model.vae.tiling import check_tile_size, run_in_tiles
+from hunyuan_model.vae.tiling import run_in_tiles
 from utils.errors import UserError
 
 SPATIAL_COMPRESSION = 8
@@ -70,37 +70,21 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class DownBlock(nn.Module):
-    """Residual blocks, then halving in space (and in time) unless it is the last one."""
+class ResnetStack(nn.Module):
+    """Residual blocks, then what halves or doubles the clip, where there is such a module, under its published name."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: nn.Module | None):
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, name: str, resample: nn.Module | None):
         super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.downsamplers = nn.ModuleList([downsample] if downsample else [])
+        inputs = [in_channels, *[out_channels] * (layers - 1)]
+        self.resnets = nn.ModuleList(ResnetBlockCausal3D(channels, out_channels, groups) for channels in inputs)
+        if resample is not None:
+            self.add_module(name, nn.ModuleList([resample]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+        for layers in self.children():
+            for layer in layers:
+                x = layer(x)
         return x
-
-
-class UpBlock(nn.Module):
-    """Residual blocks, then doubling in space (and in time) unless it is the last one."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: nn.Module | None):
-        super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.upsamplers = nn.ModuleList([upsample] if upsample else [])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
-
-
-def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
-    inputs = [in_channels, *[out_channels] * (layers - 1)]
-    return nn.ModuleList(ResnetBlockCausal3D(channels, out_channels, groups) for channels in inputs)
 
 
 class Encoder(nn.Module):
@@ -111,8 +95,10 @@ class Encoder(nn.Module):
         widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = CausalConv3d(config.in_channels, widths[0])
         halving = [Downsample(widths[0], 1), Downsample(widths[1], 2), Downsample(widths[2], 2), None]
-        inputs = (widths[0], *widths)
-        self.down_blocks = nn.ModuleList(DownBlock(*sizes, layers, groups, last) for *sizes, last in zip(inputs, widths, halving))
+        self.down_blocks = nn.ModuleList(
+            ResnetStack(before, width, layers, groups, "downsamplers", last)
+            for before, width, last in zip((widths[0], *widths), widths, halving)
+        )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
@@ -134,8 +120,10 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups)
         doubling = [Upsample(widths[0], 1), Upsample(widths[1], 2), Upsample(widths[2], 2), None]
-        inputs = (widths[0], *widths)
-        self.up_blocks = nn.ModuleList(UpBlock(*sizes, layers, groups, last) for *sizes, last in zip(inputs, widths, doubling))
+        self.up_blocks = nn.ModuleList(
+            ResnetStack(before, width, layers, groups, "upsamplers", last)
+            for before, width, last in zip((widths[0], *widths), widths, doubling)
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
@@ -173,14 +161,9 @@ class AutoencoderKLCausal3D(nn.Module):
 
         Args:
             chunk_size: columns that a convolution takes at a time, None for all: the same values.
-            tile_size: side in pixels of squares that overlap by a quarter and are blended linearly, None for whole frames. The
-                values differ a little: a tile does not see beyond its edges.
-
-        Raises:
-            UserError: a tile whose side is not a positive multiple of 32.
+            tile_size: side in pixels, a multiple of 32, of squares that overlap by a quarter and are blended linearly, None for
+                whole frames. The values differ a little: a tile does not see beyond its edges.
         """
-        if tile_size is not None:
-            check_tile_size(tile_size)
         self.spatial_tile = tile_size
         for module in self.modules():
             if isinstance(module, CausalConv3d):

@@ -6,20 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from utils.errors import UserError
-
-TILE_SIZE_UNIT = 32  # a quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels
-
-
-def check_tile_size(pixels: int) -> None:
-    """Raise a UserError unless ``pixels`` is a positive multiple of 32."""
-    if pixels <= 0 or pixels % TILE_SIZE_UNIT:
-        lower = max(pixels // TILE_SIZE_UNIT, 1) * TILE_SIZE_UNIT
-        raise UserError(
-            f"--vae_spatial_tile_sample_min_size {pixels} is not a multiple of {TILE_SIZE_UNIT} pixels, which tiles of the VAE "
-            f"must be; use {lower} or {lower + TILE_SIZE_UNIT}."
-        )
-
 
 def run_in_tiles(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int, tile_out: int) -> torch.Tensor:
     """``run`` on tiles of ``x`` (B, C, T, H, W) with a side of ``tile``, of which it makes tiles with a side of ``tile_out``.

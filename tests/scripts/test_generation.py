@@ -1,4 +1,4 @@
-"""hv_generate_video.py: what it writes, that LoRA and seeds act, what it refuses."""
+"""hv_generate_video.py: what it writes, that LoRA and seeds change it, what it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (32, 48)
 
 @pytest.fixture
 def generate(call_script, tiny_model, tmp_path):
-    """``generate(*flags)`` draws 5 frames of 32 x 48 in 3 steps into tmp_path/out; later flags win."""
+    """``generate(*flags)`` makes 5 frames of 32 x 48 in 3 steps in tmp_path/out; later flags win."""
 
     def run(*flags: object, folder: str = "out"):
         models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae)
@@ -32,9 +32,21 @@ def generate(call_script, tiny_model, tmp_path):
     return run
 
 
-def latent_of(tmp_path: Path, folder: str = "out") -> torch.Tensor:
-    (path,) = (tmp_path / folder).glob("*_latent.safetensors")
+def latent_of(folder: Path) -> torch.Tensor:
+    (path,) = folder.glob("*_latent.safetensors")
     return load_file(path)["latent"]
+
+
+@pytest.fixture
+def sampled(generate, tmp_path):
+    """``sampled(folder, *flags)`` is the latent that ``generate`` makes."""
+
+    def run(folder: str, *flags: object) -> torch.Tensor:
+        ended = generate("--output_type", "latent", *flags, folder=folder)
+        assert ended.status == 0, ended.stderr
+        return latent_of(tmp_path / folder)
+
+    return run
 
 
 @pytest.fixture
@@ -58,7 +70,7 @@ def test_both_writes_latent_and_video(generate, tmp_path):
     assert all("_1234" in path.name for path in written)
     metadata = read_header(written[1]).metadata
     assert metadata["prompt"] == "a red ball" and metadata["seed"] == "1234" and metadata["infer_steps"] == "3"
-    assert latent_of(tmp_path).shape == (16, 2, 4, 6)
+    assert latent_of(tmp_path / "out").shape == (16, 2, 4, 6)
     with av.open(str(written[0])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 12
@@ -70,17 +82,8 @@ def test_images_equal_decoding_the_latent_later(generate, call_script, tiny_mode
     assert generate("--output_type", "images").status == 0
     assert generate("--output_type", "latent", folder="latents").status == 0
     (latent,) = (tmp_path / "latents").iterdir()
-    decoded = call_script(
-        "hv_generate_video",
-        "--latent_path",
-        latent,
-        "--vae",
-        tiny_model.vae,
-        "--save_path",
-        tmp_path / "late",
-        "--output_type",
-        "images",
-    )
+    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "late", "--output_type", "images")
+    decoded = call_script("hv_generate_video", "--latent_path", latent, *flags)
     assert decoded.status == 0, decoded.stderr
     (now,) = (tmp_path / "out").iterdir()
     (late,) = (tmp_path / "late").iterdir()
@@ -91,22 +94,16 @@ def test_images_equal_decoding_the_latent_later(generate, call_script, tiny_mode
             assert first.text["prompt"] == second.text["prompt"] == "a red ball"
 
 
-def test_the_seed_decides_the_picture(generate, tmp_path):
-    def drawn(folder: str, *flags: object) -> torch.Tensor:
-        ended = generate("--output_type", "latent", *flags, folder=folder)
-        assert ended.status == 0, ended.stderr
-        return latent_of(tmp_path, folder)
-
-    first = drawn("first")
-    assert torch.equal(first, drawn("again"))
-    assert not torch.allclose(first, drawn("seed", "--seed", 5), atol=1e-4)
+def test_the_seed_decides_the_picture(sampled):
+    first = sampled("first")
+    assert torch.equal(first, sampled("again"))
+    assert not torch.allclose(first, sampled("seed", "--seed", 5), atol=1e-4)
 
 
-def test_sampling_equals_the_scheduler_of_diffusers(generate, tiny_model, tmp_path):
+def test_sampling_equals_the_scheduler_of_diffusers(sampled, tiny_model):
     """The same noise, network and conditions through diffusers' flow-matching Euler scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    assert generate("--output_type", "latent").status == 0
     load = {"device": torch.device("cpu"), "dtype": torch.float32}
     states, mask = hunyuan_model.load_text_encoder_1(tiny_model.text_encoder1, **load).encode(["a red ball"])
     pooled = hunyuan_model.load_text_encoder_2(tiny_model.text_encoder2, **load).encode(["a red ball"])
@@ -119,30 +116,25 @@ def test_sampling_equals_the_scheduler_of_diffusers(generate, tiny_model, tmp_pa
         for t in scheduler.timesteps:
             velocity = transformer(latents, t[None], states, mask, pooled, torch.tensor([6000.0]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    torch.testing.assert_close(latent_of(tmp_path), latents[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sampled("out"), latents[0], atol=1e-4, rtol=1e-4)
 
 
-def test_lora_is_merged_while_loading_and_into_a_file(generate, call_script, tiny_model, lora, tmp_path):
-    def drawn(folder: str, *flags: object) -> torch.Tensor:
-        ended = generate("--output_type", "latent", *flags, folder=folder)
-        assert ended.status == 0, ended.stderr
-        return latent_of(tmp_path, folder)
-
-    plain, with_lora = drawn("plain"), drawn("lora", "--lora_weight", lora)
+def test_lora_is_merged_while_loading_and_into_a_file(sampled, call_script, tiny_model, lora, tmp_path):
+    plain, with_lora = sampled("plain"), sampled("lora", "--lora_weight", lora)
     assert (with_lora - plain).abs().max() > 1e-2
-    assert torch.equal(plain, drawn("zero", "--lora_weight", lora, "--lora_multiplier", 0))
-    twice = drawn("twice", "--lora_weight", lora, lora, "--lora_multiplier", 0.5)  # 0.5 and 1.0
-    torch.testing.assert_close(twice, drawn("more", "--lora_weight", lora, "--lora_multiplier", 1.5), atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain, sampled("zero", "--lora_weight", lora, "--lora_multiplier", 0))
+    twice = sampled("twice", "--lora_weight", lora, lora, "--lora_multiplier", 0.5)  # 0.5 and 1.0
+    torch.testing.assert_close(twice, sampled("more", "--lora_weight", lora, "--lora_multiplier", 1.5), atol=1e-4, rtol=1e-4)
 
     merged = tmp_path / "merged" / "dit.safetensors"
     ended = call_script("hv_generate_video", "--dit", tiny_model.dit, "--lora_weight", lora, "--save_merged_model", merged)
     assert ended.status == 0, ended.stderr
     assert load_file(merged).keys() == load_file(tiny_model.dit).keys()
-    torch.testing.assert_close(drawn("merged_file", "--dit", merged), with_lora, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sampled("merged_file", "--dit", merged), with_lora, atol=1e-5, rtol=1e-5)
 
     other = tmp_path / "other.safetensors"
     assert call_script("convert_lora", "--input", lora, "--output", other, "--target", "other").status == 0
-    torch.testing.assert_close(drawn("converted", "--lora_weight", other), with_lora, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sampled("converted", "--lora_weight", other), with_lora, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -203,20 +195,17 @@ def test_swapped_models_are_told_apart(generate, tiny_model):
     assert swapped.status == 2 and "--text_encoder1" in swapped.stderr and "CLIP" in swapped.stderr
 
 
-def test_several_latents_are_decoded_under_names_of_their_own(generate, call_script, tiny_model, tmp_path):
-    assert generate("--output_type", "latent", "--video_length", 1).status == 0
-    (first,) = (tmp_path / "out").iterdir()
-    second = first.with_name("second.safetensors")
-    second.write_bytes(first.read_bytes())
-    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "videos", "--fp8")
-    ended = call_script("hv_generate_video", "--latent_path", first, second, *flags)
-    assert ended.status == 0 and len(list((tmp_path / "videos").iterdir())) == 2
+def test_several_latents_are_decoded_under_names_of_their_own(call_script, tiny_model, tmp_path, caplog):
     (tmp_path / "elsewhere").mkdir()
-    twin = tmp_path / "elsewhere" / "second_latent.safetensors"
-    twin.write_bytes(second.read_bytes())
-    ended = call_script("hv_generate_video", "--latent_path", second, twin, *flags)
-    assert ended.status == 0 and len(set(ended.stdout.split())) == 2
-    assert len(list((tmp_path / "videos").iterdir())) == 4
+    paths = [tmp_path / "a_latent.safetensors", tmp_path / "b.safetensors", tmp_path / "elsewhere" / "b_latent.safetensors"]
+    for path in paths:
+        save_file({"latent": torch.zeros(16, 1, 2, 2)}, path)
+    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--lora_weight", "x.safetensors", "--fp8")
+    ended = call_script("hv_generate_video", "--latent_path", *paths, *flags)
+    assert ended.status == 0, ended.stderr
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["a.mp4", "b-2.mp4", "b.mp4"] and len(ended.stdout.split()) == 3
+    assert caplog.text.count("--fp8, --lora_weight: no effect with --latent_path") == 1
 
 
 def test_out_of_memory_names_the_flags(generate, monkeypatch):
@@ -243,21 +232,12 @@ def test_two_latents_of_one_second_and_seed_are_kept(generate, monkeypatch, tmp_
     assert names == ["20260101-000000_1234-2_latent.safetensors", "20260101-000000_1234_latent.safetensors"]
 
 
-@pytest.mark.parametrize("output_type", ["video", "images"])
-def test_nothing_is_overwritten(call_script, tiny_model, tmp_path, output_type):
+def test_pictures_are_not_overwritten(call_script, tiny_model, tmp_path):
     for frames in (2, 1):
         save_file({"latent": torch.zeros(16, frames, 2, 2)}, tmp_path / "a.safetensors")
-        flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", output_type)
+        flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", "images")
         assert call_script("hv_generate_video", "--latent_path", tmp_path / "a.safetensors", *flags).status == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == (["a", "a-2"] if output_type == "images" else ["a-2.mp4", "a.mp4"])
-
-
-def test_flags_without_effect_are_logged_once(call_script, tiny_model, tmp_path, caplog):
-    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a.safetensors")
-    decoding = ("--latent_path", tmp_path / "a.safetensors", "--vae", tiny_model.vae, "--save_path", tmp_path / "out")
-    ended = call_script("hv_generate_video", *decoding, "--lora_weight", "x.safetensors", "--fp8")
-    assert ended.status == 0 and caplog.text.count("--fp8, --lora_weight: no effect with --latent_path") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "a-2"]
 
 
 def test_lora_that_does_not_fit(generate, tmp_path):

@@ -72,8 +72,8 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
             f"{source} is not a plain LoRA: it holds keys such as {foreign[0]}. "
             "Files made by LyCORIS need the network module that made them (for example lycoris.kohya)."
         )
-    found = (name for name, layout in LAYOUTS.items() if any(layout.read_key(key) for key in names))
-    layout = LAYOUTS[layout_name := next(found, DEFAULT)]
+    layout_name = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name].read_key(key) is not None for key in names))
+    layout = LAYOUTS[layout_name]
     unknown = [name for name in names if layout.read_key(name) is None]
     if unknown or not names:
         examples = " or ".join(layout.example for layout in LAYOUTS.values())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_lora
 from networks.lora_files import check_lora_file, group_keys, lora_pairs, read_lora, tensor_hashes, to_layout
-from networks.lora_layouts import DEFAULT, OTHER, flat_name, module_path
+from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout, flat_name, module_path
 from utils.errors import UserError, run_script
 from utils.safetensors_io import read_header
 
@@ -109,6 +109,15 @@ def test_the_transformer_prefix_and_a_stored_alpha_are_read():
     assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in to_layout(tensors, OTHER, "test")
 
 
+def test_a_new_entry_of_the_table_is_read_and_written(monkeypatch):
+    endings = {"down": "lora_A.default.weight", "up": "lora_B.default.weight", "alpha": "alpha"}
+    monkeypatch.setitem(LAYOUTS, "peft", LoraLayout("base_model.*", ("base_model.model.", "transformer."), True, endings))
+    stored = to_layout(load_file(LORA), "peft", "test")
+    assert "base_model.model.double_blocks.0.img_mlp.fc1.lora_A.default.weight" in stored
+    assert group_keys(stored, "test")[0] == "peft"
+    assert_same_tensors(to_layout(stored, DEFAULT, "test"), load_file(LORA))
+
+
 def test_no_alpha_means_scale_one():
     assert lora_pairs(pair(), "test")["double_blocks_0_img_attn_qkv"].scale == 1.0
     assert to_layout(pair(), DEFAULT, "test")["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 4.0
@@ -148,10 +157,11 @@ def test_check_reads_the_header_and_compares_with_the_model():
     assert check_lora_file(LORA, shapes).layout == DEFAULT
     assert check_lora_file(LORA_OTHER, shapes).layout == OTHER
     smaller = {name: shape for name, shape in shapes.items() if not name.startswith("single_blocks.2")}
-    with pytest.raises(
-        UserError, match=r"do not match the model: 2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"
-    ):
-        check_lora_file(LORA, smaller)
+    absent = "2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"
+    wider = shapes | {"single_blocks.0.linear1.weight": (400, 48)}
+    for other, message in ((smaller, absent), (wider, r"1 of 22 have another size .*\(336, 48\).*\(400, 48\)")):
+        with pytest.raises(UserError, match=f"do not match the model: {message}"):
+            check_lora_file(LORA, other)
 
 
 def test_hashes_are_those_that_sd_scripts_wrote():

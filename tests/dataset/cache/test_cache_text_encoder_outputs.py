@@ -19,7 +19,6 @@ from hunyuan_model import load_text_encoder_1, load_text_encoder_2
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from utils.errors import UserError
-from utils.safetensors_io import read_header
 
 SCRIPT = "cache_text_encoder_outputs.py"
 
@@ -73,22 +72,6 @@ def test_caches_hold_what_the_encoders_give(tiny_model, tiny_dataset: Path, run_
     assert written == sorted(f"{item.stem}_hv_te.safetensors" for item in items)  # one for a clip, and nothing else
 
 
-def test_file_layout(tiny_model, tiny_dataset: Path, run_here) -> None:
-    assert run_here(flags(tiny_dataset, tiny_model, text_encoder_dtype="bf16", fp8_llm=True)) == 0
-    item = all_items(tiny_dataset)[0]
-    header = read_header(text_cache_path(item))
-    contract = {"architecture": "hunyuan_video", "format_version": "1.0.0", "caption1": item.caption}
-    assert header.metadata.items() > contract.items()
-    assert set(header.metadata) - set(contract) == {"text_encoder1", "text_encoder2", "tokenizer1", "tokenizer2"}
-    tensors = load_file(text_cache_path(item))
-    assert {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()} == {
-        "llm_bfloat16": (torch.bfloat16, 2),
-        "llm_mask": (torch.int64, 1),
-        "clipL_bfloat16": (torch.bfloat16, 1),
-    }
-    assert len(tensors["llm_mask"]) == len(tensors["llm_bfloat16"]) == 256
-
-
 def test_states_that_are_no_numbers_are_never_saved(tiny_model, tiny_dataset: Path, tmp_path: Path, run_here, capsys) -> None:
     """One token's embedding is NaN; only the caption with that token fails, in whatever batch it stands."""
     folder = tmp_path / "encoder"
@@ -107,14 +90,6 @@ def test_states_that_are_no_numbers_are_never_saved(tiny_model, tiny_dataset: Pa
     captured = capsys.readouterr()
     assert "7 encoded, 0 kept, 1 failed" in captured.out
     assert str(bad.path) in captured.err and "NaN" in captured.err
-
-
-def test_missing_caption_is_told_before_a_model_is_loaded(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:
-    item = all_items(tiny_dataset)[3]
-    caption_file(item).unlink()
-    monkeypatch.setattr("hunyuan_model.load_text_encoder_2", None, raising=False)
-    with pytest.raises(UserError, match=item.path.name):
-        run_here(flags(tiny_dataset, tiny_model))
 
 
 def test_running_out_of_memory_names_the_flags(tiny_model, tiny_dataset: Path, run_here, monkeypatch) -> None:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 import dataset.cache.preparation as preparation
@@ -65,12 +64,6 @@ def test_windows_of_a_clip_hold_its_frames(tmp_path):
     assert {target.window for target in results[-1].targets} == set(clips)
 
 
-def test_clip_that_is_too_short_calls_for_nothing(tmp_path):
-    write_clip(tmp_path / "a.mp4", 4)
-    [finished] = prepare_item(list_items(video_dataset(tmp_path, target_frames=(5, 9)))[0])
-    assert isinstance(finished, Finished) and not finished.targets and not finished.decoded
-
-
 def test_only_wanted_targets_are_decoded(tmp_path, monkeypatch):
     write_clip(tmp_path / "a.mp4", 10)
     item = list_items(video_dataset(tmp_path, target_frames=(1, 5)))[0]
@@ -82,8 +75,7 @@ def test_only_wanted_targets_are_decoded(tmp_path, monkeypatch):
     assert len(finished.targets) == 2 and not finished.decoded
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch, num_workers):
+def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch):
     stems = write_pictures(tmp_path, 12)
     read = preparation.read_image
 
@@ -92,7 +84,7 @@ def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch, num_worke
         return read(path)
 
     monkeypatch.setattr(preparation, "read_image", read_unevenly)
-    results = list(prepare(list_items(image_dataset(tmp_path)), num_workers))
+    results = list(prepare(list_items(image_dataset(tmp_path)), num_workers=3))
     assert [result.target.item.stem for result in results[::2]] == stems
     assert [result.item.stem for result in results[1::2]] == stems
     assert [int(result.pixels.mean()) for result in results[::2]] == list(range(12))

@@ -45,11 +45,6 @@ def test_frames_of_even_videos(fps, target, start):
     assert found.record == f"{target} from timestamps"
 
 
-def test_nothing_to_choose_from():
-    assert resample(even_times(60, 30), 30, 0) is None
-    assert resample([0.0], 30, 24) is None
-
-
 def test_times_rounded_to_milliseconds_are_even():
     for fps in (24000 / 1001, 24, 30, 59.94):
         found = resample([round(time, 3) for time in even_times(240, fps)], fps, 24)

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import nearest_existing
 
 
-def require_room(wanted: Mapping[Path, int], what: str, remedy: str) -> None:
-    """Refuse to start where what will be written does not fit.
+def require_room(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to start where what will be written to a folder, which need not exist yet, does not fit on its disk.
 
     Args:
-        wanted: bytes by the folder they go to; folders on one disk share its room.
         what: for the message, with its verb: ``the latents take``.
         remedy: for the message: ``give another folder``.
 
     Raises:
         UserError: with the sizes.
     """
-    by_disk: dict[int, list[Path]] = {}
-    for folder in wanted:
-        by_disk.setdefault(os.stat(_existing(folder)).st_dev, []).append(folder)
-    for folders in by_disk.values():
-        usage, needed = shutil.disk_usage(_existing(folders[0])), sum(wanted[folder] for folder in folders)
-        if usage.total and usage.free < needed:  # some network file systems say 0 of 0
-            where = ", ".join(map(str, folders))
-            raise UserError(
-                f"the disk of {where} has {readable(usage.free)} free, but {what} about {readable(needed)}. "
-                f"Free some space, or {remedy}."
-            )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    while not os.path.exists(folder) and folder != folder.parent:
-        folder = folder.parent
-    return folder
+    try:
+        disk = shutil.disk_usage(nearest_existing(folder))
+    except OSError:
+        return
+    if disk.total and disk.free < needed:  # some network file systems say 0 of 0
+        raise UserError(
+            f"the disk of {folder} has {readable(disk.free)} free, but {what} about {readable(needed)}. "
+            f"Free some space, or {remedy}."
+        )
 
 
 def readable(size: int) -> str:

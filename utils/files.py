@@ -14,7 +14,6 @@ from pathlib import Path
 from utils.errors import UserError
 
 SIGNATURE_BYTES = 64  # of a file, enough for ``foreign_content``
-SHOWN_CHARACTERS = 200  # of a path that is too long
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
 
@@ -24,11 +23,10 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
 
     On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
-    keeps the suffix, so that writers which choose a format by suffix work; with ``keep_name`` all of the name, so that
-    what a killed process leaves can be recognised (see ``final_of_temporary``).
+    keeps the suffix, which some writers look at; with ``keep_name`` all of the name (see ``final_of_temporary``).
 
     Raises:
-        UserError: the folder cannot be written to, or nothing can have the name ``path``; before anything is written.
+        UserError: the folder cannot be written to, or nothing can have the name ``path``.
     """
     final = Path(path)
     require_possible_file(final)
@@ -145,30 +143,25 @@ def require_there(path: str | os.PathLike[str], what: str) -> Path:
     except FileNotFoundError:
         raise UserError(f"{what} not found: {found} does not exist.") from None
     except OSError as error:  # a name too long, a folder that may not be looked into, links in a circle
-        raise UserError(f"{what} not found: {_shortened(found)} cannot be opened ({error.strerror or error}).") from None
+        raise UserError(f"{what} not found: {found} cannot be opened ({error.strerror or error}).") from None
     return found
 
 
 def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write,") -> None:
-    """Refuse a path under which no file can appear: that of a folder, or a name that the system does not take.
-
-    Raises:
-        UserError: says ``what`` it was.
-    """
+    """Refuse with a UserError a path under which no file can appear: a folder's, or a name that the system does not take."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # what is wrong with its folder shows when that is made
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{what} {_shortened(path)}, cannot have that name ({reason}). Give a shorter one.") from error
+        raise UserError(f"{what} {path}, cannot have that name ({error.strerror or error}). Give a shorter one.") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{what} {path}, is a folder. Give the name of a file.")
 
 
-def _shortened(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents, Path()) if os.path.exists(path))
 
 
 def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
@@ -184,9 +177,7 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
         pass  # what follows finds out more
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be a folder ({error.strerror or error}). Give another one.") from error
-    existing = folder
-    while not os.path.exists(existing) and existing != existing.parent:
-        existing = existing.parent
+    existing = nearest_existing(folder)
     probe = existing / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
         probe.touch(exist_ok=False)
@@ -198,13 +189,9 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
 
 
 def foreign_content(start: bytes) -> str | None:
-    """What a file that should hold tensors holds instead, and what to do about it, to complete "the file ...".
+    """What a file holds that should hold tensors, and what to do about it, to complete "the file ..."; None if unknown.
 
-    Args:
-        start: its first ``SIGNATURE_BYTES`` bytes.
-
-    Returns:
-        None where the bytes do not tell.
+    ``start`` is its first ``SIGNATURE_BYTES`` bytes.
     """
     if not start:
         return "is empty. Copy or download it again."

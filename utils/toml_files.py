@@ -14,12 +14,8 @@ from utils.files import require_file
 BACKSLASH_HINT = "In double quotes a backslash starts an escape: write C:/folder, or 'C:\\folder' in single quotes."
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML with the standard library where it can (Python 3.11 on), else with the ``toml`` package.
-
-    Raises:
-        ValueError: not TOML; the message tells the line.
-    """
+def _parse(text: str) -> dict[str, Any]:
+    """With the standard library where it can (Python 3.11 on), else with the ``toml`` package; a ValueError names the line."""
     if sys.version_info >= (3, 11):
         import tomllib
 
@@ -46,21 +42,17 @@ def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str
     except OSError as error:
         raise UserError(f"cannot read {what} {found}: {error.strerror or error}.") from error
     try:
-        return parse_toml(text)
+        return _parse(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{found} is not valid TOML: {str(error).rstrip('.')}. {_syntax_hint(text, str(error))}") from error
 
 
 def _syntax_hint(text: str, message: str) -> str:
-    """What to do about a syntax error, judged by the line that the parser names."""
+    """The line that the parser names, and what to do about backslashes in it."""
     match = re.search(r"line (\d+)", message)
-    lines = text.splitlines()
-    if not match or int(match[1]) > len(lines):
-        return "Mend the file."
-    line = lines[int(match[1]) - 1].strip()
-    if '"' in line and "\\" in line:
-        return f"The line is: {line} - {BACKSLASH_HINT}"
-    return f"The line is: {line or '(empty; look at the lines above)'}"
+    line = dict(enumerate(text.splitlines(), start=1)).get(int(match[1]) if match else 0, "").strip()
+    hint = f" - {BACKSLASH_HINT}" if '"' in line and "\\" in line else ""
+    return f"The line is: {line}{hint}" if line else "Mend the file."
 
 
 def has_escaped_backslash_accident(value: str) -> bool:

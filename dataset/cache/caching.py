@@ -62,7 +62,7 @@ def open_jobs(path: str, writes: bool = True) -> list[Job]:
     require_items(job.report for job in jobs)
     for job in jobs if writes else ():
         folder = require_writable_folder(job.dataset.cache_directory, f"cache_directory of {job.dataset.label}")
-        require_room({folder: ROOM_BYTES}, "a cache file takes", "give another cache_directory")
+        require_room(folder, ROOM_BYTES, "a cache file takes", "give another cache_directory")
     return jobs
 
 

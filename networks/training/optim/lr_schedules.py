@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from networks.training.optim.optimizers import picks_own_learning_rate
 from utils.errors import UserError, first_line
-from utils.key_values import literal_key_values, nearest_name
-from utils.named_classes import construct, import_class
+from utils.key_values import construct, import_class, literal_key_values, nearest_name
 
 ADAFACTOR = "adafactor"
 WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")

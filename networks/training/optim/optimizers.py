@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from utils.errors import UserError, first_line
-from utils.key_values import literal_key_values, nearest_name
-from utils.named_classes import construct, import_class
+from utils.key_values import construct, import_class, literal_key_values, nearest_name
 
 logger = logging.getLogger(__name__)
 

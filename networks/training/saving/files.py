@@ -148,7 +148,7 @@ def require_room_for_save(settings: SaveSettings, values: int, dtype: torch.dtyp
     size, what = values * dtype.itemsize, "one model takes"
     if settings.state_at_end:
         size, what = size + round(values * (4 + optimizer_bytes)), "one model with its state takes"
-    require_room({settings.folder: size}, what, "give another --output_dir")
+    require_room(settings.folder, size, what, "give another --output_dir")
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

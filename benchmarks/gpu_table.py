@@ -56,12 +56,12 @@ def gpu_table(plan: MemoryPlan, gpus: tuple[int, ...] = GPUS) -> str:
 
 def _cells(plan: MemoryPlan, gpu: int) -> str:
     free = gpu * 2**30 - HELD
-    fitting = plan.until_it_fits(free)
-    if not fitting.enough:
+    flags, plan = plan.until_it_fits(free)
+    need = plan.need()
+    if need.on_device > free:
         return "too small | |"
-    need = fitting.plan.need()
-    flags = f"`{' '.join(fitting.flags)}`" if fitting.flags else "none needed"
-    return f"{flags} | {need.on_device / 1e9:.1f} GB | {need.on_host / 1e9:.1f} GB"
+    given = f"`{' '.join(flags)}`" if flags else "none needed"
+    return f"{given} | {need.on_device / 1e9:.1f} GB | {need.on_host / 1e9:.1f} GB"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -48,8 +49,7 @@ class BatchSize:
         return self.samples * (self.image_tokens(config) + max(1, self.text_tokens))
 
 
-@dataclass(frozen=True)
-class WeightBytes:
+class WeightBytes(NamedTuple):
     """Of the transformer's weights.
 
     Attributes:
@@ -76,10 +76,15 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
     resident = host = largest = 0
     swapped_blocks: Counter[str] = Counter()
     for name, shape in _shapes(config).items():
-        quantized = runtime.weights is not WeightFormat.PLAIN and is_quantized_name(name)
-        size = math.prod(shape) + _scale_bytes(shape, runtime.weights) if quantized else math.prod(shape) * dtype.itemsize
-        if quantized:
-            largest = max(largest, math.prod(shape))
+        count = shape.numel()
+        size = count * dtype.itemsize
+        if runtime.quantized and is_quantized_name(name):
+            largest = max(largest, count)
+            size = count
+            if runtime.weights is WeightFormat.FP8_SCALED:
+                size += FLOAT32 * shape[0]
+            elif runtime.weights is WeightFormat.INT8:
+                size += torch.bfloat16.itemsize * (count // GROUP if shape[1] % GROUP == 0 else shape[0])
         if is_on_host(name):
             size = -(-size // ALIGNMENT) * ALIGNMENT
             host += size
@@ -87,34 +92,20 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
                 swapped_blocks[".".join(name.split(".")[:2])] += size
         else:
             resident += size
-    slots = SLOTS * max(swapped_blocks.values(), default=0)
-    return WeightBytes(resident, slots, host, largest * _dequantized_itemsize(dtype, runtime))
+    if runtime.fp8_fast:
+        itemsize = 1  # transposed, for the backward pass
+    else:  # scales may be too small for float16, so the product of codes and scales is made in float32
+        itemsize = dtype.itemsize + (FLOAT32 if dtype == torch.float16 and runtime.weights is not WeightFormat.FP8 else 0)
+    return WeightBytes(resident, SLOTS * max(swapped_blocks.values(), default=0), host, largest * itemsize)
 
 
 @lru_cache
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: tuple(weight.shape) for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
+        return {name: weight.shape for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
 
 
-def _scale_bytes(shape: tuple[int, ...], weights: WeightFormat) -> int:
-    channels, inputs = shape
-    if weights is WeightFormat.FP8_SCALED:
-        return FLOAT32 * channels
-    groups = inputs // GROUP if inputs % GROUP == 0 else 1
-    return torch.bfloat16.itemsize * channels * groups if weights is WeightFormat.INT8 else 0
-
-
-def _dequantized_itemsize(dtype: torch.dtype, runtime: RuntimeSettings) -> int:
-    """Bytes per value of the copies of a weight that exist at once while it is dequantized."""
-    if runtime.fp8_fast:
-        return 1  # transposed, for the backward pass
-    # Scales may be too small for float16, so the product of codes and scales is made in float32.
-    return dtype.itemsize + (FLOAT32 if runtime.weights is not WeightFormat.FP8 and dtype == torch.float16 else 0)
-
-
-@dataclass(frozen=True)
-class ActivationBytes:
+class ActivationBytes(NamedTuple):
     """What a batch needs at the peak of its step.
 
     Attributes:
@@ -156,9 +147,11 @@ def training_activations(
     double = (10 + (batch.samples > 1)) * hidden + 2 * mlp
     # Inputs of linear1 and linear2; the output of linear1; rotated q and k; the attention's output.
     single = 8 * hidden + 2 * mlp
-    # In a backward pass: the gradients of the widest layer's input, by the layer and by its LoRA; and those of the block's input.
-    double_working = _gradients(value * mlp, dequantized) + 2 * value * hidden
-    single_working = _gradients(value * (hidden + mlp), dequantized) + value * hidden
+    # In a backward pass: the gradients of the widest layer's input, by the layer and by its LoRA, or by the layer while its weight
+    # is dequantized; and those of the block's input.
+    widest_double, widest_single = value * mlp, value * (hidden + mlp)
+    double_working = widest_double + max(widest_double, dequantized) + 2 * value * hidden
+    single_working = widest_single + max(widest_single, dequantized) + value * hidden
     depth = config.double_depth + config.single_depth
     final = value * hidden  # the input of the final layer
     if not runtime.gradient_checkpointing:
@@ -170,14 +163,9 @@ def training_activations(
     peaks = [(config.double_depth, value * double, double_working), (depth, value * single, single_working)]
     peaks = peaks if config.single_depth else peaks[:1]
     left, kept, working = max(peaks, key=lambda peak: peak[0] * value * hidden + peak[1] + peak[2])
-    if runtime.gradient_checkpointing_cpu_offload:
-        return ActivationBytes(min(left, ON_DEVICE) * value * hidden + final, depth * value * hidden, kept, working)
-    return ActivationBytes(left * value * hidden + final, 0, kept, working)
-
-
-def _gradients(one: int, dequantized: int) -> int:
-    """By the layer and by its LoRA; or by the layer, while its weight is dequantized."""
-    return max(2 * one, one + dequantized)
+    offload = runtime.gradient_checkpointing_cpu_offload
+    inputs = (min(left, ON_DEVICE) if offload else left) * value * hidden
+    return ActivationBytes(inputs + final, depth * value * hidden if offload else 0, kept, working)
 
 
 def sampling_activations(

@@ -11,6 +11,7 @@ import torch
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import (
+    ActivationBytes,
     BatchSize,
     loss_bytes,
     sampling_activations,
@@ -72,24 +73,6 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """One change: what to give or do, the plan that it makes, and the bytes that it saves on the device."""
-
-    text: str
-    plan: MemoryPlan
-    saves: int
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """What was given, the plan with it, and whether that is enough."""
-
-    flags: list[str]
-    plan: MemoryPlan
-    enough: bool
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """A run, as far as its memory is concerned.
 
@@ -122,30 +105,28 @@ class MemoryPlan:
         config, runtime = self.config, self.runtime
         weights = weight_bytes(config, self.dtype, runtime)
         values = self.network_values or 0
-        inputs = kept = working = host_inputs = 0
+        step = ActivationBytes(0, 0, 0, 0)
         if self.trains:
             step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
-            inputs, kept, working, host_inputs = step.inputs, step.kept, step.working, step.host_inputs
-        samples = [batch for batch in (self.sample, None if self.trains else self.batch) if batch is not None]
-        sampling = max(
-            (sampling_activations(config, one, self.compute_dtype, weights.dequantized, network=self.trains) for one in samples),
-            default=0,
-        )
-        temporary = max(inputs + kept + working, sampling)
+        sampled = self.sample if self.trains else self.batch
+        sampling = 0
+        if sampled is not None:
+            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, network=self.trains)
+        temporary = max(step.device, sampling)
         return Need(
             weights=weights.resident,
             swap_slots=weights.slots,
             network=torch.float32.itemsize * values,
             gradients=torch.float32.itemsize * values if self.trains else 0,
             optimizer=round(self.optimizer_bytes * values),
-            block_inputs=inputs,
-            activations=kept,
-            working=working,
-            sampling=temporary - inputs - kept - working,
+            block_inputs=step.inputs,
+            activations=step.kept,
+            working=step.working,
+            sampling=temporary - step.device,
             tables=loss_bytes(config, self.batch) + table_bytes(config, self.batch),
             kernels=KERNEL_BYTES + round(FRAGMENTS * temporary) if self.device.type == "cuda" else 0,
             host_weights=weights.host,
-            host_inputs=host_inputs,
+            host_inputs=step.host_inputs,
         )
 
     def changed(self, **settings: object) -> MemoryPlan:
@@ -171,52 +152,46 @@ class MemoryPlan:
         logger.info("--blocks_to_swap auto: %d", count)
         return self.with_blocks(count)
 
-    def remedies(self) -> Iterator[Remedy]:
-        """What could be changed next, in the order in which to try it."""
+    def remedies(self) -> Iterator[tuple[str, MemoryPlan]]:
+        """What could be given or done next, and the plan with it, in the order in which to try it."""
         runtime, on_gpu = self.runtime, self.device.type == "cuda"
         if self.trains and not runtime.gradient_checkpointing:
-            yield self._remedy("--gradient_checkpointing", self.changed(gradient_checkpointing=True))
-        if self.may_quantize and runtime.weights is WeightFormat.PLAIN:
-            yield self._remedy("--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8))
+            yield "--gradient_checkpointing", self.changed(gradient_checkpointing=True)
+        if self.may_quantize and not runtime.quantized:
+            yield "--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8)
         if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:
-            yield self._remedy("--gradient_checkpointing_cpu_offload", self.changed(gradient_checkpointing_cpu_offload=True))
+            yield "--gradient_checkpointing_cpu_offload", self.changed(gradient_checkpointing_cpu_offload=True)
         limit = max_blocks_to_swap(self.config)
         if on_gpu and runtime.blocks_to_swap < limit:
             step = -(-limit // SWAP_STEPS)
             count = min(limit, (runtime.blocks_to_swap // step + 1) * step)
-            yield self._remedy(f"--blocks_to_swap {count}", self.with_blocks(count))
+            yield f"--blocks_to_swap {count}", self.with_blocks(count)
         if on_gpu and not runtime.img_in_txt_in_offloading:
-            yield self._remedy("--img_in_txt_in_offloading", self.changed(img_in_txt_in_offloading=True))
+            yield "--img_in_txt_in_offloading", self.changed(img_in_txt_in_offloading=True)
         if self.trains and self.batch.samples > 1:
             half = replace(self.batch, samples=self.batch.samples // 2)
-            yield self._remedy(f"batch_size = {half.samples} in the dataset config", replace(self, batch=half))
+            yield f"batch_size = {half.samples} in the dataset config", replace(self, batch=half)
 
-    def _remedy(self, text: str, plan: MemoryPlan) -> Remedy:
-        return Remedy(text, plan, self.need().on_device - plan.need().on_device)
+    def next_remedy(self) -> tuple[str, MemoryPlan, int] | None:
+        """The first one that saves much, else the first that saves a little, and the bytes that it saves on the device.
 
-    def next_remedy(self) -> Remedy | None:
-        """The first one that saves much, else the first that saves a little; None where only a smaller video is left."""
-        whole, remedies = self.need().on_device, list(self.remedies())
-        for share in (CLEAR_SHARE, LEAST_SHARE):
-            for remedy in remedies:
-                if remedy.saves >= share * whole:
-                    return remedy
-        return None
+        None where only a smaller video is left.
+        """
+        whole = self.need().on_device
+        remedies = [(text, plan, whole - plan.need().on_device) for text, plan in self.remedies()]
+        clear, any_ = ([remedy for remedy in remedies if remedy[2] >= share * whole] for share in (CLEAR_SHARE, LEAST_SHARE))
+        return next(iter([*clear, *any_]), None)
 
-    def until_it_fits(self, free: int) -> Fitting:
-        """What to give, one after the other, for ``free`` bytes of the device to suffice."""
+    def until_it_fits(self, free: int) -> tuple[list[str], MemoryPlan]:
+        """What to give, one after the other, for ``free`` bytes of the device to suffice, and the plan with all of it.
+
+        Where nothing suffices, that is everything that saves memory.
+        """
         plan, given = self, {}
-        while plan.need().on_device > free:
-            remedy = plan.next_remedy()
-            if remedy is None:
-                return Fitting(list(given.values()), plan, enough=False)
-            before, plan = plan.runtime, remedy.plan
-            if plan.runtime.blocks_to_swap != before.blocks_to_swap:
+        while plan.need().on_device > free and (remedy := plan.next_remedy()) is not None:
+            text, plan, _ = remedy
+            given[text.split()[0]] = text
+            if "--blocks_to_swap" in given:  # as few as fit; what is given after it may make room for some
                 plan = plan.with_blocks(plan.blocks_that_fit(free))
                 given["--blocks_to_swap"] = f"--blocks_to_swap {plan.runtime.blocks_to_swap}"
-            else:
-                given[remedy.text.split()[0]] = remedy.text
-        if "--blocks_to_swap" in given:  # what was given after it may have made room for some
-            plan = plan.with_blocks(plan.blocks_that_fit(free))
-            given["--blocks_to_swap"] = f"--blocks_to_swap {plan.runtime.blocks_to_swap}"
-        return Fitting(list(given.values()), plan, enough=True)
+        return list(given.values()), plan

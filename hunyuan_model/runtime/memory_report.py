@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from hunyuan_model.runtime.memory import BatchSize
-from hunyuan_model.runtime.memory_plan import MemoryPlan, Need
+from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.devices import explain_out_of_memory
@@ -18,24 +18,21 @@ MAX_TEXT_TOKENS = 256  # of a prompt
 SMALLER = "fewer frames or a smaller resolution"
 
 
-def labels(plan: MemoryPlan) -> dict[str, str]:
-    """What the fields of ``Need`` are called."""
-    kept_by = "one block" if plan.runtime.gradient_checkpointing else "the blocks"
-    return {
-        "weights": "weights of the transformer",
-        "swap_slots": "room for swapped blocks",
-        "network": "trained network, float32",
-        "gradients": "its gradients",
-        "optimizer": "optimizer state",
-        "block_inputs": "inputs of the blocks",
-        "activations": f"activations kept by {kept_by}",
-        "working": "working memory of a block",
-        "sampling": "more for sampling",
-        "tables": "latents and tables",
-        "kernels": "kernels and fragmentation (a guess)",
-        "host_weights": "swapped blocks and embedders",
-        "host_inputs": "offloaded inputs of the blocks",
-    }
+LABELS = {  # of the fields of ``Need``
+    "weights": "weights of the transformer",
+    "swap_slots": "room for swapped blocks",
+    "network": "trained network, float32",
+    "gradients": "its gradients",
+    "optimizer": "optimizer state",
+    "block_inputs": "inputs of the blocks",
+    "activations": "activations kept for backward",
+    "working": "working memory of a block",
+    "sampling": "more for sampling",
+    "tables": "latents and tables",
+    "kernels": "kernels and fragmentation (a guess)",
+    "host_weights": "swapped blocks and embedders",
+    "host_inputs": "offloaded inputs of the blocks",
+}
 
 
 def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str:
@@ -49,10 +46,8 @@ def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str
     place = f"memory on {plan.device}" if on_gpu else "main memory"
     tokens = plan.batch.tokens(plan.config)
     lines = [f"{place} for the largest batch, {batch_name(plan.batch)} ({tokens} tokens):"]
-    sizes = {field.name: getattr(need, field.name) for field in fields(Need)}
-    rows = [(text, sizes[name]) for name, text in labels(plan).items() if not (on_gpu and name.startswith("host_"))]
-    total = need.on_device if on_gpu else need.on_device + need.on_host
-    rows = [row for row in rows if row[1] > 0] + [("in all", total)]
+    rows = [(text, getattr(need, name)) for name, text in LABELS.items() if not (on_gpu and name.startswith("host_"))]
+    rows = [row for row in rows if row[1] > 0] + [("in all", need.on_device + (0 if on_gpu else need.on_host))]
     width = max(len(text) for text, _ in rows)
     lines += [f"  {text:<{width}}  {readable(size):>9}" for text, size in rows]
     lines[-1] += "" if free is None else f" of {readable(free)} free"
@@ -74,10 +69,10 @@ def verdict(plan: MemoryPlan, free: int) -> str:
     if missing <= 0:
         return "It fits."
     short = f"{readable(missing)} are missing"
-    fitting = plan.until_it_fits(free)
-    if not fitting.flags:
+    flags, fitting = plan.until_it_fits(free)
+    if not flags:
         return f"{short}: use {SMALLER}."
-    return f"{short}: give {' '.join(fitting.flags)}{'' if fitting.enough else f', and use {SMALLER}'}."
+    return f"{short}: give {' '.join(flags)}{'' if fitting.need().on_device <= free else f', and use {SMALLER}'}."
 
 
 def advice(plan: MemoryPlan) -> str:
@@ -85,7 +80,7 @@ def advice(plan: MemoryPlan) -> str:
     remedy = plan.next_remedy()
     if remedy is None:
         return f"use {SMALLER}: every flag that saves memory is in use"
-    return f"give {remedy.text} next, which saves about {readable(remedy.saves)}"
+    return f"give {remedy[0]} next, which saves about {readable(remedy[2])}"
 
 
 def batch_name(batch: BatchSize) -> str:

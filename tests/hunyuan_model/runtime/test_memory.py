@@ -48,7 +48,12 @@ def config(hidden: int = 128, doubles: int = 2, singles: int = 3, mlp: int = 512
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, and how it is computed; ``lengths`` are those of the captions, all full if None."""
+    """A model, a batch, and how it is computed.
+
+    Attributes:
+        lengths: of the captions; all full if None.
+        modulation: whether that is trained too, so that gates have gradients.
+    """
 
     config: TransformerConfig
     batch: BatchSize
@@ -56,16 +61,18 @@ class Case:
     checkpointing: bool
     rank: int = 4
     lengths: tuple[int, ...] | None = None
+    modulation: bool = False
 
     def __str__(self) -> str:
         size = "x".join(map(str, (self.batch.samples, *self.batch.size, self.batch.text_tokens)))
         how = "again" if self.checkpointing else "kept"
         depth = f"{self.config.double_depth}+{self.config.single_depth}of{self.config.hidden_size}and{self.config.mlp_size}"
-        return f"{depth}-{size}-{str(self.dtype).removeprefix('torch.')}-{how}-rank{self.rank}"
+        return f"{depth}-{size}-{str(self.dtype).removeprefix('torch.')}-{how}-rank{self.rank}{'-modulation' * self.modulation}"
 
 
 CASES = [
     Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=True),
+    Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=True, modulation=True),
     Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=False),
     Case(config(), BatchSize(1, (2, 32, 24), 200), FP32, checkpointing=True, rank=16),
     Case(config(), BatchSize(1, (2, 32, 24), 16), FP32, checkpointing=False, rank=1),
@@ -107,7 +114,8 @@ def build(case: Case) -> Built:
     transformer = HYVideoDiffusionTransformer(case.config).to(case.dtype).requires_grad_(False).eval()
     if case.checkpointing:
         enable_gradient_checkpointing(transformer)
-    network = create_network(1.0, case.rank, 1.0, None, None, transformer)
+    options = {"include_patterns": r"['.*mod.*']"} if case.modulation else {}
+    network = create_network(1.0, case.rank, 1.0, None, None, transformer, **options)
     network.apply_to(None, transformer)
     network.train()
     samples, text = case.batch.samples, case.batch.text_tokens
@@ -142,7 +150,7 @@ def test_training_takes_what_is_predicted(case: Case) -> None:
     assert close(predicted.device, peak_bytes(built.step))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=str)
 def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
     monkeypatch.setattr(
         "hunyuan_model.transformer.cpu_kernels.SLICE_VALUES", 2**13
@@ -174,9 +182,9 @@ def test_weights_lie_where_they_are_expected(tiny_model, weights, blocks) -> Non
 
 def test_the_published_model_has_its_known_sizes() -> None:
     assert weight_bytes(FULL, BF16, RuntimeSettings()).resident == 2 * 12_821_012_544
-    narrow = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8))
-    assert narrow.resident == 2 * 12_821_012_544 - 9_059_696_640
-    assert narrow.dequantized == 2 * 3072 * 21504
+    quantized = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8))
+    assert quantized.resident == 2 * 12_821_012_544 - 9_059_696_640
+    assert quantized.dequantized == 2 * 3072 * 21504
     swapped = weight_bytes(FULL, BF16, RuntimeSettings(WeightFormat.FP8, blocks_to_swap=58))
     assert 1.5e9 < swapped.resident + swapped.slots < 1.7e9 and 15.8e9 < swapped.host < 16e9
 

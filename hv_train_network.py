@@ -22,15 +22,17 @@ from dataset.cache.report import format_table, require_batches
 from hunyuan_model.runtime.memory_report import advice
 from hunyuan_model.transformer.config import TransformerConfig
 from networks.training.accelerator import make_accelerator
-from networks.training.arguments import build_training_parser, timestep_settings, training_settings
+from networks.training.arguments import build_training_parser, training_settings
 from networks.training.build import build_training, open_run_logs
 from networks.training.data import TrainingData
 from networks.training.loop import run_training
 from networks.training.loss.timestep_preview import show_timesteps
+from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.preflight import find_beginning, inspect_model, preflight
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import hide_secrets
 from utils.cli.config_files import parse_with_config
+from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
 from utils.errors import name_some, run_script
 
@@ -75,7 +77,7 @@ def main() -> int:
     args = parse_with_config(build_parser())
     hide_secrets(args)
     if args.show_timesteps:
-        show_timesteps(args.show_timesteps, timestep_settings(args), args.output_dir)
+        show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
         return 0
     settings = training_settings(args)
     accelerator = make_accelerator(settings)

@@ -54,12 +54,7 @@ def paused_training(
 ) -> Iterator[None]:
     """Everything in evaluation mode inside, and as it was afterwards: modes of every module, weights, random state.
 
-    What is computed inside must be under ``torch.no_grad``.
-
-    Args:
-        network: what is trained, hooked into ``transformer``.
-        optimizer: of the network, in training mode.
-        device: of both.
+    What is computed inside must be under ``torch.no_grad``. The optimiser is in training mode before.
     """
     modes = [(module, module.training) for model in (transformer, network) for module in model.modules()]
     with kept_random_state(device), evaluation_weights(optimizer):

@@ -15,8 +15,6 @@ from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-SAVE_FILE, SAVE_AND_STOP_FILE = "save", "save_and_stop"
-
 
 class Request(enum.IntEnum):
     """What to do after the step under way; of several at once the largest counts."""
@@ -36,14 +34,14 @@ class Request(enum.IntEnum):
         return self >= Request.INTERRUPT
 
 
-_REQUEST_OF_SIGNAL = {signal.SIGINT: Request.INTERRUPT, signal.SIGTERM: Request.TERMINATE}
+_OF_SIGNAL = {signal.SIGINT: Request.INTERRUPT, signal.SIGTERM: Request.TERMINATE}
+_OF_FILE = {"save_and_stop": Request.SAVE_AND_STOP, "save": Request.SAVE}
 
 
 class TrainingRequests:
     """While it is open, SIGINT and SIGTERM wait for ``poll``; a second signal ends the process at once.
 
-    Args:
-        folder: where a file called ``save`` or ``save_and_stop`` is a request, too; it is removed when it is read.
+    A file called ``save`` or ``save_and_stop`` in ``folder`` is a request, too; it is removed when it is read.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
@@ -53,48 +51,45 @@ class TrainingRequests:
 
     def __enter__(self) -> TrainingRequests:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-            self._before = {number: signal.signal(number, self._on_signal) for number in _REQUEST_OF_SIGNAL}
+            self._before = {number: signal.signal(number, self._on_signal) for number in _OF_SIGNAL}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._accelerator.is_main_process:
-            for name in (SAVE_FILE, SAVE_AND_STOP_FILE):  # one that came after the last step must not stop the next training
-                with suppress(OSError):
-                    (self._folder / name).unlink()
+        self._read_files()  # one that came after the last step must not stop the next training
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._received.is_signal:
+        if self.signalled:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now must not be interrupted again while it cleans up
             if number == signal.SIGTERM:
                 raise SystemExit(128 + number)
             raise KeyboardInterrupt
-        self._received = _REQUEST_OF_SIGNAL[signal.Signals(number)]
+        self._received = _OF_SIGNAL[signal.Signals(number)]
         if self._accelerator.is_main_process:
             logger.warning("%s: saving after this step and stopping; once more stops at once.", signal.Signals(number).name)
-
-    def poll(self) -> Request:
-        """What to do now; the same answer on all processes, which must call this together."""
-        request = max(self._received, self._file_request())
-        if self._accelerator.num_processes > 1:
-            mine = torch.tensor([int(request)], device=self._accelerator.device)
-            request = Request(int(self._accelerator.gather(mine).max()))
-        return request
 
     @property
     def signalled(self) -> bool:
         """Whether this process was sent a signal, which the next ``poll`` returns."""
         return self._received.is_signal
 
-    def _file_request(self) -> Request:
+    def poll(self) -> Request:
+        """What to do now; the same answer on all processes, which must call this together."""
+        request = max(self._received, self._read_files())
+        if request in _OF_FILE.values():
+            logger.info("a file in %s asks for saving%s", self._folder, " and stopping" if request.stops else "")
+        if self._accelerator.num_processes > 1:
+            mine = torch.tensor([int(request)], device=self._accelerator.device)
+            request = Request(int(self._accelerator.gather(mine).max()))
+        return request
+
+    def _read_files(self) -> Request:
+        """The largest request for which there is a file; the files are removed. One that cannot be is found again later."""
         if not self._accelerator.is_main_process:
             return Request.NOTHING
-        for name, request in ((SAVE_AND_STOP_FILE, Request.SAVE_AND_STOP), (SAVE_FILE, Request.SAVE)):
-            path = self._folder / name
-            if path.is_file():
-                with suppress(OSError):  # one that cannot be removed is found again after the next step
-                    path.unlink()
-                logger.info("found %s: saving%s", path, " and stopping" if request.stops else "")
-                return request
-        return Request.NOTHING
+        found = [name for name in _OF_FILE if (self._folder / name).is_file()]
+        for name in found:
+            with suppress(OSError):
+                (self._folder / name).unlink()
+        return max((_OF_FILE[name] for name in found), default=Request.NOTHING)

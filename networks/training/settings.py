@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings
 from networks.training.optim.optimizers import OptimizerSettings
 from networks.training.samples.sampling import SampleSettings
-from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
+from networks.training.saving.files import SaveSettings, step_name
 from networks.training.saving.resume import ResumeSettings
 from utils.errors import UserError
 from utils.files import MAX_NAME_BYTES, require_writable_folder
@@ -28,12 +27,7 @@ from utils.key_values import parse_key_values
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The frozen transformer.
-
-    Attributes:
-        dit_dtype: as typed; None for that of the mixed precision, else the device's default.
-        base_weights, base_weights_multiplier: LoRA files merged into it while it loads.
-    """
+    """The frozen transformer, and LoRA files that are merged into it while it loads."""
 
     dit: str
     dit_dtype: str | None = None
@@ -46,12 +40,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """What is trained.
-
-    Attributes:
-        network_args: ``key=value`` words for the network module.
-        dim_from_weights: take ranks and alphas from ``network_weights``.
-    """
+    """What is trained; ``network_args`` are ``key=value`` words for the network module."""
 
     network_module: str = "networks.lora"
     network_weights: str | None = None
@@ -99,8 +88,6 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
-        if self.max_data_loader_n_workers < 0:
-            raise UserError("--max_data_loader_n_workers is negative; use 0 to read in the training process.")
         if self.validation_split is not None and self.validation_split >= 1:
             raise UserError(f"--validation_split {self.validation_split:g} is a share of the items, below 1: 0.1, say.")
         if self.validate_every_n_steps and self.validation_split is None:
@@ -112,7 +99,7 @@ class LoopSettings:
         return [f"{', '.join(given)}: no effect, as gradients are averaged without torch's wrapper."] if given else []
 
     def steps_per_epoch(self, batches: int) -> int:
-        """Optimiser steps for ``batches`` batches of this process; the last one may accumulate fewer than the others."""
+        """Optimiser steps for an epoch of ``batches``; the last one may accumulate fewer than the others."""
         return -(-batches // self.gradient_accumulation_steps)
 
     def steps(self, batches: int) -> int:
@@ -150,24 +137,16 @@ class TrainingSettings:
             raise UserError(
                 "--save_state_to_huggingface uploads saved states; give --save_state or --save_state_on_train_end as well."
             )
-        check_output_name(self.saving.output_dir, self.saving.output_name)
+        name = self.saving.output_name
+        if any(separator in name for separator in "/\\"):
+            raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
+        if not name.strip() or not name.isprintable():
+            raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
+        if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
+            raise UserError(f"--output_name is too long: with what is added for steps it has at most {MAX_NAME_BYTES} bytes.")
         require_writable_folder(self.saving.output_dir, "--output_dir")
 
     def without_effect(self) -> list[str]:
         """Sentences on flags that do nothing beside the others."""
         parts = (self.loop, self.schedule, self.timesteps, self.samples, self.logs)
         return [sentence for part in parts for sentence in part.without_effect()]
-
-
-def check_output_name(folder: str, name: str) -> None:
-    """Refuse a name that no file or folder can have, or that something else has already."""
-    if any(separator in name for separator in "/\\"):
-        raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
-    if not name.strip() or not name.isprintable():
-        raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
-    if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
-        raise UserError(f"--output_name is too long: with what is added for steps a file name has at most {MAX_NAME_BYTES} bytes.")
-    if os.path.isfile(Path(folder) / state_name(name)):
-        raise UserError(f"--output_dir {folder} holds a file called {state_name(name)}; choose another --output_name.")
-    if os.path.isdir(Path(folder) / final_name(name)):
-        raise UserError(f"--output_dir {folder} holds a folder called {final_name(name)}; choose another --output_name.")

@@ -47,7 +47,7 @@ ROWS = [
     (TRAIN, ["--learning_rate", "fast"], ["--learning_rate", "'fast' is not a number"]),
     (TRAIN, ["--learning_rate", "1e400"], ["--learning_rate", "not a finite number"]),
     (TRAIN, ["--learning_rate", "5" * 5000 + "x"], ["--learning_rate", "is not a number"]),
-    (TRAIN, ["--max_data_loader_n_workers", -1], ["--max_data_loader_n_workers is negative; use 0"]),
+    (TRAIN, ["--max_data_loader_n_workers", -1], ["--max_data_loader_n_workers", "-1 is negative"]),
     (TRAIN, ["--save_every_n_steps", 0], ["--save_every_n_steps", "at least 1"]),
     (TRAIN, ["--fp8_scaled"], ["--fp8_scaled says how --fp8_base is done; give --fp8_base"]),
     (TRAIN, ["--fp8_fast"], ["--fp8_fast says how --fp8_base is done"]),

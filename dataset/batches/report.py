@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.batches.cached_items import CachedGroup, CachedItem
+from dataset.batches.cached_items import CachedGroup
 from dataset.cache.files import CAPTION, read_text_header
 from dataset.cache.records import (
     FRAME_RATE,
@@ -92,7 +92,12 @@ def _notes(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
         if lengths:
             frames = " or ".join(map(str, lengths))
             notes.append(f"no clip has a cache of {frames} frame(s) (target_frames); run cache_latents.py, unless all are shorter")
-    without_record, mismatches = check_caches(group, items)
+    without_record = 0
+    mismatches: dict[str, list[str]] = {}
+    for path, recorded, reason in judged_caches(group, items):
+        without_record += not recorded
+        if reason is not None:
+            mismatches.setdefault(reason, []).append(path.name)
     if without_record:
         notes.append(f"{without_record} cache(s) carry no record of what made them: whether they match is not known")
     for reason, names in mismatches.items():
@@ -108,53 +113,35 @@ def _notes(group: CachedGroup, items: Sequence[Item] | None) -> list[str]:
     return notes
 
 
-def check_caches(group: CachedGroup, items: Sequence[Item] | None) -> tuple[int, dict[str, list[str]]]:
-    """Compare the caches of a dataset with its description, and with captions, sizes and times of its media.
+def judged_caches(group: CachedGroup, items: Sequence[Item] | None) -> Iterator[tuple[Path, bool, str | None]]:
+    """Each cache file, whether it carries a record, and why it does not match the dataset or what is known of its media.
 
     No media file is read. ``items`` is None where they cannot be reached; one whose file is missing is not compared.
-
-    Returns:
-        How many files carry no record, and the names of files by what does not match.
     """
-    dataset = group.dataset
     sources = None if items is None else {item.stem: item for item in items}
     last_starts: dict[tuple[str, int], int] = {}  # what is known of a clip's own length: its last window of each length
     for entry in group.items:
         if entry.window is not None:
             start, frames = entry.window
             last_starts[entry.stem, frames] = max(start, last_starts.get((entry.stem, frames), 0))
-    without_record = 0
-    mismatches: dict[str, list[str]] = {}
-
-    def judge_latents(entry: CachedItem, made: Mapping[str, str]) -> str | None:
-        source = None if sources is None else sources.get(entry.stem)
-        if sources is not None and source is None:
-            return GONE
-        if SOURCE_HASH not in made:
-            return None
-        size = int(made["width"]), int(made["height"])
-        wanted = {key: {value} for key, value in target_record(dataset.bucket_for(size), entry.window).items()}
-        if WINDOW in wanted:
-            frames = entry.window[1]
-            if entry.window not in dataset.windows_of(last_starts[entry.stem, frames] + frames):
-                wanted[WINDOW] = set()  # no window is right
-        if FRAME_RATE in wanted:
-            wanted[FRAME_RATE] = possible_records(dataset.target_fps, dataset.source_fps)
-        path = source.path if source is not None and os.path.exists(source.path) else None
-        return latents_mismatch(made, wanted, path, dataset.kind, read_source=False)
-
-    def add(path: Path, made: Mapping[str, str], reason: str | None) -> None:
-        nonlocal without_record
-        without_record += not has_record(made)
-        if reason is not None:
-            mismatches.setdefault(reason, []).append(path.name)
-
     for entry in group.items:
-        made = latents_made(entry.latents_path)
-        add(entry.latents_path, made, judge_latents(entry, made))
+        made, reason = latents_made(entry.latents_path), None
+        if sources is not None and entry.stem not in sources:
+            reason = GONE
+        elif SOURCE_HASH in made:
+            size = int(made["width"]), int(made["height"])
+            wanted = {key: {value} for key, value in target_record(group.dataset.bucket_for(size), entry.window).items()}
+            if WINDOW in wanted:
+                frames = entry.window[1]
+                if entry.window not in group.dataset.windows_of(last_starts[entry.stem, frames] + frames):
+                    wanted[WINDOW] = set()  # no window is right
+            if FRAME_RATE in wanted:
+                wanted[FRAME_RATE] = possible_records(group.dataset.target_fps, group.dataset.source_fps)
+            source = sources[entry.stem].path if sources is not None and os.path.exists(sources[entry.stem].path) else None
+            reason = latents_mismatch(made, wanted, source, group.dataset.kind, read_source=False)
+        yield entry.latents_path, has_record(made), reason
     for path, stem in {entry.text_path: entry.stem for entry in group.items}.items():
         with suppress(UserError):  # reading the file for training reports what is wrong with it
             _, made = read_text_header(path)
-            wanted = {} if sources is None or stem not in sources else {CAPTION: {sources[stem].caption or ""}}
-            add(path, made, mismatch(made, wanted))
-    return without_record, mismatches
+            known = sources is not None and stem in sources
+            yield path, has_record(made), mismatch(made, {CAPTION: {sources[stem].caption or ""}} if known else {})

@@ -135,6 +135,21 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
     return found
 
 
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: says ``what`` was expected there.
+    """
+    found = require_file(path, what)
+    try:
+        return found.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
+    except OSError as error:
+        raise UserError(f"cannot read {what} {found}: {error.strerror or error}.") from error
+
+
 def require_there(path: str | os.PathLike[str], what: str) -> Path:
     """Return ``path`` if there is something, else raise a UserError that says ``what`` was expected there, and the reason."""
     found = Path(path)

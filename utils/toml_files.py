@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import require_file
+from utils.files import read_text
 
 BACKSLASH_HINT = "In double quotes a backslash starts an escape: write C:/folder, or 'C:\\folder' in single quotes."
 
@@ -34,17 +34,11 @@ def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str
     Raises:
         UserError: missing, not UTF-8, or not TOML; the line is named, and so is the remedy for Windows paths.
     """
-    found = require_file(path, what)
-    try:
-        text = found.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{found} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
-    except OSError as error:
-        raise UserError(f"cannot read {what} {found}: {error.strerror or error}.") from error
+    text = read_text(path, what)
     try:
         return _parse(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{found} is not valid TOML: {str(error).rstrip('.')}. {_syntax_hint(text, str(error))}") from error
+        raise UserError(f"{path} is not valid TOML: {str(error).rstrip('.')}. {_syntax_hint(text, str(error))}") from error
 
 
 def _syntax_hint(text: str, message: str) -> str:

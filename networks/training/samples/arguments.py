@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+
+import torch
 
 from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
+from networks.training.samples.sampling import SampleSettings
 from utils.cli.arguments import positive_int
 from utils.cli.settings import settings_from
-
-if TYPE_CHECKING:
-    import torch
-
-    from networks.training.samples.sampling import SampleSettings
 
 
 def add_sample_arguments(group: argparse._ArgumentGroup) -> None:
@@ -33,12 +30,6 @@ def add_sample_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:
-    """As the flags of ``add_sample_arguments`` say.
-
-    Raises:
-        UserError: a flag that is missing, an unknown dtype, or a tile size that the VAE cannot work with.
-    """
-    from networks.training.samples.sampling import SampleSettings  # here, as parsing alone does not need the models
-
+    """As the flags of ``add_sample_arguments`` say."""
     given = {"vae_settings": vae_settings(args, device), "text_settings": text_encoder_settings(args, device)}
     return settings_from(SampleSettings, args, **given)

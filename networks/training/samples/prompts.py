@@ -13,12 +13,11 @@ from typing import Any
 from hunyuan_model.sampling.flow import PATCH_PIXELS, latent_size
 from utils.cli.arguments import MAX_SEED
 from utils.errors import UserError, shown
-from utils.files import require_file
+from utils.files import read_text
 from utils.key_values import nearest_name
 from utils.toml_files import read_toml
 
 FLAG = "--sample_prompts"
-MAX_PROMPTS = 1000  # a file with more is not a list of prompts
 SHOWN_CHARACTERS = 40
 
 
@@ -71,7 +70,6 @@ _SETTINGS = (
 PROMPT_OPTIONS = tuple(f"--{setting.option}" for setting in _SETTINGS)  # of a line
 _KEYS = tuple(field.name for field in fields(SamplePrompt) if field.name != "where")
 _KEY_OF_OPTION = {setting.option: setting.key for setting in _SETTINGS}
-_OPTION_OF_KEY = {setting.key: setting.option for setting in _SETTINGS}
 _FORM = "Write a [[prompts]] table (in JSON, an object in a list) with the key prompt for each."
 _NO_NEGATIVE = "The model is distilled and takes no negative prompt; remove it."
 _OF_OTHER_MODELS = {  # options and keys
@@ -84,8 +82,6 @@ _OF_OTHER_MODELS = {  # options and keys
 _OPTION = re.compile(r"(?:^|\s)--(?=[^\W\d_])")  # a dash followed by a letter; " -- " and "--1" are text
 _NAME_AND_VALUE = re.compile(r"(\w+)(?:\s*=\s*|\s+|$)(.*)", re.DOTALL)
 _COMMENT = re.compile(r"(^|\s)#.*", re.DOTALL)
-_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
@@ -100,27 +96,30 @@ def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
     Raises:
         UserError: names the file, the line or entry, and what to do.
     """
-    found = require_file(path, f"{FLAG} file")
-    suffix = found.suffix.lower()
+    path, what = Path(path), f"{FLAG} file"
+    suffix = path.suffix.lower()
     if suffix == ".txt":
-        lines = re.split(r"\r\n|\r|\n", _read_text(found))  # not splitlines(), which breaks lines that editors do not
-        numbered = [(f"{found}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
+        lines = re.split(r"\r\n|\r|\n", read_text(path, what))  # not splitlines(), which breaks lines that editors do not
+        numbered = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
         prompts = [parse_prompt_line(line, where) for where, line in numbered if line and not line.startswith("#")]
     elif suffix == ".toml":
-        prompts = _prompts_of_document(read_toml(found, f"{FLAG} file"), found)
+        prompts = _prompts_of_document(read_toml(path, what), path)
     elif suffix == ".json":
         try:
-            document = json.loads(_read_text(found))
+            document = json.loads(read_text(path, what))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{FLAG} {found} is not valid JSON: {str(error).rstrip('.')}. Correct the file.") from error
-        prompts = _prompts_of_document(document, found)
+            raise UserError(f"{FLAG} {path} is not valid JSON: {str(error).rstrip('.')}. Correct the file.") from error
+        prompts = _prompts_of_document(document, path)
     else:
-        raise UserError(f"{FLAG} {found} is neither .txt nor .toml nor .json; its ending decides how it is read. Rename it.")
+        raise UserError(f"{FLAG} {path} is neither .txt nor .toml nor .json; its ending decides how it is read. Rename it.")
     if not prompts:
-        raise UserError(f"{FLAG} {found} holds no prompt. Write one a line, or leave {FLAG} out.")
-    if len(prompts) > MAX_PROMPTS:
-        raise UserError(f"{FLAG} {found} holds {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed. Is it the right file?")
+        raise UserError(f"{FLAG} {path} holds no prompt. Write one a line, or leave {FLAG} out.")
     return prompts
+
+
+def shortened(text: str) -> str:
+    """The beginning of a prompt in quotes, on one line, for messages."""
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "...")
 
 
 def parse_prompt_line(line: str, where: str) -> SamplePrompt:
@@ -132,20 +131,6 @@ def parse_prompt_line(line: str, where: str) -> SamplePrompt:
     return _prompt(_values_of_line(line, where), where)
 
 
-def shortened(text: str) -> str:
-    """The beginning of a prompt in quotes, on one line, for messages."""
-    return repr(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "...")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{FLAG} {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
-    except OSError as error:
-        raise UserError(f"cannot read {FLAG} {path}: {error.strerror or error}.") from error
-
-
 def _values_of_line(line: str, where: str) -> dict[str, Any]:
     """The text and the options of a line by key; numbers are numbers, all else stays text and is refused later."""
     text, *options = _OPTION.split(line)
@@ -153,11 +138,13 @@ def _values_of_line(line: str, where: str) -> dict[str, Any]:
     for written in options:
         match = _NAME_AND_VALUE.fullmatch(written)
         option = match[1].lower() if match is not None else ""
-        if option not in _KEY_OF_OPTION:
+        key = _KEY_OF_OPTION.get(option)
+        if key is None:
             advice = f"There are {' '.join(PROMPT_OPTIONS)}; a dash that is part of the text has a blank on both sides."
-            advice = f"Write --{_OPTION_OF_KEY[option]}." if option in _OPTION_OF_KEY else _OF_OTHER_MODELS.get(option, advice)
-            raise UserError(f"{where}: --{written.split()[0]} is no option of a prompt line. {advice}")
-        if _KEY_OF_OPTION[option] in values:
+            raise UserError(
+                f"{where}: --{written.split()[0]} is no option of a prompt line. {_OF_OTHER_MODELS.get(option, advice)}"
+            )
+        if key in values:
             raise UserError(f"{where} has --{option} twice; keep one of them.")
         value, *rest = _COMMENT.sub("", match[2]).split() or [""]
         if rest:
@@ -165,31 +152,33 @@ def _values_of_line(line: str, where: str) -> dict[str, Any]:
                 f"{where}: there is text behind --{option} {shortened(value)} ({shortened(' '.join(rest))}). "
                 "Options stand at the end of the line, behind the prompt."
             )
-        values[_KEY_OF_OPTION[option]] = _number(value)
+        values[key] = _number(value)
     return values
 
 
 def _number(text: str) -> int | float | str:
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    return float(text) if _NUMBER.fullmatch(text) else text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _prompts_of_document(document: Any, path: Path) -> list[SamplePrompt]:
     """The prompts of what TOML or JSON holds, in any of the forms of ``read_sample_prompts``."""
     defaults: dict[str, Any] = {}
-    if isinstance(document, Mapping) and document and not isinstance(document.get("prompt"), str):
+    if isinstance(document, Mapping) and document:
         if len(document) > 1 or not document.keys() <= {"prompt", "prompts"}:
             raise UserError(f"{FLAG} {path} holds {', '.join(map(str, document))} outside of its prompts. {_FORM}")
         (document,) = document.values()
-        if isinstance(document, Mapping) and "subset" in document:
+        if isinstance(document, Mapping):
             defaults = {key: value for key, value in document.items() if key != "subset"}
-            document = document["subset"]
-    entries = [document] if isinstance(document, Mapping) and document else document or []
-    if not isinstance(entries, list):
+            document = document.get("subset")
+    if document and not isinstance(document, list):
         raise UserError(f"{FLAG} {path} holds no list of prompts. {_FORM}")
     prompts = []
-    for number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(document or [], 1):
         where = f"{path}, prompt {number}"
         values = _values_of_line(entry, where) if isinstance(entry, str) else entry
         if not isinstance(values, Mapping):
@@ -206,9 +195,6 @@ def _prompt(values: Mapping[str, Any], where: str) -> SamplePrompt:
     text = values.get("prompt")
     if not isinstance(text, str):
         raise UserError(f"{where} needs the key prompt, a text in quotes.")
-    odd = next((char for char in text if (ord(char) < 32 and char not in "\t\r\n") or 0xD800 <= ord(char) < 0xE000), None)
-    if odd is not None:
-        raise UserError(f"{where}: the prompt holds U+{ord(odd):04X}, which is no printable character; remove it.")
     numbers = {setting.key: _checked(setting, values[setting.key], where) for setting in _SETTINGS if setting.key in values}
     prompt = SamplePrompt(text.strip(), where, **numbers)
     try:
@@ -222,9 +208,8 @@ def _checked(setting: _Setting, value: Any, where: str) -> int | float:
     allowed = int if setting.kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or not setting.low <= value <= setting.high:  # NaN too
         kind = "a whole number" if setting.kind is int else "a number"
-        advice = " Leave it out for one that follows from --seed." if setting.key == "seed" else ""
         raise UserError(
             f"{where}: {setting.key} (--{setting.option}) must be {kind} from {setting.low} to {setting.high}, "
-            f"but it is {shown(value)}.{advice}"
+            f"but it is {shown(value)}."
         )
     return setting.kind(value)

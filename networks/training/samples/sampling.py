@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
+from utils.cli.arguments import MAX_SEED
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.files import MAX_NAME_BYTES, require_writable_folder
@@ -38,17 +41,10 @@ FOLDER = "sample"  # in --output_dir
 FPS = 24  # what the model knows
 SCHEDULE_FLAGS = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The flags of the samples.
-
-    Attributes:
-        vae_settings, text_settings: how samples are decoded and prompts encoded.
-        no_metadata: write nothing about a sample into its file.
-    """
+    """The flags of the samples."""
 
     vae_settings: VAESettings
     text_settings: TextEncoderSettings
@@ -65,11 +61,8 @@ class SampleSettings:
             if self.scheduled:
                 raise UserError(f"--{self.scheduled[0]} needs --sample_prompts, a file with the prompts to sample.")
             return
-        paths = {
-            "vae": self.vae_settings.vae,
-            "text_encoder1": self.text_settings.text_encoder1,
-            "text_encoder2": self.text_settings.text_encoder2,
-        }
+        encoders = self.text_settings
+        paths = {"vae": self.vae_settings.vae, "text_encoder1": encoders.text_encoder1, "text_encoder2": encoders.text_encoder2}
         if missing := [f"--{name}" for name, path in paths.items() if path is None]:
             raise UserError(f"--sample_prompts needs {', '.join(missing)}, or leave it out.")
 
@@ -108,11 +101,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt and its text as the transformer takes it, on the CPU.
-
-    Attributes:
-        index: place of the prompt in its file, from 0.
-    """
+    """A prompt, its place in its file from 0, and its text as the transformer takes it, on the CPU."""
 
     index: int
     prompt: SamplePrompt
@@ -124,17 +113,11 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class SavedSample:
-    """A sample on disk: a PNG where it has one frame, an MP4 where it has more.
-
-    Attributes:
-        index: place of the prompt in its file, from 0.
-        seed: of the noise.
-    """
+    """A sample on disk: a PNG where it has one frame, an MP4 where it has more."""
 
     path: Path
     index: int
     prompt: SamplePrompt
-    seed: int
 
 
 def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
@@ -148,7 +131,7 @@ def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
     prompts = read_sample_prompts(settings.sample_prompts)
     check_vae_file(settings.vae_settings.vae)
     hunyuan_model.check_text_encoder_files(settings.text_settings.text_encoder1, settings.text_settings.text_encoder2)
-    longest = _stem(settings.output_name, f"e{0:06d}", len(prompts) - 1, 2**32 - 1)
+    longest = _stem(settings.output_name, f"e{0:06d}", len(prompts) - 1, MAX_SEED)
     if len(os.fsencode(longest)) + len(".png") > MAX_NAME_BYTES:
         raise UserError(f"--output_name is too long for the names of samples, which have at most {MAX_NAME_BYTES} bytes.")
     require_writable_folder(settings.folder, f"the folder {FOLDER} of --output_dir,")
@@ -172,18 +155,18 @@ def prepare_samples(
     """
     encoded: list[EncodedPrompt] = []
     if prompts and accelerator.is_main_process:
-        device, encoders = accelerator.device, settings.text_settings
+        device = accelerator.device
         with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], encoders, device)
-        seeds = [(seed + index) % 2**32 if prompt.seed is None else prompt.seed for index, prompt in enumerate(prompts)]
-        seeded = [replace(prompt, seed=seed) for prompt, seed in zip(prompts, seeds)]
-        encoded = [EncodedPrompt(index, prompt, text) for index, (prompt, text) in enumerate(zip(seeded, texts))]
+            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], settings.text_settings, device)
         for number, given, width in ((1, texts[0].states, config.text_dim), (2, texts[0].pooled, config.pooled_dim)):
             if given.shape[-1] != width:
                 raise UserError(
                     f"--text_encoder{number} gives vectors of {given.shape[-1]} numbers, the transformer in --dit takes {width}: "
                     "they do not belong together."
                 )
+        for index, (prompt, text) in enumerate(zip(prompts, texts)):
+            own_seed = (seed + index) % (MAX_SEED + 1) if prompt.seed is None else prompt.seed
+            encoded.append(EncodedPrompt(index, replace(prompt, seed=own_seed), text))
     if prompts:
         accelerator.wait_for_everyone()
     return TrainingSamples(settings, accelerator, encoded)
@@ -256,36 +239,31 @@ class SampleRound:
     dtype: torch.dtype
     name: str
     step: int
-    stop: Callable[[], bool] = lambda: False
+    stop: Callable[[], bool]
 
     def run(self, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
         """First the latents of all prompts; then the VAE is loaded, decodes them and goes. Call it under ``paused_training``."""
         started = time.monotonic()
+        sampled: list[tuple[EncodedPrompt, Tensor]] = []
         saved: list[SavedSample] = []
+        steps = sum(entry.prompt.sample_steps for entry in prompts)
         try:
-            if sampled := self._sample_all(prompts):
-                for sample in self._save_all(sampled):
-                    saved.append(sample)
-                    logger.info("saved %s", sample.path)
+            with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
+                for entry in prompts:
+                    with self._training_goes_on(f"sample {entry} was not made"):
+                        sampled.append((entry, self._sample(entry, progress)))
+            if sampled:
+                with self._training_goes_on("no sample was written, as --vae failed"):
+                    self._decode_all(sampled, saved)
         except _Stopped:
             logger.info("the rest of the samples is given up: training is to end.")
         free_memory(self.accelerator.device)
         logger.info("%d of %d samples in %.1f s", len(saved), len(prompts), time.monotonic() - started)
         return saved
 
-    def _sample_all(self, prompts: Sequence[EncodedPrompt]) -> list[tuple[EncodedPrompt, int, Tensor]]:
-        """(prompt, seed, latents (1, 16, F, H, W) on the CPU) of every prompt that did not fail."""
-        sampled = []
-        steps = sum(entry.prompt.sample_steps for entry in prompts)
-        with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
-            for entry in prompts:
-                seed = entry.prompt.seed
-                latents = self._or_warn(f"sample {entry} was not made", self._sample, entry, seed, progress)
-                if latents is not None:
-                    sampled.append((entry, seed, latents))
-        return sampled
+    def _sample(self, entry: EncodedPrompt, progress: ProgressBar) -> Tensor:
+        """Latents (1, 16, F, H, W) on the CPU."""
 
-    def _sample(self, entry: EncodedPrompt, seed: int, progress: ProgressBar) -> Tensor:
         def advance(_: int) -> None:
             progress.update()
             self._stop_if_asked()
@@ -295,7 +273,7 @@ class SampleRound:
         with self.accelerator.autocast():  # as in training
             latents = sample_latents(
                 self.transformer,
-                initial_noise(size, torch.Generator().manual_seed(seed)),
+                initial_noise(size, torch.Generator().manual_seed(prompt.seed)),
                 *entry.text,
                 sigmas=flow_sigmas(prompt.sample_steps, prompt.discrete_flow_shift),
                 guidance_scale=prompt.guidance_scale,
@@ -307,27 +285,24 @@ class SampleRound:
             raise UserError("the network gives NaN or infinity")
         return latents.cpu()
 
-    def _save_all(self, sampled: Sequence[tuple[EncodedPrompt, int, Tensor]]) -> Iterator[SavedSample]:
-        """Load the VAE, decode and write. What failed is left out; the VAE is gone afterwards."""
-        fit = self._or_warn("no sample was written, as --vae failed", self._load_vae)
-        if fit is None:
-            return
-        for entry, seed, latents in sampled:
+    def _decode_all(self, sampled: Sequence[tuple[EncodedPrompt, Tensor]], saved: list[SavedSample]) -> None:
+        """Write the samples, and add them to ``saved``. The VAE is gone afterwards."""
+        settings, device = self.settings.vae_settings, self.accelerator.device
+        fit = VAEFit(hunyuan_model.load_vae(settings.vae, device=device, dtype=settings.vae_dtype), settings, encode=False)
+        for entry, latents in sampled:
             self._stop_if_asked()
-            path = self._or_warn(f"sample {entry} was not written", self._decode_and_save, fit, entry, seed, latents)
-            if path is not None:
-                yield SavedSample(path, entry.index, entry.prompt, seed)
+            with self._training_goes_on(f"sample {entry} was not written"):
+                fit.fit(Clip.of_latents(latents))
+                frames = decode_latents(fit.vae, latents, device=device, dtype=fit.dtype)[0].numpy()  # (T, H, W, 3)
+                saved.append(SavedSample(self._save(entry, frames), entry.index, entry.prompt))
+                logger.info("saved %s", saved[-1].path)
 
-    def _load_vae(self) -> VAEFit:
-        settings = self.settings.vae_settings
-        vae = hunyuan_model.load_vae(settings.vae, device=self.accelerator.device, dtype=settings.vae_dtype)
-        return VAEFit(vae, settings, encode=False)
-
-    def _decode_and_save(self, fit: VAEFit, entry: EncodedPrompt, seed: int, latents: Tensor) -> Path:
-        fit.fit(Clip.of_latents(latents))
-        frames = decode_latents(fit.vae, latents, device=self.accelerator.device, dtype=fit.dtype)[0].numpy()  # (T, H, W, 3)
-        metadata = {} if self.settings.no_metadata else sample_metadata(entry.prompt, seed, self.step)
-        folder, stem = self.settings.folder, _stem(self.settings.output_name, self.name, entry.index, seed)
+    def _save(self, entry: EncodedPrompt, frames: np.ndarray) -> Path:
+        folder, values = self.settings.folder, asdict(entry.prompt) | {"training_steps": self.step}
+        del values["where"]
+        metadata = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        metadata = {} if self.settings.no_metadata else metadata
+        stem = _stem(self.settings.output_name, self.name, entry.index, entry.prompt.seed)
         stem = unused_stem(folder, stem, endings=(".png", ".mp4"))
         if len(frames) == 1:
             path = folder / f"{stem}.png"
@@ -341,10 +316,12 @@ class SampleRound:
         if self.stop():
             raise _Stopped
 
-    def _or_warn(self, failed: str, function: Callable[..., Result], *arguments: object) -> Result | None:
-        """What ``function`` returns; where it fails, a warning and None: training is worth more than its samples."""
+    @contextmanager
+    def _training_goes_on(self, failed: str) -> Iterator[None]:
+        """A warning for what fails inside: training is worth more than its samples."""
+        free_memory(self.accelerator.device)  # of a sample that failed before
         try:
-            return function(*arguments)
+            yield
         except _Stopped:
             raise
         except torch.OutOfMemoryError:
@@ -353,14 +330,6 @@ class SampleRound:
             logger.warning("%s: out of memory; training goes on. %s", failed, advice)
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
-        free_memory(self.accelerator.device)  # the error is gone by now, and with it what its frames held
-        return None
-
-
-def sample_metadata(prompt: SamplePrompt, seed: int, step: int) -> dict[str, str]:
-    """What made a sample, for its file."""
-    values = asdict(prompt) | {"seed": seed, "training_steps": step}
-    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items() if name != "where"}
 
 
 def _stem(name: str, place: str, index: int, seed: int) -> str:

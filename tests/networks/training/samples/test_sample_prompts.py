@@ -44,16 +44,7 @@ def test_a_line_with_nothing_but_a_prompt_has_the_defaults():
 
 def test_every_option_of_a_line():
     prompt = parse_prompt_line("a red ball --w 512 --h 320 --f 25 --d 7 --s 30 --g 4.5 --fs 7", "here")
-    assert values(prompt) == {
-        "prompt": "a red ball",
-        "width": 512,
-        "height": 320,
-        "frame_count": 25,
-        "seed": 7,
-        "sample_steps": 30,
-        "guidance_scale": 4.5,
-        "discrete_flow_shift": 7.0,
-    }
+    assert values(prompt) == dict(zip(["prompt", *DEFAULTS], ["a red ball", 512, 320, 25, 7, 30, 4.5, 7.0]))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +57,8 @@ def test_every_option_of_a_line():
         ("a shirt with #1 on it", "a shirt with #1 on it", {}),
         ("day -- and night --- at --5 degrees", "day -- and night --- at --5 degrees", {}),
         ("well--known --s 3", "well--known", {"sample_steps": 3}),
-        ("赤いボール、雪 --g 1e0", "赤いボール、雪", {"guidance_scale": 1.0}),
         ("--w 64", "", {"width": 64}),
         ("C:\\clips\\a.mp4 on a screen", "C:\\clips\\a.mp4 on a screen", {}),
-        ("a ball --g .5 --s +3", "a ball", {"guidance_scale": 0.5, "sample_steps": 3}),
     ],
 )
 def test_odd_lines_that_mean_something(line, text, changed):
@@ -82,29 +71,19 @@ def test_odd_lines_that_mean_something(line, text, changed):
         ("a ball --x 3", "--x is no option"),
         ("a ball --n ugly --w 64", "no negative prompt"),
         ("a ball --l 7", "--g"),
-        ("a ball --width 64", "Write --w."),
-        ("a ball --sitting-room", "--sitting-room is no option"),
+        ("a ball --width 64", "--width is no option of a prompt line. There are --w --h"),
         ("a ball --w", "width (--w) must be a whole number from 16 to 8192, but it is ''"),
-        ("a ball --w --h 64", "but it is ''"),
-        ("a ball --w # wide", "but it is ''"),
         ("a ball --w wide", "but it is 'wide'"),
         ("a ball --w 64.0", "but it is 64.0"),
-        ("a ball --f 1_000", "frame_count (--f) must be a whole number from 1 to 4097, but it is '1_000'"),
-        ("a ball --f ٥", "whole number"),
-        ("a ball --g nan", "guidance_scale (--g) must be a number from 0 to 1000, but it is 'nan'"),
-        ("a ball --g 1e999", "but it is inf"),
+        ("a ball --g nan", "guidance_scale (--g) must be a number from 0 to 1000, but it is nan"),
         ("a ball --fs 0", "discrete_flow_shift (--fs) must be a number from 0.01"),
         ("a ball --w 64 --W 32", "--w twice"),
         ("a ball --w 64 and a cat", "text behind --w"),
         ("a ball --f 24", "4n + 1"),
         ("a ball --w 100", "not divisible by 16"),
-        ("a ball --w -16", "but it is -16"),
-        ("a ball --d -1", "Leave it out for a random one"),
         ("a ball --d 4294967296", "seed (--d) must be a whole number from 0 to 4294967295"),
         (f"a ball --d {'9' * 5000}", "seed (--d) must be"),
         ("a ball --w 8192 --h 8192 --f 129", "are not sampled: the model was trained with up to"),
-        ("a \x00 ball", "U+0000"),
-        ("a \x1b[31m ball", "U+001B"),
     ],
 )
 def test_lines_that_are_refused_name_their_place(tmp_path, line, says):
@@ -122,12 +101,6 @@ def test_a_text_file_with_comments_empty_lines_and_any_line_ends(tmp_path):
     assert [prompt.where.rpartition(" ")[2] for prompt in prompts] == ["2", "5", "7"]
 
 
-def test_line_numbers_are_those_of_editors(tmp_path):
-    content = "one\u2028still one\x85and on\na cat --w 1"
-    with pytest.raises(UserError, match="line 2"):
-        read_sample_prompts(write(tmp_path, "p.txt", content))
-
-
 SUBSETS = """
 [prompt]
 width = 512
@@ -138,27 +111,14 @@ prompt = "a ball"
 [[prompt.subset]]
 prompt = 'a "cat"'
 seed = 2
-frame_count = 5
-sample_steps = 3
 guidance_scale = 1
-discrete_flow_shift = 7
 """
-SECOND = {
-    "prompt": 'a "cat"',
-    "width": 512,
-    "height": 320,
-    "frame_count": 5,
-    "seed": 2,
-    "sample_steps": 3,
-    "guidance_scale": 1.0,
-    "discrete_flow_shift": 7.0,
-}
 
 
 def test_toml_with_defaults_and_subsets(tmp_path):
     first, second = read_sample_prompts(write(tmp_path, "p.toml", SUBSETS))
     assert values(first) == {"prompt": "a ball", **DEFAULTS, "width": 512, "height": 320, "seed": 1}
-    assert values(second) == SECOND
+    assert values(second) == values(first) | {"prompt": 'a "cat"', "seed": 2, "guidance_scale": 1.0}
     assert isinstance(second.guidance_scale, float) and second.where.endswith("p.toml, prompt 2")
 
 
@@ -166,11 +126,9 @@ def test_toml_with_defaults_and_subsets(tmp_path):
     ("name", "content"),
     [
         ("p.toml", '[[prompts]]\nprompt = "a ball"\nwidth = 64\n[[prompts]]\nprompt = "a cat"\n'),
-        ("p.toml", '[[prompt]]\nprompt = "a ball"\nwidth = 64\n[[prompt]]\nprompt = "a cat"\n'),
         ("p.json", '[{"prompt": "a ball", "width": 64}, {"prompt": "a cat"}]'),
         ("p.json", '["a ball --w 64", "a cat"]'),
         ("p.json", '{"prompts": [{"prompt": "a ball", "width": 64}, "a cat"]}'),
-        ("p.json", '{"prompt": {"width": 64, "subset": [{"prompt": "a ball"}, "a cat --w 256"]}}'),
         ("p.JSON", b'\xef\xbb\xbf[{"prompt": " a ball ", "width": 64},\r\n {"prompt": "a cat"}]'),
     ],
 )
@@ -182,25 +140,14 @@ def test_forms_of_the_same_two_prompts(tmp_path, name, content):
     ]
 
 
-@pytest.mark.parametrize("content", ['prompt = "a ball"\nseed = 3', '[prompt]\nprompt = "a ball"\nseed = 3'])
-def test_one_prompt_alone(tmp_path, content):
-    (prompt,) = read_sample_prompts(write(tmp_path, "p.toml", content))
-    assert values(prompt) == {"prompt": "a ball", **DEFAULTS, "seed": 3}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("p.toml", '[[prompts]]\nprompt = "a"\nwidht = 64', "'width'"),
         ("p.toml", '[[prompts]]\nprompt = "a"\nnegative_prompt = "b"', "no negative prompt"),
-        ("p.toml", '[[prompts]]\nprompt = "a"\nscale = 7', "guidance_scale"),
         ("p.toml", '[[prompts]]\nprompt = "a"\nw = 64', "Known are prompt, width"),
         ("p.toml", "[[prompts]]\nwidth = 64", "prompt 1 needs the key prompt"),
-        ("p.toml", '[[prompts]]\nprompt = "a"\n[[prompts]]\nprompt = 3', "prompt 2 needs the key prompt, a text"),
         ("p.toml", '[[prompts]]\nprompt = "a"\nwidth = "64"', "width (--w) must be a whole number from 16 to 8192, but it is '64'"),
-        ("p.toml", '[[prompts]]\nprompt = "a"\nwidth = true', "but it is True"),
-        ("p.toml", '[[prompts]]\nprompt = "a"\nguidance_scale = nan', "but it is nan"),
-        ("p.toml", '[[prompts]]\nprompt = "a"\nframe_count = 24', "4n + 1"),
         ("p.toml", f'[[prompts]]\nprompt = "a"\nseed = 0x{"f" * 5000}', "seed (--d) must be a whole number"),
         ("p.toml", '[[prompts]]\nprompt = "a', "not valid TOML"),
         ("p.toml", "width = 64", "holds width outside of its prompts"),
@@ -209,19 +156,13 @@ def test_one_prompt_alone(tmp_path, content):
         ("p.toml", "prompts = [3]", "prompt 1 is '3', not a table"),
         ("p.toml", "", "holds no prompt"),
         ("p.json", "[", "not valid JSON"),
-        ("p.json", '[{"prompt": "a \\ud800"}]', "U+D800"),
         ("p.json", '[{"prompt": "a", "seed": NaN}]', "seed (--d) must be a whole number"),
-        ("p.json", '[{"prompt": "a", "seed": ' + "9" * 5000 + "}]", "not valid JSON"),
         ("p.json", "[" * 200000, "not valid JSON"),
         ("p.json", "3", "no list of prompts"),
-        ("p.json", "[]", "holds no prompt"),
         ("p.json", '["a --x 3"]', "prompt 1: --x is no option"),
         ("p.txt", "# nothing\n\n", "holds no prompt"),
         ("p.txt", b"a \xff ball", "not UTF-8"),
-        ("p.txt", "a ball".encode("utf-16"), "not UTF-8"),
-        ("p.txt", "a\n" * 1001, "1001 prompts"),
         ("p.csv", "a ball", "neither .txt nor .toml nor .json"),
-        ("prompts", "a ball", "neither .txt nor .toml nor .json"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, content, says):
@@ -231,11 +172,9 @@ def test_files_that_are_refused(tmp_path, name, content, says):
     assert says in str(error.value) and str(path) in str(error.value) and len(str(error.value)) < 700
 
 
-def test_a_file_that_is_missing_or_a_folder(tmp_path):
-    (tmp_path / "folder.txt").mkdir()
-    for name, says in (("none.txt", "does not exist"), ("folder.txt", "is a folder")):
-        with pytest.raises(UserError, match=says):
-            read_sample_prompts(tmp_path / name)
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_sample_prompts(tmp_path / "none.txt")
 
 
 def test_the_prompts_that_documentation_shows(tmp_path):
@@ -247,49 +186,33 @@ def test_the_prompts_that_documentation_shows(tmp_path):
     assert [(prompt.prompt, prompt.seed) for prompt in read["toml"]] == [(prompt.prompt, prompt.seed) for prompt in read["json"]]
     rows = re.findall(r"^\| `(--\w+)` \| `(\w+)` \| .* \| `?(.*?)`? \|$", text, re.MULTILINE)
     assert tuple(option for option, _, _ in rows) == PROMPT_OPTIONS
-    defaults = {key: "a new one for every sample" if value is None else str(value) for key, value in DEFAULTS.items()}
+    defaults = {
+        key: "`--seed` of the training plus the place of the prompt, from 0" if value is None else str(value)
+        for key, value in DEFAULTS.items()
+    }
     assert {key: default for _, key, default in rows} == defaults
 
 
-def refused_or_read(path: Path) -> None:
-    """Either prompts, or one sentence that names the file."""
-    try:
-        prompts = read_sample_prompts(path)
-    except UserError as error:
-        assert str(path) in str(error)
-    else:
-        assert prompts and all(isinstance(prompt, SamplePrompt) for prompt in prompts)
-
-
 WORDS = ["--w", "--h", "--f", "--d", "--s", "--g", "--fs", "--", "---", "--q", "#", "=", "64", "5", "-1", '"', "\t"]
-OPTIONS = st.sampled_from(WORDS)
-
-
-@FUZZ
-@given(st.lists(st.one_of(OPTIONS, st.text(max_size=6)), max_size=12))
-def test_any_line_is_read_or_refused(tmp_path, words):
-    text = " ".join(words)
-    refused_or_read(write(tmp_path, "p.txt", text.encode("utf-8", "replace")))
-
-
-@FUZZ
-@given(st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused(tmp_path, content):
-    for name in ("p.txt", "p.toml", "p.json"):
-        refused_or_read(write(tmp_path, name, content))
-
-
+LINES = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=6)), max_size=12).map(
+    lambda words: " ".join(words).encode("utf-8", "replace")
+)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 KEYS = st.sampled_from(["prompt", "prompts", "subset", "width", "seed", "frame_count", "guidance_scale", "other"])
 DOCUMENTS = st.recursive(
     SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=10
-)
+).map(lambda document: json.dumps(document).encode())
 
 
 @FUZZ
-@given(DOCUMENTS)
-def test_any_document_is_read_or_refused(tmp_path, document):
-    refused_or_read(write(tmp_path, "p.json", json.dumps(document)))
+@given(st.one_of(LINES, DOCUMENTS, st.binary(max_size=60)))
+def test_anything_is_read_or_refused_with_one_sentence_that_names_the_file(tmp_path, content):
+    for name in ("p.txt", "p.toml", "p.json"):
+        path = write(tmp_path, name, content)
+        try:
+            assert read_sample_prompts(path)
+        except UserError as error:
+            assert str(path) in str(error)
 
 
 @FUZZ

@@ -86,7 +86,7 @@ def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tenso
     """
     vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
     fit = VAEFit(vae, settings, encode=False)
-    lighter = f"use {settings.lighter_flags or 'a smaller --video_size'}, or a shorter --video_length"
+    lighter = " or ".join(filter(None, (settings.lighter_flags and f"use {settings.lighter_flags}", "make it smaller or shorter")))
 
     def decode(latents: Tensor) -> Tensor:
         fit.fit(Clip.of_latents(latents))

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import hunyuan_model
-from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.decoding import load_decoder
 from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents
 from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.loading import check_vae_file
-from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
+from hunyuan_model.vae.memory import VAESettings
 from networks.training.pause import kept_random_state, paused_training
 from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
 from utils.cli.arguments import MAX_SEED
@@ -270,7 +270,8 @@ class SampleRound:
 
         prompt = entry.prompt
         size = latent_size(prompt.height, prompt.width, prompt.frame_count)
-        with self.accelerator.autocast():  # as in training
+        smaller = explain_out_of_memory("sampling", "make it smaller or shorter", self.accelerator.device)
+        with smaller, self.accelerator.autocast():  # as in training
             latents = sample_latents(
                 self.transformer,
                 initial_noise(size, torch.Generator().manual_seed(prompt.seed)),
@@ -287,17 +288,15 @@ class SampleRound:
 
     def _decode_all(self, sampled: Sequence[tuple[EncodedPrompt, Tensor]], saved: list[SavedSample]) -> None:
         """Write the samples, and add them to ``saved``. The VAE is gone afterwards."""
-        settings, device = self.settings.vae_settings, self.accelerator.device
-        fit = VAEFit(hunyuan_model.load_vae(settings.vae, device=device, dtype=settings.vae_dtype), settings, encode=False)
+        decode = load_decoder(self.settings.vae_settings, self.accelerator.device)
         for entry, latents in sampled:
             self._stop_if_asked()
             with self._training_goes_on(f"sample {entry} was not written"):
-                fit.fit(Clip.of_latents(latents))
-                frames = decode_latents(fit.vae, latents, device=device, dtype=fit.dtype)[0].numpy()  # (T, H, W, 3)
-                saved.append(SavedSample(self._save(entry, frames), entry.index, entry.prompt))
+                saved.append(SavedSample(self._save(entry, decode(latents)[0].numpy()), entry.index, entry.prompt))
                 logger.info("saved %s", saved[-1].path)
 
     def _save(self, entry: EncodedPrompt, frames: np.ndarray) -> Path:
+        """Frames (T, H, W, 3), as a picture or a clip under a name that is free."""
         folder, values = self.settings.folder, asdict(entry.prompt) | {"training_steps": self.step}
         del values["where"]
         metadata = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
@@ -324,10 +323,6 @@ class SampleRound:
             yield
         except _Stopped:
             raise
-        except torch.OutOfMemoryError:
-            lighter = self.settings.vae_settings.lighter_flags
-            advice = f"Make it smaller or shorter{', or give ' if lighter else ''}{lighter}."
-            logger.warning("%s: out of memory; training goes on. %s", failed, advice)
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
 

@@ -154,14 +154,14 @@ def test_what_is_written(sampling, tiny_model, tmp_path, caplog):
     folder = tmp_path / "out" / "sample"
     assert sorted(folder.iterdir()) == [picture.path, clip.path]
     assert picture.path.match("lora_000002_00_*_7.png") and clip.path.match("lora_000002_01_*_0.mp4")  # one more than the training
-    assert (picture.index, clip.index, picture.seed, clip.seed) == (0, 1, 7, 0)
+    assert (picture.index, clip.index) == (0, 1)
     with Image.open(picture.path) as file:
         assert file.size == (48, 32)
         assert file.text["prompt"] == "a red ball" and file.text["seed"] == "7" and file.text["training_steps"] == "2"
     with av.open(str(clip.path)) as container:
         assert container.streams.video[0].average_rate == 24
         assert len(list(container.decode(video=0))) == 5
-        assert f"seed: {clip.seed}" in container.metadata["comment"]
+        assert "seed: 0" in container.metadata["comment"]
     assert "2 of 2 samples in" in caplog.text
 
 
@@ -218,12 +218,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("error", "says"),
         [
-            (
-                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
-                "out of memory; training goes on. Make",
-            ),
+            (torch.OutOfMemoryError("CUDA out of memory.\nand more"), "out of memory while sampling; make it smaller or shorter"),
             (RuntimeError("an odd\nerror"), "an odd; training goes on"),
-            (MemoryError(), "MemoryError; training goes on"),
         ],
     )
     def test_a_prompt_that_cannot_be_sampled(self, training, sampling, caplog, monkeypatch, error, says):
@@ -250,14 +246,14 @@ class TestFailures:
         assert not list(Path(sampling().output_dir).rglob("*.*"))
 
     @pytest.mark.parametrize(
-        ("module", "name", "says", "left"),
-        [(hunyuan_model, "load_vae", "no sample was written", []), (training_samples, "save_picture", "a red ball", [1])],
+        ("name", "says", "left"),
+        [("load_decoder", "no sample was written", []), ("save_picture", "a red ball", [1])],
     )
-    def test_a_vae_that_is_gone_and_a_disk_that_is_full(self, training, sampling, caplog, monkeypatch, module, name, says, left):
+    def test_a_vae_that_is_gone_and_a_disk_that_is_full(self, training, sampling, caplog, monkeypatch, name, says, left):
         def fails(*_args, **_options):
             raise UserError("No space left on device.")
 
-        monkeypatch.setattr(module, name, fails, raising=False)
+        monkeypatch.setattr(training_samples, name, fails)
         saved, (warning,) = self.sampled(training, sampling(), caplog)
         assert [sample.index for sample in saved] == left
         assert says in warning and "No space left on device; training goes on" in warning
@@ -272,17 +268,6 @@ class TestFailures:
         before = states_of(training)
         assert training.sample(samples, stop=stop) == []
         assert len(asked) == 3 and states_of(training) == before
-
-    def test_an_interruption_leaves_training_as_it_was(self, training, sampling, monkeypatch):
-        samples, before = training.samples(sampling()), states_of(training)
-
-        def interrupted(*_args, **_kwargs):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(training_samples, "sample_latents", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            training.sample(samples)
-        assert states_of(training) == before
 
 
 def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(sampling, tiny_model, monkeypatch):
@@ -318,16 +303,6 @@ def test_only_the_main_process_samples_and_all_wait(sampling, tiny_model, monkey
     assert not Path(args.output_dir).exists()
 
 
-@pytest.mark.slow
-def test_tiles_and_chunks_of_the_vae_are_those_of_the_flags(sampling, tiny_model, monkeypatch):
-    seen = []
-    plain = training_samples.VAEFit
-    monkeypatch.setattr(training_samples, "VAEFit", lambda vae, made, **options: seen.append(made) or plain(vae, made, **options))
-    training = TinyTraining(tiny_model.dit)
-    settings = sampling("--vae_spatial_tile_sample_min_size", 32, "--vae_chunk_size", 8)
-    assert len(training.sample(training.samples(settings))) == 2 and seen == [settings.vae_settings]
-
-
 @pytest.mark.parametrize(
     ("flags", "due"),
     [
@@ -358,9 +333,6 @@ def nothing_loads(monkeypatch):
         (("--sample_prompts", "none.txt"), "none.txt does not exist"),
         (("--vae", "none.pt"), "--vae"),
         (("--text_encoder1", "nowhere"), "--text_encoder1"),
-        (("--vae_dtype", "fp12"), "--vae_dtype"),
-        (("--text_encoder_dtype", "fp12"), "--text_encoder_dtype"),
-        (("--vae_spatial_tile_sample_min_size", 33), "multiple of 32"),
         (("--output_name", "x" * 205), "--output_name is too long for the names of samples"),
     ],
 )
@@ -374,20 +346,13 @@ def test_flags_that_are_refused_before_anything_loads(sampling, nothing_loads, f
     ("flags", "says"),
     [
         (("--sample_every_n_steps", 1), "--sample_every_n_steps needs --sample_prompts"),
-        (("--sample_at_first",), "--sample_at_first needs"),
-        (("--sample_prompts", "p.txt", "--text_encoder1", "a", "--text_encoder2", "b"), "--sample_prompts needs --vae,"),
-        (("--sample_prompts", "p.txt", "--vae", "a"), "needs --text_encoder1, --text_encoder2"),
+        (("--sample_prompts", "p.txt"), "--sample_prompts needs --vae, --text_encoder1, --text_encoder2,"),
     ],
 )
 def test_flags_without_their_partners_are_refused(flags, says):
     with pytest.raises(UserError) as error:
         parsed(*flags)
     assert says in str(error.value)
-
-
-def test_swapped_files_are_refused(sampling, tiny_model, nothing_loads):
-    with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE"):
-        check_samples(sampling("--vae", tiny_model.dit))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(sampling, tmp_path):
@@ -403,8 +368,6 @@ def test_prompts_that_nothing_asks_for_have_no_effect(sampling):
     assert settings.without_effect()[0].startswith("--sample_prompts has no effect without --sample_at_first or")
 
 
-def test_a_training_without_samples_asks_for_nothing(tiny_model):
+def test_a_training_without_samples_makes_none(tiny_model):
     settings = parsed("--dit", tiny_model.dit)
-    assert check_samples(settings) == []
-    training = TinyTraining(tiny_model.dit)
-    assert training.sample(training.samples(settings), 2) == []
+    assert check_samples(settings) == [] and settings.due(2, 1) is None

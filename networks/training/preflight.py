@@ -26,18 +26,16 @@ from networks.training.accelerator import Precision
 from networks.training.data import TrainingData
 from networks.training.logging.logs import check_logs
 from networks.training.optim.lr_schedules import check_lr_scheduler
-from networks.training.optim.optimizers import check_optimizer, state_bytes_per_value, warn_of_low_learning_rate
+from networks.training.optim.optimizers import (
+    check_optimizer,
+    describe_optimizer,
+    state_bytes_per_value,
+    warn_of_low_learning_rate,
+)
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
-from networks.training.saving.resume import (
-    Resumed,
-    check_steps_left,
-    find_resumed,
-    is_complete,
-    require_fitting,
-    state_identity,
-)
+from networks.training.saving.resume import Resumed, check_steps_left, find_resumed, is_complete, require_fitting
 from networks.training.saving.state import check_state_can_be_saved, recover_state
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import random_seed
@@ -181,9 +179,7 @@ def find_beginning(settings: TrainingSettings, model: ModelPlan, accelerator: Ac
     accelerator.wait_for_everyone()
     resumed, flags = find_resumed(settings.resuming), settings.flags
     if resumed is not None:
-        # Other modules may add their layers only when they are applied: their sizes are compared once they are loaded.
-        known = model.network if model.module is networks.lora else None
-        require_fitting(resumed, state_identity(flags, known, model.optimizer), flags)
+        require_fitting(resumed, flags, describe_optimizer(model.optimizer))
         seed, flags = resumed.state.seed, resumed.flags_used(flags)
     elif (seed := settings.resuming.seed) is None:
         seed = int(broadcast_object_list([random_seed()])[0])

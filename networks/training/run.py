@@ -22,7 +22,6 @@ from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples
 from networks.training.saving.files import remove_outdated, save_network, state_name
 from networks.training.saving.metadata import finished_metadata
-from networks.training.saving.resume import state_identity
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
 from networks.training.settings import TrainingSettings
 from utils.errors import UserError
@@ -151,7 +150,7 @@ def save_training_state(training: Training, model_name: str) -> None:
     state = StateFile(
         progress=training.progress,
         seed=training.plan.beginning.seed,
-        identity=state_identity(training.settings.flags, training.network, training.optimizer),
+        optimizer=describe_optimizer(training.optimizer),
         order=batch_order(training.settings, training.data.reader, training.accelerator),
         flags=training.plan.beginning.given_flags,
         saved_at=time.time(),

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from networks.lora import DEFAULT_RANK
-from networks.training.optim.optimizers import describe_optimizer
 from networks.training.saving.files import final_name
 from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, find_latest_state, load_state, read_state_file
 from utils.errors import UserError
@@ -24,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 PLACE_FLAGS = ("resume", "seed")  # those that say where to go on, and the one that is checked by itself
 OPTIMIZER_FLAGS = ("learning_rate", "optimizer_args")  # whose values an optimiser goes on with
-NETWORK_SIZES = "a network of sizes"  # the entry of a state's identity that holds their hash
 
 
 @dataclass(frozen=True)
@@ -100,43 +94,39 @@ def is_complete(settings: ResumeSettings, steps: int, resumed: Resumed | None) -
         return False
 
 
-def state_identity(flags: Mapping[str, Any], network: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """What must be the same for a state to fit; without a network, all but its sizes."""
-    identity = {
-        "--network_module": flags["network_module"],
-        "--optimizer_type": describe_optimizer(optimizer),
-        "--lr_scheduler": flags.get("lr_scheduler_type") or flags["lr_scheduler"],
-    }
-    if network is not None:
-        sizes = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
-        identity[NETWORK_SIZES] = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
-    return identity
-
-
-def require_fitting(resumed: Resumed, identity: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+def require_fitting(resumed: Resumed, flags: Mapping[str, Any], optimizer: str) -> None:
     """Refuse a state of another network, optimiser or schedule.
 
     Args:
-        identity: of this training, as far as it is known; see ``state_identity``.
         flags: of this training.
+        optimizer: its class.
 
     Raises:
-        UserError: names what differs.
+        UserError: names what differs, as ``rank 16, now 24``.
     """
-    then = resumed.state
-    differences = [
-        f"{name} {then.identity.get(name)}, now {now}"
-        for name, now in identity.items()
-        if name != NETWORK_SIZES and now != then.identity.get(name)
-    ]
-    differences += _network_differences(then.flags, flags)
-    if not differences and identity.get(NETWORK_SIZES) not in (None, then.identity.get(NETWORK_SIZES)):
-        differences = ["its network has layers of other sizes"]
-    if differences:
+    before, after = _identity(resumed.state.flags, resumed.state.optimizer), _identity(flags, optimizer)
+    if differences := [f"{name} {before[name]}, now {now}" for name, now in after.items() if before[name] != now]:
         raise UserError(
             f"the state {resumed.folder} does not fit this training: {'; '.join(differences)}. Use the flags of that run, "
             "or leave --resume out; to begin anew from its weights give its model as --network_weights."
         )
+
+
+def _identity(flags: Mapping[str, Any], optimizer: str) -> dict[str, str]:
+    """What must be the same for a state to fit. The network of a state has its own rank, alpha and arguments."""
+    words = sorted(word for word in flags.get("network_args") or () if not word.startswith("verbose="))
+    if flags.get("dim_from_weights"):
+        rank = alpha = f"as in {Path(flags['network_weights']).name}"
+    else:
+        rank, alpha = str(flags.get("network_dim") or DEFAULT_RANK), f"{flags['network_alpha']:g}"
+    return {
+        "--network_module": flags["network_module"],
+        "rank": rank,
+        "alpha": alpha,
+        "--network_args": _text(words),
+        "--optimizer_type": optimizer,
+        "--lr_scheduler": flags.get("lr_scheduler_type") or flags["lr_scheduler"],
+    }
 
 
 def check_steps_left(settings: ResumeSettings, resumed: Resumed, steps: int) -> None:
@@ -151,21 +141,6 @@ def check_steps_left(settings: ResumeSettings, resumed: Resumed, steps: int) -> 
             f"the state {resumed.folder} was saved after step {step}, and this training has {steps}; "
             "raise --max_train_steps to go on."
         )
-
-
-def _network_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes another network, as ``rank 16, now 24``. The network of a state has its own rank, alpha and arguments."""
-
-    def described(flags: Mapping[str, Any]) -> dict[str, str]:
-        words = sorted(word for word in flags.get("network_args") or () if not word.startswith("verbose="))
-        if flags.get("dim_from_weights"):
-            rank = alpha = f"as in {Path(flags['network_weights']).name}"
-        else:
-            rank, alpha = str(flags.get("network_dim") or DEFAULT_RANK), f"{flags['network_alpha']:g}"
-        return {"rank": rank, "alpha": alpha, "--network_args": _text(words)}
-
-    before, after = described(then), described(now)
-    return [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str, str]]:
@@ -188,10 +163,9 @@ def restore(resumed: Resumed, parts: Restorable, order: Mapping[str, Any], flags
         flags: that were given to this training, without secrets.
 
     Raises:
-        UserError: see ``require_fitting``.
+        UserError: see ``load_state``.
     """
     state = resumed.state
-    require_fitting(resumed, state_identity(flags, parts.network, parts.optimizer), flags)
     load_state(resumed.folder, parts)
     progress = state.progress
     if changed := [name for name, value in order.items() if state.order.get(name) != value]:

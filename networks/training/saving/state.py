@@ -69,7 +69,7 @@ class StateFile:
     """What state.json holds.
 
     Attributes:
-        identity: what must be as it was for the state to fit: a word or number for each name.
+        optimizer: its class, which must be the same for the state to fit.
         order: what the order of the batches depends on.
         flags: the flags of the run that saved it.
         saved_at: seconds since 1970.
@@ -78,7 +78,7 @@ class StateFile:
 
     progress: Progress
     seed: int
-    identity: dict[str, Any]
+    optimizer: str
     order: dict[str, Any]
     flags: dict[str, Any]
     saved_at: float

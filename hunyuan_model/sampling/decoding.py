@@ -66,11 +66,12 @@ def read_latents(path: str | os.PathLike[str], flag: str) -> tuple[Tensor, dict[
         UserError: not such a file, or values that are not finite; names ``flag``.
     """
     file = read_tensors(path, flag)
-    if "latent" not in file.tensors:
-        raise UserError(f"{flag} {path} holds no tensor named latent; give a file that --output_type latent wrote.")
-    latent = file.tensors["latent"]
-    if latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
-        raise UserError(f"{flag} {path}: the latent has the shape {tuple(latent.shape)}, expected (16, frames, height, width).")
+    latent = file.tensors.get("latent")
+    if latent is None or latent.ndim != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
+        raise UserError(
+            f"{flag} {path} holds no tensor named latent of the shape (16, frames, height, width); "
+            "give a file that --output_type latent wrote."
+        )
     if not torch.isfinite(latent).all():
         raise UserError(f"{flag} {path} holds NaN or infinity; sample it again.")
     return latent[None].float(), file.metadata

@@ -68,9 +68,8 @@ def initial_noise(size: tuple[int, int, int], generator: torch.Generator) -> Ten
     """
     frames, height, width = size
     one_frame = (1, LATENT_CHANNELS, 1, height, width)
-    return torch.cat(
-        [torch.randn(one_frame, generator=generator, device=generator.device, dtype=torch.float32) for _ in range(frames)], dim=2
-    )
+    noise = (torch.randn(one_frame, generator=generator, device=generator.device, dtype=torch.float32) for _ in range(frames))
+    return torch.cat(tuple(noise), dim=2)
 
 
 @torch.no_grad()
@@ -94,12 +93,12 @@ def sample_latents(
         noise: (B, 16, F, H, W), float32.
         text_states, text_mask, text_states_2: (B, L, D), (B, L), (B, P) from the text encoders.
         sigmas: (steps + 1,), falling from 1 to 0.
-        guidance_scale: strength of the distilled guidance; ignored by networks without a guidance input.
+        guidance_scale: of the distilled guidance; ignored by networks without a guidance input.
         dtype: what the network computes in; the Euler steps are float32.
         on_step: called with the number of steps done, after each.
 
     Returns:
-        latents (B, 16, F, H, W), float32, on ``device``, in the network's scale (not yet divided by the VAE's factor).
+        latents (B, 16, F, H, W), float32, on ``device``, in the network's scale.
     """
     batch = noise.shape[0]
     latents = noise.to(device, torch.float32)

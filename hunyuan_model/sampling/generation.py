@@ -23,12 +23,9 @@ class SamplingSettings:
     """The size, seed and schedule of one video; the fields have the names of flags.
 
     Attributes:
-        video_size: height and width in pixels, multiples of 16.
-        video_length: frames, 4n + 1.
-        embedded_cfg_scale: strength of the distilled guidance.
-        flow_shift: shift of the schedule towards noise.
-        step_cache: threshold below which steps are skipped, see ``StepCache``; 0 computes all.
-        step_cache_check: with ``step_cache``, also sample with all steps and log the difference.
+        video_size: height and width in pixels.
+        step_cache: threshold of ``StepCache``; 0 computes all steps.
+        step_cache_check: also sample with all steps and log the difference.
 
     Raises:
         UserError: a size that the model has not, or a step cache with nothing to skip.

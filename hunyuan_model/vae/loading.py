@@ -15,37 +15,22 @@ import torch
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.reading import Checkpoint
-from hunyuan_model.vae.model import (
-    SCALING_FACTOR,
-    SPATIAL_COMPRESSION,
-    TIME_COMPRESSION,
-    AutoencoderKLCausal3D,
-    VAEConfig,
-)
+from hunyuan_model.vae.model import SCALING_FACTOR, AutoencoderKLCausal3D, VAEConfig
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LARGEST_NORM_GROUPS = 32
-# What a config.json may say in one way only. Latents are cached unscaled, and every later stage multiplies them by the factor.
-FIXED_ENTRIES = {
-    "scaling_factor": SCALING_FACTOR,
-    "spatial_compression_ratio": SPATIAL_COMPRESSION,
-    "time_compression_ratio": TIME_COMPRESSION,
-    "temporal_compression_ratio": TIME_COMPRESSION,
-}
 
 
 def load_vae(
     path: str | os.PathLike[str], *, device: torch.device | str, dtype: torch.dtype, flag: str = "--vae"
 ) -> AutoencoderKLCausal3D:
     """The VAE in ``path``, in eval mode, frozen, and for inference: it reuses its buffers (``vae.reuse_buffers(False)`` for
-    gradients with respect to inputs). Tiles and chunks are off.
+    gradients with respect to inputs).
 
     Args:
-        path: .safetensors, .pt (also inside ``state_dict`` and under a prefix such as ``vae.``), or a folder with one of
-            them. Sizes come from the shapes; the number of norm groups, which shapes do not tell, from a ``config.json`` beside
-            the weights if it describes this VAE, else the published one is assumed.
+        path: .safetensors, .pt (also inside ``state_dict`` and under a prefix such as ``vae.``), or a folder with one of them.
         dtype: of the weights and the computation; inputs of ``encode`` and ``decode`` must have it too.
         flag: how messages call the path.
 
@@ -120,9 +105,8 @@ def _config_beside(path: str | os.PathLike[str], inferred: VAEConfig) -> VAEConf
     if not isinstance(entries, dict) or any(entries.get(name) != size for name, size in sizes.items()):
         logger.warning("%s does not describe the VAE in %s and is not used; %s is assumed", file, path, inferred)
         return inferred
-    for name, value in FIXED_ENTRIES.items():
-        if entries.get(name, value) != value:
-            raise UserError(f"{file}: {name} is {entries[name]!r}; this trainer works with VAEs for which it is {value}.")
+    if (factor := entries.get("scaling_factor", SCALING_FACTOR)) != SCALING_FACTOR:
+        raise UserError(f"{file}: scaling_factor is {factor!r}, but latents are multiplied by {SCALING_FACTOR} everywhere.")
     groups = entries.get("norm_num_groups", inferred.norm_num_groups)
     if not isinstance(groups, int) or groups < 1 or any(width % groups for width in inferred.block_out_channels):
         raise UserError(f"{file}: norm_num_groups {groups!r} does not divide the widths {inferred.block_out_channels}.")

@@ -17,7 +17,6 @@ from utils.free_memory import free_device_memory
 
 logger = logging.getLogger(__name__)
 
-TILE_SIZE_UNIT = 32  # a quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels
 DEFAULT_CHUNK_SIZE = 32
 SHARE_OF_FREE = 0.8
 """The rest is for what is not counted: workspaces of libraries, and gaps between tensors."""
@@ -44,13 +43,9 @@ class VAESettings:
     vae_spatial_tile_sample_min_size: int | None = None
 
     def __post_init__(self) -> None:
-        tile, unit = self.vae_spatial_tile_sample_min_size, TILE_SIZE_UNIT
-        if tile is not None and (tile <= 0 or tile % unit):
-            lower = max(tile // unit, 1) * unit
-            raise UserError(
-                f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of {unit} pixels, which tiles of the VAE must be; "
-                f"use {lower} or {lower + unit}."
-            )
+        # A quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels.
+        if (tile := self.vae_spatial_tile_sample_min_size) is not None and tile % 32:
+            raise UserError(f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of 32 pixels; use 128 or 256, say.")
 
     @property
     def lighter_flags(self) -> str:

@@ -182,10 +182,11 @@ class AutoencoderKLCausal3D(nn.Module):
             UserError: T is not 4n + 1, or H or W is not divisible by 8.
         """
         frames, height, width = x.shape[2:]
-        if frames % TIME_COMPRESSION != 1:
-            raise UserError(f"the VAE encodes clips of 4n + 1 frames (1, 5, 9, ...), not of {frames}.")
-        if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION or not height or not width:
-            raise UserError(f"the VAE encodes frames whose sides are multiples of 8 pixels, not {width}x{height}.")
+        if frames % TIME_COMPRESSION != 1 or height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION:
+            raise UserError(
+                "the VAE encodes clips of 4n + 1 frames whose sides are multiples of 8 pixels, "
+                f"not {frames} frames of {width}x{height}."
+            )
         tile = self.spatial_tile or max(height, width)
         moments = run_in_tiles(self._moments, x, tile, tile // SPATIAL_COMPRESSION)
         mean, logvar = moments.chunk(2, dim=1)

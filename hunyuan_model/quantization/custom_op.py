@@ -13,21 +13,16 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-NAMESPACE = "musubi_tuner"
-
 
 def opaque(shape_of: Callable[..., torch.Tensor]) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Decorator: the function is one operator for the compiler, and called as it is everywhere else.
-
-    Autograd does not look into it either: it is for the insides of autograd functions. Its arguments are annotated, as the
-    operator's signature is read off them.
+    """Decorator: the function, for the insides of autograd functions, is one operator for the compiler.
 
     Args:
-        shape_of: an empty tensor like the function's result, from its arguments.
+        shape_of: an empty tensor like the function's result, from its (annotated) arguments.
     """
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        operator = custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
+        operator = custom_op(f"musubi_tuner::{function.__name__.strip('_')}", function, mutates_args=())
         operator.register_fake(shape_of)
 
         @functools.wraps(function)

@@ -67,7 +67,6 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cast_to_float8(weight: torch.Tensor) -> Quantized:
-    """``weight`` cast to float8, without scales."""
     return cast(weight, FP8_DTYPE), None
 
 

@@ -1,9 +1,8 @@
 """Linear layers with quantized weights: one byte for each weight in memory, computed in a full-precision dtype.
 
-Weights stay quantized. A layer dequantizes its weight for its own matmul, once in the forward and once in the backward pass, so no
-full-precision copy outlives the matmul. The layers stay plain ``nn.Linear`` objects that read their weight and scale at every
-call: code that looks for layers by class, wraps ``forward``, or moves weights finds what it expects. The scales are a frozen
-parameter beside the weight (``weight_scale``).
+A layer dequantizes its weight for its own matmul, once in the forward and once in the backward pass, so no full-precision copy
+outlives the matmul. The layers stay plain ``nn.Linear`` objects that read their weight, and the frozen parameter ``weight_scale``
+beside it, at every call: code that looks for layers by class, wraps ``forward``, or moves weights finds what it expects.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ def _dequantized_gradient(gradient: torch.Tensor, weight: torch.Tensor, scale: t
 class _Path(torch.autograd.Function):
     """The way of the gradient through ``x @ weight.T + bias``: (..., in) -> zeros (..., out) that take no memory.
 
-    It keeps only the codes and scales for the backward pass. The weight is frozen: it has no gradient. The path is a Function of
-    its own, and comes before the matmul, because autograd keeps what a Function asks for after its forward: checkpointing, which
-    stops a recomputation once everything is kept, then leaves the matmul out.
+    A Function of its own, before the matmul, because autograd keeps what a Function asks for after its forward: checkpointing,
+    which stops a recomputation once everything is kept, then leaves the matmul out.
     """
 
     @staticmethod
@@ -109,7 +107,7 @@ def quantized_linear(
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedForward:
+class _QuantizedForward:
     """The forward of a quantized Linear. A method: the compiler compares bound methods by their function."""
 
     linear: nn.Linear
@@ -140,17 +138,12 @@ def enable_quantized_linears(module: nn.Module, compute_dtype: torch.dtype, matm
     """Give every ``nn.Linear`` in ``module`` that stores a quantized weight a forward which computes in ``compute_dtype``.
 
     Call it once after loading, before anything else wraps ``forward``. Under autocast the autocast dtype wins.
-
-    Args:
-        matmuls: multiply float8 by float8, in this way, in the layers whose sizes and scales allow it.
-
-    Returns:
-        How many layers were found.
+    ``matmuls``: multiply float8 by float8, in this way, where sizes and scales allow it. Returns how many layers were found.
     """
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and is_quantized(layer)]
     for linear in linears:
         linear.weight.requires_grad_(False)
-        linear.forward = QuantizedForward(linear, compute_dtype, matmuls).forward
+        linear.forward = _QuantizedForward(linear, compute_dtype, matmuls).forward
     return len(linears)
 
 

@@ -1,10 +1,7 @@
 """Matmuls of float8 by float8, on GPUs that have them: twice the rate of bfloat16, but the activations are rounded too.
 
-Forward, and the gradient of the input, of a Linear layer whose weight is stored as float8. Activations and gradients are
-quantized on the fly, with a scale per row where the GPU's kernel takes that, else with one for all: nothing waits for the device.
-The weight is frozen and has no gradient.
-
-Formats and scaling: Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433).
+Forward, and the gradient of the input, of a Linear layer whose weight is stored as float8 (arXiv 2209.05433) and frozen.
+Activations and gradients are quantized on the fly, with a scale per row where the GPU's kernel takes that, else with one for all.
 """
 
 from __future__ import annotations
@@ -31,21 +28,19 @@ class Float8Matmuls:
 
 
 def check_float8_matmuls(device: torch.device, flag: str) -> None:
-    """Refuse a device that cannot multiply float8.
-
-    Raises:
-        UserError: names ``flag``, the device, and what it takes.
-    """
-    wanted = f"{flag} multiplies in float8, which takes an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell)"
+    """Raise a UserError for a device that cannot multiply float8."""
     if device.type != "cuda":
-        raise UserError(f"{wanted}, but this runs on {device}; leave {flag} out.")
-    if torch.version.hip is not None:
-        raise UserError(f"{wanted}, but this torch is built for AMD; leave {flag} out.")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        raise UserError(
-            f"{wanted}, but {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; leave {flag} out."
-        )
+        found = f"this runs on {device}"
+    elif torch.version.hip is not None:
+        found = "this torch is built for AMD"
+    elif (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    else:
+        return
+    raise UserError(
+        f"{flag} multiplies in float8, which takes an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), but "
+        f"{found}; leave {flag} out."
+    )
 
 
 def find_float8_matmuls(device: torch.device) -> Float8Matmuls:
@@ -68,14 +63,11 @@ def fits_float8_matmuls(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tens
 def float8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, matmuls: Float8Matmuls
 ) -> torch.Tensor:
-    """``x @ (weight * scale).T + bias`` in float8.
+    """``x @ (weight * scale).T + bias`` in float8: (..., out) in the dtype of x, with the digits of bfloat16.
 
     Args:
         x: (..., in); rounded to bfloat16 first.
         weight: (out, in) float8_e4m3fn, with ``scale`` (out or 1, 1) or None.
-
-    Returns:
-        (..., out) in the dtype of x, with the digits of bfloat16.
     """
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     channels = None if scale is None else scale.float().expand(len(weight), 1).t()  # (1, out)

@@ -21,7 +21,6 @@ from hunyuan_model.runtime.host_weights import ALIGNMENT
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
-from hunyuan_model.transformer.rope import TEXT_ROWS_STEP
 
 FLOAT32 = 4
 
@@ -185,7 +184,7 @@ def sampling_activations(
 
 def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:
     """Of the RoPE tables for one size, float32."""
-    rows = batch.image_tokens(config) + -(-max(1, batch.text_tokens) // TEXT_ROWS_STEP) * TEXT_ROWS_STEP
+    rows = batch.image_tokens(config) + max(1, batch.text_tokens)
     return rows * config.head_dim * FLOAT32
 
 

@@ -15,10 +15,7 @@ from torch import Tensor
 
 
 class Transfers(Protocol):
-    """What copies weights and activations. Marks and arrivals mean nothing to anyone else.
-
-    Copies are made in the order in which they were asked for.
-    """
+    """What copies weights and activations, in the order in which it is asked to. Marks and arrivals mean nothing to anyone else."""
 
     def allocate(self, size: int) -> Tensor:
         """Room for ``size`` bytes on the device, uint8 (size,)."""
@@ -65,17 +62,13 @@ class StreamTransfers:
         return memory
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return torch.cuda.current_stream(self.device).record_event()
 
     def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         self.stream.wait_event(after)
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-        arrival = torch.cuda.Event()
-        arrival.record(self.stream)
-        return arrival
+        return self.stream.record_event()
 
     def wait(self, arrival: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(arrival)

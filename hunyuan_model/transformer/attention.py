@@ -1,7 +1,7 @@
 """Attention among the valid rows of each sample, computed by torch or by one of several packages.
 
-No N x N mask is ever built: when all samples of a batch have the same length one dense call is exact, and otherwise
-samples are computed one by one or packed end to end. A mask would also keep torch from its fast kernels.
+No N x N mask is ever built, as a mask keeps torch from its fast kernels: samples of one length are one dense call, others are
+computed one by one or packed end to end.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from torch import Tensor
 from utils.devices import to_device
 from utils.errors import UserError
 
-# Modes whose backward pass exists.
-TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})
+TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})  # that have a backward pass
+HALF_MODES = frozenset({"flash", "sageattn"})  # that compute in float16 and bfloat16 only
+CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}  # the least compute capability of an NVIDIA GPU that a package has kernels for
 
-HALF_MODES = frozenset({"flash", "sageattn"})
-"""Modes whose packages compute in float16 and bfloat16 only."""
-
-CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}
-"""The least compute capability of an NVIDIA GPU for which a package has kernels, where older GPUs are in use."""
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+Packed = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,9 @@ class Attention:
     """
 
     mode: str
-    dense: Callable[[Tensor, Tensor, Tensor], Tensor]
-    packed: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor] | None = None
+    dense: Dense
+    packed: Packed | None = None
     split: bool = False
-
-    @property
-    def trainable(self) -> bool:
-        """Whether gradients flow through this mode."""
-        return self.mode in TRAINABLE_MODES
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Attention with scale 1/sqrt(D).
@@ -92,12 +85,9 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
     Raises:
         UserError: unknown mode, or its package is not installed.
     """
-    try:
-        make = _MAKERS[mode]
-    except KeyError:
-        raise UserError(f"there is no attention mode {mode!r}; use one of {', '.join(_MAKERS)}.") from None
-    dense, packed = make()
-    return Attention(mode, dense, packed, split)
+    if mode not in _MAKERS:
+        raise UserError(f"there is no attention mode {mode!r}; use one of {', '.join(_MAKERS)}.")
+    return Attention(mode, *_MAKERS[mode](), split)
 
 
 def check_attention_device(mode: str, device: torch.device) -> None:
@@ -130,6 +120,14 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
+@lru_cache(maxsize=16)
+def _row_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each packed sample starts, and the end: (B + 1,) int32. Cached: every block of a forward pass asks for it."""
+    with torch.inference_mode(False):
+        offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return to_device(offsets, device)
+
+
 def _import(module: str, package: str, mode: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -140,62 +138,43 @@ def _import(module: str, package: str, mode: str) -> ModuleType:
         ) from error
 
 
-@lru_cache(maxsize=16)
-def _row_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each packed sample starts, and the end: (B + 1,) int32. Cached: every block of a forward pass asks for it."""
-    with torch.inference_mode(False):
-        offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return to_device(offsets, device)
+def _make_torch() -> tuple[Dense, None]:
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    return dense, None
 
 
-def _torch_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def _make_torch():
-    return _torch_dense, None
-
-
-def _make_flash():
+def _make_flash() -> tuple[Dense, Packed]:
     flash = _import("flash_attn", "flash-attn", "flash")
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        check_attention_dtype("flash", q.dtype)
-        return flash.flash_attn_func(q, k, v)
-
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        check_attention_dtype("flash", q.dtype)
         offsets, longest = _row_offsets(lengths, q.device), max(lengths)
         return flash.flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
 
-    return dense, packed
+    return flash.flash_attn_func, packed
 
 
-def _make_xformers():
+def _make_xformers() -> tuple[Dense, Packed]:
     ops = _import("xformers.ops", "xformers", "xformers")
     bias = _import("xformers.ops.fmha.attn_bias", "xformers", "xformers")
     # Cached because making one copies the lengths to the device.
     block_diagonal = lru_cache(maxsize=16)(lambda lengths: bias.BlockDiagonalMask.from_seqlens(list(lengths)))
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.memory_efficient_attention(q, k, v)
-
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         return ops.memory_efficient_attention(q, k, v, attn_bias=block_diagonal(lengths))
 
-    return dense, packed
+    return ops.memory_efficient_attention, packed
 
 
-def _make_sageattn():
+def _make_sageattn() -> tuple[Dense, Packed]:
     sage = _import("sageattention", "sageattention", "sageattn")
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        check_attention_dtype("sageattn", q.dtype)
         return sage.sageattn(q, k, v, tensor_layout="NHD")
 
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        check_attention_dtype("sageattn", q.dtype)
         offsets, longest = _row_offsets(lengths, q.device), max(lengths)
         return sage.sageattn_varlen(q[0], k[0], v[0], offsets, offsets, longest, longest)[None]
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.transformer.attention import Attention
 from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.transformer.gelu import cat_gelu, gelu
+from hunyuan_model.transformer.embedders import MLP
+from hunyuan_model.transformer.gelu import cat_gelu
 from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
 from hunyuan_model.transformer.rope import apply_rope
 
@@ -42,18 +43,6 @@ class ModulateDiT(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(vec))[:, None].chunk(self.factor, dim=-1)
-
-
-class MLP(nn.Module):
-    """Linear, tanh-approximated GELU, Linear."""
-
-    def __init__(self, hidden_size: int, mlp_size: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.fc2 = nn.Linear(mlp_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
 
 
 class MMDoubleStreamBlock(nn.Module):

@@ -9,6 +9,19 @@ from dataclasses import dataclass
 
 from utils.errors import UserError
 
+# What the architecture is read from, with the number of dimensions.
+_NEEDED = {
+    "img_in.proj.weight": 5,
+    "time_in.mlp.0.weight": 2,
+    "vector_in.in_layer.weight": 2,
+    "txt_in.input_embedder.weight": 2,
+    "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight": 2,
+    "double_blocks.0.img_attn_q_norm.weight": 1,
+    "double_blocks.0.img_mlp.fc1.weight": 2,
+    "single_blocks.0.linear1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -47,49 +60,32 @@ def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Tra
     Raises:
         UserError: names that the architecture is read from are missing, or the shapes contradict each other.
     """
-    double_depth = _depth(shapes, "double_blocks")
-    single_depth = _depth(shapes, "single_blocks")
-    refiner_depth = _depth(shapes, "txt_in.individual_token_refiner.blocks")
-    needed = {  # with the number of dimensions
-        "img_in.proj.weight": 5,
-        "time_in.mlp.0.weight": 2,
-        "vector_in.in_layer.weight": 2,
-        "txt_in.input_embedder.weight": 2,
-        "txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight": 2,
-        "double_blocks.0.img_attn_q_norm.weight": 1,
-        "double_blocks.0.img_mlp.fc1.weight": 2,
-        "single_blocks.0.linear1.weight": 2,
-        "final_layer.linear.weight": 2,
-    }
-    missing = [name for name in needed if name not in shapes]
+    missing = [name for name in _NEEDED if name not in shapes]
     if missing:
         raise UserError(
             f"this is not a whole HunyuanVideo transformer: it has no {', '.join(missing)}. "
             "Give the official checkpoint (mp_rank_00_model_states.pt or a .safetensors file with the same names)."
         )
-    for name, dimensions in needed.items():
-        shape = shapes[name]
-        if len(shape) != dimensions or 0 in shape:
+    for name, dimensions in _NEEDED.items():
+        if len(shapes[name]) != dimensions or 0 in shapes[name]:
             raise UserError(
-                f"{name} of this transformer has the shape {tuple(shape)}; {dimensions} dimension(s), none of them empty, are "
-                "expected. The file is damaged or of another model."
+                f"{name} of this transformer has the shape {tuple(shapes[name])}. The file is damaged or of another model."
             )
     hidden_size, in_channels, *patch_size = shapes["img_in.proj.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn_q_norm.weight"]
     rows_out = shapes["final_layer.linear.weight"][0]
     if hidden_size % head_dim or head_dim % 2 or rows_out % math.prod(patch_size):
         raise UserError(
-            "the shapes of this transformer contradict each other: "
-            f"img_in.proj.weight is {tuple(shapes['img_in.proj.weight'])}, the head size is {head_dim}, "
+            f"the shapes of this transformer contradict each other: its hidden size is {hidden_size}, the head size is {head_dim}, "
             f"final_layer.linear.weight has {rows_out} rows. The file is damaged or of another model."
         )
     return TransformerConfig(
         hidden_size=hidden_size,
         heads=hidden_size // head_dim,
         head_dim=head_dim,
-        double_depth=double_depth,
-        single_depth=single_depth,
-        refiner_depth=refiner_depth,
+        double_depth=_depth(shapes, "double_blocks"),
+        single_depth=_depth(shapes, "single_blocks"),
+        refiner_depth=_depth(shapes, "txt_in.individual_token_refiner.blocks"),
         mlp_size=shapes["double_blocks.0.img_mlp.fc1.weight"][0],
         text_dim=shapes["txt_in.input_embedder.weight"][1],
         pooled_dim=shapes["vector_in.in_layer.weight"][1],
@@ -103,13 +99,6 @@ def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Tra
 
 
 def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """Number of blocks called ``prefix.N``, which must be numbered without a gap."""
+    """Number of blocks called ``prefix.N``; the loading of weights names those that are missing between them."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    indices = {int(match[1]) for match in map(pattern.match, shapes) if match}
-    gaps = set(range(len(indices))) - indices
-    if gaps:
-        raise UserError(
-            f"this transformer is not whole: {prefix} has blocks up to {max(indices)}, but {prefix}.{min(gaps)} is missing. "
-            "Load all parts of the checkpoint, or download it again."
-        )
-    return len(indices)
+    return 1 + max(int(match[1]) for match in map(pattern.match, shapes) if match)

@@ -1,12 +1,15 @@
-"""What turns latents, timesteps, guidance and text into vectors of the hidden size."""
+"""What turns latents, timesteps, guidance and text into vectors of the hidden size, and the MLP of tokens."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hunyuan_model.transformer.gelu import gelu
 
 MAX_PERIOD = 10000
 
@@ -58,6 +61,19 @@ class VectorEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class MLP(nn.Module):
+    """Linear, activation (GELU in its tanh approximation), Linear."""
+
+    def __init__(self, hidden_size: int, mlp_size: int, activation: Callable[[Tensor], Tensor] = gelu):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class TextProjection(nn.Module):

@@ -14,7 +14,7 @@ from hunyuan_model.transformer.attention import Attention, make_attention
 from hunyuan_model.transformer.blocks import FinalLayer, MMDoubleStreamBlock, MMSingleStreamBlock
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.embedders import PatchEmbed, TimestepEmbedder, VectorEmbedder
-from hunyuan_model.transformer.rope import RotaryTables
+from hunyuan_model.transformer.rope import rotation_table
 from hunyuan_model.transformer.token_refiner import SingleTokenRefiner
 from utils.errors import UserError
 
@@ -41,11 +41,10 @@ class HYVideoDiffusionTransformer(nn.Module):
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(config, attention) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(config, attention) for _ in range(config.single_depth))
         self.final_layer = FinalLayer(hidden_size, config.out_channels * math.prod(config.patch_size))
-        self.rotary_tables = RotaryTables(config.rope_dims, config.rope_theta)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the embedders, in which inputs are taken in (the blocks may hold another one, such as float8)."""
+        """Dtype of the embedders; the blocks may hold another one, such as float8."""
         return self.img_in.proj.weight.dtype
 
     def forward(
@@ -73,14 +72,21 @@ class HYVideoDiffusionTransformer(nn.Module):
         Raises:
             UserError: a latent size the patches do not divide, or a mask whose valid rows do not come first.
         """
-        size = self._grid(x)
+        pt, ph, pw = self.config.patch_size
+        frames, height, width = x.shape[2:]
+        if frames % pt or height % ph or width % pw:
+            raise UserError(
+                f"latents of {frames} frames of {height}x{width} cannot be cut into patches of {pt}x{ph}x{pw}. "
+                f"Use videos and images whose height and width are divisible by {8 * ph} and {8 * pw} pixels."
+            )
+        size = frames // pt, height // ph, width // pw
         text, text_lengths = _valid_text(text_states, text_mask)
 
         vec = self.conditioning(t, text_states_2, guidance)
         img = self.img_in(x.to(self.dtype))
         txt = self.txt_in(text.to(self.dtype), t, text_lengths)
         image_tokens, text_tokens = img.shape[1], txt.shape[1]
-        rope = self.rotary_tables.get(size, text_tokens, x.device)
+        rope = rotation_table(size, self.config.rope_dims, self.config.rope_theta, x.device, text_tokens)
         image_rope = rope[:image_tokens]
         lengths = None if text_lengths is None else [image_tokens + length for length in text_lengths]
 
@@ -91,7 +97,9 @@ class HYVideoDiffusionTransformer(nn.Module):
         for block in self.single_blocks:
             tokens = block(tokens, vec, rope, lengths)
         patches = self.final_layer(tokens[:, :image_tokens], vec)
-        return self._unpatchify(patches, size).to(x.dtype)
+        t, h, w = size
+        latents = rearrange(patches, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        return latents.to(x.dtype)
 
     def conditioning(self, t: Tensor, text_states_2: Tensor, guidance: Tensor | None) -> Tensor:
         """What modulates every block: (B, hidden). Arguments as ``forward`` takes them."""
@@ -102,29 +110,9 @@ class HYVideoDiffusionTransformer(nn.Module):
             raise ValueError("this transformer has a guidance embedding: guidance must be given")
         return vec + self.guidance_in(guidance)
 
-    def _grid(self, x: Tensor) -> tuple[int, int, int]:
-        """Number of patches along (frames, rows, columns)."""
-        pt, ph, pw = self.config.patch_size
-        frames, height, width = x.shape[2:]
-        if frames % pt or height % ph or width % pw:
-            raise UserError(
-                f"latents of {frames} frames of {height}x{width} cannot be cut into patches of {pt}x{ph}x{pw}. "
-                f"Use videos and images whose height and width are divisible by {8 * ph} and {8 * pw} pixels."
-            )
-        return frames // pt, height // ph, width // pw
-
-    def _unpatchify(self, patches: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """(B, tokens, C * pt * ph * pw) -> (B, C, F, H, W)."""
-        (t, h, w), (pt, ph, pw) = size, self.config.patch_size
-        return rearrange(patches, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
-
 
 def _valid_text(text: Tensor, mask: Tensor) -> tuple[Tensor, Sequence[int] | None]:
-    """Text cut to the longest valid length, with the padding that remains set to zero, and the valid lengths.
-
-    One row is kept where no sample has a valid one, as kernels dislike empty tensors. The lengths are None if all
-    remaining rows of all samples are valid.
-    """
+    """Text cut to the longest valid length (at least 1), with zeros for the padding, and the lengths; None if all are the same."""
     valid = mask.detach().to("cpu", torch.bool)
     lengths = valid.sum(1).tolist()
     longest = max(1, *lengths)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,36 +32,27 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return _modulated_norm(x, shift, scale)
-    return keeping_inputs(functools.partial(_modulated_norm_in_float32, torch.get_autocast_dtype(device)), x, shift, scale)
+    dtype = torch.get_autocast_dtype(device)
+    if torch.compiler.is_compiling():
+        return _modulated_norm_in_float32(dtype, x, shift, scale)
+    return _ModulatedNormKeepingInputs.apply(dtype, x, shift, scale)
 
 
-def keeping_inputs(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)``, of which autograd keeps the tensors alone: the backward pass computes it once more.
+class _ModulatedNormKeepingInputs(torch.autograd.Function):
+    """Computed once more in the backward pass, which is cheap: autograd would keep float32 copies of half-precision tokens."""
 
-    For elementwise work and norms, which are cheap, but would keep float32 copies of half-precision tensors.
-    A compiler chooses by itself what to keep.
-    """
-    return function(*tensors) if _nothing_to_gain(*tensors) else _KeepingInputs.apply(function, *tensors)
-
-
-def _nothing_to_gain(*tensors: Tensor) -> bool:
-    full = all(tensor.dtype == torch.float32 for tensor in tensors)
-    return full or torch.compiler.is_compiling()
-
-
-class _KeepingInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.dtype = dtype
         ctx.save_for_backward(*tensors)
-        return function(*tensors)
+        return _modulated_norm_in_float32(dtype, *tensors)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed)]
         with torch.enable_grad():
-            output = ctx.function(*inputs)
+            output = _modulated_norm_in_float32(ctx.dtype, *inputs)
         gradients = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
         return None, *(next(gradients) if need else None for need in needed)
 

@@ -10,19 +10,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.transformer.attention import Attention, make_attention
 from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.transformer.embedders import TextProjection, TimestepEmbedder
-
-
-class RefinerMLP(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, hidden_size: int, mlp_size: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.fc2 = nn.Linear(mlp_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)))
+from hunyuan_model.transformer.embedders import MLP, TextProjection, TimestepEmbedder
 
 
 class IndividualTokenRefinerBlock(nn.Module):
@@ -37,7 +25,7 @@ class IndividualTokenRefinerBlock(nn.Module):
         self.self_attn_qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.self_attn_proj = nn.Linear(hidden_size, hidden_size)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = RefinerMLP(hidden_size, config.mlp_size)
+        self.mlp = MLP(hidden_size, config.mlp_size, F.silu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, context: Tensor, lengths: Sequence[int] | None) -> Tensor:

@@ -113,16 +113,6 @@ def test_what_is_not_finite_stays_visible(quantize):
         assert not dequantize(codes, torch.float32, scale)[2].isfinite().all()
 
 
-@pytest.mark.parametrize("slice_elements", [64, 1 << 22])
-@pytest.mark.parametrize("quantize", WITH_SCALES)
-def test_slices_change_nothing(monkeypatch, quantize, slice_elements):
-    weight = torch.randn(50, 128, generator=torch.Generator().manual_seed(1))
-    codes, scale = quantize(weight)
-    monkeypatch.setattr("hunyuan_model.quantization.formats.SLICE_ELEMENTS", slice_elements)
-    again = quantize(weight)
-    assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(again[1], scale)
-
-
 @pytest.mark.parametrize("spread", ["torch's initial weights", "normal, 0.02"])
 def test_errors_of_a_layer_of_full_width(spread):
     """int8 is far closer than float8; scales bring float8 weights that are mostly subnormal back to its 3 bits."""

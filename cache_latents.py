@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     debug.add_argument(
         "--console_back",
         type=str.upper,
-        choices=tuple(CONSOLE_BACKS),
+        choices=CONSOLE_BACKS,
         help="characters on a background of this colour (default: in half blocks, which cover it)",
     )
     debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="print only the first N (default: all)")

@@ -300,7 +300,7 @@ LATENTS = (
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--debug_mode image", both(writes("cache/debug/a_0288x0064_hv.png"), becomes(seen("encoded"), []))),
     Row("--console_width 40", becomes(columns, {40}), beside=CONSOLE),
-    Row("--console_back RED", prints("\x1b[48;2;205;0;0m"), beside=CONSOLE),
+    Row("--console_back RED", prints("\x1b[41m"), beside=CONSOLE),
     Row("--console_num_images 1", becomes(lambda run: run.done.output.count("-> 288x64"), 1), beside=CONSOLE),
 )
 

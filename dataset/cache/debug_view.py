@@ -18,16 +18,7 @@ from utils.media_writing import save_picture, save_video
 
 SHEET_FRAMES = 16  # frames of a clip shown on its sheet
 SHADES = " .:-=+*#%@"  # from dark to bright
-CONSOLE_BACKS = {
-    "BLACK": (0, 0, 0),
-    "RED": (205, 0, 0),
-    "GREEN": (0, 205, 0),
-    "YELLOW": (205, 205, 0),
-    "BLUE": (0, 0, 238),
-    "MAGENTA": (205, 0, 205),
-    "CYAN": (0, 205, 205),
-    "WHITE": (229, 229, 229),
-}
+CONSOLE_BACKS = ("BLACK", "RED", "GREEN", "YELLOW", "BLUE", "MAGENTA", "CYAN", "WHITE")  # in the order of the ANSI codes from 40 on
 RESET = "\x1b[0m"
 CONSOLE_WIDTH = 80
 
@@ -117,7 +108,7 @@ def console_picture(pixels: np.ndarray, columns: int, back: str | None = None, c
             for row in range(0, 2 * rows, 2)
         )
     else:
-        ground = _colour(48, CONSOLE_BACKS[back])
+        ground = f"\x1b[{40 + CONSOLE_BACKS.index(back)}m"
         lines = (ground + "".join(f"{_colour(38, pixel)}{_ink(pixel)}" for pixel in row) for row in small)
     return "\n".join(line + RESET for line in lines)
 

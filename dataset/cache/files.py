@@ -36,13 +36,6 @@ class TextStates:
     llm: torch.Tensor  # (L, D) states of encoder 1; rows where the mask is 0 mean nothing
     llm_mask: torch.Tensor  # (L,) int64, 1 for the rows of the caption
     clip: torch.Tensor  # (D2,) pooled output of encoder 2
-    caption: str | None  # that it was made from; None if the file has none
-
-
-def latent_shape_for(bucket: tuple[int, int], frames: int = 1, channels: int = 16) -> LatentShape:
-    """Shape of the latents of ``frames`` (4n+1) frames at ``bucket`` (W, H) pixels."""
-    width, height = bucket
-    return channels, (frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
 def bucket_of(shape: LatentShape) -> tuple[int, int, int]:
@@ -129,7 +122,7 @@ def read_text(path: Path) -> TextStates:
     mask = file.tensors["llm_mask"].to(torch.int64)
     _check_values(path, llm[mask.bool()], TEXT_SCRIPT)
     _check_values(path, clip, TEXT_SCRIPT)
-    return TextStates(llm, mask, clip, file.metadata.get(CAPTION))
+    return TextStates(llm, mask, clip)
 
 
 def read_text_length(path: Path) -> int:

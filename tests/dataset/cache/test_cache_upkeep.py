@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dataset.cache.files import read_latents, read_text, save_latents
+from dataset.cache.files import read_latents, save_latents
 from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.media.decoding import iterate_frames
 from utils.media_writing import save_video
@@ -152,7 +152,7 @@ def test_missing_captions_are_skipped_or_empty_in_both_scripts(cache_latents, ca
     assert outcomes(cache_latents("--missing_caption", "empty", "--skip_existing").stdout)[0].startswith("1 made, 5 kept, 0 redone")
     assert outcomes(cache_text("--missing_caption", "skip", "--skip_existing").stdout)[0].endswith("1 skipped, 0 orphans")
     assert outcomes(cache_text("--missing_caption", "empty", "--skip_existing").stdout)[0].startswith("1 made, 5 kept, 0 redone")
-    assert read_text(media / "image_cache" / "red_circle_hv_te.safetensors").caption == ""
+    assert read_header(media / "image_cache" / "red_circle_hv_te.safetensors").metadata["caption1"] == ""
     removed = cache_latents("--missing_caption", "skip", "--skip_existing", "--remove_orphans")
     assert outcomes(removed.stdout)[0] == "0 made, 5 kept, 0 redone, 1 skipped, 1 orphans (1 removed)"
 

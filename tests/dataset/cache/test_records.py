@@ -12,7 +12,7 @@ import torch
 import dataset.cache.records as records
 from dataset.batches.cached_items import CachedGroup, find_cached_items
 from dataset.batches.report import report_cached_group
-from dataset.cache.files import latent_shape_for, save_latents, save_text
+from dataset.cache.files import save_latents, save_text
 from dataset.cache.freshness import judge_latents, judge_text
 from dataset.cache.names import latent_cache_path, list_caches, text_cache_path
 from dataset.cache.preparation import Target
@@ -79,10 +79,9 @@ def test_caches_of_other_tools_are_judged_by_name_size_and_time(tmp_path):
     source = tmp_path / "a.mp4"
     source.touch()
     target = Target(Item(dataset, source, "", "a"), (0, 9), (96, 64), (64, 64))
-    shape = latent_shape_for((64, 64), 9)
     assert judged(target) == "new"
     by_bucket = latent_cache_path(target.item, (64, 64), (0, 9))  # how other tools name it
-    save_latents(by_bucket, torch.zeros(shape), (64, 64), 9)
+    save_latents(by_bucket, torch.zeros(16, 3, 8, 8), (64, 64), 9)
     assert judged(target) is None
     os.utime(by_bucket, ns=(source.stat().st_mtime_ns - 1,) * 2)
     assert judged(target) == "source newer"

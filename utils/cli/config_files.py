@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from utils.cli.arguments import require_text
@@ -20,16 +16,6 @@ CONFIG_FLAG = "--config_file"
 PATH_METAVARS = frozenset({"PATH", "FOLDER", "FILE", "TOML"})  # flags whose value is a path, by what their help calls it
 
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction)
-_SECTION = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?$")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One ``key = value`` of the file; ``section`` is empty above the first one, and dotted where sections are nested."""
-
-    section: str
-    key: str
-    value: Any
 
 
 class _WrongValue(ValueError):
@@ -56,41 +42,20 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         argv: words of the command line; those of this process by default.
 
     Raises:
-        UserError: the file cannot be read, or names the key (with line and section) that is unknown, given twice or wrong; or
-            a value is no text that can be written to a file.
+        UserError: the file cannot be read, or names the key (with its section) that is unknown, given twice or wrong; or a value
+            is no text that can be written to a file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     path = _config_file_in(words)
-    values = {} if path is None else read_config_file(parser, path)
-    with _not_required(parser, values):
-        args = parser.parse_args(words, argparse.Namespace(**values))
+    values = {} if path is None else _read(parser, path)
+    released = [action for action in parser._actions if action.required and action.dest in values]
+    for action in released:
+        action.required = False
+    args = parser.parse_args(words, argparse.Namespace(**values))
+    for action in released:
+        action.required = True
     require_text(parser, args)
     return args
-
-
-def read_config_file(parser: argparse.ArgumentParser, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a config file by the names that ``parser`` gives them in its result, converted and checked.
-
-    Raises:
-        UserError: as ``parse_with_config``.
-    """
-    entries = list(_entries(read_toml(path, CONFIG_FLAG)))
-    actions = _actions_by_key(parser)
-    values: dict[str, Any] = {}
-    seen: dict[str, _Entry] = {}
-    for entry in entries:
-        where = _where(path, entry)
-        action = actions.get(entry.key)
-        if action is None:
-            raise UserError(f"{where}: {_what_to_do_about(entry, parser, actions)}")
-        if action.dest in seen:
-            raise UserError(f"{where}: {entry.key} is given twice, also at {_where(path, seen[action.dest])}; keep one of them.")
-        seen[action.dest] = entry
-        try:
-            values[action.dest] = _value(parser, action, entry.value)
-        except _WrongValue as error:
-            raise UserError(f"{where}: {entry.key} = {_as_written(entry.value)} {error}.") from None
-    return values
 
 
 def _config_file_in(words: Sequence[str]) -> str | None:
@@ -105,72 +70,38 @@ def _config_file_in(words: Sequence[str]) -> str | None:
         return None
 
 
-@contextmanager
-def _not_required(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> Iterator[None]:
-    """Let the parser do without the flags that ``values`` holds."""
-    released = [action for action in parser._actions if action.required and action.dest in values]
-    for action in released:
-        action.required = False
-    try:
-        yield
-    finally:
-        for action in released:
-            action.required = True
-
-
-def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The flags that may stand in a file, by their names there: without dashes in front."""
-    return {
+def _read(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """The values of the file by the names that ``parser`` gives them in its result, converted and checked."""
+    actions = {
         option.removeprefix("--"): action
         for action in parser._actions
         for option in action.option_strings
         if option.startswith("--") and option != CONFIG_FLAG and isinstance(action, (argparse._StoreAction, *_SWITCHES))
     }
+    values: dict[str, Any] = {}
+    for section, key, value in _entries(read_toml(path, CONFIG_FLAG)):
+        where = f"{path}, [{section}]" if section else path
+        action = actions.get(key)
+        if action is None:
+            hint = nearest_name(key, actions) or f" {parser.prog} --help lists the flags."
+            raise UserError(f"{where}: {parser.prog} has no flag for the key {shown(key)} that may stand in a file.{hint}")
+        if action.dest in values:
+            raise UserError(f"{where}: {key} is given twice; keep one of them.")
+        try:
+            values[action.dest] = _value(parser, action, value)
+        except _WrongValue as error:
+            written = str(value).lower() if isinstance(value, bool) else shown(value)
+            raise UserError(f"{where}: {key} = {written} {error}.") from None
+    return values
 
 
-def _entries(table: Mapping[str, Any], sections: tuple[str, ...] = ()) -> Iterator[_Entry]:
+def _entries(table: Mapping[str, Any], sections: tuple[str, ...] = ()) -> Iterator[tuple[str, str, Any]]:
+    """(dotted section, key, value) of everything in the file."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _entries(value, (*sections, key))
         else:
-            yield _Entry(".".join(sections), key, value)
-
-
-def _what_to_do_about(entry: _Entry, parser: argparse.ArgumentParser, actions: Mapping[str, argparse.Action]) -> str:
-    """The sentence for a key that no flag has."""
-    if entry.key == CONFIG_FLAG.removeprefix("--"):
-        return f"{entry.key} cannot stand in a config file; give {CONFIG_FLAG} on the command line, once."
-    if isinstance(entry.value, list) and any(isinstance(item, dict) for item in entry.value):
-        return f"[[{entry.key}]] cannot stand here: write the name of a section in single brackets, or leave sections out."
-    flag = f"--{entry.key.lstrip('-')}"
-    if entry.key.startswith("-") and flag.removeprefix("--") in actions:
-        return f"write the key {entry.key!r} without dashes in front, {flag.removeprefix('--')}."
-    hint = nearest_name(flag, [f"--{key}" for key in actions]) or f" {parser.prog} --help lists the flags."
-    named = f" {flag}" if flag.isprintable() else ""
-    return f"{parser.prog} has no flag{named} for the key {entry.key!r}.{hint}"
-
-
-def _where(path: str | os.PathLike[str], entry: _Entry) -> str:
-    """``file, line 3, [section]``, as far as known."""
-    line = _line_of(path, entry)
-    return ", ".join([os.fspath(path), *([f"line {line}"] if line else []), *([f"[{entry.section}]"] if entry.section else [])])
-
-
-def _line_of(path: str | os.PathLike[str], entry: _Entry) -> int | None:
-    """The line of a key, found by its text, as TOML parsers do not report it. None where a key is written in another way."""
-    with open(path, encoding="utf-8-sig") as file:
-        lines = file.read().splitlines()
-    section = ""
-    for number, line in enumerate(lines, start=1):
-        if header := _SECTION.match(line):
-            section = ".".join(part.strip(" \t\"'") for part in header[1].split("."))
-        elif section == entry.section and re.match(rf"\s*[\"']?{re.escape(entry.key)}[\"']?\s*=", line):
-            return number
-    return None
-
-
-def _as_written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else shown(value)
+            yield ".".join(sections), key, value
 
 
 def _value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
@@ -200,8 +131,6 @@ def _one(parser: argparse.ArgumentParser, action: argparse.Action, item: Any) ->
         if has_escaped_backslash_accident(text):
             raise _WrongValue(f"holds control characters. {BACKSLASH_HINT.rstrip('.')}")
         text = str(config_path(text)) if text.startswith("~") else text  # on the command line the shell does this
-    if "\0" in text:
-        raise _WrongValue("holds the character number 0; take it out")
     try:
         converted = parser._get_value(action, text)
         parser._check_value(action, converted)

@@ -153,10 +153,7 @@ def main() -> int:
     encoders = text_encoder_settings(args, device)
     hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
     jobs = open_caching(settings)
-    tokenizers = (
-        hunyuan_model.load_tokenizer_1(encoders.text_encoder1, encoders.tokenizer1),
-        hunyuan_model.load_tokenizer_2(encoders.text_encoder2, encoders.tokenizer2),
-    )
+    tokenizers = hunyuan_model.load_tokenizers(encoders)
     record = fingerprints(encoders, tokenizers)
     judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
     items = [item for job, reasons in zip(jobs, judged) for item, reason in zip(job.items, reasons) if reason]

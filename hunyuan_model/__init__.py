@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from hunyuan_model.checkpoints.identify import check_text_encoder_files
     from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
     from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
-    from hunyuan_model.text.clip import load_text_encoder_2, load_tokenizer_2
-    from hunyuan_model.text.encoding import encode_prompts
-    from hunyuan_model.text.llm import load_text_encoder_1, load_tokenizer_1
+    from hunyuan_model.text.clip import load_text_encoder_2
+    from hunyuan_model.text.encoding import encode_prompts, load_tokenizers
+    from hunyuan_model.text.llm import load_text_encoder_1
     from hunyuan_model.vae.loading import check_vae_file, load_vae
 
 __all__ = [
@@ -26,8 +26,7 @@ __all__ = [
     "encode_prompts",
     "load_text_encoder_1",
     "load_text_encoder_2",
-    "load_tokenizer_1",
-    "load_tokenizer_2",
+    "load_tokenizers",
     "load_transformer",
     "load_vae",
 ]
@@ -42,8 +41,7 @@ _HOMES = {
     "load_vae": "hunyuan_model.vae.loading",
     "load_text_encoder_1": "hunyuan_model.text.llm",
     "load_text_encoder_2": "hunyuan_model.text.clip",
-    "load_tokenizer_1": "hunyuan_model.text.llm",
-    "load_tokenizer_2": "hunyuan_model.text.clip",
+    "load_tokenizers": "hunyuan_model.text.encoding",
 }
 
 

@@ -11,6 +11,7 @@ import re
 
 import torch
 from accelerate import init_empty_weights
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
@@ -33,6 +34,7 @@ TOKENIZER = TokenizerPlace(
 
 _EMBEDDING = "embeddings.token_embedding.weight"
 _PARTS = ("embeddings.", "encoder.", "final_layer_norm.")
+_COMPUTED = "position_ids"  # a buffer of old versions
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
@@ -59,23 +61,11 @@ class CLIPTextEncoder:
     @torch.no_grad()
     def pooled(self, sequences: list[list[int]], end: int) -> torch.Tensor:
         """States (B, D) at the first ``end`` token of each token sequence."""
-        ids = torch.full((len(sequences), max(map(len, sequences))), end, dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
+        ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=end)
         device = next(self.model.parameters()).device
         states = self.model(input_ids=ids.to(device)).last_hidden_state  # (B, L, D)
         ends = (ids == end).int().argmax(dim=1).to(device)
         return states[torch.arange(len(sequences), device=device), ends]
-
-
-def load_tokenizer_2(
-    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as ``load_text_encoder_2`` finds it: a script learns in a moment whether there is one."""
-    checkpoint = open_checkpoint(path, FLAG)
-    if checkpoint.path.is_dir():
-        clip_config(checkpoint)  # transformers looks into it for a tokenizer, and would blame that for its faults
-    return load_tokenizer(tokenizer, checkpoint, TOKENIZER)
 
 
 def load_text_encoder_2(
@@ -95,13 +85,12 @@ def load_text_encoder_2(
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
     with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # position numbers are computed, not loaded
         model = CLIPTextModel(config)
-    load_weights(
-        model,
-        _used_weights(checkpoint, model),
-        device=device,
-        dtype_of=lambda name: dtype,
-        progress="loading text encoder 2",
+    # Names of models have a prefix before transformers 5 and none since.
+    prefix = next(name for name in model.state_dict() if name.endswith(_EMBEDDING)).removesuffix(_EMBEDDING)
+    weights = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING)).rename(
+        lambda name: prefix + name if name.startswith(_PARTS) and not name.endswith(_COMPUTED) else None
     )
+    load_weights(model, weights, device=device, dtype_of=lambda name: dtype, progress="loading text encoder 2")
     return CLIPTextEncoder(model.eval(), tokenizer)
 
 
@@ -114,7 +103,7 @@ def clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
     check_is(checkpoint.shapes, Kind.CLIP_TEXT, checkpoint.path, FLAG)
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
-    values = read_model_config(checkpoint.path, "clip_text_model", "text encoder 2 must be a CLIP text model")
+    values = read_model_config(checkpoint.path, "clip_text_model", FLAG)
     with building_from_config(checkpoint.path, FLAG):
         if values is None:
             values = _config_of_shapes(shapes, checkpoint)
@@ -138,15 +127,3 @@ def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }
-
-
-def _used_weights(checkpoint: Checkpoint, model: CLIPTextModel) -> Checkpoint:
-    """The text part under the names of ``model``, which have a prefix before transformers 5 and none since."""
-    prefix = checkpoint.prefix_of(_EMBEDDING)
-    model_prefix = next(name for name in model.state_dict() if name.endswith(_EMBEDDING)).removesuffix(_EMBEDDING)
-
-    def used(name: str) -> str | None:
-        # position_ids: a buffer of old versions, computed since
-        return model_prefix + name if name.startswith(_PARTS) and not name.endswith("position_ids") else None
-
-    return checkpoint.under_prefix(prefix).rename(used)

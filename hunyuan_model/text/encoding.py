@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from hunyuan_model.text.clip import load_text_encoder_2, load_tokenizer_2
-from hunyuan_model.text.llm import load_text_encoder_1, load_tokenizer_1
+from hunyuan_model.checkpoints.reading import open_checkpoint
+from hunyuan_model.text import clip, llm
+from hunyuan_model.text.clip import load_text_encoder_2
+from hunyuan_model.text.llm import load_text_encoder_1
 from hunyuan_model.text.settings import TextEncoderSettings
+from hunyuan_model.text.tokenizers import load_tokenizer
 from utils.devices import free_memory
 
 
@@ -22,6 +26,13 @@ class TextConditions(NamedTuple):
     pooled: Tensor  # (1, P)
 
 
+def load_tokenizers(settings: TextEncoderSettings) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers alone: a script learns in a moment whether there are any. Errors as of ``load_tokenizer``."""
+    first = load_tokenizer(settings.tokenizer1, open_checkpoint(settings.text_encoder1, llm.FLAG), llm.TOKENIZER)
+    second = load_tokenizer(settings.tokenizer2, open_checkpoint(settings.text_encoder2, clip.FLAG), clip.TOKENIZER)
+    return first, second
+
+
 def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> list[TextConditions]:
     """Encode every prompt, each distinct text once. Both encoders are gone from ``device`` afterwards.
 
@@ -29,15 +40,16 @@ def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device
         UserError: as ``load_text_encoder_1`` and ``load_text_encoder_2``; tokenizers are found before weights are read.
     """
     dtype = settings.text_encoder_dtype
-    llama_tokenizer = load_tokenizer_1(settings.text_encoder1, settings.tokenizer1)
-    clip_tokenizer = load_tokenizer_2(settings.text_encoder2, settings.tokenizer2)
+    llama_tokenizer, clip_tokenizer = load_tokenizers(settings)
     texts = dict.fromkeys(prompts)
-    clip = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
-    pooled = {text: clip.encode([text]).cpu() for text in texts}
-    del clip
+    encoder = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
+    pooled = {text: encoder.encode([text]).cpu() for text in texts}
+    del encoder
     free_memory(device)
-    llama = load_text_encoder_1(settings.text_encoder1, device=device, dtype=dtype, fp8=settings.fp8_llm, tokenizer=llama_tokenizer)
-    states = {text: [output.cpu() for output in llama.encode([text])] for text in texts}
-    del llama
+    encoder = load_text_encoder_1(
+        settings.text_encoder1, device=device, dtype=dtype, fp8=settings.fp8_llm, tokenizer=llama_tokenizer
+    )
+    states = {text: [output.cpu() for output in encoder.encode([text])] for text in texts}
+    del encoder
     free_memory(device)
     return [TextConditions(*states[text], pooled[text]) for text in prompts]

@@ -16,6 +16,7 @@ import re
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.identify import Kind, check_is
@@ -47,6 +48,7 @@ LLAMA3_CONSTANTS = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_
 
 _EMBEDDING = "embed_tokens.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_COMPUTED = "rotary_emb.inv_freq"  # a buffer of old versions
 _LAYER_LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 
 
@@ -82,8 +84,6 @@ class LlamaTextEncoder:
             states (B, 256, D) in the model's dtype, zero in padding rows, and mask (B, 256) int64, 1 for the valid rows,
             which come first; both on the model's device. The empty prompt has the rows of what follows it in the template.
         """
-        if not prompts:
-            raise ValueError("no prompts")
         longest = TEXT_LENGTH + self.crop
         sequences = [ids[:longest] for ids in self._token_ids([apply_prompt_template(prompt) for prompt in prompts])]
         computed = self._states_after_template(sequences)  # (B, longest of the batch, D)
@@ -101,9 +101,7 @@ class LlamaTextEncoder:
 
         ``cache`` holds what stood before every sequence; it is filled.
         """
-        ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
+        ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
         device = self.model.embed_tokens.weight.device
         output = self.model(input_ids=ids.to(device), past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state
@@ -122,16 +120,6 @@ class LlamaTextEncoder:
         cache = copy.deepcopy(self._template_cache)
         cache.batch_repeat_interleave(len(sequences))
         return self.hidden_states([ids[self.crop :] for ids in sequences], cache)
-
-
-def load_tokenizer_1(
-    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as ``load_text_encoder_1`` finds it: a script learns in a moment whether there is one."""
-    checkpoint = open_checkpoint(path, FLAG)
-    if checkpoint.path.is_dir():
-        llama_config(checkpoint)  # transformers looks into it for a tokenizer, and would blame that for its faults
-    return load_tokenizer(tokenizer, checkpoint, TOKENIZER)
 
 
 def load_text_encoder_1(
@@ -155,7 +143,10 @@ def load_text_encoder_1(
     checkpoint = open_checkpoint(path, FLAG)
     config = llama_config(checkpoint)
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
-    weights = _used_weights(checkpoint, config.num_hidden_layers)
+    used = [_EMBEDDING, *(f"layers.{index}." for index in range(config.num_hidden_layers))]
+    weights = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING)).rename(
+        lambda name: name if name.startswith(tuple(used)) and not name.endswith(_COMPUTED) else None
+    )
     with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not loaded
         model = LlamaModel(config)
     model.norm = nn.Identity()
@@ -180,7 +171,7 @@ def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
     check_is(checkpoint.shapes, Kind.LLAMA, checkpoint.path, FLAG)
     prefix = checkpoint.prefix_of(_EMBEDDING)
     shapes = checkpoint.under_prefix(prefix).shapes
-    stored = read_model_config(checkpoint.path, "llama", "text encoder 1 must be a Llama")
+    stored = read_model_config(checkpoint.path, "llama", FLAG)
     with building_from_config(checkpoint.path, FLAG):
         values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
         layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
@@ -202,40 +193,19 @@ def _with_rope_of_any_version(config: dict) -> dict:
 
 
 def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict:
-    first = "layers.0."
-    hidden = shapes[_EMBEDDING][1]
-    query, key = shapes[f"{first}self_attn.q_proj.weight"][0], shapes[f"{first}self_attn.k_proj.weight"][0]
+    query, key = shapes["layers.0.self_attn.q_proj.weight"][0], shapes["layers.0.self_attn.k_proj.weight"][0]
     if query % LLAMA3_HEAD_DIM or key % LLAMA3_HEAD_DIM:
         raise UserError(
             f"{FLAG} {checkpoint.path} is not of Llama-3's sizes (heads of {LLAMA3_HEAD_DIM}). "
             "Put the model's config.json beside it."
         )
     layers = 1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match)
-    logger.info(
-        "no config.json beside %s: taken as a Llama-3 of %d layers, heads of %d, rope theta %.0f, norm epsilon %g",
-        checkpoint.path,
-        layers,
-        LLAMA3_HEAD_DIM,
-        LLAMA3_CONSTANTS["rope_theta"],
-        LLAMA3_CONSTANTS["rms_norm_eps"],
-    )
+    logger.info("no config.json beside %s: taken as a Llama-3 of %d layers", checkpoint.path, layers)
     return LLAMA3_CONSTANTS | {
         "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": shapes[f"{first}mlp.gate_proj.weight"][0],
+        "hidden_size": shapes[_EMBEDDING][1],
+        "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"][0],
         "num_attention_heads": query // LLAMA3_HEAD_DIM,
         "num_key_value_heads": key // LLAMA3_HEAD_DIM,
         "head_dim": LLAMA3_HEAD_DIM,
     }
-
-
-def _used_weights(checkpoint: Checkpoint, layers: int) -> Checkpoint:
-    """The embedding and the first ``layers`` layers, named as in ``LlamaModel``."""
-    prefix = checkpoint.prefix_of(_EMBEDDING)
-
-    def used(name: str) -> str | None:
-        layer = _LAYER.match(name)
-        is_used = name == _EMBEDDING or (layer and int(layer[1]) < layers and not name.endswith("rotary_emb.inv_freq"))
-        return name if is_used else None
-
-    return checkpoint.under_prefix(prefix).rename(used)

@@ -14,17 +14,13 @@ from utils.errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 
-def read_model_config(weights: Path, model_type: str, needed: str) -> dict | None:
+def read_model_config(weights: Path, model_type: str, flag: str) -> dict | None:
     """The config.json beside ``weights`` (a file or a folder), or the text part of it; None if there is none.
 
     A config of another model beside a single file is logged and not used.
 
-    Args:
-        model_type: the type of model it must describe.
-        needed: what messages call that: "text encoder 1 must be a Llama".
-
     Raises:
-        UserError: unreadable, or the config of a folder describes another model.
+        UserError: unreadable, or the config of a folder describes another model than one of ``model_type``.
     """
     path = (weights if weights.is_dir() else weights.parent) / "config.json"
     if not path.is_file():
@@ -38,7 +34,7 @@ def read_model_config(weights: Path, model_type: str, needed: str) -> dict | Non
     if found == model_type:
         return config
     if weights.is_dir():
-        raise UserError(f"{path} describes a model of type {found!r}; {needed}.")
+        raise UserError(f"{path} describes a model of type {found!r}; {flag} needs one of type {model_type!r}.")
     logger.warning("%s describes a model of type %r, not %s: it is not used", path, found, weights.name)
     return None
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hunyuan_model.checkpoints.reading import Checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,9 @@ def load_tokenizer(
         tokenizer = _from_user(explicit, place)
     else:
         tokenizer = _from_beside(checkpoint.path, place) or _from_inside(checkpoint, place) or _from_hub(place.hub_id, place)
-    unknown = [token for token in place.special_tokens if token not in tokenizer.get_vocab()]
-    if unknown:
-        logger.warning(
-            "the tokenizer (%s) does not know %s, which the text encoder was trained with: is it the right one?",
-            place.flag,
-            ", ".join(unknown),
-        )
+    if unknown := [token for token in place.special_tokens if token not in tokenizer.get_vocab()]:
+        message = "the tokenizer (%s) does not know %s, which the text encoder was trained with: is it the right one?"
+        logger.warning(message, place.flag, ", ".join(unknown))
     return tokenizer
 
 
@@ -105,12 +101,10 @@ def _from_user(source: str | os.PathLike[str], place: TokenizerPlace) -> PreTrai
 
 def _from_beside(weights: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase | None:
     if weights.is_dir():
-        # resolved, because "." and ".." have no useful parent
-        candidates = [weights, weights.resolve().parent / place.sibling]
+        folders = [weights, weights.resolve().parent / place.sibling]  # resolved, because "." and ".." have no useful parent
     else:
-        candidates = [weights.parent] if (weights.parent / "config.json").is_file() else []
-    found = next((folder for folder in candidates if _holds_tokenizer(folder)), None)
-    return None if found is None else _from_folder(found, place)
+        folders = [weights.parent] if (weights.parent / "config.json").is_file() else []
+    return next((_from_folder(folder, place) for folder in folders if _holds_tokenizer(folder)), None)
 
 
 def _from_inside(checkpoint: Checkpoint, place: TokenizerPlace) -> PreTrainedTokenizerBase | None:
@@ -123,7 +117,7 @@ def _from_inside(checkpoint: Checkpoint, place: TokenizerPlace) -> PreTrainedTok
     except Exception as error:  # the library raises plain Exception for what it cannot parse
         logger.warning("the tokenizer inside %s is not a readable tokenizer.json and is not used: %s", checkpoint.path, error)
         return None
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_known_special_tokens(tokenizer, {}, place))
+    return _fast_tokenizer(tokenizer, {}, place)
 
 
 def _from_hub(hub_id: str, place: TokenizerPlace) -> PreTrainedTokenizerBase:
@@ -134,7 +128,7 @@ def _from_hub(hub_id: str, place: TokenizerPlace) -> PreTrainedTokenizerBase:
         try:
             folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=HUB_FILES, local_files_only=local))
         except Exception as error:  # the client passes on the errors of its HTTP library, which differ between releases
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = first_line(error)
             continue
         if _holds_tokenizer(folder):
             return _from_folder(folder, place)
@@ -160,23 +154,22 @@ def _from_folder(folder: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase
             if (folder / name).is_file():
                 stored |= json.loads((folder / name).read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_known_special_tokens(tokenizer, stored, place))
+        return _fast_tokenizer(tokenizer, stored, place)
     except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({error}). Copy its files again, or give {place.flag} another folder."
         ) from error
 
 
-def _known_special_tokens(tokenizer: Tokenizer, stored: dict, place: TokenizerPlace) -> dict[str, str]:
-    """Begin and end token as the tokenizer's files name them (a string, or a mapping with its text), else the usual ones."""
-    names = {}
+def _fast_tokenizer(tokenizer: Tokenizer, stored: dict, place: TokenizerPlace) -> PreTrainedTokenizerFast:
+    """With begin and end token as the tokenizer's files name them (a string, or a mapping with its text), else the usual ones."""
+    ends = {}
     for key, usual in (("bos_token", place.begin), ("eos_token", place.end)):
         token = stored.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        token = token or usual
+        token = (token.get("content") if isinstance(token, dict) else token) or usual
         if tokenizer.token_to_id(token) is not None:
-            names[key] = token
-    return names
+            ends[key] = token
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -184,12 +177,9 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Not of its files, which libraries write differently from release to release.
     """
-    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    content = [sorted(tokenizer.get_vocab().items()), _merges(tokenizer), ends, token_ids(tokenizer, PROBES)]
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()
-
-
-def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
     model = {} if backend is None else json.loads(backend.to_str())["model"]
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    content = [sorted(tokenizer.get_vocab().items()), merges, ends, token_ids(tokenizer, PROBES)]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()

@@ -7,8 +7,9 @@ import shutil
 import torch
 from safetensors.torch import save_file
 
-from hunyuan_model import load_tokenizer_1, load_tokenizer_2
+from hunyuan_model import load_tokenizers
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 
 
@@ -34,7 +35,7 @@ def test_weights_are_told_by_their_values_and_not_by_path_or_format(tmp_path):
 
 
 def test_tokenizers_are_told_by_what_they_do(tiny_model, tmp_path):
-    one, two = load_tokenizer_1(tiny_model.text_encoder1), load_tokenizer_2(tiny_model.text_encoder2)
+    one, two = load_tokenizers(TextEncoderSettings(tiny_model.text_encoder1, tiny_model.text_encoder2, torch.float32))
     assert fingerprint_tokenizer(one) != fingerprint_tokenizer(two)
     first = fingerprint_tokenizer(one)
     one(["a cat", "a dog that runs"], truncation=True, max_length=2)  # which the library remembers

@@ -121,7 +121,6 @@ CONFIGS = {
     "no heads": ("text_encoder1", {"num_attention_heads": 0}),
     "rope a number": ("text_encoder1", {"rope_parameters": 5}),
     "negative width": ("text_encoder1", {"hidden_size": -64}),
-    "no heads of CLIP": ("text_encoder2", {"num_attention_heads": 0}),
     "unknown activation": ("text_encoder2", {"hidden_act": "nothing"}),
     "width of another model": ("text_encoder2", {"hidden_size": 96}),
 }

@@ -94,9 +94,9 @@ TRAINING = (
     Row("--dit_dtype bfloat16", both(computes_in(torch.bfloat16, "transformer"), other_lora)),
     # Attention
     Row("--sdpa", refused("exclude each other"), beside="--flash_attn"),  # it is the default: only this shows it
-    Row("--flash_attn", refused("--flash_attn needs a CUDA device")),
+    Row("--flash_attn", refused("attention mode flash needs a CUDA device")),
     Row("--sage_attn", refused("--sage_attn cannot train")),
-    Row("--xformers", refused("--xformers needs a CUDA device")),
+    Row("--xformers", refused("attention mode xformers needs a CUDA device")),
     Row("--split_attn", both(stays(lora, within=1e-4), becomes(seen("attended"), 8 + 3))),  # of the clip, and not of two pictures
     # Memory
     Row("--fp8_base", both(keeps_float8("transformer"), other_lora)),

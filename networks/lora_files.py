@@ -109,8 +109,10 @@ def lora_pairs(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, Lo
             )
         alpha = float(len(down))
         if not down.is_meta:
-            for part in ("down", "up"):
-                if not torch.isfinite(tensors[parts[part]].float()).all():
+            for part, factor in (("down", down), ("up", up)):
+                if not factor.is_floating_point():
+                    raise UserError(f"{source} stores {parts[part]} as {factor.dtype}. Use a file in floating point.")
+                if not torch.isfinite(factor.float()).all():
                     raise UserError(
                         f"{source} holds NaN or infinity in {parts[part]}: its training went wrong. Use an earlier save."
                     )
@@ -159,7 +161,9 @@ def check_lora_file(path: str | os.PathLike[str], weight_shapes: Mapping[str, tu
         UserError: not a LoRA, or one whose modules do not match the model.
     """
     shapes = read_header(path, "LoRA file").shapes
-    pairs = lora_pairs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, str(path))
+    # An empty tensor, which is no factor, may claim sizes beyond what torch takes.
+    tensors = {name: torch.empty((0,) if 0 in shape else shape, device="meta") for name, shape in shapes.items()}
+    pairs = lora_pairs(tensors, str(path))
     if weight_shapes is not None:
         match_weights(pairs, weight_shapes, str(path))
     return LoraHeader(group_keys(shapes.keys(), str(path))[0], frozenset(pair.rank for pair in pairs.values()))

@@ -59,7 +59,7 @@ SAFETENSORS = {
     "tensors overlap": (header({"x": tensor(), "y": tensor()}), "not a readable"),
     "data beyond the end": (header({"x": tensor(offsets=[64, 72])}), "not a readable"),
     "metadata not text": (header({"__metadata__": {"a": 1}, "x": tensor()}), "not a readable"),
-    "no tensors": (header({}, b""), "holds no tensors"),
+    "no tensors": (header({}, b""), "not a LoRA"),
     "torch file": (torch_file(), "Save it as safetensors"),
     "pickle of code": (pickle.dumps(Opens()), "Save it as safetensors"),
     "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),

@@ -162,7 +162,7 @@ def test_a_lora_that_cannot_be_used(bench, name):
 LATENT_FILES = {
     "another name": ({"latents": torch.ones(16, 1, 4, 4)}, "no tensor named latent"),
     "another shape": ({"latent": torch.ones(1, 16, 1, 4, 4)}, "(16, frames, height, width)"),
-    "no frames": ({"latent": torch.ones(16, 0, 4, 4)}, "(16, 0, 4, 4)"),
+    "no frames": ({"latent": torch.ones(16, 0, 4, 4)}, "(16, frames, height, width)"),
     "NaN": ({"latent": torch.full((16, 1, 4, 4), torch.nan)}, "NaN or infinity"),
 }
 

@@ -71,7 +71,7 @@ def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor]
         raise UserError(
             f"{what} {path} cannot be mapped into memory ({error.strerror or error}). Copy it to a disk of this machine."
         ) from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # safetensors takes null
     entries = {}
     for name, stored in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if stored["dtype"] not in SAFETENSORS_DTYPES:

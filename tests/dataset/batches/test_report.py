@@ -63,12 +63,6 @@ def test_training_counts_caches_alone_when_the_media_are_gone(dataset, tmp_path)
     assert (report.found, report.no_caption, report.latents, report.used) == (None, None, 1, 1)
 
 
-def test_last_partial_batch_counts_and_shapes_do_not_mix(tmp_path):
-    report = DatasetReport(dataset_in(tmp_path, kind="video", batch_size=4))
-    report.count_shapes([(16, 7, 4, 6)] * 5 + [(16, 1, 4, 6)])
-    assert report.buckets == {(48, 32, 1): 1, (48, 32, 25): 5} and report.batches == 1 + 2
-
-
 def test_table_shows_every_count_below_its_name(tmp_path):
     report = DatasetReport(dataset_in(tmp_path, kind="video"), 11, 12, 13, 14, 15, 16, 17, 18, {(48, 32, 25): 19})
     header, row, paths, bucket = format_table([report]).splitlines()

@@ -17,11 +17,7 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Accelerate's view of devices, processes and precision. Accumulation is the loop's business, not accelerate's.
-
-    Raises:
-        UserError: accelerate refuses, or was launched with a precision in which nothing can be trained here.
-    """
+    """What accelerate knows. Raises UserError where it refuses, or was launched with a precision that cannot train here."""
     loop = settings.loop
     try:
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=loop.ddp_timeout))] if loop.ddp_timeout else []
@@ -38,21 +34,14 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a training.
+    """The dtypes of a training."""
 
-    Attributes:
-        base: of the transformer's weights: --dit_dtype, else the mixed precision's, else the device's default.
-        compute: of the activations: the mixed precision's, else that of the weights.
-        saved: of saved models: --save_precision, else the mixed precision's.
-    """
-
-    base: torch.dtype
-    compute: torch.dtype
-    saved: torch.dtype
+    base: torch.dtype  # of the transformer's weights: --dit_dtype, else the mixed precision's, else the device's default
+    compute: torch.dtype  # of the activations: the mixed precision's, else that of the weights
+    saved: torch.dtype  # of saved models: --save_precision, else the mixed precision's
 
     @classmethod
     def of(cls, settings: TrainingSettings, accelerator: Accelerator) -> Precision:
-        """As the settings and accelerate say."""
         mixed, dtype = accelerator.mixed_precision, settings.model.dit_dtype
         if dtype is None and mixed != "no":
             base = PRECISIONS[mixed]

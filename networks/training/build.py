@@ -16,14 +16,13 @@ from hunyuan_model.quantization.formats import WeightFormat
 from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
-from networks.training.dry_step import wants_dry_step
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
-from networks.training.optim.optimizers import make_optimizer
+from networks.training.optim.optimizers import describe_optimizer, make_optimizer
 from networks.training.preflight import TrainingPlan
-from networks.training.run import Training, TrainingData, batch_order, known_facts
+from networks.training.run import Training, TrainingData, batch_order
 from networks.training.samples.sampling import prepare_samples
 from networks.training.saving.metadata import new_session_id, training_metadata
 from networks.training.saving.resume import restore
@@ -103,11 +102,29 @@ def build_training(
         order = batch_order(settings, data.reader, accelerator)
         training.progress = restore(resumed, training.restorable, order, settings.flags)
     training.progress.log_runs = logs.runs
-    if wants_dry_step(settings.loop.dry_step, accelerator.device):
-        training.dry_batch = data.largest.load()
-    known = known_facts(training, DEFAULT_RANK)
+    known = {
+        "session_id": training.progress.session_id,
+        "training_started_at": training.progress.started_at,
+        "num_batches_per_epoch": len(data.reader),
+        "num_epochs": -(-plan.steps // training.steps_per_epoch),
+        "max_train_steps": plan.steps,
+        "optimizer": describe_optimizer(optimizer, plan.beginning.flags["optimizer_args"]),
+        "mixed_precision": accelerator.mixed_precision,
+        "network_dim": settings.network.network_dim or DEFAULT_RANK,
+    }
+    if settings.network.dim_from_weights:
+        known |= {"network_dim": "Dynamic", "network_alpha": "Dynamic"}
     training.metadata = training_metadata(plan.beginning.flags, data.facts, known, settings.network.arguments)
-    _report(training)
+    weights = plan.memory.runtime.weights
+    logger.info(
+        "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
+        len(data.reader),
+        settings.loop.gradient_accumulation_steps,
+        plan.steps,
+        sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        plan.model.precision.base,
+        "" if weights is WeightFormat.PLAIN else f" with {weights.value} weights",
+    )
     return training
 
 
@@ -124,16 +141,3 @@ def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator:
             allocate=allocate,
             patch=merge_patch(bases, model.dit) if bases else None,
         )
-
-
-def _report(training: Training) -> None:
-    weights = training.plan.memory.runtime.weights
-    logger.info(
-        "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
-        len(training.data.reader),
-        training.settings.loop.gradient_accumulation_steps,
-        training.plan.steps,
-        sum(parameter.numel() for parameter in training.network.parameters() if parameter.requires_grad),
-        training.plan.model.precision.base,
-        "" if weights is WeightFormat.PLAIN else f" with {weights.value} weights",
-    )

@@ -37,16 +37,10 @@ class LargestBatch(Protocol):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training takes its batches from.
-
-    Attributes:
-        facts: for the metadata.
-        held_out: batches of one item for the validation loss.
-        prior_preservation: whether any data set wants the model's own predictions kept.
-    """
+    """What a training takes its batches from."""
 
     reader: BatchReader
     largest: LargestBatch
     facts: DataFacts
-    held_out: Collection[Mapping[str, Any]] = ()
-    prior_preservation: bool = False
+    held_out: Collection[Mapping[str, Any]] = ()  # batches of one item for the validation loss
+    prior_preservation: bool = False  # whether any data set wants the model's own predictions kept

@@ -12,9 +12,10 @@ from typing import Any
 from hunyuan_model.runtime.compilation import CompileWatch
 from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
 from networks.network_module import call_if_there
-from networks.training.dry_step import dry_step
+from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
+from networks.training.pause import paused_training
 from networks.training.requests import Request, TrainingRequests
 from networks.training.run import (
     Training,
@@ -62,11 +63,10 @@ def train(training: Training) -> int:
     shown = training.accelerator.is_local_main_process
     bar = ProgressBar(total=training.plan.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
-        if training.dry_batch is not None:
+        if wants_dry_step(settings.loop.dry_step, training.accelerator.device):
             compiling = CompileWatch()
-            dry_step(training, training.dry_batch)
+            dry_step(training, training.data.largest.load())
             compiling.report("the dry step")
-            training.dry_batch = None
         if progress.step == 0:
             make_samples(training, requests, progress.epoch)
         while progress.step < training.plan.steps:
@@ -140,7 +140,7 @@ def log_step(
     average = sum(progress.losses) / max(1, len(progress.losses))
     bar.set_postfix(loss=f"{step.loss:.4f}", average=f"{average:.4f}")
     bar.update()
-    validation_loss = training.validation_loss() if training.validation_due else None
+    validation_loss = measure_validation_loss(training)
     if validation_loss is not None:
         logger.info("step %d: validation loss %.6g", progress.step, validation_loss)
     loss_log.write(progress.step, progress.epoch, step.loss, average, next(iter(rates.values()), None), validation_loss)
@@ -153,6 +153,16 @@ def log_step(
         seconds=seconds,
         validation_loss=validation_loss,
     )
+
+
+def measure_validation_loss(training: Training) -> float | None:
+    """The loss on what was held out, where it is due after the step that was just made; the training stays as it is."""
+    progress, every = training.progress, training.settings.loop.validate_every_n_steps
+    due = progress.step % every == 0 if every else progress.batches == len(training.data.reader)
+    if not training.data.held_out or not (due or progress.step == training.plan.steps):
+        return None
+    with paused_training(training.transformer, training.network, training.optimizer, training.accelerator.device):
+        return training.flow_matching.validation_loss(training.data.held_out)
 
 
 def make_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +13,7 @@ from torch import nn
 from networks.training.data import BatchReader, TrainingData
 from networks.training.logging.logs import TrainingLogs
 from networks.training.loss.flow_matching import FlowMatching
-from networks.training.optim.optimizers import describe_optimizer
-from networks.training.pause import evaluation_weights, paused_training
+from networks.training.pause import evaluation_weights
 from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples
 from networks.training.saving.files import remove_outdated, save_network, state_name
@@ -36,11 +32,7 @@ class TrainingBroken(Exception):
 
 @dataclass
 class Training:
-    """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are.
-
-    Attributes:
-        dry_batch: computed once before the first step, and forgotten.
-    """
+    """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are."""
 
     settings: TrainingSettings
     plan: TrainingPlan
@@ -57,7 +49,6 @@ class Training:
     logs: TrainingLogs
     uploads: HubUploads | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    dry_batch: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -70,46 +61,10 @@ class Training:
         loss = self.flow_matching
         return Restorable(self.network, self.optimizer, self.lr_scheduler, loss.noise, loss.timesteps, self.accelerator)
 
-    def paused(self) -> AbstractContextManager[None]:
-        """For using the network inside without changing the training."""
-        return paused_training(self.transformer, self.network, self.optimizer, self.accelerator.device)
-
-    @property
-    def validation_due(self) -> bool:
-        """Whether the validation loss is measured after the step that was just made."""
-        if not self.data.held_out:
-            return False
-        at_end = self.progress.step == self.plan.steps
-        if every := self.settings.loop.validate_every_n_steps:
-            return self.progress.step % every == 0 or at_end
-        return self.progress.batches == len(self.data.reader) or at_end
-
-    def validation_loss(self) -> float:
-        """The loss on what was held out; the training stays as it is."""
-        with self.paused():
-            return self.flow_matching.validation_loss(self.data.held_out)
-
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch."""
         return self.settings.loop.steps_per_epoch(len(self.data.reader))
-
-
-def known_facts(training: Training, default_rank: int) -> dict[str, Any]:
-    """What the run knows beyond its flags, for the metadata; ``default_rank`` is the network's without --network_dim."""
-    network, progress = training.settings.network, training.progress
-    return {
-        "session_id": progress.session_id,
-        "training_started_at": progress.started_at,
-        "num_batches_per_epoch": len(training.data.reader),
-        "num_epochs": -(-training.plan.steps // training.steps_per_epoch),
-        "max_train_steps": training.plan.steps,
-        "optimizer": describe_optimizer(training.optimizer, training.plan.beginning.flags["optimizer_args"]),
-        "seed": training.plan.beginning.seed,
-        "mixed_precision": training.accelerator.mixed_precision,
-        "network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or default_rank,
-        "network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
-    }
 
 
 def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
@@ -122,11 +77,7 @@ def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Ac
 
 
 def save(training: Training, file_name: str, epoch: int, with_state: bool) -> None:
-    """Save the model, and the state beside it.
-
-    Raises:
-        TrainingBroken: the weights are not finite; what was saved before stays.
-    """
+    """Save the model, and the state beside it; see ``require_finite_weights``."""
     require_finite_weights(training)
     save_model(training, file_name, epoch)
     if with_state:
@@ -162,12 +113,7 @@ def save_training_state(training: Training, model_name: str) -> None:
 
 
 def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
-    """Save the model and the state before a training ends that was sent a signal.
-
-    Raises:
-        UserError: the state could not be saved; the model was.
-        TrainingBroken: see ``require_finite_weights``.
-    """
+    """Save the state, then the model, of a training that was sent a signal; the model also where the state cannot be saved."""
     require_finite_weights(training)
     try:
         save_training_state(training, file_name)
@@ -185,7 +131,7 @@ def rotate(training: Training, *, step: int | None = None, epoch: int | None = N
 
 
 def require_finite_weights(training: Training) -> None:
-    """Refuse to save weights that are not finite, and by that to remove older ones."""
+    """Raise TrainingBroken rather than save weights that are not finite, and by that remove older ones."""
     if not all(torch.isfinite(parameter).all() for parameter in training.network.parameters()):
         raise TrainingBroken(
             f"the network's weights hold NaN or infinity after step {training.progress.step}; they are not saved. The models and "

@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from hunyuan_model.sampling.flow import TIMESTEPS
 from networks.network_module import call_if_there
@@ -28,26 +28,11 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Step:
-    """The result of an optimiser step.
+    """The result of an optimiser step."""
 
-    Attributes:
-        loss: mean over its batches; not finite where the step was skipped for that.
-        gradient_norm: before clipping.
-        skipped: why the weights were not changed, or None.
-    """
-
-    loss: float
-    gradient_norm: float
-    skipped: str | None = None
-
-
-class _Read(NamedTuple):
-    """What was read from the device after the backward passes; ``losses`` are those of this process, the rest of all."""
-
-    losses: list[float]
-    finite: bool
-    has_gradient: bool
-    gradient_norm: float  # before clipping; 0 where it was not computed yet
+    loss: float  # mean over its batches; not finite where the step was skipped for that
+    gradient_norm: float  # before clipping
+    skipped: str | None = None  # why the weights were not changed
 
 
 def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step:
@@ -68,13 +53,13 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
         timesteps.append(t)
     has_gradient = any(parameter.grad is not None for parameter in network.parameters())
     scaled = accelerator.scaler is not None  # a scaler looks at the gradients once, when it divides them
-    read = _read(accelerator, losses, has_gradient, None if scaled else _clip(training, has_gradient))
+    clipped = None if scaled else _clip(training, has_gradient)
+    own, finite, has_any_gradient, norm = _read(accelerator, losses, has_gradient, clipped)
 
-    total = sum(loss / len(batches) for loss in read.losses)
-    norm, skipped = read.gradient_norm, None
-    if not read.finite:
-        norm, skipped = math.nan, _loss_not_finite(read.losses, batches, timesteps)
-    elif read.has_gradient:  # not where dropout left out the whole network
+    skipped = None
+    if not finite:
+        norm, skipped = math.nan, _loss_not_finite(own, batches, timesteps)
+    elif has_any_gradient:  # not where dropout left out the whole network
         if scaled:
             clipped = _clip(training, has_gradient)
             norm = math.nan if clipped is None else float(clipped)
@@ -86,6 +71,7 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
             if accelerator.optimizer_step_was_skipped:
                 skipped = f"the gradient is too large for fp16, whose scale is halved, for {named}"
     optimizer.zero_grad(set_to_none=True)
+    total = sum(loss / len(batches) for loss in own)
     if skipped is None:
         step_schedule(training.lr_scheduler, total)
         if most := training.settings.network.scale_weight_norms:
@@ -94,15 +80,7 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
 
 
 def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
-    """Log why ``step`` was skipped; returns how many in a row are.
-
-    Args:
-        in_a_row: those that were skipped just before it.
-        reason: None where it was not.
-
-    Raises:
-        TrainingBroken: this was the last one of too many.
-    """
+    """Log why ``step`` was skipped, or None; returns how many in a row are. Too many raise TrainingBroken."""
     if reason is None:
         return 0
     logger.warning("step %d was skipped: %s", step, reason)
@@ -114,29 +92,31 @@ def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
     return in_a_row + 1
 
 
-def average_gradients(accelerator: Accelerator, network: nn.Module) -> None:
-    """Give every process the mean gradients. The network is hooked into the transformer's layers: no wrapper can do this."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            # Dropout may leave a layer out on one process only; all of them must still take part.
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, reduction="mean")
-
-
 def _clip(training: Training, has_gradient: bool) -> Tensor | None:
-    """The norm of the mean gradients of all processes, which are then clipped; None where there are none."""
-    average_gradients(training.accelerator, training.network)
-    if training.accelerator.num_processes == 1 and not has_gradient:
+    """The norm of the mean gradients of all processes, which are then clipped; None where there are none.
+
+    The network is hooked into the transformer's layers: no wrapper of torch's could average its gradients.
+    """
+    accelerator, parameters = training.accelerator, list(training.network.parameters())
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                # Dropout may leave a layer out on one process only; all of them must still take part.
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(gradient, reduction="mean")
+    elif not has_gradient:
         return None
-    return training.accelerator.clip_grad_norm_(
-        training.network.parameters(), training.settings.optimizer.max_grad_norm or math.inf
-    )
+    return accelerator.clip_grad_norm_(parameters, training.settings.optimizer.max_grad_norm or math.inf)
 
 
-def _read(accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None) -> _Read:
-    """Everything that the step depends on, with one copy from the device, which is when it is waited for."""
+def _read(
+    accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None
+) -> tuple[list[float], bool, bool, float]:
+    """Everything that the step depends on, with one copy from the device, which is when it is waited for.
+
+    Returns:
+        The losses of this process; whether those of all are finite; whether any has a gradient; the norm, 0 for None.
+    """
     values = torch.stack([loss.float() for loss in losses])
     not_finite = (~torch.isfinite(values)).any().float()
     gradient = torch.full_like(not_finite, float(has_gradient))
@@ -144,7 +124,7 @@ def _read(accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool
         not_finite, gradient = accelerator.reduce(torch.stack((not_finite, gradient)), reduction="sum").unbind()
     norm = torch.zeros_like(not_finite) if norm is None else norm.detach().to(not_finite)
     *own, any_not_finite, any_gradient, norm = torch.cat((values, torch.stack((not_finite, gradient, norm)))).tolist()
-    return _Read(own, not any_not_finite, any_gradient > 0, norm)
+    return own, not any_not_finite, any_gradient > 0, norm
 
 
 def _loss_not_finite(losses: Sequence[float], batches: Sequence[Mapping[str, Any]], timesteps: Sequence[Tensor]) -> str:

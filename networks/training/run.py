@@ -13,6 +13,7 @@ from torch import nn
 from networks.training.data import BatchReader, TrainingData
 from networks.training.logging.logs import TrainingLogs
 from networks.training.loss.flow_matching import FlowMatching
+from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights
 from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples

@@ -49,85 +49,40 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
-def _number(text: str, convert: Callable[[str], N], kind: str) -> N:
-    try:
-        return convert(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind}") from None
+def _number(what: str, convert: Callable[[str], N], fits: Callable[[N], bool]) -> Callable[[str], N]:
+    """An argparse type for ``what``."""
+
+    def parse(text: str) -> N:
+        try:
+            number = convert(text)
+        except ValueError:
+            number = None
+        if number is None or not fits(number):
+            too_large = number is not None and number > MAX_COUNT
+            raise argparse.ArgumentTypeError(f"{shown(text)} is {'too large for' if too_large else 'not'} {what}")
+        return number
+
+    parse.__doc__ = f"argparse type: {what}."
+    return parse
 
 
-def whole_number(text: str) -> int:
-    """argparse type: a whole number."""
-    number = _number(text, int, "a whole number")
-    if abs(number) > MAX_COUNT:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is beyond {MAX_COUNT}")
-    return number
+def int_up_to(limit: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from 1 to ``limit``."""
+    return _number(f"a whole number from 1 to {limit}", int, lambda number: 1 <= number <= limit)
 
 
-def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    number = whole_number(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return number
-
-
-def non_negative_int(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
-    number = whole_number(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
+whole_number = _number("a whole number", int, lambda number: abs(number) <= MAX_COUNT)
+positive_int = _number("a whole number of at least 1", int, lambda number: 1 <= number <= MAX_COUNT)
+non_negative_int = _number("a whole number of at least 0", int, lambda number: 0 <= number <= MAX_COUNT)
+finite_float = _number("a number that is neither NaN nor infinite", float, math.isfinite)
+positive_float = _number("a finite number above 0", float, lambda number: 0 < number < math.inf)
+non_negative_float = _number("a finite number of at least 0", float, lambda number: 0 <= number < math.inf)
+seed = _number(f"a whole number from 0 to {MAX_SEED}", int, lambda number: 0 <= number <= MAX_SEED)
 
 
 def count_or_auto(text: str) -> int | str:
     """argparse type: a whole number of at least 0, or auto."""
     return AUTO if text == AUTO else non_negative_int(text)
-
-
-def int_up_to(limit: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from 1 to ``limit``."""
-
-    def bounded(text: str) -> int:
-        number = positive_int(text)
-        if number > limit:
-            raise argparse.ArgumentTypeError(f"{text} is above {limit}")
-        return number
-
-    bounded.__doc__ = f"argparse type: a whole number from 1 to {limit}."
-    return bounded
-
-
-def finite_float(text: str) -> float:
-    """argparse type: a number that is neither NaN nor infinite."""
-    number = _number(text, float, "a number")
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    number = finite_float(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def non_negative_float(text: str) -> float:
-    """argparse type: a finite number of at least 0."""
-    number = finite_float(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def seed(text: str) -> int:
-    """argparse type: a whole number from 0 to 4294967295, which every random generator in use accepts."""
-    number = _number(text, int, "a whole number")
-    if not 0 <= number <= MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is outside 0 to {MAX_SEED}")
-    return number
 
 
 def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

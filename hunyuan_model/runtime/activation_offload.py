@@ -1,8 +1,8 @@
 """Activation offload: the inputs of blocks that checkpointing keeps are in host memory until the backward pass.
 
-The inputs of a block are copied to host memory while it computes, and freed on the device once the copy is done. In the backward
-pass they are copied back while the block after theirs computes. The last blocks of a forward pass are the first ones of the
-backward pass, so their inputs stay. What all blocks share (conditioning, RoPE tables) is not copied.
+They are copied there while the block computes, and back while the block after theirs computes in the backward pass. The last
+blocks of a forward pass are the first ones of the backward pass, so their inputs stay. What all blocks share (conditioning, RoPE
+tables) is not copied.
 
 Device memory is freed only after the computation was made to wait for the copies that read or write it: whoever gets that
 memory next is ordered after them, however far Python runs ahead of the device. Copies are made in the order in which they were
@@ -33,8 +33,7 @@ ON_DEVICE = 2  # blocks whose inputs the device holds: of one that computes, and
 class HostPool:
     """Host memory that is taken and given back: each step uses the memory of the one before it.
 
-    Args:
-        pinned_for: the CUDA device for which it is page-locked; None leaves it pageable.
+    Page-locked for the CUDA device ``pinned_for``, or pageable.
     """
 
     def __init__(self, pinned_for: torch.device | None = None) -> None:
@@ -53,11 +52,6 @@ class HostPool:
                 self._free.pop(sizes.index(max(sizes)))
         return self._allocate(size)
 
-    def give_back(self, memory: Tensor) -> None:
-        """Have ``memory`` for whoever asks next."""
-        with self._lock:
-            self._free.append(memory)
-
     def _allocate(self, size: int) -> Tensor:
         memory = host_memory(size)
         if self._pinned_for is not None and not page_lock(memory, self._pinned_for, owner=memory):
@@ -65,31 +59,26 @@ class HostPool:
             self._pinned_for = None
         return memory
 
+    def give_back(self, memory: Tensor) -> None:
+        """Have ``memory`` for whoever asks next."""
+        with self._lock:
+            self._free.append(memory)
+
 
 class _KeptTensor:
-    """One input of a block.
-
-    Attributes:
-        on_device: None while it is in host memory only.
-        on_host: its copy, in ``memory`` of the pool; both None for an input that stays on the device.
-        arrival: of the copy back to the device, until it was waited for.
-    """
+    """One input of a block: on the device, in host memory, or both."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.on_device: Tensor | None = tensor.detach()
         self.device = tensor.device
         self.requires_grad = tensor.requires_grad
-        self.memory: Tensor | None = None
-        self.on_host: Tensor | None = None
-        self.arrival: Any = None
+        self.memory: Tensor | None = None  # of the pool
+        self.on_host: Tensor | None = None  # a view of it
+        self.arrival: Any = None  # of the copy back to the device, until it was waited for
 
 
 class KeptInputs:
-    """The inputs of one pass through a block, which live for as long as a backward pass may ask for them.
-
-    Attributes:
-        previous: those of the pass that began before this one.
-    """
+    """The inputs of one pass through a block, for as long as a backward pass may ask for them; ``previous``: of the pass before."""
 
     def __init__(self, offloader: ActivationOffloader, tensors: Sequence[Tensor], previous: KeptInputs | None) -> None:
         self.tensors = [_KeptTensor(tensor) for tensor in tensors]
@@ -101,12 +90,7 @@ class KeptInputs:
 
 
 class ActivationOffloader:
-    """Copies the inputs of blocks to host memory, and back to the device before they are needed.
-
-    Args:
-        depth: number of blocks.
-        transfers: makes the copies in both directions, and no others.
-    """
+    """Copies the inputs of ``depth`` blocks to host memory, and back to the device before they are needed."""
 
     def __init__(self, depth: int, transfers: Transfers, pool: HostPool) -> None:
         self.depth = depth
@@ -170,39 +154,19 @@ class ActivationOffloader:
             self._transfers.wait(arrival)
 
 
-class OffloadedForward:
-    """In place of a block's ``branches``: checkpoints them, and keeps the block's inputs with an offloader.
+def checkpoint_offloaded(offloader: ActivationOffloader, index: int, count: int, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """``forward(*inputs)`` of block ``index``, checkpointed; the first ``count`` inputs are the block's own and are offloaded."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    given = list(inputs[:count])
+    kept = offloader.keep(index, given)
 
-    Args:
-        index: the block's place in the order of a forward pass.
-        count: how many of the first arguments are the block's own; the others are those of all blocks.
-        forward: what computes the block, which something else may wrap or replace.
-    """
+    def compute(*shared: Any) -> Any:
+        tensors = list(given) or offloader.restore(kept)
+        given.clear()  # or this function, which lives until the backward pass, would hold them on the device
+        return forward(*tensors, *shared)
 
-    def __init__(
-        self,
-        offloader: ActivationOffloader,
-        index: int,
-        count: int,
-        forward: Callable[..., Any],
-    ) -> None:
-        self.offloader = offloader
-        self.index = index
-        self.count = count
-        self.forward = forward
-
-    def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.forward(*inputs)
-        given = list(inputs[: self.count])
-        kept = self.offloader.keep(self.index, given)
-
-        def compute(*shared: Any) -> Any:
-            tensors = list(given) or self.offloader.restore(kept)
-            given.clear()  # or this function, which lives until the backward pass, would hold them on the device
-            return self.forward(*tensors, *shared)
-
-        return checkpoint(compute, *inputs[self.count :], use_reentrant=False)
+    return checkpoint(compute, *inputs[count:], use_reentrant=False)
 
 
 def make_offloader(depth: int, device: torch.device, *, pinned: bool) -> ActivationOffloader:

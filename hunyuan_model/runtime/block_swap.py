@@ -46,9 +46,9 @@ class SwapSettings:
     Attributes:
         blocks: how many blocks fewer the device holds.
         embedders: img_in and txt_in too.
-        pinned: whether the host memory is to be page-locked where the system allows; matters for CUDA only.
-        recomputed: gradient checkpointing wraps every block on top of this, so that autograd saves no weights. Without
-            checkpointing it must be False: the backward pass then fetches the weights that autograd asks for.
+        pinned: page-lock the host memory where the system allows; matters for CUDA only.
+        recomputed: gradient checkpointing wraps every block, so that autograd saves no weights. Else the backward pass fetches
+            the weights that autograd asks for.
     """
 
     blocks: int = 0
@@ -63,11 +63,7 @@ def max_blocks_to_swap(config: TransformerConfig) -> int:
 
 
 def check_blocks_to_swap(count: int, config: TransformerConfig, flag: str = "--blocks_to_swap") -> None:
-    """Refuse more blocks than there are to swap.
-
-    Raises:
-        UserError: with the maximum.
-    """
+    """Raise a UserError, with the maximum, for more blocks than there are to swap."""
     limit = max_blocks_to_swap(config)
     if not 0 <= count <= limit:
         raise UserError(
@@ -84,15 +80,12 @@ def block_sizes(config: TransformerConfig) -> list[int]:
 
 
 def streamed_blocks(sizes: Sequence[int], swapped: int) -> tuple[int, ...]:
-    """Which blocks share the slots, so that the device holds ``swapped`` blocks fewer.
+    """Which blocks share the slots, so that the device holds ``swapped`` blocks fewer; ``sizes`` are those of all blocks.
 
     The slots take room too, so these are ``SLOTS`` more. They are spread over the depth so that the bytes to copy are the same
     everywhere: a copy runs while the blocks compute that stay, and a large block, which computes hardly longer than a small one
     but takes longer to copy, has more of these before it. A few blocks are of the smallest kind alone, as one large block among
     them would make the slots large.
-
-    Args:
-        sizes: of all blocks, in the order of a forward pass.
     """
     if not swapped:
         return ()
@@ -108,34 +101,26 @@ def streamed_blocks(sizes: Sequence[int], swapped: int) -> tuple[int, ...]:
 
 def _spread(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     """``count`` blocks so that their sizes add up to about the same everywhere."""
+    # Each has a share in inverse proportion to its size, at most 1, and the shares' sum is the count.
+    whole: set[int] = set()
+    while True:
+        others = sum(Fraction(1, size) for block, size in enumerate(sizes) if block not in whole)
+        factor = (count - len(whole)) / others if others else Fraction(0)
+        more = {block for block, size in enumerate(sizes) if factor > size} - whole
+        if not more:
+            break
+        whole |= more
     chosen, due = [], Fraction(1, 2)
-    for block, share in enumerate(_shares(sizes, count)):
-        due += share
+    for block, size in enumerate(sizes):
+        due += 1 if block in whole else factor / size
         if due >= 1:
             chosen.append(block)
             due -= 1
     return tuple(chosen)
 
 
-def _shares(sizes: Sequence[int], total: int) -> list[Fraction]:
-    """Numbers of the sum ``total``, in inverse proportion to ``sizes`` as far as none is above 1."""
-    shares = [Fraction(0)] * len(sizes)
-    open_ones = set(range(len(sizes)))
-    while open_ones:
-        factor = (total - len(sizes) + len(open_ones)) / sum(Fraction(1, sizes[block]) for block in open_ones)
-        full = {block for block in open_ones if factor > sizes[block]}
-        for block in full or open_ones:
-            shares[block] = min(Fraction(1), factor / sizes[block])
-        open_ones -= full or open_ones
-    return shares
-
-
 def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str], bool]:
-    """Whether the weight of a name is kept in host memory.
-
-    Raises:
-        UserError: see ``check_blocks_to_swap``.
-    """
+    """Whether the weight of a name is kept in host memory. Raises as ``check_blocks_to_swap``."""
     check_blocks_to_swap(settings.blocks, config)
     streamed = set(streamed_blocks(block_sizes(config), settings.blocks))
 
@@ -150,16 +135,8 @@ def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str]
 class SwappedParts:
     """The blocks and embedders of a transformer that are kept in host memory, each moved there as soon as it is loaded.
 
-    ``load_weights`` takes it as the placement of weights in host memory.
-
-    Until then its weights are where they were loaded to. So only the part that is loading exists twice, and processes that share
-    the memory need little beside it.
-
-    Args:
-        allocate: gives host memory of a size, such as memory that processes share; by default this process's own.
-
-    Attributes:
-        weights: of the parts that were moved, by the names of the modules.
+    ``load_weights`` takes it as the placement of weights in host memory. Only the part that is loading exists twice.
+    ``allocate`` gives host memory of a size, such as memory that processes share; by default this process's own.
     """
 
     def __init__(
@@ -169,7 +146,7 @@ class SwappedParts:
         device: torch.device,
         allocate: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.weights: dict[str, HostWeights] = {}
+        self.weights: dict[str, HostWeights] = {}  # by the names of modules
         self.wants = on_host(settings, transformer.config)
         self._missing = Counter(_part_of(name) for name in transformer.state_dict() if self.wants(name))
         self._transformer = transformer
@@ -205,18 +182,14 @@ def enable_block_swap(
 ) -> None:
     """Keep blocks and embedders of ``transformer`` in host memory and compute them on ``device``, from outside.
 
-    Classes, names and parameter objects stay; only the parameters' values are elsewhere. Parameters that are trainable now,
-    and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and before ``enable_gradient_checkpointing``.
-    The weights must not be written to from then on.
-
-    Each block's ``branches`` becomes a ``SwappedForward``. ``transformer.block_swap`` is the ``BlockSwapper``, if there is one.
+    Classes, names and parameter objects stay; only the parameters' values are elsewhere, and must not be written to from then
+    on. Parameters that are trainable now, and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and
+    before ``enable_gradient_checkpointing``. Each block's ``branches`` becomes a ``SwappedForward``; ``transformer.block_swap``
+    is the ``BlockSwapper``, if there is one. Raises as ``check_blocks_to_swap``.
 
     Args:
         transformer: its weights may be on any device: blocks that are in host memory never fill the device.
         parts: those of ``transformer`` that were moved to host memory already, with these settings.
-
-    Raises:
-        UserError: see ``check_blocks_to_swap``.
     """
     check_blocks_to_swap(settings.blocks, transformer.config)
     blocks = [*transformer.double_blocks, *transformer.single_blocks]
@@ -253,16 +226,11 @@ def enable_block_swap(
 
 @dataclass(eq=False)
 class _Slot:
-    """Room for one block on the device.
-
-    Attributes:
-        block: whose weights it holds, once the copy ``arrival`` is done.
-        released: the mark after the last computation that reads what it held before.
-    """
+    """Room for one block on the device."""
 
     memory: Tensor
-    released: Any
-    block: int | None = None
+    released: Any  # the mark after the last computation that reads what it held before
+    block: int | None = None  # whose weights it holds, once the copy ``arrival`` is done
     arrival: Any = None
 
 
@@ -280,10 +248,8 @@ class _SavedWeight:
 class BlockSwapper:
     """Has the weights of a block on the device when the block begins, and copies ahead those that are needed next.
 
-    Args:
-        weights: of the streamed blocks, by their place in the order of a forward pass. All blocks must begin through ``begin``,
-            also those that stay on the device.
-        recomputed: see ``SwapSettings``.
+    ``weights`` are those of the streamed blocks, by their place in the order of a forward pass. All blocks must begin through
+    ``begin``, also those that stay on the device.
     """
 
     def __init__(self, weights: Mapping[int, HostWeights], transfers: Transfers, *, recomputed: bool) -> None:
@@ -297,7 +263,6 @@ class BlockSwapper:
         self._views = {(block, id(slot)): one.views(slot.memory) for block, one in self._weights.items() for slot in self._slots}
         self._current: int | None = None
         self._forwards = True
-        self._outside_graph: set[int] = set()  # blocks without a backward pass
 
     def begin(self, block: int) -> None:
         """Have the weights of ``block`` on the device for what is computed from now on; no other block computes any more."""
@@ -312,24 +277,12 @@ class BlockSwapper:
             self._fetch(one, wanted)
         slot = self._slot_of(block)
         if slot is not None and block in self._weights:
-            try:
-                self._transfers.wait(slot.arrival)
-            except Exception:
-                for each in self._slots:  # other copies may have failed with it
-                    self._empty(each)
-                raise
+            self._transfers.wait(slot.arrival)
             self._weights[block].point_at(self._views[block, id(slot)])
 
     def kept_for_backward(self) -> AbstractContextManager[Any]:
         """Inside, autograd saves where weights are instead of memory of the slots, and has them copied for the backward pass."""
         return nullcontext() if self.recomputed else saved_tensors_hooks(self._pack, self._unpack)
-
-    def note_graph(self, block: int, outputs: Sequence[Sequence[Tensor]]) -> None:
-        """Record whether there can be a backward pass through ``block``, which has just computed ``outputs``."""
-        if any(tensor.requires_grad for branch in outputs for tensor in branch):
-            self._outside_graph.discard(block)
-        else:
-            self._outside_graph.add(block)
 
     def _release_current(self) -> None:
         slot = self._slot_of(self._current)
@@ -341,7 +294,7 @@ class BlockSwapper:
     def _next_needed(self, block: int) -> Iterator[int]:
         """The streamed blocks from ``block`` on, in the order in which they will probably begin, each once."""
         ahead = [one for one in self._weights if one >= block]
-        back = [one for one in reversed(self._weights) if one not in self._outside_graph]
+        back = list(reversed(self._weights))
         if not self._forwards:
             order: Iterable[int] = itertools.chain([block], [one for one in back if one < block], self._weights)
         elif torch.is_grad_enabled():
@@ -388,14 +341,10 @@ class SwappedForward:
         self.index = index
         self.forward = forward
 
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         self.swapper.begin(self.index)
-        if not torch.is_grad_enabled():
-            return self.forward(*inputs, **options)
         with self.swapper.kept_for_backward():
-            outputs = self.forward(*inputs, **options)
-        self.swapper.note_graph(self.index, outputs)
-        return outputs
+            return self.forward(*inputs)
 
 
 def _forward_with_copy(weights: HostWeights, device: torch.device, forward: Callable[..., Any], *inputs: Any) -> Any:

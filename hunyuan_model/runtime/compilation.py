@@ -32,15 +32,10 @@ TRACEABLE_MODES = ("torch", "sdpa")
 
 @dataclass(frozen=True)
 class CompileSettings:
-    """How blocks are compiled.
+    """How blocks are compiled: mode and backend of torch.compile."""
 
-    Attributes:
-        mode: of torch.compile. Not one with CUDA graphs, which want weights and inputs at the same place in every call.
-        backend: of torch.compile; another one than inductor has no modes.
-    """
-
-    mode: str = "default"
-    backend: str = BACKEND
+    mode: str = "default"  # not one with CUDA graphs, which want weights and inputs at the same place in every call
+    backend: str = BACKEND  # another one than inductor has no modes
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, which is compiled when it is first called."""

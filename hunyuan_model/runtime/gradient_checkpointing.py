@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hunyuan_model.runtime.activation_offload import ActivationOffloader, OffloadedForward
+from hunyuan_model.runtime.activation_offload import ActivationOffloader, checkpoint_offloaded
 from hunyuan_model.transformer.blocks import Branch, add_branch
 
 DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every other argument is the same for all blocks.
@@ -38,7 +38,7 @@ def enable_gradient_checkpointing(transformer: nn.Module, offloader: ActivationO
         if offloader is None:
             block.branches = functools.partial(checkpoint, branches, use_reentrant=False)
         else:
-            block.branches = OffloadedForward(offloader, index, inputs, branches)
+            block.branches = functools.partial(checkpoint_offloaded, offloader, index, inputs, branches)
 
 
 def _add_what_needs_the_branch(branches: Callable[..., tuple[Branch, ...]], *inputs: Any) -> tuple[Branch, ...]:

@@ -16,17 +16,11 @@ ALIGNMENT = 256  # of each weight within the piece: what CUDA gives any tensor, 
 
 
 class HostWeights:
-    """The frozen parameters of ``module``: the one lasting copy of their values is ``memory``, which nothing writes to.
+    """The frozen parameters of ``module``: the one lasting copy of their values is ``memory`` (uint8), which nothing writes to.
 
     The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. Trainable
     parameters and buffers of the module are moved to the device and stay there.
-
-    Args:
-        allocate: gives a size the memory; by default that of this process alone.
-
-    Attributes:
-        memory: uint8, in host memory.
-        parameters: those whose values it holds.
+    ``allocate`` gives a size the memory; by default that of this process alone.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, allocate: Callable[[int], Tensor] | None = None) -> None:
@@ -73,11 +67,7 @@ class HostWeights:
 
 
 def host_memory(size: int) -> Tensor:
-    """(size,) uint8 on pages of its own.
-
-    Page-locking works on whole pages only, and they are freed as soon as nobody holds them, which the memory of ordinary
-    tensors under 32 MB is not.
-    """
+    """(size,) uint8 on pages of its own, as page-locking works on whole pages; freed as soon as nobody holds it."""
     options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, max(1, size), **options), dtype=torch.uint8)[:size]
 

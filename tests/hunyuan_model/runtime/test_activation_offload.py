@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_transformer import (
     CONFIG,
     CPU,
@@ -27,7 +26,6 @@ from small_transformer import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import hunyuan_model
 from hunyuan_model.runtime import activation_offload
 from hunyuan_model.runtime.activation_offload import ON_DEVICE, ActivationOffloader, HostPool, make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, block_sizes, enable_block_swap, streamed_blocks
@@ -298,17 +296,6 @@ def test_every_step_uses_the_same_host_memory():
     assert pool.allocated == allocated and pool.free_pieces == count
 
 
-def test_the_smallest_memory_that_fits_is_taken():
-    pool = HostPool()
-    memories = {size: pool.take(size) for size in (100, 300, 200)}
-    for memory in memories.values():
-        pool.give_back(memory)
-    assert pool.take(150) is memories[200]
-    assert pool.take(300) is memories[300]
-    assert pool.take(101).nbytes == 101  # in place of what is too small
-    assert pool.take(100) is not memories[100]
-
-
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is(monkeypatch, caplog):
     asked: list[object] = []
     monkeypatch.setattr(activation_offload, "page_lock", lambda memory, device, owner: asked.append(owner) and False)
@@ -348,26 +335,3 @@ def test_on_a_gpu(pinned, swapped):
     assert same(expected, found)
     inputs_of_a_block = 2 * 8 * 32 * 32 * TOKEN_BYTES
     assert all_of_them - few > (DEPTH - ON_DEVICE - 1) * inputs_of_a_block
-
-
-# Scripts
-
-
-def test_offload_without_checkpointing_is_refused_before_loading(train, monkeypatch):
-    monkeypatch.setattr(hunyuan_model, "load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"), raising=False)
-    ended = train("--gradient_checkpointing_cpu_offload")
-    assert ended.status == 2
-    assert "give --gradient_checkpointing as well" in ended.stderr
-
-
-@pytest.mark.slow
-def test_a_training_with_everything_learns_the_same(train, tmp_path):
-    flags = (
-        "--gradient_checkpointing --max_train_steps 3 --gradient_accumulation_steps 2 --learning_rate 1e-2 --network_dropout 0.2"
-    )
-    more = "--blocks_to_swap 3 --int8_base --mixed_precision bf16 --validation_split 0.3 --validate_every_n_steps 1"
-    assert train(*flags.split(), *more.split(), name="plain").status == 0
-    assert train(*flags.split(), *more.split(), "--gradient_checkpointing_cpu_offload", name="offloaded").status == 0
-    plain, found = (load_file(tmp_path / f"out/{name}.safetensors") for name in ("plain", "offloaded"))
-    assert found.keys() == plain.keys() and same([plain[name] for name in plain], [found[name] for name in plain])
-    assert any(value.any() for name, value in found.items() if "lora_up" in name)

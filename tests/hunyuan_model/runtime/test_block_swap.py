@@ -40,7 +40,7 @@ from hunyuan_model.runtime.block_swap import (
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.runtime.transfers import DirectTransfers, ThreadTransfers
+from hunyuan_model.runtime.transfers import DirectTransfers
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import LoRAModule
@@ -335,42 +335,6 @@ def test_sampling_begins_anew_with_what_is_on_its_way(monkeypatch):
         start = len(recorder.lines)
         transformer(*make_inputs())
     assert recorder.copied(start) == [*range(1, DEPTH), 0]
-
-
-def test_blocks_that_no_gradient_reaches_do_not_come_back(monkeypatch):
-    transformer = make_transformer()
-    transfers = PoisoningTransfers()
-    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: transfers)
-    enable_block_swap(transformer, SwapSettings(MOST, recomputed=True), CPU)
-    enable_gradient_checkpointing(transformer)
-    add_lora(transformer, exclude_patterns="['.*']", include_patterns="['single_blocks.[23].*']")
-    for _ in range(2):
-        transformer(*make_inputs()).square().mean().backward()
-    copies = len(transfers.copies)
-    transformer(*make_inputs()).square().mean().backward()
-    assert len(transfers.copies) - copies <= DEPTH + 1  # all of them forwards, and at most one in error
-
-
-def test_a_copy_that_fails_in_its_thread_raises_and_is_made_again(monkeypatch):
-    class Failing(DirectTransfers):
-        fails = False
-
-        def copy(self, target: torch.Tensor, source: torch.Tensor, after: None) -> None:
-            if self.fails:
-                raise OSError("no such page")
-            super().copy(target, source, after)
-
-    transfers = Failing(CPU)
-    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: ThreadTransfers(transfers))
-    transformer = make_transformer()
-    expected = transformer(*make_inputs())
-    enable_block_swap(transformer, SwapSettings(MOST), CPU)
-    assert torch.equal(transformer(*make_inputs()), expected)
-    transfers.fails = True
-    with pytest.raises(OSError, match="no such page"):
-        transformer(*make_inputs())
-    transfers.fails = False
-    assert torch.equal(transformer(*make_inputs()), expected)
 
 
 # Embedders

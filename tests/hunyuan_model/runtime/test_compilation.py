@@ -15,7 +15,7 @@ import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition, nop
 from safetensors.torch import load_file
-from small_transformer import CONFIG, CPU, add_lora, blocks_of, make_inputs, make_transformer, same
+from small_transformer import CONFIG, CPU, add_lora, make_inputs, make_transformer, same
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -25,7 +25,6 @@ from hunyuan_model.runtime import compilation
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.compilation import (
-    CompiledForward,
     CompileSettings,
     check_compile,
     compiled_graphs,
@@ -159,31 +158,6 @@ def test_offloaded_activations_and_a_network_that_is_off_go_together_with_it() -
     made = compiled_graphs() - graphs
     assert same(run(TRACED, 0, offload=False), found)
     assert compiled_graphs() == graphs + made, "offloading is not seen by the compiler"
-
-
-@pytest.mark.slow
-def test_module_dropout_needs_no_branch_in_a_graph() -> None:
-    """About half of the layers lack their update, others each time, and checkpointing computes the same again."""
-    transformer = make()
-    enable_compile(transformer, TRACED)
-    enable_gradient_checkpointing(transformer)
-    network = add_lora(transformer, module_dropout="0.5", **FEW)
-    left_out = []
-    for _ in range(2):
-        torch.manual_seed(7 + len(left_out))
-        transformer(*make_inputs(0, (5,))).square().mean().backward()
-        left_out.append([not lora.lora_up.weight.grad.any() for lora in network.loras()])
-        network.zero_grad(set_to_none=True)
-    assert compiled_graphs() < 4 and not torch._dynamo.utils.counters["graph_break"]
-    assert left_out[0] != left_out[1] and all(0 < sum(which) < len(which) == 8 for which in left_out)
-
-
-def test_blocks_keep_their_class_and_parameters() -> None:
-    transformer, plain = make(), make()
-    enable_compile(transformer, TRACED)
-    assert [name for name, _ in transformer.named_modules()] == [name for name, _ in plain.named_modules()]
-    assert transformer.state_dict().keys() == plain.state_dict().keys()
-    assert all(isinstance(block.branches, CompiledForward) for block in blocks_of(transformer))
 
 
 def test_what_is_wrapped_already_is_refused() -> None:

@@ -17,7 +17,6 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
-from networks.lora import LoRAModule
 
 LAST = ("img_mlp.fc2", "linear2")
 
@@ -59,8 +58,8 @@ def wholly() -> Callable[[nn.Module], None]:
     return enable
 
 
-def narrow(transformer: nn.Module) -> nn.Module:
-    """The weights as whole numbers with scales."""
+def as_int8(transformer: nn.Module) -> nn.Module:
+    """The weights as int8 with scales."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, nn.Linear) and is_quantized_name(f"{name}.weight"):
             layer.weight.data, scale = quantize_groups(layer.weight.data)
@@ -69,12 +68,12 @@ def narrow(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
-@pytest.mark.parametrize("weights", ["float32", "float8", "whole numbers"])
+@pytest.mark.parametrize("weights", ["float32", "float8", "int8"])
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
 def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool) -> None:
     def made() -> nn.Module:
         transformer = make_transformer(weights == "float8")
-        return narrow(transformer) if weights == "whole numbers" else transformer
+        return as_int8(transformer) if weights == "int8" else transformer
 
     whole, less = made(), made()
     wholly(whole)
@@ -135,69 +134,6 @@ def test_trained_modulation_keeps_no_branch_for_its_gate(offload: bool) -> None:
         return saved_bytes(lambda: transformer(*make_inputs(size=(2, 16, 16))), except_for=())
 
     assert kept(**NETWORKS["modulation learns"]) <= kept()
-
-
-class Magnitudes(LoRAModule):
-    """A kind of LoRA that does not only add."""
-
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)
-        self.factor = nn.Parameter(torch.full((), 1.1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * self.factor
-
-
-class Curved(nn.Module):
-    """A parametrization that multiplies matrices."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.p = nn.Parameter(torch.full((features, 1), 0.1))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.p @ self.p.T @ weight
-
-
-def hooked(transformer: nn.Module, how: str) -> list[nn.Parameter]:
-    """Something that learns in every block, put into it in the way called ``how``."""
-    learning = []
-    for block in transformer.single_blocks:
-        factor = nn.Parameter(torch.full((), 1.1))
-        if how == "hook on the layer":
-            block.linear2.register_forward_hook(lambda _module, _given, out, factor=factor: out * factor)
-        elif how == "hook before the gate":
-            block.modulation.register_forward_pre_hook(lambda _module, given, factor=factor: (given[0] * factor,))
-        elif how == "kind of LoRA":
-            lora = Magnitudes(block.linear2.in_features, block.linear2.out_features, 2, 2.0)
-            lora.attach(block.linear2)
-            factor = lora.factor
-        elif how == "parametrization":
-            nn.utils.parametrize.register_parametrization(block.linear2, "weight", Curved(block.linear2.out_features))
-            factor = block.linear2.parametrizations.weight[0].p
-        elif how == "wrapped layer":
-            block.linear2.forward = lambda x, forward=block.linear2.forward, factor=factor: forward(x) * factor
-        else:
-            block.forward = lambda *inputs, forward=block.forward, factor=factor: forward(*inputs) * factor
-        learning.append(factor)
-    return learning
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "how", ["hook on the layer", "hook before the gate", "kind of LoRA", "parametrization", "wrapped layer", "wrapped block"]
-)
-def test_whatever_else_learns_gets_its_gradient(wholly, how: str, first: bool) -> None:
-    def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
-        transformer = make_transformer()
-        learning = hooked(transformer, how) if first else []
-        enable(transformer)
-        learning = learning or hooked(transformer, how)
-        transformer(*make_inputs()).square().mean().backward()
-        return [parameter.grad for parameter in learning]
-
-    found = gradients(enable_gradient_checkpointing)
-    assert same(found, gradients(wholly)) and all(gradient.abs().sum() > 0 for gradient in found)
 
 
 @pytest.mark.parametrize("trained", ["modulation", "last layers", "embedder"])

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import platform
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +26,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.diffusers_twins import diffusers_transformer, run_diffusers  # noqa: E402
+from benchmarks.diffusers_twins import diffusers_transformer, linears_of_blocks, run_diffusers  # noqa: E402
+from benchmarks.memory_watch import MemoryWatch, in_new_process  # noqa: E402
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing  # noqa: E402
 from hunyuan_model.text.llm import LlamaTextEncoder  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for  # noqa: E402
@@ -51,7 +48,6 @@ RANK = 16
 VAE_WIDTHS = (32, 64, 128, 128)
 TILE = 128
 CAPTIONS, LLAMA_LAYERS, LLAMA_VOCABULARY = 64, 4, 1024
-SAMPLE_SECONDS = 0.01
 
 
 def initialised(module: nn.Module) -> nn.Module:
@@ -82,10 +78,6 @@ def transformer_inputs() -> dict[str, torch.Tensor]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
-
-
 @torch.no_grad()
 def transformer_forward() -> dict[str, Run]:
     ours = initialised(HYVideoDiffusionTransformer(CONFIG)).eval()
@@ -110,12 +102,7 @@ def lora_step() -> dict[str, Run]:
     enable_gradient_checkpointing(ours)
     network = create_network(1.0, RANK, RANK, None, None, ours)
     network.apply_to(None, ours)
-    linears = sorted(
-        name
-        for name, module in theirs.named_modules()
-        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
-    )
-    theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears))
+    theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears_of_blocks(theirs)))
     theirs.enable_gradient_checkpointing()
     theirs.train()
     ours.train()
@@ -203,10 +190,6 @@ def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, to
     return step if lora else once
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The VAE
-
-
 def vaes() -> tuple[AutoencoderKLCausal3D, nn.Module]:
     """Ours and diffusers', with the same weights; its own tiling switched off."""
     from diffusers import AutoencoderKLHunyuanVideo
@@ -233,10 +216,6 @@ def vae_runs(frames: int, side: int, direction: str, tiles: bool = False) -> dic
         z = torch.randn(1, 16, (frames - 1) // 4 + 1, side // 8, side // 8, generator=generator)
         runs = {"ours": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
     return {name: torch.no_grad()(run) for name, run in runs.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
 
 
 def text_runs() -> dict[str, Run]:
@@ -287,10 +266,6 @@ def text_runs() -> dict[str, Run]:
     return compared({"ours": ours, "padded": theirs})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def require_same(ours: torch.Tensor, theirs: torch.Tensor, within: float = 1e-4) -> None:
     """End the benchmark if the two do not compute the same thing."""
     difference = ((ours - theirs).norm() / theirs.norm()).item()
@@ -325,44 +300,12 @@ def alternating(runs: dict[str, Run], rounds: int, warm_up: int) -> dict[str, li
     return seconds
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
-
-
-@contextmanager
-def watched_memory(peak: list[int]) -> Iterator[None]:
-    """Put the peak of this process's anonymous memory above what it was at the start into ``peak``."""
-    start, over = anonymous_memory(), threading.Event()
-    peak[:] = [0]
-
-    def watch() -> None:
-        while not over.wait(SAMPLE_SECONDS):
-            peak[0] = max(peak[0], anonymous_memory() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def peak_of(direction: str, whose: str, threads: int) -> int:
-    """Peak bytes of decoding or encoding in tiles, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", direction, whose, "--threads", str(threads)]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-
-def print_peak(direction: str, whose: str) -> None:
-    """What ``peak_of`` reads."""
+def peak_of(direction: str, whose: str) -> int:
+    """Bytes above the start of encoding or decoding in tiles."""
     run = vae_runs(17, 256, direction, tiles=True)[whose]
-    peak: list[int] = []
-    with watched_memory(peak):
+    with MemoryWatch(seconds=0.01) as watch:
         run()
-    print(json.dumps(peak[0]))
+    return watch.above_start
 
 
 TIMED: dict[str, tuple[str, Callable[[], dict[str, Run]]]] = {
@@ -383,12 +326,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join((*TIMED, MEMORY))} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the medians are taken (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.peak:
-        print_peak(*args.peak)
-        return
     parts = args.parts or [*TIMED, MEMORY]
     if unknown := [part for part in parts if part not in (*TIMED, MEMORY)]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join((*TIMED, MEMORY))}")
@@ -408,7 +347,7 @@ def main() -> None:
     if MEMORY in parts:
         print(f"\n| 17 frames of 256x256 in tiles of {TILE} | ours, GB above the start | diffusers | ratio |\n|---|---|---|---|")
         for direction in ("encode", "decode"):
-            mine, its = (peak_of(direction, whose, args.threads) for whose in ("ours", "diffusers"))
+            mine, its = (in_new_process(peak_of, direction, whose) for whose in ("ours", "diffusers"))
             print(f"| {direction} | {mine / 1e9:.2f} | {its / 1e9:.2f} | {mine / its:.2f} |", flush=True)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from torch import nn
 
+from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 
 # In diffusers' names; what stands here is renamed as a prefix, the rest is handled block by block.
@@ -87,10 +89,9 @@ def to_diffusers(weights: dict[str, torch.Tensor], hidden_size: int) -> dict[str
     return converted
 
 
-def diffusers_transformer(ours: HYVideoDiffusionTransformer) -> HunyuanVideoTransformer3DModel:
-    """A transformer of diffusers with the sizes and the weights of ours."""
-    config = ours.config
-    theirs = HunyuanVideoTransformer3DModel(
+def diffusers_model(config: TransformerConfig) -> HunyuanVideoTransformer3DModel:
+    """A transformer of diffusers with these sizes."""
+    return HunyuanVideoTransformer3DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.head_dim,
         num_layers=config.double_depth,
@@ -100,8 +101,22 @@ def diffusers_transformer(ours: HYVideoDiffusionTransformer) -> HunyuanVideoTran
         pooled_projection_dim=config.pooled_dim,
         rope_axes_dim=config.rope_dims,
     )
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), config.hidden_size))
+
+
+def diffusers_transformer(ours: HYVideoDiffusionTransformer) -> HunyuanVideoTransformer3DModel:
+    """A transformer of diffusers with the sizes and the weights of ours."""
+    theirs = diffusers_model(ours.config)
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), ours.config.hidden_size))
     return theirs.eval()
+
+
+def linears_of_blocks(model: nn.Module) -> list[str]:
+    """The names of diffusers' layers that our LoRA is on by default."""
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+    )
 
 
 def run_diffusers(model: HunyuanVideoTransformer3DModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

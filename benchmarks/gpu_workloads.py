@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
 from hunyuan_model.runtime.block_swap import SLOTS, block_sizes, max_blocks_to_swap, streamed_blocks
 from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.loading import transformer_from
@@ -174,27 +173,16 @@ def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -
     """Loaded as the scripts load it, but for where the weights come from."""
     # On the CPU only the plumbing is tried: tracing is enough for that.
     runtime = runtime_of(row, config, "inductor" if device.type == "cuda" else "eager")
-    if runtime.fp8_fast:
-        check_float8_matmuls(device, "fp8_fast")
     weights = RandomWeights(config, device)
     return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime)
 
 
 def their_transformer(row: Row, config: TransformerConfig, device: torch.device) -> nn.Module:
     """diffusers' own, made on the device, with its way to the same savings."""
-    from diffusers import HunyuanVideoTransformer3DModel
+    from benchmarks.diffusers_twins import diffusers_model
 
     with torch.device("meta"):
-        model = HunyuanVideoTransformer3DModel(
-            num_attention_heads=config.heads,
-            attention_head_dim=config.head_dim,
-            num_layers=config.double_depth,
-            num_single_layers=config.single_depth,
-            num_refiner_layers=config.refiner_depth,
-            text_embed_dim=config.text_dim,
-            pooled_projection_dim=config.pooled_dim,
-            rope_axes_dim=config.rope_dims,
-        ).to(torch.bfloat16)
+        model = diffusers_model(config).to(torch.bfloat16)
     offloaded = row.swap > 0 and device.type != "cpu"
     model.to_empty(device="cpu" if offloaded else device).requires_grad_(False)
     for parameter in model.parameters():  # one at a time on the device, whose random numbers come fast
@@ -217,12 +205,9 @@ def add_adapters(model: nn.Module) -> None:
     """peft's LoRA on the layers that ours has one on."""
     from peft import LoraConfig
 
-    linears = sorted(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "transformer_blocks." in name and ".norm" not in name
-    )
-    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears))
+    from benchmarks.diffusers_twins import linears_of_blocks
+
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears_of_blocks(model)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # as its training examples do

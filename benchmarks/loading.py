@@ -1,4 +1,4 @@
-"""Loading and running the published transformer's size from disk: memory and seconds, as Markdown tables.
+"""Loading and running transformers from disk, at the published size or smaller: memory and seconds, as Markdown tables.
 
 Writes a checkpoint with the official names and shapes and random weights (25.6 GB in bfloat16), tensor by tensor, and loads it
 in processes of their own, which watch their anonymous memory (what no file backs, swapped or not). Beside each load stands the
@@ -7,22 +7,19 @@ deleted at the end, also after an error. Linux only, as it reads /proc.
 
     python benchmarks/loading.py
     python benchmarks/loading.py --generate
-    python benchmarks/loading.py --hidden_size 512 --double_blocks 1 --single_blocks 2
+    python benchmarks/loading.py --hidden_size 2048 --double_blocks 2 --single_blocks 8 --stored float32 --kinds plain int8
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,48 +28,47 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.load_memory import MemoryWatch  # noqa: E402
-from hunyuan_model.quantization.formats import WeightFormat  # noqa: E402
+from benchmarks.memory_watch import MemoryWatch, in_new_process  # noqa: E402
+from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat  # noqa: E402
 from hunyuan_model.runtime.loading import load_transformer  # noqa: E402
 from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
 from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
-from utils.devices import parse_dtype  # noqa: E402
 from utils.safetensors_io import save_tensor_stream  # noqa: E402
 
 GB = 1e9
-GIB = 1 << 30
 READ_BYTES = 16 << 20
 POOL_SLICE = 1 << 24
 SUFFIXES = (".safetensors", ".pt")
-KINDS = ("fp8", "fp8_scaled", "int8")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": FP8_DTYPE}
+KINDS = ("plain", "fp8", "fp8_scaled", "int8")
 VALID_TEXT, TEXT_ROWS = 60, 256
 LEAST_FREE = 1 << 30  # left over on the disk
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The file
-
-
-def stored_layout(config: TransformerConfig, float8: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor by its official name; ``float8`` as the published file has it: Linear weights of blocks."""
+def stored_layout(config: TransformerConfig, stored: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of every tensor by its official name; in "float8" files those are float8 that the published one has so."""
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config)
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         in_block = name.startswith(("double_blocks.", "single_blocks."))
-        return torch.float8_e4m3fn if float8 and in_block and tensor.ndim == 2 else torch.bfloat16
+        return DTYPES["bfloat16"] if stored == "float8" and not (in_block and tensor.ndim == 2) else DTYPES[stored]
 
     return {name: (dtype_of(name, tensor), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
-def write_checkpoint(path: Path, config: TransformerConfig, float8: bool = False) -> None:
+def write_checkpoint(path: Path, config: TransformerConfig, stored: str) -> None:
     """A checkpoint of random weights, of which no more than a slice is ever in memory.
 
     Every tensor is a mapping of its own of one small file of random values, so that both formats are written from file pages.
     """
-    layout = stored_layout(config, float8)
+    layout = stored_layout(config, stored)
+    size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+    status = os.statvfs(path.parent)
+    if (free := status.f_bavail * status.f_frsize) < size + LEAST_FREE:
+        raise SystemExit(f"error: the disk has {free / GB:.1f} GB free, and the checkpoint takes {size / GB:.1f} GB. Use --folder.")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pools = {}
         for dtype in {dtype for dtype, _ in layout.values()}:
@@ -98,16 +94,6 @@ def _write_pool(path: Path, count: int, dtype: torch.dtype) -> None:
             file.write(values.to(dtype).view(torch.uint8).numpy())
 
 
-def require_room(folder: Path, config: TransformerConfig, float8: bool) -> int:
-    """The size of the checkpoint in bytes; ends the benchmark if the disk cannot hold it."""
-    size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in stored_layout(config, float8).values())
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if free < size + LEAST_FREE:
-        raise SystemExit(f"error: {folder} has {free / GB:.1f} GB free, and the checkpoint takes {size / GB:.1f} GB. Use --folder.")
-    return size
-
-
 def forget(path: Path) -> None:
     """Have the system drop what it holds of the file in memory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -129,151 +115,109 @@ def seconds_to_read(path: Path) -> float:
         return time.perf_counter() - start
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the processes of their own do: one line of JSON each
-
-
-def measure_load(path: Path, kind: str) -> dict[str, float]:
-    torch.zeros(1 << 16).to(torch.bfloat16).to(torch.float8_e4m3fn)  # what torch allocates on first use is not the load's
+def measure(path: Path, dtype: str, kind: str, side: int = 0, steps: int = 0) -> dict[str, float]:
+    """Load ``path``, and sample a picture of ``side`` pixels squared where that is not 0: seconds, and bytes of memory."""
+    torch.zeros(1 << 16).to(torch.bfloat16).to(FP8_DTYPE)  # what torch allocates on first use is not the load's
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        model = load_transformer(path, device="cpu", dtype=torch.bfloat16, runtime=RuntimeSettings(WeightFormat(kind)))
-        seconds = time.perf_counter() - start
-    final = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return {"seconds": seconds, "final": final, "highest": watch.highest, "above_start": watch.peak}
-
-
-def measure_generation(path: Path, kind: str, dtype: torch.dtype, side: int, steps: int) -> dict[str, float]:
-    """The transformer's part of sampling one picture of ``side`` pixels squared."""
-    device = torch.device("cpu")
-    with MemoryWatch() as watch:
-        start = time.perf_counter()
-        model = load_transformer(path, device=device, dtype=dtype, runtime=RuntimeSettings(WeightFormat(kind)))
+        model = load_transformer(path, device="cpu", dtype=DTYPES[dtype], runtime=RuntimeSettings(WeightFormat(kind)))
         loaded = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
-        config = model.config
-        latents = sample_latents(
-            model,
-            initial_noise(latent_size(side, side, 1), generator),
-            torch.randn(1, TEXT_ROWS, config.text_dim, generator=generator),
-            (torch.arange(TEXT_ROWS) < VALID_TEXT).long()[None],
-            torch.randn(1, config.pooled_dim, generator=generator),
-            sigmas=flow_sigmas(steps, shift=7.0),
-            guidance_scale=6.0,
-            device=device,
-            dtype=dtype,
-        )
+        if side:
+            sample(model, DTYPES[dtype], side, steps)
         sampled = time.perf_counter()
+    final = sum(tensor.nbytes for tensor in model.state_dict().values())
+    seconds = {"load": loaded - start, "sample": sampled - loaded}
+    return seconds | {"final": final, "highest": watch.highest, "beyond": watch.above_start - final}
+
+
+def sample(model: HYVideoDiffusionTransformer, dtype: torch.dtype, side: int, steps: int) -> None:
+    """The transformer's part of sampling one picture."""
+    generator = torch.Generator().manual_seed(0)
+    latents = sample_latents(
+        model,
+        initial_noise(latent_size(side, side, 1), generator),
+        torch.randn(1, TEXT_ROWS, model.config.text_dim, generator=generator),
+        (torch.arange(TEXT_ROWS) < VALID_TEXT).long()[None],
+        torch.randn(1, model.config.pooled_dim, generator=generator),
+        sigmas=flow_sigmas(steps, shift=7.0),
+        guidance_scale=6.0,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
     if not latents.isfinite().all():
         raise SystemExit("error: the latents are not finite")
-    final = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return {"load": loaded - start, "sample": sampled - loaded, "final": final, "highest": watch.highest}
 
 
-def in_new_process(*arguments: object) -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(ended.stdout.splitlines()[-1])
+def print_row(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def loading_rows(path: Path, kinds: list[str], rounds: int, threads: int) -> Iterator[str]:
-    """A row for each kind: medians of the seconds and of the ratios of the rounds, and the highest peak. Who begins changes."""
-    for kind in kinds:
-        results, reads = [], []
-        for index in range(rounds):
-            if index % 2 == 0:
-                reads.append(seconds_to_read(path))
-            forget(path)
-            results.append(in_new_process("--measure_load", path, kind, "--threads", threads))
-            if index % 2 == 1:
-                reads.append(seconds_to_read(path))
-        seconds = statistics.median(result["seconds"] for result in results)
-        ratio = statistics.median(result["seconds"] / read for result, read in zip(results, reads))
-        peak = max(result["highest"] for result in results)
-        beyond = max(result["above_start"] - result["final"] for result in results)
-        yield (
-            f"| bfloat16 {path.suffix}, {path.stat().st_size / GB:.2f} GB | {kind} | {results[0]['final'] / GB:.2f} "
-            f"| {peak / GB:.2f} | {peak / GIB:.2f} | {beyond / GB:+.2f} | {seconds:.1f} | {statistics.median(reads):.1f} "
-            f"| {ratio:.2f} |"
-        )
-
-
-def loading_table(args: argparse.Namespace, config: TransformerConfig, folder: Path, report: Callable[[str], None]) -> None:
-    report("| file | loaded as | final weights GB | peak GB | peak GiB | beyond final GB | seconds | reading alone | ratio |")
-    report("|---|---|---|---|---|---|---|---|---|")
+def loading_table(args: argparse.Namespace, config: TransformerConfig, folder: Path) -> None:
+    """A row for each file and kind: medians of the seconds and of the ratios of the rounds, and the highest peak."""
+    columns = ("file", "loaded as", "final weights GB", "peak GB", "beyond final GB", "seconds", "reading alone", "ratio")
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
     for suffix in args.formats:
-        require_room(folder, config, float8=False)
-        path = folder / f"transformer{suffix}"
-        write_checkpoint(path, config)
-        seconds_to_read(path)  # does not count: whatever is below this system may still be writing
-        for row in loading_rows(path, args.kinds, args.rounds, args.threads):
-            report(row)
-        path.unlink()
+        for stored in args.stored:
+            path = folder / f"transformer{suffix}"
+            write_checkpoint(path, config, stored)
+            seconds_to_read(path)  # does not count: whatever is below this system may still be writing
+            for kind in args.kinds:
+                results, reads = [], []
+                for _ in range(args.rounds):
+                    reads.append(seconds_to_read(path))
+                    forget(path)
+                    results.append(in_new_process(measure, path, args.dtype, kind))
+                print_row(
+                    f"{stored} {suffix}, {path.stat().st_size / GB:.2f} GB",
+                    args.dtype if kind == "plain" else f"{args.dtype}, {kind}",
+                    *(f"{max(result[name] for result in results) / GB:.2f}" for name in ("final", "highest", "beyond")),
+                    f"{statistics.median(result['load'] for result in results):.1f}",
+                    f"{statistics.median(reads):.1f}",
+                    f"{statistics.median(result['load'] / read for result, read in zip(results, reads)):.2f}",
+                )
+            path.unlink()
 
 
-def generation_table(args: argparse.Namespace, config: TransformerConfig, folder: Path, report: Callable[[str], None]) -> None:
-    require_room(folder, config, float8=True)
+def generation_table(args: argparse.Namespace, config: TransformerConfig, folder: Path) -> None:
+    """One row: from a float8 file to a picture."""
     path = folder / "transformer.safetensors"
-    write_checkpoint(path, config, float8=True)
-    report(
-        "| file | sampled | final weights GB | peak GB | peak GiB | seconds of loading | of sampling |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    write_checkpoint(path, config, "float8")
+    columns = ("file", "sampled", "final weights GB", "peak GB", "seconds of loading", "of sampling")
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
     forget(path)
-    result = in_new_process(
-        *("--measure_generation", path, "fp8", "--threads", args.threads),
-        *("--dtype", args.dtype, "--side", args.side, "--steps", args.steps),
-    )
-    report(
-        f"| float8 .safetensors, {path.stat().st_size / GB:.2f} GB | {args.side}x{args.side}, {args.steps} steps, {args.dtype} "
-        f"| {result['final'] / GB:.2f} | {result['highest'] / GB:.2f} | {result['highest'] / GIB:.2f} "
-        f"| {result['load']:.1f} | {result['sample']:.1f} |"
+    result = in_new_process(measure, path, args.dtype, "fp8", args.side, args.steps)
+    print_row(
+        f"float8 .safetensors, {path.stat().st_size / GB:.2f} GB",
+        f"{args.side}x{args.side}, {args.steps} steps, {args.dtype}",
+        *(f"{result[name] / GB:.2f}" for name in ("final", "highest")),
+        *(f"{result[name]:.1f}" for name in ("load", "sample")),
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generate", action="store_true", help="draw a picture from a float8 file instead of timing the loading")
+    parser.add_argument("--generate", action="store_true", help="sample a picture from a float8 file instead of timing the loading")
     parser.add_argument("--hidden_size", type=int, default=3072, help="width of the transformer, a multiple of 128 (3072)")
     parser.add_argument("--double_blocks", type=int, default=20, help="(20)")
     parser.add_argument("--single_blocks", type=int, default=40, help="(40)")
     parser.add_argument("--formats", nargs="+", choices=SUFFIXES, default=SUFFIXES, help="of the checkpoint (both)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what the weights are loaded as (both)")
+    parser.add_argument("--stored", nargs="+", choices=tuple(DTYPES), default=["bfloat16"], help="in the file (bfloat16)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[1:], help="of the blocks' weights (all but plain)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the other weights (bfloat16)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (3)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")
-    parser.add_argument("--dtype", default="bfloat16", help="with --generate: what is computed in (bfloat16)")
     parser.add_argument("--side", type=int, default=256, help="with --generate: pixels of the picture (256)")
     parser.add_argument("--steps", type=int, default=2, help="with --generate: of sampling (2)")
-    parser.add_argument("--measure_load", nargs=2, metavar=("FILE", "KIND"), help=argparse.SUPPRESS)
-    parser.add_argument("--measure_generation", nargs=2, metavar=("FILE", "KIND"), help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
-    if not sys.platform.startswith("linux"):
-        parser.error("this benchmark reads /proc and runs on Linux only")
-    if args.hidden_size < 128 or args.hidden_size % 128 or min(args.double_blocks, args.single_blocks, args.rounds) < 1:
-        parser.error("--hidden_size must be a multiple of 128, and there is at least one block of each kind and one round")
+    args = build_parser().parse_args()
     torch.set_num_threads(args.threads)
-    dtype = parse_dtype(args.dtype, "--dtype")
-    if args.measure_load:
-        print(json.dumps(measure_load(Path(args.measure_load[0]), args.measure_load[1])))
-        return
-    if args.measure_generation:
-        print(
-            json.dumps(
-                measure_generation(Path(args.measure_generation[0]), args.measure_generation[1], dtype, args.side, args.steps)
-            )
-        )
-        return
+    os.environ["TQDM_DISABLE"] = "1"
     config = TransformerConfig(
         hidden_size=args.hidden_size,
         heads=args.hidden_size // 128,
@@ -281,12 +225,10 @@ def main() -> None:
         double_depth=args.double_blocks,
         single_depth=args.single_blocks,
     )
-    machine = f"{args.threads} threads of {os.cpu_count()} {platform.machine()} cores"
-    print(f"torch {torch.__version__}, {machine}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB\n")
+    print(f"torch {torch.__version__}, {args.threads} threads of {os.cpu_count()} {platform.machine()} cores\n")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the end of the folder's context
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        table = generation_table if args.generate else loading_table
-        table(args, config, Path(folder), lambda line: print(line, flush=True))
+        (generation_table if args.generate else loading_table)(args, config, Path(folder))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.report import CachingOutcome, format_table
 from dataset.items import Item
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
-from hunyuan_model.text.arguments import add_text_encoder_arguments, text_encoder_settings
-from hunyuan_model.text.settings import TextEncoderSettings
+from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config

@@ -236,10 +236,8 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
     """Open weights without reading them: a safetensors file, a torch checkpoint, or a folder with one or with shards.
 
-    Torch checkpoints are unpickled with ``weights_only`` and may wrap the state dict in ``module`` or ``state_dict``.
-
-    Args:
-        what: how messages call it, e.g. ``"transformer (--dit)"``.
+    Torch checkpoints are unpickled with ``weights_only`` and may wrap the state dict in ``module`` or ``state_dict``. ``what`` is
+    how messages call it, e.g. ``"transformer (--dit)"``.
 
     Raises:
         UserError: missing, unreadable, cut short, a pickle of more than tensors, a folder without (unambiguous) weights.

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.text import clip, llm
+from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.text.clip import load_text_encoder_2
 from hunyuan_model.text.llm import load_text_encoder_1
-from hunyuan_model.text.settings import TextEncoderSettings
 from hunyuan_model.text.tokenizers import load_tokenizer
 from utils.devices import free_memory
 

@@ -29,7 +29,7 @@ def test_streamed_file_is_read_back_by_the_library(tmp_path, tensors):
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name].float(), tensor.float())
-    assert read_header(path).metadata == {"made by": "ünïcode"}
+    assert read_header(path).metadata == {"made by": "ünïcode"} and read_header(path).shapes["a.weight"] == (3, 5)
 
 
 def test_stream_that_breaks_off_leaves_the_earlier_file(tmp_path, tensors):
@@ -50,13 +50,6 @@ def test_stream_that_breaks_off_leaves_the_earlier_file(tmp_path, tensors):
 def test_stream_refuses_a_tensor_that_differs_from_the_layout(tmp_path):
     with pytest.raises(ValueError, match="the layout expects"):
         save_tensor_stream(tmp_path / "m.safetensors", {"x": (torch.float32, (2,))}, [("x", torch.ones(3))])
-
-
-def test_header_gives_shapes_without_tensors(tmp_path, tensors):
-    save_tensors(tmp_path / "f.safetensors", tensors, {"k": "v"})
-    header = read_header(tmp_path / "f.safetensors")
-    assert header.shapes["a.weight"] == (3, 5)
-    assert header.metadata == {"k": "v"}
 
 
 def test_file_cut_short_is_refused(tmp_path, tensors):

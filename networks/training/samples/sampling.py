@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import hunyuan_model
 from hunyuan_model.sampling.decoding import load_decoder
 from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents
-from hunyuan_model.text.settings import TextEncoderSettings
+from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import VAESettings

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hunyuan_model import load_tokenizers
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
-from hunyuan_model.text.settings import TextEncoderSettings
+from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 
 

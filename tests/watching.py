@@ -32,51 +32,29 @@ from networks.training.loss.timestep_sampling import TimestepSampler
 
 @dataclass
 class Seen:
-    """What a run did inside.
+    """What a run did inside."""
 
-    Attributes:
-        timesteps, guidance: that the transformer was told.
-        weights: dtypes of the weights of each part of the model when it computed.
-        scaled: parts of the model with scales beside some weights.
-        in_one_piece: blocks and embedders of the transformer whose weights lie in one piece of memory, from which they are swapped.
-        pinned: whether swapped weights were to be page-locked.
-        compiled: modes in which something was compiled.
-        attended: rows, of all samples, in its largest attention call.
-        split: whether attention was to be sample by sample.
-        sampler: of timesteps.
-        handlers: settings that accelerate was given.
-        saved_bytes: kept for backward passes, or as inputs of what is computed again in them.
-        offloaded: bytes of activations that went to host memory.
-        encoded: sizes of the batches that the VAE encoded.
-        captions: sizes of the batches that text encoder 1 read.
-        widest: columns that a convolution of the VAE saw at once.
-        threads: sizes of the thread pools.
-        processes: that were started.
-        writers, wandb: of TensorBoard and W&B.
-        hub: calls and their arguments.
-    """
-
-    timesteps: list[float] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)  # that the transformer was given
     guidance: set[float] = field(default_factory=set)
-    weights: dict[str, set[torch.dtype]] = field(default_factory=dict)
-    scaled: set[str] = field(default_factory=set)
-    in_one_piece: set[str] = field(default_factory=set)
-    pinned: set[bool] = field(default_factory=set)
-    compiled: set[str] = field(default_factory=set)
-    attended: int = 0
-    split: set[bool] = field(default_factory=set)
-    sampler: Any = None
-    handlers: list[Any] = field(default_factory=list)
-    saved_bytes: int = 0
-    offloaded: int = 0
-    encoded: list[int] = field(default_factory=list)
-    captions: list[int] = field(default_factory=list)
-    widest: int = 0
-    threads: list[int] = field(default_factory=list)
-    processes: int = 0
-    writers: list[Writer] = field(default_factory=list)
+    weights: dict[str, set[torch.dtype]] = field(default_factory=dict)  # of each part of the model when it computed
+    scaled: set[str] = field(default_factory=set)  # parts of the model with scales beside some weights
+    in_one_piece: set[str] = field(default_factory=set)  # blocks and embedders whose weights lie in one piece of memory: swapped
+    pinned: set[bool] = field(default_factory=set)  # whether swapped weights were to be page-locked
+    compiled: set[str] = field(default_factory=set)  # modes in which something was compiled
+    attended: int = 0  # rows, of all samples, in the largest attention call
+    split: set[bool] = field(default_factory=set)  # whether attention was to be sample by sample
+    sampler: Any = None  # of timesteps
+    handlers: list[Any] = field(default_factory=list)  # settings that accelerate was given
+    saved_bytes: int = 0  # kept for backward passes, or as inputs of what is computed again in them
+    offloaded: int = 0  # bytes of activations that went to host memory
+    encoded: list[int] = field(default_factory=list)  # sizes of the batches that the VAE encoded
+    captions: list[int] = field(default_factory=list)  # sizes of the batches that text encoder 1 read
+    widest: int = 0  # columns that a convolution of the VAE saw at once
+    threads: list[int] = field(default_factory=list)  # sizes of the thread pools
+    processes: int = 0  # that were started
+    writers: list[Writer] = field(default_factory=list)  # of TensorBoard
     wandb: dict[str, Any] = field(default_factory=dict)
-    hub: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    hub: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # calls and their arguments
 
 
 def spy(patch: pytest.MonkeyPatch, owner: object, name: str, note: Callable[..., None]) -> None:

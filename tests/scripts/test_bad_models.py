@@ -42,23 +42,12 @@ def torch_file() -> bytes:
 
 SAFETENSORS = {
     "empty": (b"", "it is empty"),
-    "cut in its length": (b"\x10\0\0", "cut short"),
-    "cut in its header": (LORA.read_bytes()[:200], "cut short"),
     "cut in its data": (LORA.read_bytes()[:-1], "cut short"),
     "longer than its header says": (LORA.read_bytes() + b"\0", "not a readable"),
-    "length of the header lies": (header({"x": tensor()}, length=7), "not a readable"),
     "huge length of the header": (header({"x": tensor()}, length=2**62), "not a readable"),
     "header not JSON": (header(b"{not json}"), "not a readable"),
-    "header not UTF-8": (header(b'{"\xff": 1}'), "not a readable"),
-    "header a list": (header([1, 2]), "not a readable"),
     "header of depth": (header(b"[" * 100_000), "not a readable"),
-    "dtype unknown": (header({"x": tensor("Q7")}), "not a readable"),
-    "shape and bytes differ": (header({"x": tensor(shape=[3])}), "not a readable"),
     "shape beyond all bytes": (header({"x": tensor(shape=[2**40, 2**40])}), "not a readable"),
-    "negative shape": (header({"x": tensor(shape=[-2])}), "not a readable"),
-    "tensors overlap": (header({"x": tensor(), "y": tensor()}), "not a readable"),
-    "data beyond the end": (header({"x": tensor(offsets=[64, 72])}), "not a readable"),
-    "metadata not text": (header({"__metadata__": {"a": 1}, "x": tensor()}), "not a readable"),
     "no tensors": (header({}, b""), "not a LoRA"),
     "torch file": (torch_file(), "Save it as safetensors"),
     "pickle of code": (pickle.dumps(Opens()), "Save it as safetensors"),
@@ -89,10 +78,7 @@ def test_a_damaged_transformer(bench, monkeypatch, name):
 NORM, PATCH = "double_blocks.0.img_attn_q_norm.weight", "img_in.proj.weight"
 MODELS = {
     "norm a matrix": (lambda t: t.update({NORM: torch.ones(4, 8)}), [NORM, "(4, 8)", "1 dimension"]),
-    "norm empty": (lambda t: t.update({NORM: torch.ones(0)}), [NORM, "(0,)"]),
     "patch a matrix": (lambda t: t.update({PATCH: torch.ones(128, 64)}), [PATCH, "(128, 64)", "5 dimension"]),
-    "text a vector": (lambda t: t.update({"txt_in.input_embedder.weight": torch.ones(64)}), ["txt_in.input_embedder.weight"]),
-    "final a number": (lambda t: t.update({"final_layer.linear.weight": torch.tensor(1.0)}), ["final_layer.linear.weight", "()"]),
     "whole numbers": (
         lambda t: t.update({"single_blocks.3.linear2.weight": t["single_blocks.3.linear2.weight"].to(torch.int8)}),
         ["whole numbers", "single_blocks.3.linear2.weight (int8)"],
@@ -119,8 +105,6 @@ def test_a_vae_that_is_not_whole_is_told_before_hours_of_sampling(bench, monkeyp
 CONFIGS = {
     "layers as text": ("text_encoder1", {"num_hidden_layers": "many"}),
     "no heads": ("text_encoder1", {"num_attention_heads": 0}),
-    "rope a number": ("text_encoder1", {"rope_parameters": 5}),
-    "negative width": ("text_encoder1", {"hidden_size": -64}),
     "unknown activation": ("text_encoder2", {"hidden_act": "nothing"}),
     "width of another model": ("text_encoder2", {"hidden_size": 96}),
 }
@@ -139,12 +123,9 @@ def test_a_text_encoder_with_an_impossible_config(bench, name):
 LORAS = {
     "ranks differ": (lambda t: t.update({DOWN: torch.ones(3, 128)}), [DOWN, "not the factors of one update"]),
     "down missing": (lambda t: t.pop(DOWN), ["a factor is missing", "double_blocks_0_img_attn_qkv"]),
-    "up missing": (lambda t: t.pop(UP), ["a factor is missing"]),
-    "alpha alone": (lambda t: (t.pop(UP), t.pop(DOWN)), ["a factor is missing"]),
     "foreign keys": (lambda t: t.update({"text_model.weight": torch.ones(1)}), ["keys are unknown", "text_model.weight"]),
     "LyCORIS": (lambda t: t.update({f"{MODULE}.hada_w1_a": torch.ones(1)}), ["not a plain LoRA", "hada_w1_a", "lycoris"]),
     "NaN": (lambda t: t[UP].view(-1)[0:1].fill_(torch.nan), ["NaN or infinity", UP, "earlier save"]),
-    "infinity": (lambda t: t[DOWN].view(-1)[0:1].fill_(torch.inf), ["NaN or infinity", DOWN]),
     "alpha NaN": (lambda t: t.update({ALPHA: torch.tensor(torch.nan)}), ["alpha of double_blocks_0_img_attn_qkv", "finite"]),
     "whole numbers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), ["int8", "floating point"]),
     "size of another model": (lambda t: t.update({DOWN: torch.ones(4, 99)}), ["do not match the model", "another size"]),
@@ -161,7 +142,6 @@ def test_a_lora_that_cannot_be_used(bench, name):
 
 LATENT_FILES = {
     "another name": ({"latents": torch.ones(16, 1, 4, 4)}, "no tensor named latent"),
-    "another shape": ({"latent": torch.ones(1, 16, 1, 4, 4)}, "(16, frames, height, width)"),
     "no frames": ({"latent": torch.ones(16, 0, 4, 4)}, "(16, frames, height, width)"),
     "NaN": ({"latent": torch.full((16, 1, 4, 4), torch.nan)}, "NaN or infinity"),
 }

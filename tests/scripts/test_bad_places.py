@@ -11,17 +11,12 @@ LORA = Path(__file__).resolve().parents[1] / "goldens" / "lora.safetensors"
 
 LONG = "x" * 300
 PLACES = {
-    "convert: a folder": (lambda b: b.convert(LORA, b.folder), [".safetensors"]),
     "convert: a folder with the ending": (lambda b: b.convert(LORA, b.folder / "f.safetensors"), ["--output", "is a folder"]),
     "convert: a name too long": (lambda b: b.convert(LORA, b.folder / f"{LONG}.safetensors"), ["--output", "shorter"]),
-    "convert: below a file": (lambda b: b.convert(LORA, b.folder / "file" / "x.safetensors"), ["--output", "cannot be written"]),
     "convert: nobody may write": (lambda b: b.convert(LORA, Path("/proc/x/y.safetensors")), ["--output", "cannot be written"]),
     "generate: a file": (lambda b: b.generate("--save_path", b.folder / "file"), ["--save_path", "is a file"]),
-    "generate: below a file": (lambda b: b.generate("--save_path", b.folder / "file" / "x"), ["--save_path", "cannot be written"]),
     "generate: a name too long": (lambda b: b.generate("--save_path", b.folder / LONG), ["--save_path", "cannot be a folder"]),
-    "merge: a folder": (lambda b: b.merge(b.folder / "f.safetensors"), ["merged model", "is a folder"]),
     "merge: a name too long": (lambda b: b.merge(b.folder / f"{LONG}.safetensors"), ["merged model", "shorter"]),
-    "merge: below a file": (lambda b: b.merge(b.folder / "file" / "x.safetensors"), ["merged model", "cannot be written"]),
     "merge: over the transformer": (lambda b: b.merge(b.model.dit), ["would overwrite", "dit.safetensors"]),
     "merge: over the LoRA": (lambda b: b.merge(b.folder / "good.safetensors"), ["would overwrite", "good.safetensors"]),
     "train: a name too long": (lambda b: b.train("--output_dir", b.folder / LONG), ["--output_dir", "cannot be a folder"]),

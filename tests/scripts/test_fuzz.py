@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -52,12 +51,8 @@ def only_user_errors():
 
 def toml_value(value: object) -> str:
     """``value`` as TOML, or as what looks like it."""
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, float):
-        return repr(value)
     return json.dumps(value)
 
 
@@ -134,42 +129,39 @@ def test_captions(tmp_path, caption):
         settle_captions(list_items(dataset), "error")
 
 
-DTYPES = ["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64", "U16", "Q4", "", 7]
-LORA_KEY = "lora_unet_double_blocks_0_img_mod_linear"
 CACHE_NAMES = ("latents_1x2x2_float32", "llm_float32", "llm_mask", "clipL_float32")
-LORA_NAMES = (f"{LORA_KEY}.lora_down.weight", f"{LORA_KEY}.lora_up.weight", f"{LORA_KEY}.alpha")
+LORA_NAMES = [f"lora_unet_double_blocks_0_img_mod_linear.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")]
 names = st.sampled_from([*CACHE_NAMES, *LORA_NAMES, "diffusion_model.single_blocks.0.linear1.lora_A.weight", "x", ""])
+tensors = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 3), max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]),
+    st.sampled_from([0.0, 1.0, float("nan")]),
+)
 entries = st.fixed_dictionaries(
     {},
     optional={
-        "dtype": st.sampled_from(DTYPES),
-        "shape": st.one_of(st.lists(st.integers(0, 4), max_size=5), st.lists(st.integers(-1, 2**64), max_size=3), json_values),
+        "dtype": st.sampled_from(["F32", "F16", "F4", "F8_E8M0", "C64", "Q4", "", 7]),
+        "shape": st.one_of(st.lists(st.integers(-1, 2**64), max_size=3), json_values),
         "data_offsets": st.one_of(st.tuples(st.integers(0, 64), st.integers(0, 64)), st.lists(st.integers(-1, 2**64), max_size=3)),
     },
 )
-SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U16": 2}
+headers = st.dictionaries(st.one_of(names, st.just("__metadata__")), st.one_of(entries, json_values), max_size=4)
 
 
 @st.composite
 def safetensors_files(draw) -> bytes:
-    """A file whose header is right, nearly right or nonsense, perhaps cut or with a wrong length."""
-    if draw(st.booleans()):  # tensors in a row, as the format wants them, of any dtype and shape
-        header, offset = {}, 0
-        for name in draw(st.lists(names, max_size=4, unique=True)):
-            dtype = draw(st.sampled_from(DTYPES[:-2]))
-            shape = draw(st.lists(st.integers(0, 3), max_size=4))
-            size = SIZES.get(dtype, 1) * torch.Size(shape).numel()
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-        data = draw(st.sampled_from([b"\0", b"\x7f", b"\xff"])) * offset
-    else:
-        header, data = draw(st.dictionaries(names, entries, max_size=4)), bytes(draw(st.integers(0, 64)))
+    """A file whose header is right or nonsense, perhaps with other bytes somewhere or cut short."""
+    content = save(draw(st.dictionaries(names, tensors, max_size=4)), {"architecture": "hunyuan_video"})
     if draw(st.booleans()):
-        header["__metadata__"] = draw(json_values)
-    encoded = json.dumps(header).encode()
-    length = draw(st.sampled_from([len(encoded), len(encoded), len(encoded), 0, 2**63, 10**8, len(encoded) - 1]))
-    content = max(length, 0).to_bytes(8, "little") + encoded + data
-    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 4)) == 0 else content
+        header = json.dumps(draw(headers)).encode()
+        length = len(header) + draw(st.sampled_from([0, 0, 0, -1, 10**8, 2**63]))
+        content = length.to_bytes(8, "little") + header + bytes(draw(st.integers(0, 64)))
+    if draw(st.booleans()):
+        position, put = draw(st.integers(0, len(content))), draw(st.binary(max_size=8))
+        content = content[:position] + put + content[position + len(put) :]
+        content = content[: draw(st.integers(position, len(content)))]
+    return content
 
 
 READERS = (
@@ -185,26 +177,12 @@ READERS = (
 )
 
 
-def read_in_every_way(path: Path, content: bytes) -> None:
+@settings(FUZZ, max_examples=250)
+@given(content=safetensors_files())
+def test_safetensors_files(tmp_path, content):
+    path = tmp_path / "x.safetensors"
     path.unlink(missing_ok=True)  # what an earlier example left mapped must not shrink
     path.write_bytes(content)
     for reader in READERS:
         with only_user_errors():
             reader(path)
-
-
-@settings(FUZZ, max_examples=150)
-@given(content=safetensors_files())
-@example(content=b"\x16" + bytes(7) + b'{"__metadata__": null}')
-def test_safetensors_files(tmp_path, content):
-    read_in_every_way(tmp_path / "x.safetensors", content)
-
-
-WHOLE = save({"latents_1x2x2_float32": torch.ones(16, 1, 2, 2), "llm_mask": torch.ones(4)}, {"architecture": "hunyuan_video"})
-
-
-@FUZZ
-@given(position=st.integers(0, 300), put=st.binary(min_size=1, max_size=8), cut=st.integers(0, len(WHOLE)))
-def test_a_safetensors_file_with_some_bytes_changed(tmp_path, position, put, cut):
-    changed = WHOLE[:position] + put + WHOLE[position + len(put) :]
-    read_in_every_way(tmp_path / "x.safetensors", changed[: max(cut, position)])

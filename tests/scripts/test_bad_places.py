@@ -20,10 +20,6 @@ PLACES = {
     "merge: over the transformer": (lambda b: b.merge(b.model.dit), ["would overwrite", "dit.safetensors"]),
     "merge: over the LoRA": (lambda b: b.merge(b.folder / "good.safetensors"), ["would overwrite", "good.safetensors"]),
     "train: a name too long": (lambda b: b.train("--output_dir", b.folder / LONG), ["--output_dir", "cannot be a folder"]),
-    "train: a folder called like the LoRA": (
-        lambda b: b.train("--output_dir", b.folder, "--output_name", "f"),
-        ["folder called f.safetensors", "--output_name"],
-    ),
     "timesteps: a file": (
         lambda b: b.train("--show_timesteps", "image", "--output_dir", b.folder / "file"),
         ["--output_dir", "is a file"],

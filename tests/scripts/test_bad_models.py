@@ -77,8 +77,8 @@ def test_a_damaged_transformer(bench, monkeypatch, name):
 
 NORM, PATCH = "double_blocks.0.img_attn_q_norm.weight", "img_in.proj.weight"
 MODELS = {
-    "norm a matrix": (lambda t: t.update({NORM: torch.ones(4, 8)}), [NORM, "(4, 8)", "1 dimension"]),
-    "patch a matrix": (lambda t: t.update({PATCH: torch.ones(128, 64)}), [PATCH, "(128, 64)", "5 dimension"]),
+    "norm a matrix": (lambda t: t.update({NORM: torch.ones(4, 8)}), [NORM, "(4, 8)"]),
+    "patch a matrix": (lambda t: t.update({PATCH: torch.ones(128, 64)}), [PATCH, "(128, 64)"]),
     "whole numbers": (
         lambda t: t.update({"single_blocks.3.linear2.weight": t["single_blocks.3.linear2.weight"].to(torch.int8)}),
         ["whole numbers", "single_blocks.3.linear2.weight (int8)"],

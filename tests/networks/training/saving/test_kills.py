@@ -134,7 +134,7 @@ def test_fifty_kills_of_caching_are_made_good_by_another_run(tmp_path: Path, scr
     datasets = {"pictures": "", "clips": CLIPS, "known_pictures": "", "known_clips": "target_frames = [1, 9]"}
     wanted, killed = (write_toml(tmp_path / f"{name}.toml", datasets, tmp_path / name) for name in ("wanted", "killed"))
     plain, again = (["--dataset_config", toml, *flags] for toml in (wanted, killed))
-    run_plan(tmp_path, script, plain, again, tmp_path / "killed", some_kills(50, 10, script), inside=20)
+    run_plan(tmp_path, script, plain, again, tmp_path / "killed", some_kills(50, 10, script), inside=8)
 
     def caches(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*_hv*.safetensors"))}

@@ -92,11 +92,7 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
 
 
 class CompiledForward:
-    """In place of a block's ``branches``, or of what ``SwappedForward`` calls: prepares the inputs for the compiled function.
-
-    Args:
-        forward: ``branches`` of the block's class, compiled.
-    """
+    """In place of a block's ``branches``, or of what ``SwappedForward`` calls: prepares the inputs for the compiled function."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         self.block = block

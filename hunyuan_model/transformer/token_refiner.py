@@ -61,13 +61,7 @@ class SingleTokenRefiner(nn.Module):
         self.individual_token_refiner = IndividualTokenRefiner(config, make_attention("torch"))
 
     def forward(self, text: Tensor, t: Tensor, lengths: Sequence[int] | None) -> Tensor:
-        """Refine text.
-
-        Args:
-            text: (B, L, text_dim); rows past a sample's length must be zero.
-            t: (B,) in 0..1000.
-            lengths: valid rows of each sample, None if all are.
-        """
+        """text: zero past a sample's length; t: (B,) in 0..1000; lengths: valid rows of each sample, None if all are."""
         context = self.t_embedder(t) + self.c_embedder(_mean_of_valid_rows(text, lengths))
         return self.individual_token_refiner(self.input_embedder(text), context, lengths)
 

@@ -428,13 +428,3 @@ def test_on_a_gpu(pinned, checkpointing):
 
     settings = SwapSettings(MOST, embedders=True, pinned=pinned, recomputed=checkpointing)
     assert same(run(SwapSettings()), run(settings))
-
-
-# Scripts
-
-
-def test_training_refuses_too_many_blocks_before_loading(train, monkeypatch):
-    monkeypatch.setattr("hv_train_network.load_dataset_config", None)  # nor are the data sets looked at
-    ended = train("--blocks_to_swap", 5)
-    assert ended.status == 2
-    assert "--blocks_to_swap 5" in ended.stderr and "2 double and 4 single" in ended.stderr and "Use at most 4." in ended.stderr

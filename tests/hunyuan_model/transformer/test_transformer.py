@@ -84,12 +84,6 @@ def test_gradients(model, reference):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
 
 
-def test_every_parameter_gets_a_gradient(model, reference):
-    model(*inputs_of(reference, "caseC")).square().mean().backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert without == []
-
-
 @pytest.mark.parametrize("case", ["caseA", "caseC"])
 @pytest.mark.parametrize(
     ("weight_dtype", "input_dtype", "autocast"),

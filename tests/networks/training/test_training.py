@@ -123,13 +123,6 @@ def test_saved_lora_is_the_same_merged_and_injected(train, tiny_model, tmp_path)
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
 
 
-def test_one_seed_is_one_result(train, tmp_path):
-    for name, seed in (("first", 7), ("second", 7), ("other", 8)):
-        assert train("--max_train_steps", 4, "--seed", seed, name=name).status == 0
-    assert same(trained(tmp_path, "first"), trained(tmp_path, "second"))
-    assert not same(trained(tmp_path, "first"), trained(tmp_path, "other"))
-
-
 def test_gradient_checkpointing_does_not_change_the_result(train, tmp_path):
     dropouts = ("--network_dropout", 0.1, "--network_args", "rank_dropout=0.1", "module_dropout=0.1")
     assert train("--max_train_steps", 4, *dropouts, name="kept").status == 0
@@ -168,43 +161,6 @@ def test_what_is_saved_and_when(train, tmp_path):
     assert [entry["batch_size"] for entry in json.loads(metadata["ss_datasets"])] == [2, 1]
     first = read_header(tmp_path / "out" / "lora-000001.safetensors").metadata
     assert (first["ss_steps"], first["ss_epoch"]) == ("2", "1")
-
-
-def test_training_starts_from_network_weights(train, tmp_path):
-    assert train("--max_train_steps", 2, "--learning_rate", 1e-2, "--network_dim", 3).status == 0
-    first = tmp_path / "out" / "lora.safetensors"
-    still = ("--max_train_steps", 1, "--learning_rate", 1e-12, "--network_weights", first)
-    assert train(*still, "--network_dim", 3, name="dim").status == 0
-    assert train(*still, "--dim_from_weights", name="from_file").status == 0
-    for name in ("dim", "from_file"):
-        torch.testing.assert_close(trained(tmp_path, name), trained(tmp_path), atol=1e-9, rtol=0)
-
-
-def test_base_weights_are_merged_before_training(train, tmp_path):
-    assert train("--max_train_steps", 2, "--learning_rate", 1e-1).status == 0
-    base = ("--base_weights", tmp_path / "out" / "lora.safetensors")
-    assert train("--max_train_steps", 2, name="plain").status == 0
-    assert train("--max_train_steps", 2, *base, name="over_base").status == 0
-    assert train("--max_train_steps", 2, *base, "--base_weights_multiplier", 0, name="over_nothing").status == 0
-    assert not same(trained(tmp_path, "plain"), trained(tmp_path, "over_base"))
-    assert same(trained(tmp_path, "plain"), trained(tmp_path, "over_nothing"))
-
-
-def test_scale_weight_norms_caps_the_update(train, tmp_path):
-    flags = ("--max_train_steps", 3, "--learning_rate", 1e-1)
-    assert train(*flags, name="free").status == 0
-    assert train(*flags, "--scale_weight_norms", 0.01, name="capped").status == 0
-
-    def largest(name: str) -> float:
-        tensors = trained(tmp_path, name)
-        ups = {key.removesuffix(".lora_up.weight"): tensors[key] for key in tensors if key.endswith("lora_up.weight")}
-        return max(
-            float((up @ tensors[f"{module}.lora_down.weight"]).norm() * tensors[f"{module}.alpha"] / up.shape[1])
-            for module, up in ups.items()
-        )
-
-    assert largest("free") > 0.05
-    assert largest("capped") <= 0.01 * 1.0001
 
 
 def test_fp8_base_in_bf16_trains_close_to_float32(train, tmp_path):
@@ -346,20 +302,6 @@ def test_metadata_holds_no_path_of_this_machine(train, tiny_model, tmp_path):
     assert not [key for key, value in metadata.items() if any(folder in value for folder in folders)]
     pictures, clips = json.loads(metadata["ss_datasets"])
     assert pictures["directory"] == "gone" and "target_frames" not in pictures and clips["target_frames"] == [5]
-
-
-def test_warm_up_is_held_against_the_steps_of_the_epochs(train):
-    flags = ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 3, "--max_train_steps", 2)
-    ended = train(*flags, "--max_train_epochs", 1)  # four steps, whatever --max_train_steps says
-    assert ended.status == 0, ended.stderr
-
-
-def test_lora_plus_has_a_learning_rate_for_each_group(train, tmp_path):
-    schedule = ("--lr_scheduler_type", "torch.optim.lr_scheduler.OneCycleLR", "--lr_scheduler_args", "total_steps=10")
-    ended = train("--max_train_steps", 2, "--network_args", "loraplus_lr_ratio=4", *schedule, "max_lr=[1e-3,4e-3]")
-    assert ended.status == 0, ended.stderr
-    metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
-    assert metadata["ss_lr_scheduler"] == "torch.optim.lr_scheduler.OneCycleLR"
 
 
 def test_show_timesteps_needs_no_model(call_script, tmp_path):

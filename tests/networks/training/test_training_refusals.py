@@ -63,14 +63,6 @@ def test_weights_of_another_rank_are_refused_before_loading(train, monkeypatch, 
     assert ended.status == 2 and "has rank 3, not 5" in ended.stderr
 
 
-@pytest.mark.parametrize("missing", ["--dit", "--dataset_config", "--output_dir", "--output_name"])
-def test_missing_flags_are_named(call_script, missing):
-    flags = {"--dit": "d", "--dataset_config": "t", "--output_dir": "o", "--output_name": "n"}
-    del flags[missing]
-    ended = call_script("hv_train_network", *[word for pair in flags.items() for word in pair])
-    assert ended.status == 2 and missing in ended.stderr
-
-
 def test_a_model_that_gives_nan_stops_before_anything_is_saved(train, tiny_model, tmp_path):
     tensors = load_file(tiny_model.dit)
     tensors["final_layer.linear.bias"][0] = float("nan")
@@ -86,37 +78,21 @@ def test_a_model_that_gives_nan_stops_before_anything_is_saved(train, tiny_model
         (["--sage_attn"], "cannot train"),
         (["--sdpa", "--xformers"], "exclude each other"),
         (["--min_timestep", 600, "--max_timestep", 500], "are no range"),
-        (["--max_timestep", 1200], "are no range"),
-        (["--min_timestep", 1000], "are no range"),
-        (["--seed", -1], "from 0 to 4294967295"),
         (["--max_grad_norm", -1], "of at least 0"),
-        (["--max_grad_norm", "nan"], "not a finite number of at least 0"),
-        (["--scale_weight_norms", 0], "not a finite number above 0"),
         (["--network_dropout", 1.5], "not between 0 and 1"),
         (["--dim_from_weights"], "--network_weights, which is missing"),
         (["--base_weights_multiplier", 0.5], r"has more values (1) than --base_weights has files (0)"),
         (["--learning_rate", 0], "not a finite number above 0"),
         (["--network_module", "networks.nothing"], "cannot be imported"),
         (["--network_module", "json"], "no network module"),
-        (["--network_args", "rank_dropout"], "key=value"),
         (["--network_args", "rank_drop=0.1"], "Did you mean 'rank_dropout'"),
         (["--optimizer_type", "adamw9bit"], "adamw9bit"),
-        (["--optimizer_args", "nonsense=1"], "nonsense"),
         (["--lr_scheduler", "cosinus"], "cosinus"),
-        (["--dit_dtype", "int4"], "--dit_dtype"),
-        (["--network_module", "..x"], "cannot be imported"),
-        (["--network_module", ""], "cannot be imported"),
-        (["--lr_scheduler", "inverse_sqrt", "--lr_scheduler_timescale", 0], "at least 1"),
         (["--lr_scheduler_type", "torch.optim.lr_scheduler.LRScheduler"], "schedule"),
         (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 9, "--max_train_epochs", 1], "the training has 4"),
-        (["--optimizer_type", "LBFGS"], "cannot make a training step"),
         (["--optimizer_type", "builtins.dict"], "not a torch.optim"),
-        (["--optimizer_type", "..x"], "no dotted path"),
-        (["--lr_scheduler_type", "torch.optim.SGD"], "not a torch.optim.lr_scheduler"),
         (["--output_name", "a/b"], "path separator"),
-        (["--output_name", ""], "no file name"),
         (["--output_name", "x" * 300], "too long"),
-        (["--network_weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--max_train_steps", 0], "at least 1"),
         (["--lerning_rate", 1], "--lerning_rate"),
     ],
@@ -135,14 +111,6 @@ def test_bad_flags_are_one_sentence_and_status_2(train, tmp_path, flags, says):
 def test_cuda_flags_without_cuda(train, flags):
     ended = train(*flags)
     assert ended.status == 2 and "needs a CUDA device" in ended.stderr
-
-
-def test_a_package_for_halves_only_is_refused_before_anything_is_loaded(train, monkeypatch):
-    monkeypatch.setattr("networks.training.arguments.attention_mode", lambda args: "flash")
-    monkeypatch.setattr("hunyuan_model.runtime.settings.check_attention_device", lambda *_: None)
-    monkeypatch.setattr("hunyuan_model.load_transformer", None)
-    ended = train("--dit_dtype", "float32", "--mixed_precision", "no")
-    assert ended.status == 2 and "float16 or bfloat16 only" in ended.stderr
 
 
 def test_wrong_and_missing_models(train, tiny_model, tmp_path):
@@ -202,16 +170,6 @@ def test_flags_with_checks_of_their_own_are_read_once(tmp_path):
     assert counts["mixed_precision"] == counts["loss_log"] == counts["learning_rate"]
 
 
-def test_lora_of_another_model_is_refused(train, tmp_path):
-    tensors = {
-        "lora_unet_double_blocks_7_img_attn_qkv.lora_down.weight": torch.zeros(2, 128),
-        "lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight": torch.zeros(384, 2),
-    }
-    save_file(tensors, tmp_path / "foreign.safetensors")
-    ended = train("--base_weights", tmp_path / "foreign.safetensors")
-    assert ended.status == 2 and "double_blocks_7" in ended.stderr and "match" in ended.stderr
-
-
 def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loaded"))
@@ -221,3 +179,8 @@ def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeyp
     monkeypatch.setattr("networks.training.accelerator.Accelerator", lambda **_: fitting)
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "Use bf16" in ended.stderr
+
+
+def test_all_missing_flags_are_named(call_script):
+    ended = call_script("hv_train_network")
+    assert ended.status == 2 and "--dataset_config, --dit, --output_dir, --output_name, which are missing" in ended.stderr

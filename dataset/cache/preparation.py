@@ -155,13 +155,13 @@ def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], 
     """
     started = (prepare_item(item, wanted) for item in items)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
-        waiting = deque((results, pool.submit(next, results, None)) for results in islice(started, num_workers + 2))
+        waiting = deque((results, pool.submit(next, results, None)) for results in islice(started, num_workers + 1))
         try:
             while waiting:
                 results, ahead = waiting.popleft()
+                waiting.extend((results, pool.submit(next, results, None)) for results in islice(started, 1))
                 while (result := ahead.result()) is not None:
                     ahead = pool.submit(next, results, None)
                     yield result
-                waiting.extend((results, pool.submit(next, results, None)) for results in islice(started, 1))
         finally:
             pool.shutdown(cancel_futures=True)

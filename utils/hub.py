@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +41,14 @@ class HubSettings:
     async_upload: bool = False
 
     def __post_init__(self) -> None:
-        dependent = ("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_repo_visibility", "async_upload")
-        for flag in (*dependent, "save_state_to_huggingface"):
-            if getattr(self, flag) and not self.huggingface_repo_id:
-                raise UserError(f"--{flag} is about uploads; give --huggingface_repo_id as well.")
+        given = [field.name for field in fields(self) if getattr(self, field.name) and field.name != "huggingface_token"]
+        if given and not self.huggingface_repo_id:
+            raise UserError(f"--{given[0]} is about uploads; give --huggingface_repo_id as well.")
 
 
 def hub_api(token: str | None) -> HfApi:
-    """The client of the hub. Importing it takes a while."""
-    from huggingface_hub import HfApi
+    """The client of the hub."""
+    from huggingface_hub import HfApi  # takes a while
 
     return HfApi(token=token)
 

@@ -1,4 +1,4 @@
-"""Devices and dtypes as users name them. Imports nothing of ours but the error type."""
+"""Devices and dtypes as users name them, and running out of their memory."""
 
 from __future__ import annotations
 
@@ -56,17 +56,13 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device does not know {name!r}; use cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:N.")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--device {name} was asked for, but torch finds no CUDA device here. "
-                "Use --device cpu, or install a CUDA build of torch."
-            )
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices.")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device does not know {name!r}; use cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"only {count} CUDA devices" if count else "no CUDA device"
+        raise UserError(f"--device {name} was asked for, but torch finds {found} here. Use cpu, or install a CUDA build of torch.")
     return device
 
 
@@ -97,13 +93,6 @@ def warn_of_cpu(asked: str | None, device: torch.device) -> None:
 OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory did not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
-
-
 @contextmanager
 def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
     """Turn running out of memory into a UserError: what was being done, what is free, and what to change.
@@ -115,16 +104,13 @@ def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: t
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not by_type and not any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
             raise
+        memory = ""
+        if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+            free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
+            peak = torch.cuda.max_memory_allocated(device) / 1e9
+            memory = f" ({free:.1f} of {total:.1f} GB are free on the GPU, and this process used up to {peak:.1f} GB)"
         what = advice if isinstance(advice, str) else advice()
-        raise UserError(f"out of memory while {doing}{_memory_of_gpu(device)}; {what}.") from error
-
-
-def _memory_of_gpu(device: torch.device | None) -> str:
-    """What is free on a GPU and what this process used of it, for a sentence; empty on the CPU."""
-    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the GPU, and this process used up to {peak / 1e9:.1f} GB)"
+        raise UserError(f"out of memory while {doing}{memory}; {what}.") from error

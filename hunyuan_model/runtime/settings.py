@@ -114,8 +114,8 @@ class KernelSettings:
         given = [f"--{name}" for name in ("tf32", "cudnn_benchmark") if getattr(self, name)]
         if given and device.type != "cuda":
             logger.warning("%s: no effect on %s; only CUDA has a choice of such kernels.", ", ".join(given), device)
-        elif given:
-            if self.tf32:
-                torch.backends.cuda.matmul.allow_tf32 = True
-                torch.backends.cudnn.allow_tf32 = True  # torch's default
-            torch.backends.cudnn.benchmark = self.cudnn_benchmark or torch.backends.cudnn.benchmark
+            return
+        if self.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if self.cudnn_benchmark:
+            torch.backends.cudnn.benchmark = True

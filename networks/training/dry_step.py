@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
+from networks.training.optim.optimizers import without_wrapper
 from networks.training.pause import kept_random_state
 from networks.training.run import Training
 from utils.devices import free_memory
@@ -38,7 +39,8 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with kept_random_state(device), explain_batch_out_of_memory(plan, [batch], "trying the largest batch,"):
-        held = torch.empty(_bytes_to_come(training) if on_gpu else 0, dtype=torch.uint8, device=device)
+        coming = plan.need().optimizer if on_gpu and not without_wrapper(training.optimizer).state else 0
+        held = torch.empty(coming, dtype=torch.uint8, device=device)
         noise = torch.zeros(batch["latents"].shape, device=device)
         loss = training.flow_matching.loss_at(batch, noise, torch.full((len(noise),), TIMESTEP))
         if loss.requires_grad:  # dropout may leave out the whole network
@@ -50,9 +52,3 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
         peak, planned = torch.cuda.max_memory_allocated(device), plan.need().of_step
         logger.info("the largest batch took %s at its peak; %s were expected", readable(peak), readable(planned))
     free_memory(device)
-
-
-def _bytes_to_come(training: Training) -> int:
-    """That the optimiser has not taken yet."""
-    optimizer = getattr(training.optimizer, "optimizer", training.optimizer)  # what accelerate wraps
-    return 0 if optimizer.state else training.plan.memory.need().optimizer

@@ -181,8 +181,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     for flag, kept in (
         ("save_last_n_epochs", "the last N models (default: all)"),
         ("save_last_n_epochs_state", "the last N states (default: as many as models)"),
-        ("save_last_n_steps", "the models of the last N steps (default: all)"),
-        ("save_last_n_steps_state", "the states of the last N steps (default: as long as models)"),
+        ("save_last_n_steps", "the last model and those at most N steps older (default: all)"),
+        ("save_last_n_steps_state", "the last state and those at most N steps older (default: as long as models)"),
     ):
         every = "--save_every_n_epochs" if "epochs" in flag else "--save_every_n_steps"
         add(f"--{flag}", type=positive_int, metavar="N", help=f"of {every} keep {kept}")

@@ -29,6 +29,7 @@ def steps(numbers: list[int], suffix: str = ".safetensors") -> list[str]:
         ((), []),
         (("--save_every_n_steps", 2), steps([2, 4])),
         (("--save_every_n_steps", 1, "--save_last_n_steps", 2), steps([3, 4, 5])),
+        (("--save_every_n_steps", 2, "--save_last_n_steps", 2), steps([2, 4])),  # a span of steps, not a number of files
         (("--save_every_n_steps", 2, "--save_last_n_steps", 1), steps([4])),
         (("--save_every_n_steps", 2, "--save_state"), [*steps([2, 4]), *steps([2, 4], "-state"), "lora-state"]),
         (

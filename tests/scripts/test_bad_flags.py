@@ -60,7 +60,7 @@ ROWS = [
     (GENERATE, ["--lora_multiplier", 0.5, 0.7], ["more values (2) than --lora_weight"]),
     (GENERATE, ["--vae_spatial_tile_sample_min_size", 100], ["multiple of 32"]),
     (GENERATE, ["--flow_shift", 0], ["not a finite number above 0"]),
-    (GENERATE, ["--device", "mps"], ["not supported"]),
+    (GENERATE, ["--device", "mps"], ["does not know 'mps'"]),
     (GENERATE, ["--video_size", 256], ["--video_size", "expected 2 arguments"]),
     (GENERATE, ["--video_size", 0, 0], ["0 x 0", "use 16 x 16"]),
     (GENERATE, ["--video_length", 400_000_001], ["400000001 frames", "smaller or shorter"]),

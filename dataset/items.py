@@ -104,6 +104,8 @@ def _items_of_jsonl(dataset: DatasetConfig) -> list[Item]:
             beside = dataset.jsonl_file.parent / path
             if not os.path.exists(path) and os.path.exists(beside):  # relative to the working folder, or else to the file
                 path = beside
+            if os.path.isdir(path):
+                raise UserError(f"{dataset.jsonl_file}:{number}: {key!r} {path} is a folder; name one file on each line.")
             items.append(Item(dataset, path, caption, path.stem))
     return items
 
@@ -129,6 +131,10 @@ def _parse_line(line: str, key: str, where: str) -> tuple[Path, str | None]:
         )
     if not isinstance(caption, str | None):
         raise UserError(f"{where}: 'caption' must be text, not {shown(caption)}; {example}.")
+    try:
+        f"{path}{caption}".encode()
+    except UnicodeEncodeError:  # "\ud800" is legal JSON, but no text
+        raise UserError(f"{where} holds half of a surrogate pair; write the character itself, in UTF-8.") from None
     return Path(path), None if caption is None else caption.strip()
 
 

@@ -3,10 +3,14 @@
     python killing.py PLAN.json
 
 The plan: ``script`` (module name); the arguments ``whole`` of a run that is left alone and comes first; the arguments ``killed``
-of the runs that follow, which write to the folder ``watched``: one for each number in ``kills`` and a last one that is left
-alone. A run with the number n is killed in place of its n-th call of one of ``CALLS``, with which everything is saved.
+of the runs that follow, which write to the folder ``watched``: as many as ``kills``, and a last one that is left alone.
 
-Prints as JSON, for each run: the exit status, which temporary files and folders it left, and what is broken in the folder after it.
+A run is killed in place of one of its calls of ``CALLS``, with which everything is saved. The first run shows how many there are,
+and how many of them come inside a save: while the run has something half-written or half-removed. Every second kill comes inside
+a save, the others anywhere, each in place of one of the first ``share`` of these calls, by the random generator of ``seed``.
+
+Prints as JSON, for each run: whether it was to be killed inside a save, the exit status, which temporary files and folders it left,
+and what is broken in the folder after it.
 """
 
 from __future__ import annotations
@@ -14,16 +18,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the scripts; this file's own folder is there already
 
-from wholeness import broken, unfinished
+from wholeness import broken, is_saved, unfinished
 
 CALLS = ("mkdir", "fsync", "replace", "unlink", "rmdir")
 USED_LATE = {  # imported by the scripts, or by what they use, only when needed: here, once for all runs, as it takes seconds
@@ -33,65 +39,92 @@ USED_LATE = {  # imported by the scripts, or by what they use, only when needed:
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a run ended."""
+class Kill:
+    """In place of which call: the ``number``-th, or the ``number``-th that comes inside a save."""
 
+    inside: bool
+    number: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended; ``inside``: whether it was to be killed inside a save."""
+
+    inside: bool
     status: int
     left: list[str]
     broken: list[str]
 
 
-def run(script: str, arguments: list[str], kill: int | None, watched: Path, log: Path) -> Run:
-    """One run in a forked process."""
-    before = unfinished(watched)
-    process = os.fork()
-    if process == 0:
-        be_the_script(script, arguments, kill, log)
-    _, status = os.waitpid(process, 0)
-    left = sorted(str(path) for path in unfinished(watched) - before)
-    return Run(os.waitstatus_to_exitcode(status), left, broken(watched))
+class Runner:
+    """Runs a script in forked processes, which write to ``watched`` and print into ``log``."""
+
+    def __init__(self, script: str, watched: Path, log: Path) -> None:
+        self.script, self.watched, self.log, self.counts = script, watched, log, log.with_suffix(".counts")
+
+    def run(self, arguments: list[str], folder: Path, kill: Kill | None = None) -> Run:
+        """One run that saves into ``folder``."""
+        before = unfinished(self.watched)
+        process = os.fork()
+        if process == 0:
+            self._be_the_script(arguments, folder, kill)
+        _, status = os.waitpid(process, 0)
+        left = sorted(str(path) for path in unfinished(self.watched) - before)
+        return Run(kill is not None and kill.inside, os.waitstatus_to_exitcode(status), left, broken(self.watched))
+
+    def _be_the_script(self, arguments: list[str], folder: Path, kill: Kill | None) -> None:
+        """The forked process; does not return. One that is not killed writes down how many calls it made, and how many inside."""
+        from utils.errors import run_script
+
+        for stream in (1, 2):
+            os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        main, process, before, counts = importlib.import_module(self.script).main, os.getpid(), unfinished(folder), [0, 0]
+
+        def counted(plain: Callable) -> Callable:
+            def call(*arguments: object, **named: object) -> object:
+                if os.getpid() == process:  # not in the workers of a training
+                    is_inside = any(is_saved(path) for path in unfinished(folder) - before)
+                    counts[0] += 1
+                    counts[1] += is_inside
+                    if kill is not None and is_inside >= kill.inside and counts[kill.inside] >= kill.number:
+                        os.kill(process, signal.SIGKILL)
+                return plain(*arguments, **named)
+
+            return call
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        sys.argv = [f"{self.script}.py", *arguments]
+        try:
+            run_script(main)
+        except SystemExit as ended:
+            self.counts.write_text(json.dumps(counts), encoding="utf-8")
+            sys.stdout.flush()
+            os._exit(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(99)
 
 
-def be_the_script(script: str, arguments: list[str], kill: int | None, log: Path) -> None:
-    """The forked process; does not return."""
-    from utils.errors import run_script
-
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    main, process, count = importlib.import_module(script).main, os.getpid(), 0
-
-    def counted(plain: Callable) -> Callable:
-        def call(*arguments: object, **named: object) -> object:
-            nonlocal count
-            if os.getpid() == process:  # not in the workers of a training
-                count += 1
-                if count == kill:
-                    os.kill(process, signal.SIGKILL)
-            return plain(*arguments, **named)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, counted(getattr(os, name)))
-    sys.argv = [f"{script}.py", *arguments]
-    try:
-        run_script(main)
-    except SystemExit as ended:
-        sys.stdout.flush()
-        os._exit(ended.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(99)
+def planned_kills(plan: dict[str, Any], counts: list[int]) -> list[Kill]:
+    """``counts``: how many calls the whole run made, and how many of them inside a save."""
+    choose = random.Random(plan["seed"])
+    return [
+        Kill(inside, choose.randint(1, int(counts[inside] * plan["share"])))
+        for inside in (number % 2 == 0 for number in range(plan["kills"]))
+    ]
 
 
 def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    script, places = plan["script"], (Path(plan["watched"]), Path(sys.argv[1]).with_suffix(".log"))
-    for name in (*USED_LATE.get(script, ()), script):
+    path = Path(sys.argv[1])
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    for name in (*USED_LATE.get(plan["script"], ()), plan["script"]):
         importlib.import_module(name)
-    runs = [run(script, plan["whole"], None, *places)]
-    runs += [run(script, plan["killed"], kill, *places) for kill in (*plan["kills"], None)]
-    print(json.dumps([asdict(one) for one in runs]))
+    runner, watched = Runner(plan["script"], Path(plan["watched"]), path.with_suffix(".log")), Path(plan["watched"])
+    runs = [runner.run(plan["whole"], Path(plan["whole_folder"]))]
+    kills = planned_kills(plan, json.loads(runner.counts.read_text(encoding="utf-8")))
+    runs += [runner.run(plan["killed"], watched, kill) for kill in (*kills, None)]
+    print(json.dumps([asdict(run) for run in runs]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,15 @@ MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names 
 
 
 @contextmanager
+def explain_failed_writing(final: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise a UserError for an OSError inside, on a full disk for example; it names ``final``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
 
@@ -32,17 +41,16 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
     require_possible_file(final)
     temporary = _temporary_beside(final, keep_name)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; some writers put a private file in its place
-        yield temporary
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-        _flush_folder(final.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
+        with explain_failed_writing(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask gives; some writers put a private file in its place
+            yield temporary
+            os.chmod(temporary, mode)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+            _flush_folder(final.parent)
     finally:
         with suppress(OSError):  # usually gone by now, or its folder could not be made
             temporary.unlink()
@@ -58,20 +66,19 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     temporary, outdated = _temporary_beside(final, keep_name=True), None
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                with open(os.path.join(folder, name), "rb+") as file:
-                    os.fsync(file.fileno())
-        _flush_folder(temporary)
-        if final.exists():
-            outdated = _temporary_beside(final, keep_name=True)
-            os.replace(final, outdated)
-        os.replace(temporary, final)
-        _flush_folder(final.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}. Check the folder and the free disk space.") from error
+        with explain_failed_writing(final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb+") as file:
+                        os.fsync(file.fileno())
+            _flush_folder(temporary)
+            if final.exists():
+                outdated = _temporary_beside(final, keep_name=True)
+                os.replace(final, outdated)
+            os.replace(temporary, final)
+            _flush_folder(final.parent)
     finally:
         if outdated is not None and outdated.exists() and not final.exists():
             os.replace(outdated, final)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
-from hunyuan_model.checkpoints.loading import load_weights
+from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
@@ -122,7 +122,10 @@ def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") ->
     Raises:
         UserError: as ``load_transformer``, with ``flag`` named, but in a moment.
     """
-    return open_transformer(path, flag)[1]
+    checkpoint, config = open_transformer(path, flag)
+    with torch.device("meta"):
+        require_same_tensors(HYVideoDiffusionTransformer(config), checkpoint)
+    return config
 
 
 def open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:

@@ -27,6 +27,7 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.text.model_config import building_from_config, read_model_config
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
+from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def load_text_encoder_1(
         tokenizer: see ``hunyuan_model.text.tokenizers.load_tokenizer``.
 
     Raises:
-        UserError: missing or unreadable files, another kind of model, no tokenizer.
+        UserError: missing or unreadable files, another kind of model, no tokenizer; memory does not suffice.
     """
     checkpoint = open_checkpoint(path, FLAG)
     config = llama_config(checkpoint)
@@ -150,13 +151,15 @@ def load_text_encoder_1(
     with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not loaded
         model = LlamaModel(config)
     model.norm = nn.Identity()
-    load_weights(
-        model,
-        weights,
-        device=device,
-        dtype_of=lambda name: FP8_DTYPE if fp8 and _LAYER_LINEAR.fullmatch(name) else dtype,
-        progress="loading text encoder 1",
-    )
+    advice = "close other programs that use this memory" if fp8 else "use --fp8_llm"
+    with explain_out_of_memory("loading text encoder 1", advice, torch.device(device)):
+        load_weights(
+            model,
+            weights,
+            device=device,
+            dtype_of=lambda name: FP8_DTYPE if fp8 and _LAYER_LINEAR.fullmatch(name) else dtype,
+            progress="loading text encoder 1",
+        )
     if fp8:
         enable_quantized_linears(model, dtype)
     return LlamaTextEncoder(model.eval(), tokenizer)

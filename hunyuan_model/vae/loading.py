@@ -16,6 +16,7 @@ from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.vae.model import SCALING_FACTOR, AutoencoderKLCausal3D, VAEConfig
+from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ def load_vae(
         flag: how messages call the path.
 
     Raises:
-        UserError: the file is missing, damaged, incomplete or something else than a HunyuanVideo VAE.
+        UserError: the file is missing, damaged, incomplete or something else than a HunyuanVideo VAE; memory does not suffice.
     """
     checkpoint, vae = _open_vae(path, flag)
-    load_weights(vae, checkpoint, device=device, dtype_of=lambda name: dtype, progress="loading the VAE")
+    with explain_out_of_memory("loading the VAE", "close other programs that use this memory", torch.device(device)):
+        load_weights(vae, checkpoint, device=device, dtype_of=lambda name: dtype, progress="loading the VAE")
     vae.reuse_buffers()
     return vae.eval()
 

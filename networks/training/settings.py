@@ -17,10 +17,10 @@ from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings
 from networks.training.optim.optimizers import OptimizerSettings
 from networks.training.samples.sampling import SampleSettings
-from networks.training.saving.files import SaveSettings, step_name
+from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
 from networks.training.saving.resume import ResumeSettings
 from utils.errors import UserError
-from utils.files import MAX_NAME_BYTES, require_writable_folder
+from utils.files import MAX_NAME_BYTES, require_possible_file, require_writable_folder
 from utils.hub import HubSettings
 from utils.key_values import parse_key_values
 
@@ -144,7 +144,10 @@ class TrainingSettings:
             raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
         if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
             raise UserError(f"--output_name is too long: with what is added for steps it has at most {MAX_NAME_BYTES} bytes.")
-        require_writable_folder(self.saving.output_dir, "--output_dir")
+        folder = require_writable_folder(self.saving.output_dir, "--output_dir")
+        require_possible_file(folder / final_name(name), "the LoRA,")
+        if (folder / state_name(name)).is_file():  # a state would take its place
+            raise UserError(f"{folder / state_name(name)} is a file, but the state of that name is a folder; move it away.")
 
     def without_effect(self) -> list[str]:
         """Sentences on flags that do nothing beside the others."""

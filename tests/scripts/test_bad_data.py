@@ -22,6 +22,9 @@ LISTS = {
     "one JSON list": ('[\n{"image_path": "a.png", "caption": "x"}\n]', ["items.jsonl:1", "one object a line"]),
     "Windows path": ('{"image_path": "C:\\train\\new.png", "caption": "x"}', ["items.jsonl:1", "control characters", "C:/folder"]),
     "path is a folder": ('{"image_path": "/", "caption": "x"}', ["items.jsonl:1", "path of a file"]),
+    "path of an existing folder": ('{"image_path": "FOLDER", "caption": "x"}', ["items.jsonl:1", "is a folder"]),
+    "half a character in a caption": ('{"image_path": "a.png", "caption": "\\ud800"}', ["items.jsonl:1", "surrogate pair"]),
+    "half a character in a path": ('{"image_path": "\\ud800/a.png", "caption": "x"}', ["items.jsonl:1", "surrogate pair"]),
     "no caption": ('{"image_path": "a.png"}', ["1 item(s) have no caption", "a.png"]),
 }
 
@@ -29,6 +32,9 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_a_list_of_pictures_that_cannot_be_read(bench, name):
     content, says = LISTS[name]
+    if isinstance(content, str):
+        (bench.folder / "pictures.png").mkdir()
+        content = content.replace("FOLDER", (bench.folder / "pictures.png").as_posix())
     refused(bench.texts(bench.jsonl(content)), *says)
 
 

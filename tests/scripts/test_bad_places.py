@@ -20,6 +20,11 @@ PLACES = {
     "merge: over the transformer": (lambda b: b.merge(b.model.dit), ["would overwrite", "dit.safetensors"]),
     "merge: over the LoRA": (lambda b: b.merge(b.folder / "good.safetensors"), ["would overwrite", "good.safetensors"]),
     "train: a name too long": (lambda b: b.train("--output_dir", b.folder / LONG), ["--output_dir", "cannot be a folder"]),
+    "train: a folder called as the LoRA": (lambda b: b.train("--output_dir", b.folder / "taken"), ["x.safetensors", "is a folder"]),
+    "train: a file called as the state": (
+        lambda b: b.train("--output_dir", b.folder / "taken", "--output_name", "y"),
+        ["y-state is a file", "move it away"],
+    ),
     "timesteps: a file": (
         lambda b: b.train("--show_timesteps", "image", "--output_dir", b.folder / "file"),
         ["--output_dir", "is a file"],
@@ -44,6 +49,8 @@ def test_a_place_where_nothing_can_be_written(bench, monkeypatch, name):
     bench.merge = lambda output: bench.generate("--lora_weight", lora, "--save_merged_model", output)
     bench.write("file", "in the way")
     (bench.folder / "f.safetensors").mkdir()
+    (bench.folder / "taken/x.safetensors").mkdir(parents=True)
+    bench.write("taken/y-state", "in the way")
     bench.write("cache/debug", "in the way")
     before = {path: path.read_bytes() for path in (lora, Path(bench.model.dit))}
     refused(act(bench), *says)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench import picture, refused
 
 import hunyuan_model
 from hunyuan_model.sampling import decoding, generation
 from hunyuan_model.text import encoding as prompt_encoding
+from hunyuan_model.text import llm
+from hunyuan_model.vae import loading as vae_loading
 from networks import lora_merging
 from tiny.variants import write_lora
 
@@ -77,3 +80,14 @@ def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeyp
     changed = {name for name in base if not torch.equal(base[name], found[0][name])}
     assert found[0].keys() == base.keys() and changed
     assert all(name.endswith("weight") for name in changed)
+
+
+@pytest.mark.parametrize(("model", "loads"), [(llm, "loading text encoder 1"), (vae_loading, "loading the VAE")])
+def test_out_of_memory_while_a_model_loads_is_one_sentence(bench, monkeypatch, model, loads):
+    def load_weights(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "load_weights", load_weights)
+    refused(bench.generate(), f"out of memory while {loads}", "use --fp8_llm" if model is llm else "close other programs")
+    if model is vae_loading:
+        refused(bench.latents(bench.media("image", a_png=picture())), f"out of memory while {loads}")

@@ -195,6 +195,10 @@ def _prompt(values: Mapping[str, Any], where: str) -> SamplePrompt:
     text = values.get("prompt")
     if not isinstance(text, str):
         raise UserError(f"{where} needs the key prompt, a text in quotes.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # "\ud800" is legal JSON, but no text
+        raise UserError(f"{where} holds half of a surrogate pair; write the character itself, in UTF-8.") from None
     numbers = {setting.key: _checked(setting, values[setting.key], where) for setting in _SETTINGS if setting.key in values}
     prompt = SamplePrompt(text.strip(), where, **numbers)
     try:

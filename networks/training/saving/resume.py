@@ -11,7 +11,7 @@ from typing import Any
 from networks.lora import DEFAULT_RANK
 from networks.training.saving.files import final_name
 from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, find_latest_state, load_state, read_state_file
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.hub import download_state
 from utils.safetensors_io import read_header
 
@@ -104,7 +104,12 @@ def require_fitting(resumed: Resumed, flags: Mapping[str, Any], optimizer: str) 
     Raises:
         UserError: names what differs, as ``rank 16, now 24``.
     """
-    before, after = _identity(resumed.state.flags, resumed.state.optimizer), _identity(flags, optimizer)
+    try:
+        before = _identity(resumed.state.flags, resumed.state.optimizer)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the flags in {resumed.folder} are not those of a training ({reason}); use another state.") from error
+    after = _identity(flags, optimizer)
     if differences := [f"{name} {before[name]}, now {now}" for name, now in after.items() if before[name] != now]:
         raise UserError(
             f"the state {resumed.folder} does not fit this training: {'; '.join(differences)}. Use the flags of that run, "

@@ -16,10 +16,10 @@ import logging
 import os
 import random
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from torch import nn
 from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.saving.files import STATE_SUFFIX, output_names
 from utils.errors import UserError, first_line
-from utils.files import atomic_folder, final_of_temporary
+from utils.files import atomic_folder, explain_failed_writing, final_of_temporary
 from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2
 STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
 LATEST = "latest"
 
@@ -114,7 +115,7 @@ def save_state(folder: Path, parts: Restorable, state: StateFile) -> None:
     """
     accelerator = parts.accelerator
     main = accelerator.is_main_process
-    with atomic_folder(folder) if main else nullcontext() as temporary:
+    with atomic_folder(folder) if main else explain_failed_writing(folder) as temporary:
         shared = Path(broadcast_object_list([str(temporary)])[0])
         _save_plain(_random_state(parts), shared / random_name(accelerator.process_index))
         accelerator.wait_for_everyone()
@@ -134,7 +135,7 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     _save_plain(states, folder / OPTIMIZER_FILE)
-    content = asdict(state) | {"files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
+    content = {"format": FORMAT} | asdict(state) | {"files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
@@ -245,14 +246,28 @@ def read_state_file(folder: Path) -> StateFile:
         raise UserError(f"--resume {folder} is not a folder. {remedy}")
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        state = StateFile(**content | {"progress": Progress(**content["progress"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (version := content.pop("format", None)) != FORMAT:
+            raise ValueError(f"its format is {version!r}, and this version reads {FORMAT}")
+        progress = _of_types(Progress, content.pop("progress"))
+        state = _of_types(StateFile, content | {"progress": progress})
+        if min(progress.step, progress.epoch - 1, progress.batches, progress.skipped) < 0:
+            raise ValueError("a number in it is too small")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder} is not a state of this trainer ({reason}). {remedy}") from error
     for name, size in state.files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
     return state
+
+
+def _of_types(kind: type, values: dict[str, Any]) -> Any:
+    """``kind(**values)``; a TypeError names a value that has not the type of its field."""
+    for name, hint in get_type_hints(kind).items():
+        wanted = get_origin(hint) or hint
+        if name in values and not isinstance(values[name], (int, float) if wanted is float else wanted):
+            raise TypeError(f"{name} is {values[name]!r}")
+    return kind(**values)
 
 
 def load_state(folder: Path, parts: Restorable) -> None:

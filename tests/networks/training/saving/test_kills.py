@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from examples.toy.model_files import FOLDER, files_in
 KILLING = Path(__file__).resolve().parents[3] / "killing.py"
 SECONDS = 900
 KILLED = -9
-CALLS_OF_A_STEP = 25  # that save a model and a state and remove older ones; a run begins with some ten
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,12 +29,17 @@ pytestmark = [
 
 
 def run_plan(
-    tmp_path: Path, script: str, whole: list[object], killed: list[object], watched: Path, kills: list[int], inside: int
+    tmp_path: Path, script: str, whole: list[object], killed: list[object], folders: tuple[Path, Path], kills: int, share: float
 ) -> None:
-    """Runs of which every one was killed that should be, ``inside`` of them within a save; after each everything was whole."""
+    """A whole run and a killed one, which write to ``folders``: it was killed as planned, and everything was whole each time.
+
+    Each run that is killed makes at most ``share`` of what the whole one makes.
+    """
     plan = tmp_path / f"{script}.json"
     words = {"whole": [str(word) for word in whole], "killed": [str(word) for word in killed]}
-    plan.write_text(json.dumps({"script": script, "watched": str(watched), "kills": kills, **words}), encoding="utf-8")
+    places = {"whole_folder": str(folders[0]), "watched": str(folders[1])}
+    numbers = {"kills": kills, "share": share, "seed": f"{script} {kills}"}
+    plan.write_text(json.dumps({"script": script, **words, **places, **numbers}), encoding="utf-8")
     command, one_thread = [sys.executable, KILLING, plan], os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -45,12 +48,8 @@ def run_plan(
     assert (first.status, last.status) == (0, 0), said
     assert {run.status for run in others} == {KILLED}, said
     assert not [run for run in runs if run.broken]
-    found = sum(any(is_saved(name) for name in run.left) for run in others)
-    assert found >= inside, f"only {found} of {len(kills)} kills left something half-written or half-removed"
-
-
-def some_kills(count: int, calls: int, seed: object) -> list[int]:
-    return [random.Random(f"{seed} {number}").randint(1, calls) for number in range(count)]
+    inside = [run for run in others if run.inside]
+    assert len(inside) == kills // 2 and all(any(map(is_saved, run.left)) for run in inside)
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -100,12 +99,12 @@ def training(dit: Path, dataset: Path, output: Path, *flags: object) -> list[obj
     ]
 
 
-def killed_training(tmp_path: Path, dit: Path, dataset: Path, kills: list[dict], steps: int, workers: int, inside: int) -> None:
-    """Train to the end in spite of the kills, ``inside`` of them within a save, and compare with what was never killed."""
+def killed_training(tmp_path: Path, dit: Path, dataset: Path, kills: int, steps: int, at_once: int, workers: int) -> None:
+    """Train to the end in spite of the kills, each within ``at_once`` steps, and compare with what was never killed."""
     flags = ("--max_train_steps", steps, "--max_data_loader_n_workers", workers)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     plain, again = (training(dit, dataset, folder, *flags) for folder in (whole, killed))
-    run_plan(tmp_path, "hv_train_network", plain, again, killed, kills, inside)
+    run_plan(tmp_path, "hv_train_network", plain, again, (whole, killed), kills, at_once / steps)
     assert_same(whole / "lora.safetensors", killed / "lora.safetensors")
     assert (whole / LOG).read_text("utf-8") == (killed / LOG).read_text("utf-8")
     # The last run finds and removes what the killed ones left of models and states; of the log only if it rewrites it.
@@ -115,13 +114,11 @@ def killed_training(tmp_path: Path, dit: Path, dataset: Path, kills: list[dict],
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ten_kills_change_no_bit_of_a_training(concept: Path, tmp_path: Path, workers: int) -> None:
-    kills = some_kills(10, 2 * CALLS_OF_A_STEP, workers)  # a run that is killed achieves two steps at most, ten of them twenty
-    killed_training(tmp_path, files_in(FOLDER).dit, concept, kills, steps=24, workers=workers, inside=3)
+    killed_training(tmp_path, files_in(FOLDER).dit, concept, kills=10, steps=24, at_once=2, workers=workers)
 
 
 def test_fifty_kills_of_a_training_that_always_saves(tiny_model, cached: Path, tmp_path: Path) -> None:
-    kills = some_kills(50, CALLS_OF_A_STEP + 5, "saving")
-    killed_training(tmp_path, tiny_model.dit, cached, kills, steps=54, workers=0, inside=20)
+    killed_training(tmp_path, tiny_model.dit, cached, kills=50, steps=54, at_once=1, workers=0)
 
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text_encoder_outputs"])
@@ -134,7 +131,7 @@ def test_fifty_kills_of_caching_are_made_good_by_another_run(tmp_path: Path, scr
     datasets = {"pictures": "", "clips": CLIPS, "known_pictures": "", "known_clips": "target_frames = [1, 9]"}
     wanted, killed = (write_toml(tmp_path / f"{name}.toml", datasets, tmp_path / name) for name in ("wanted", "killed"))
     plain, again = (["--dataset_config", toml, *flags] for toml in (wanted, killed))
-    run_plan(tmp_path, script, plain, again, tmp_path / "killed", some_kills(50, 10, script), inside=8)
+    run_plan(tmp_path, script, plain, again, (tmp_path / "wanted", tmp_path / "killed"), kills=50, share=0.018)
 
     def caches(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*_hv*.safetensors"))}

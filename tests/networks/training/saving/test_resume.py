@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(train, whole: Pa
         ended = train(*FLAGS, "--resume", state, *flags, name="other")
         assert ended.status == 2 and says in ended.stderr, (flags, ended.stderr)
         assert not (whole / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.update(format=1), "its format is 1, and this version reads 2"),
+        (lambda state: state.pop("format"), "its format is None"),
+        (lambda state: state.pop("order"), "'order'"),
+        (lambda state: state.update(saved_at="today"), "saved_at is 'today'"),
+        (lambda state: state.update(files=[]), "files is []"),
+        (lambda state: state.update(flags=None), "flags is None"),
+        (lambda state: state["flags"].pop("network_alpha"), "flags in"),
+        (lambda state: state["progress"].update(step="4"), "step is '4'"),
+        (lambda state: state["progress"].update(batches=-1), "too small"),
+        (lambda state: state["progress"].update(more=1), "'more'"),
+    ],
+)
+def test_a_state_of_another_version_or_edited_by_hand_is_one_sentence(train, whole: Path, change, says: str) -> None:
+    state = whole / "lora-step00000004-state"
+    path = state / "state.json"
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ended = train(*FLAGS, "--resume", state, name="other")
+    assert ended.status == 2 and says in ended.stderr and str(state) in ended.stderr
+
+
+def test_a_full_disk_in_another_process_than_the_main_one_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_state, "broadcast_object_list", lambda values: [str(tmp_path)])
+    monkeypatch.setattr(training_state, "_random_state", no_room)
+    parts = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=False, process_index=1))
+    with pytest.raises(UserError, match=r"cannot write .*x-state: No space left on device"):
+        training_state.save_state(tmp_path / "x-state", parts, None)
 
 
 def test_a_state_that_holds_code_is_refused(train, whole: Path) -> None:

@@ -22,6 +22,8 @@ def check_loss_log(path: str | os.PathLike[str]) -> None:
     """Refuse a file that cannot be written, before a model is loaded. Leaves nothing behind."""
     require_possible_file(path, "--loss_log")
     require_writable_folder(Path(path).parent, "the folder of --loss_log,")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"--loss_log {path} exists and cannot be written to; give another file.")
 
 
 class LossLog:

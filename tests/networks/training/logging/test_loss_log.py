@@ -91,6 +91,13 @@ def test_a_place_for_the_log_is_checked_and_left_as_it_is(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_log_that_is_write_protected_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "loss.csv").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # to whoever runs the tests as root nothing is write-protected
+    with pytest.raises(UserError, match="exists and cannot be written to"):
+        check_loss_log(tmp_path / "loss.csv")
+
+
 def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path, caplog):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")

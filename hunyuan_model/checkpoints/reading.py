@@ -113,6 +113,8 @@ def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
         if inner is None:
             tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
             if tensors:
+                if hollow := [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]:
+                    raise UserError(f"{what} {path} holds no plain values for {name_some(hollow)}. Save it anew as dense tensors.")
                 return {name: StoredTensor(tuple(value.shape), value.dtype, value.detach) for name, value in tensors.items()}
         content = inner
     raise UserError(f"{what} {path} holds no state dict (a mapping from names to tensors). Check that it is the right file.")

@@ -117,7 +117,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     text = "restarts of cosine_with_restarts (default: 1)"
     add("--lr_scheduler_num_cycles", type=kinds.whole_number, default=1, metavar="N", help=text)
     text = "power of the polynomial schedule (default: 1)"
-    add("--lr_scheduler_power", type=kinds.finite_float, default=1.0, metavar="P", help=text)
+    add("--lr_scheduler_power", type=kinds.non_negative_float, default=1.0, metavar="P", help=text)
     add("--lr_scheduler_timescale", type=positive_int, metavar="N", help="timescale of inverse_sqrt (default: warm-up)")
     text = "lowest rate of cosine_with_min_lr and warmup_stable_decay"
     add("--lr_scheduler_min_lr_ratio", type=kinds.non_negative_float, metavar="R", help=text)

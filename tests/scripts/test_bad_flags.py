@@ -46,6 +46,7 @@ ROWS = [
     (TRAIN, ["--timestep_sampling", "logit"], ["--timestep_sampling", "'logit'", "sigmoid"]),
     (TRAIN, ["--lr_warmup_steps", "soon"], ["--lr_warmup_steps", "'soon'", "percentage"]),
     (TRAIN, ["--lr_scheduler", "cosine", "--lr_warmup_steps", "150%"], ["--lr_warmup_steps 150%", "the training has 4"]),
+    (TRAIN, ["--lr_scheduler", "polynomial", "--lr_scheduler_power", -1], ["--lr_scheduler_power", "at least 0"]),
     (TRAIN, ["--lr_scheduler_args", "x"], ["--lr_scheduler_args", "key=value"]),
     (TRAIN, ["--optimizer_args", "eps=1e-8", "eps=1e-7"], ["--optimizer_args", "'eps' twice"]),
     (TRAIN, ["--optimizer_args", "betas=0.9"], ["the optimiser adamw", "betas=0.9"]),

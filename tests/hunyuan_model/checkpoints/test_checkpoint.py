@@ -170,6 +170,13 @@ def test_missing_file_and_no_state_dict(tmp_path):
         open_checkpoint(tmp_path / "state.pt", "model")
 
 
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_plain_values(tmp_path, value):
+    torch.save({"a": torch.ones(2), "b": value}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt holds no plain values for b"):
+        open_checkpoint(tmp_path / "state.pt", "model")
+
+
 def test_safetensors_dtype_that_torch_lacks(tmp_path):
     header = json.dumps({"a": {"dtype": "U16", "shape": [2], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))

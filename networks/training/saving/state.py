@@ -200,14 +200,25 @@ def _random_state(parts: Restorable) -> dict[str, Any]:
 
 
 def find_latest_state(folder: Path, name: str) -> Path | None:
-    """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning."""
+    """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning.
+
+    Raises:
+        UserError: there are states, but not one that can be used: a training that began anew would replace what was trained.
+    """
     whole: list[tuple[float, Path]] = []
+    unusable: list[UserError] = []
     for path in _states_in(folder, name):
         if final_of_temporary(path) is None:
             try:
                 whole.append((read_state_file(path).saved_at, path))
             except UserError as error:
-                logger.warning("%s", error)
+                unusable.append(error)
+    if unusable and not whole:
+        raise UserError(
+            f"no state of {name} in {folder} can be used. Move its states away to begin anew. The first one: {unusable[0]}"
+        )
+    for error in unusable:
+        logger.warning("%s", error)
     return max(whole)[1] if whole else None
 
 

@@ -182,6 +182,15 @@ def test_a_state_of_another_version_or_edited_by_hand_is_one_sentence(train, who
     assert ended.status == 2 and says in ended.stderr and str(state) in ended.stderr
 
 
+def test_latest_does_not_begin_anew_over_states_that_cannot_be_used(train, whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.glob("lora*.safetensors")}
+    for path in whole.glob("lora*-state/state.json"):
+        path.write_text(path.read_text("utf-8").replace('"format": 2', '"format": 1'), encoding="utf-8")
+    ended = train(*FLAGS, *STATES, "--resume", "latest", "--max_train_steps", 12)
+    assert ended.status == 2 and "no state of lora in" in ended.stderr and "its format is 1" in ended.stderr
+    assert before == {path: path.read_bytes() for path in whole.glob("lora*.safetensors")}
+
+
 def test_a_full_disk_in_another_process_than_the_main_one_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
     def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -1,93 +1,62 @@
-"""Reading and probing pictures and videos, and cutting clips out of videos. ``rgb.py`` makes RGB of what is decoded.
+"""Reading videos and cutting clips out of them. Pictures are read in ``pictures.py``.
 
-A frame is an array (height, width, 3) of uint8 in RGB. Every size is (width, height).
+Whatever a file holds, what leaves are frames (height, width, 3) of uint8 in sRGB (SDR of BT.709): upright, with square pixels,
+deinterlaced, over white. Every size is (width, height).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import os
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from PIL import Image, ImageSequence
 
+from dataset.media.colour import BT601, BT709, BT2020, HD_HEIGHT, MATRICES, Colour, rgb_of_ycbcr, to_srgb
 from dataset.media.containers import missing_bytes
+from dataset.media.errors import MediaError, reading
 from dataset.media.frame_rate import MODEL_FPS
 from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
-from dataset.media.rgb import MediaError, frame_to_rgb, picture_to_rgb, upright_size
-from utils.errors import UserError
 
 # compared with the suffix in lower case
-IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jxl"})
 VIDEO_EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".ogv"}
+    | {".gif", ".webp"}
 )
-# formats that Pillow reads with a package of their own, by suffix: (module, name for pip)
-IMAGE_PLUGINS = {".avif": ("pillow_avif", "pillow-avif-plugin"), ".jxl": ("pillow_jxl", "pillow-jxl-plugin")}
-
-# what files with these endings hold, as Pillow calls it; endings are often wrong, so every file is tried as each of them.
-# Nothing else is tried: readers of other formats start programs (Ghostscript for EPS), which no picture may do.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JXL")
 
 LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
+FIRST_FRAMES = 5  # that are looked at to know how to read the others
+PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
+DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video without decoding all of it. Width and height are those of the upright picture."""
+    """What is known of a video without decoding all of it. Width and height are those of the upright picture.
+
+    ``done``: what is done to its pixels, such as "HLG to SDR"; empty for a plain video.
+    """
 
     width: int
     height: int
     fps: float | None
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB, see ``picture_to_rgb``. Of an animation the first frame is read.
-
-    Raises a MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
-    """
-    with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
-        return picture_to_rgb(image, path)
-
-
-def probe_image(path: Path) -> tuple[int, int]:
-    """(width, height) of what ``read_image`` gives, from the header alone where the format allows."""
-    with _reading(path, "picture"), Image.open(path, formats=readable_formats()) as image:
-        if (size := upright_size(image)) is not None:
-            return size
-    height, width = read_image(path).shape[:2]
-    return width, height
-
-
-@functools.cache
-def readable_formats() -> tuple[str, ...]:
-    """Those of ``IMAGE_FORMATS`` that Pillow and the installed plugins can read."""
-    Image.init()
-    for module, _ in IMAGE_PLUGINS.values():
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
-    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+    done: str = ""
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Size and stated frame rate; decodes the first frame."""
-    for frame in _decoded_frames(path):
-        height, width = frame_to_rgb(frame).shape[:2]
-        break
-    with _reading(path, "video"), _open_video(path) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
-        return VideoInfo(width, height, float(rate) if rate else None)
+    """Size, stated frame rate, and what is done to the pixels; decodes the first frames."""
+    with open_video(path) as video:
+        height, width = video.rgb(next(video.frames())).shape[:2]
+        return VideoInfo(width, height, video.fps, video.done)
 
 
 def frame_times(
@@ -105,27 +74,31 @@ def frame_times(
     usual = 1 / (fps or MODEL_FPS)
     times: list[float] = []
     before = None
-    for frame in _decoded_frames(path):
-        now = frame.time if use_timestamps else None
-        gap = None if now is None or before is None else now - before
-        if times:
-            times.append(times[-1] + (gap if gap is not None and 0 <= gap <= LONGEST_GAP else usual))
-        else:
-            times.append(0.0)
-        before = now
-        if limit is not None and len(times) >= limit[0] and times[-1] >= limit[1]:
-            break
+    with open_video(path) as video:
+        for frame in video.decoded:
+            now = frame.time if use_timestamps else None
+            gap = None if now is None or before is None else now - before
+            if times:
+                times.append(times[-1] + (gap if gap is not None and 0 <= gap <= LONGEST_GAP else usual))
+            else:
+                times.append(0.0)
+            before = now
+            if limit is not None and len(times) >= limit[0] and times[-1] >= limit[1]:
+                break
     if times[-1] == 0:  # all of them at one moment
         return [index * usual for index in range(len(times))]
     return times
 
 
 def iterate_frames(path: Path) -> Iterator[np.ndarray]:
-    """Each frame of the video in order, upright, as (H, W, 3) uint8 RGB; one in memory at a time.
+    """Each frame of the video in order as (H, W, 3) uint8 sRGB; one in memory at a time.
 
-    Raises a MediaError: missing, not a video, cut short, without frames, or with a frame that cannot be decoded.
+    Raises:
+        MediaError: missing, not a video, cut short, without frames, or with a frame that cannot be decoded.
     """
-    return map(frame_to_rgb, _decoded_frames(path))
+    with open_video(path) as video:
+        for frame in video.frames():
+            yield video.rgb(frame)
 
 
 def read_clip_windows(
@@ -136,8 +109,12 @@ def read_clip_windows(
     Yields each distinct window (start, length) with its (length, H, W, 3) uint8 clip as soon as its last frame is there.
     Only fitted frames that an unfinished window needs are kept, and decoding stops with the last window.
 
-    ``indices``: which frames of the file are the frames that windows count; they never fall, and one may come several times. None:
-    every frame. Raises a MediaError as ``iterate_frames``, or where the video ends before a window does.
+    Args:
+        indices: which frames of the file are the frames that windows count; they never fall, and one may come several times.
+            None: every frame.
+
+    Raises:
+        MediaError: as ``iterate_frames``, or the video ends before a window does.
     """
     queue = deque(sorted(set(windows)))  # from the oldest unfinished window on
     by_end: dict[int, list[Window]] = {}
@@ -151,32 +128,34 @@ def read_clip_windows(
     needed_until = 0
     count = 0
     fitted_frame = fitted = None
-    for count, frame in enumerate(_chosen_frames(path, indices), start=1):
-        while not_started and not_started[0][0] < count:
-            needed_until = max(needed_until, sum(not_started.popleft()))
-        if count <= needed_until:
-            if frame is not fitted_frame:
-                fitted_frame, fitted = frame, fit_to_bucket(frame_to_rgb(frame), bucket)
-            kept[count - 1] = fitted
-        for window in by_end.get(count, ()):
-            finished.add(window)
-            yield window, np.stack([kept[index] for index in range(count - window[1], count)])
-        while queue and queue[0] in finished:
-            queue.popleft()
-        if not queue:
-            return
-        for index in [index for index in kept if index < queue[0][0]]:
-            del kept[index]
+    with open_video(path) as video:
+        for count, frame in enumerate(_chosen(video.frames(), indices), start=1):
+            while not_started and not_started[0][0] < count:
+                needed_until = max(needed_until, sum(not_started.popleft()))
+            if count <= needed_until:
+                if frame is not fitted_frame:
+                    fitted_frame, fitted = frame, fit_to_bucket(video.rgb(frame, bucket), bucket)
+                kept[count - 1] = fitted
+            for window in by_end.get(count, ()):
+                finished.add(window)
+                yield window, np.stack([kept[index] for index in range(count - window[1], count)])
+            while queue and queue[0] in finished:
+                queue.popleft()
+            if not queue:
+                return
+            for index in [index for index in kept if index < queue[0][0]]:
+                del kept[index]
     start, length = queue[0]
     raise MediaError(f"{path} ends after {count} frames, but the clip of frames {start} to {start + length - 1} was to be cut.")
 
 
-def _chosen_frames(path: Path, indices: Sequence[int] | None) -> Iterator[av.VideoFrame]:
+def _chosen(frames: Iterator[Frame], indices: Sequence[int] | None) -> Iterator[Frame]:
+    """The frames at ``indices``, which never fall; None: every frame."""
     if indices is None:
-        yield from _decoded_frames(path)
+        yield from frames
         return
     position = 0
-    for index, frame in enumerate(_decoded_frames(path)):
+    for index, frame in enumerate(frames):
         while position < len(indices) and indices[position] == index:
             yield frame
             position += 1
@@ -184,53 +163,221 @@ def _chosen_frames(path: Path, indices: Sequence[int] | None) -> Iterator[av.Vid
             return
 
 
-def _decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of a video as all functions above see them: counting, probing and cutting agree because all come here."""
-    empty = True
-    with _reading(path, "video"):
+@contextmanager
+def open_video(path: Path) -> Iterator[Video | Animation]:
+    """A video as all functions above see it: counting, probing and cutting agree because all come here.
+
+    Raises:
+        MediaError: as ``iterate_frames``; also from the block, where a frame cannot be decoded.
+    """
+    with reading(path, "video"):
         lacking = missing_bytes(path)
         if lacking:
             raise MediaError(f"video {path} is cut short: its last {lacking} bytes are missing. Copy or download it again.")
-        with _open_video(path) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                empty = False
-                yield frame
-    if empty:
-        raise MediaError(f"video {path} has no frames.")
+        if _is_webp(path):  # FFmpeg does not play animated ones
+            with Image.open(path, formats=("WEBP",)) as image:
+                yield Animation(image)
+            return
+        # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise MediaError(f"{path} holds no video stream.")
+            yield Video(path, container)
 
 
-def _open_video(path: Path) -> av.container.InputContainer:
-    # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
-    container = av.open(os.path.abspath(path), metadata_errors="ignore")
-    if not container.streams.video:
-        container.close()
-        raise MediaError(f"{path} holds no video stream.")
-    return container
+def _is_webp(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a decoder throws at a damaged file into a MediaError that names the file."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
-            raise MediaError(f"{what} {path} is a folder or a device, not a file.")
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise MediaError(f"{what} {path} does not exist.") from error
-    except PermissionError as error:
-        raise MediaError(f"{what} {path} cannot be read: {error.strerror}.") from error
-    except EOFError as error:
-        raise MediaError(f"{what} {path} has no frames or is cut short.") from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{what} {path} is too large to open safely ({error}); shrink it first.") from error
-    except Exception as error:  # Pillow's and FFmpeg's readers raise nearly every type on damaged files
-        package = IMAGE_PLUGINS.get(path.suffix.lower())
-        hint = "Repair, replace or remove the file."
-        if package and what == "picture" and importlib.util.find_spec(package[0]) is None:
-            hint = f"Reading {path.suffix.lower()} files may need: pip install {package[1]}"
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise MediaError(f"{what} {path} cannot be decoded ({reason}). {hint}") from error
+class Video:
+    """An open video file, and how its first frames say it is to be read.
+
+    Attributes:
+        decoded: the frames as they are in the file, each once; ``frames`` reads them too.
+        done: what ``frames`` and ``rgb`` do to the pixels, for people.
+    """
+
+    def __init__(self, path: Path, container: av.container.InputContainer) -> None:
+        self._stream = stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        self.fps = float(rate) if rate else None
+        decoded = _decode(container, stream)
+        first = list(islice(decoded, FIRST_FRAMES))
+        if not first:
+            raise MediaError(f"video {path} has no frames.")
+        self.decoded: Iterator[av.VideoFrame] = chain(first, decoded)
+        self._colour = _colour_of(first[0], stream.codec_context)
+        self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        self._is_interlaced = any(frame.interlaced_frame for frame in first)
+        self._has_alpha = any(component.is_alpha for component in first[0].format.components)
+        self._is_of_pictures = stream.codec_context.name in PICTURE_CODECS
+        self._reformatter = VideoReformatter()
+        self.done = ", ".join(self._done())
+
+    def _done(self) -> Iterator[str]:
+        if str(self._colour):
+            yield str(self._colour)
+        elif self._colour.assumed and self._colour.matrix == BT709:
+            yield "untagged, read as BT.709"
+        if self._pixel_aspect != 1:
+            yield f"pixels of {self._pixel_aspect.numerator}:{self._pixel_aspect.denominator} made square"
+        if self._is_interlaced:
+            yield "deinterlaced"
+        if self._has_alpha and self._stream.codec_context.name != "gif":
+            yield "transparency over white"
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """``decoded``, deinterlaced where needed: as many frames."""
+        return _deinterlace(self._stream, self.decoded) if self._is_interlaced else self.decoded
+
+    def rgb(self, frame: av.VideoFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        """A frame as (H, W, 3) uint8 sRGB. Where its colours need much arithmetic, it is shrunk first by a whole number, but not
+        below the size ``at_least``."""
+        width, height = _with_square_pixels(frame, self._pixel_aspect)
+        if self._colour.is_converted:
+            shrink = min(min(width, height) // max(at_least), 8) if at_least else 1
+            pixels = self._converted(frame, width // max(1, shrink), height // max(1, shrink))
+        else:
+            pixels = self._plain(frame, width, height)
+        if self._is_of_pictures:  # PyAV frees their colour profiles twice once their side data were read
+            return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return pixels if matrix is None else _upright(pixels, np.frombuffer(matrix, dtype=np.int32))
+
+    def _plain(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+        pixels = self._reformat(frame, width, height, "rgba" if self._has_alpha else "rgb24", full_range=True).to_ndarray()
+        if not self._has_alpha:
+            return pixels
+        alpha = pixels[..., 3:].astype(np.uint16)
+        return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+    def _converted(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+        if frame.format.is_rgb:
+            green, blue, red = _planes(self._reformat(frame, width, height, "gbrp16le", full_range=True))
+            rgb = np.stack([red, green, blue], axis=-1).astype(np.float32) / 65535
+        else:  # FFmpeg 8 overflows where RGB of 16 bits leaves the gamut
+            ycbcr = _planes(self._reformat(frame, width, height, "yuv444p16le", self._colour.full_range))
+            rgb = rgb_of_ycbcr(*ycbcr, self._colour)
+        return to_srgb(rgb, self._colour)
+
+    def _reformat(self, frame: av.VideoFrame, width: int, height: int, format: str, full_range: bool) -> av.VideoFrame:
+        # what the frame itself says is not asked: PyAV before 17 overlooks it
+        same_size = (width, height) == (frame.width, frame.height)
+        smaller = width < frame.width or height < frame.height
+        interpolation = None if same_size else Interpolation.AREA if smaller else Interpolation.BICUBIC
+        ranges = {True: ColorRange.JPEG, False: ColorRange.MPEG}
+        return self._reformatter.reformat(
+            frame,
+            width,
+            height,
+            format,
+            src_colorspace=self._colour.matrix,
+            dst_colorspace=self._colour.matrix,
+            interpolation=interpolation,
+            src_color_range=ranges[self._colour.full_range],
+            dst_color_range=ranges[full_range],
+        )
+
+
+class Animation:
+    """An open animated picture, with what ``Video`` has."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.decoded = _animation_frames(image)
+        self.fps = None
+        self.done = "transparency over white" if image.has_transparency_data else ""
+
+    def frames(self) -> Iterator[AnimationFrame]:
+        return self.decoded
+
+    def rgb(self, frame: AnimationFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        return frame.pixels
+
+
+@dataclass(frozen=True)
+class AnimationFrame:
+    """(H, W, 3) uint8, and when it is shown, in seconds."""
+
+    pixels: np.ndarray
+    time: float
+
+
+Frame = av.VideoFrame | AnimationFrame
+
+
+def _animation_frames(image: Image.Image) -> Iterator[AnimationFrame]:
+    milliseconds = 0
+    for frame in ImageSequence.Iterator(image):
+        rgba = frame.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        yield AnimationFrame(np.array(Image.alpha_composite(white, rgba).convert("RGB")), milliseconds / 1000)
+        milliseconds += frame.info.get("duration", 0)
+
+
+def _decode(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
+    name = DECODERS_WITH_ALPHA.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    decoder = av.CodecContext.create(name, "r")
+    for packet in container.demux(stream):  # the last one is empty, which gives what is left
+        yield from decoder.decode(packet)
+
+
+def _deinterlace(stream: av.video.stream.VideoStream, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """One frame for each; those that are not interlaced stay as they are."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(template=stream)
+    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    source.link_to(bwdif)
+    bwdif.link_to(sink)
+    graph.configure()
+    for frame in chain(frames, [None]):
+        graph.push(frame)
+        while True:
+            try:
+                yield graph.pull()
+            except (av.BlockingIOError, EOFError):
+                break
+
+
+def _colour_of(frame: av.VideoFrame, codec: av.CodecContext) -> Colour:
+    """What a file says about its colours, and for what it does not say what players take."""
+    matrix, assumed = frame.colorspace, False
+    if matrix == 10:  # BT.2020 with constant luminance, which nobody uses
+        matrix = BT2020
+    if matrix not in MATRICES:
+        assumed = True
+        matrix = {BT709: BT709, BT2020: BT2020, 5: BT601, 6: BT601}.get(
+            codec.color_primaries, BT709 if frame.height >= HD_HEIGHT else BT601
+        )
+    is_rgb = frame.format.is_rgb or frame.format.name == "pal8"
+    full_range = is_rgb or frame.format.name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
+    return Colour(codec.color_primaries, codec.color_trc, matrix, full_range, assumed and not is_rgb)
+
+
+def _planes(frame: av.VideoFrame) -> Iterator[np.ndarray]:
+    """Each plane of 16 bits as (H, W) uint16; PyAV before 15 does not give them as one array."""
+    for plane in frame.planes:
+        yield np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width]
+
+
+def _with_square_pixels(frame: av.VideoFrame, aspect: Fraction) -> tuple[int, int]:
+    """The size with square pixels, of which no side is smaller than in the file."""
+    if aspect >= 1:
+        return round(frame.width * aspect), frame.height
+    return frame.width, round(frame.height / aspect)
+
+
+def _upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turned and mirrored as the display matrix of a file wants (phones write one)."""
+    # x' = a x + c y, y' = b x + d y, with x to the right and y downwards, in 16.16 fixed point
+    a, b, _, c, d = matrix[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, flip_x, flip_y = pixels.transpose(1, 0, 2), c < 0, b < 0
+    else:
+        flip_x, flip_y = a < 0, d < 0
+    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

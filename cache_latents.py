@@ -105,8 +105,8 @@ def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -
             if not result.targets:
                 report.too_short += 1
                 logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
-            elif (resampling := result.targets[0].resampling) is not None:
-                report.resampled.setdefault(str(resampling), []).append(result.item.path.name)
+            else:
+                report.note_changes(result.item, result.targets[0].changes)
             judged = [verdicts[target.key] for target in result.targets]
             called_for += [verdict.path for verdict in judged]
             outcome.kept += sum(verdict.reason is None for verdict in judged)

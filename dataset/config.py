@@ -244,9 +244,10 @@ def _require_source(what: str, toml: Path, source: Path, wants_folder: bool) -> 
         return
     if os.path.exists(source):
         raise UserError(f"{what} must be a {'folder' if wants_folder else 'file'}, but is none.")
-    hint = "Check the spelling."
+    blank = source.name != source.name.strip()
+    hint = "Its name begins or ends with a blank." if blank else "Check the spelling."
     if not source.is_absolute():
-        hint = f"Relative paths start at the current folder, {Path.cwd()}."
+        hint += f" Relative paths start at the current folder, {Path.cwd()}."
         beside = os.path.realpath(toml.parent / source)
         if os.path.exists(beside):
             hint += f" There is a {beside}: write that, or start the script in the folder of the config."

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from dataset.config import DatasetConfig
-from dataset.media.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dataset.media.decoding import VIDEO_EXTENSIONS
+from dataset.media.pictures import IMAGE_EXTENSIONS
 from utils.errors import UserError, name_some, shown
 from utils.toml_files import has_escaped_backslash_accident
 
+EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 FILE_NAME_BYTES = 255  # what the common file systems allow
 LONGEST_CACHE_SUFFIX = "_000000-0000_00000x00000_hv.safetensors"  # after the stem, with room for long clips and large sources
 
@@ -76,22 +81,52 @@ def settle_captions(items: Sequence[Item], missing: str) -> list[Item]:
     return [item for item in items if item.caption is not None]
 
 
-def _items_of_folder(dataset: DatasetConfig) -> list[Item]:
-    extensions = IMAGE_EXTENSIONS if dataset.kind == "image" else VIDEO_EXTENSIONS
+def unread_files(dataset: DatasetConfig) -> list[str]:
+    """Names of files in a dataset's folder that have a caption but an ending that is not read in such a dataset."""
+    if dataset.directory is None:
+        return []
+    paths, captions = _list_folder(dataset)
+    read = {path.stem for path in paths if path.suffix.lower() in EXTENSIONS[dataset.kind]}
+    others = (path for path in paths if path.stem not in read and path.name not in captions.values())
+    return [path.name for path in others if _caption_of(path, dataset, captions)]
+
+
+def _list_folder(dataset: DatasetConfig) -> tuple[list[Path], dict[str, str]]:
+    """The files of a dataset's folder, sorted, and the names of those that may be captions, by ``_caption_key``."""
     try:
         with os.scandir(dataset.directory) as entries:
-            files = {entry.name for entry in entries if entry.is_file()}
+            # Dot files are temporary or the "._x" doubles that macOS writes; neither is a picture.
+            names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"cannot list the folder {dataset.directory}: {error.strerror or error}.") from error
+    ending = dataset.caption_extension.lower()
+    captions = {_caption_key(name): name for name in names if name.lower().endswith(ending)}
+    return [dataset.directory / name for name in names], captions
+
+
+def _items_of_folder(dataset: DatasetConfig) -> list[Item]:
+    paths, captions = _list_folder(dataset)
     items = []
-    for name in sorted(files):
-        path = dataset.directory / name
-        # Dot files are temporary or the "._x" doubles that macOS writes; neither is a picture.
-        if path.suffix.lower() in extensions and not name.startswith("."):
-            caption_name = f"{path.stem}{dataset.caption_extension}"
-            caption = _read_text(dataset.directory / caption_name).strip() if caption_name in files else None
+    for path in paths:
+        if path.suffix.lower() in EXTENSIONS[dataset.kind]:
+            name = _caption_of(path, dataset, captions)
+            caption = None if name is None else _read_text(dataset.directory / name).strip()
             items.append(Item(dataset, path, caption, path.stem))
     return items
+
+
+def _caption_key(name: str) -> str:
+    """A name as captions are looked up by: in Unicode NFC, its ending in lower case."""
+    stem, ending = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + ending.lower()
+
+
+def _caption_of(path: Path, dataset: DatasetConfig, captions: dict[str, str]) -> str | None:
+    """The name of a media file's caption: that of ``a.png`` is ``a.txt``, or else ``a.png.txt``."""
+    for stem in (path.stem, path.name):
+        if (found := captions.get(_caption_key(f"{stem}{dataset.caption_extension}"))) is not None:
+            return found
+    return None
 
 
 def _items_of_jsonl(dataset: DatasetConfig) -> list[Item]:
@@ -135,7 +170,9 @@ def _parse_line(line: str, key: str, where: str) -> tuple[Path, str | None]:
         f"{path}{caption}".encode()
     except UnicodeEncodeError:  # "\ud800" is legal JSON, but no text
         raise UserError(f"{where} holds half of a surrogate pair; write the character itself, in UTF-8.") from None
-    return Path(path), None if caption is None else caption.strip()
+    if path.startswith("file:"):
+        path = url2pathname(urlsplit(path).path)
+    return Path(path).expanduser(), None if caption is None else caption.strip()
 
 
 def _read_text(path: Path) -> str:

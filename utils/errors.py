@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 
 SHOWN_CHARACTERS = 80
@@ -22,6 +23,21 @@ class UserError(Exception):
 
     The message is a full sentence: what is wrong, where (file, line, key, item), and what to do about it.
     """
+
+
+def with_visible_characters(text: str) -> str:
+    """The text with every character that nobody sees, or that moves others, as its code point, such as <U+202A>; and their names.
+
+    They come with paths that are copied from file managers, chats and web pages.
+    """
+    hidden = {character for character in text if character not in " \n" and not character.isprintable()}
+    hidden = {
+        character for character in hidden if unicodedata.category(character)[0] in "CZ" and not "\ud800" <= character <= "\udfff"
+    }
+    for character in hidden:
+        text = text.replace(character, f"<U+{ord(character):04X}>")
+    names = sorted(f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})" for character in hidden)
+    return f"{text} It has invisible characters: {', '.join(names)}." if names else text
 
 
 def first_line(error: BaseException) -> str:
@@ -59,7 +75,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_visible_characters(str(error))}", file=sys.stderr)
         sys.exit(STATUS_USER_ERROR)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more does not wait for threads that are still at work

@@ -44,7 +44,7 @@ def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str
 def _syntax_hint(text: str, message: str) -> str:
     """The line that the parser names, and what to do about backslashes in it."""
     match = re.search(r"line (\d+)", message)
-    line = dict(enumerate(text.splitlines(), start=1)).get(int(match[1]) if match else 0, "").strip()
+    line = dict(enumerate(text.splitlines(), start=1)).get(int(match[1]) if match else 0, "").strip(" \t")
     hint = f" - {BACKSLASH_HINT}" if '"' in line and "\\" in line else ""
     return f"The line is: {line}{hint}" if line else "Mend the file."
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from dataset.cache.names import CacheKey, latent_cache_path
-from dataset.cache.records import source_record, target_record
+from dataset.cache.records import PIXELS, source_record, target_record
 from dataset.items import Item
-from dataset.media.decoding import frame_times, probe_image, probe_video, read_clip_windows, read_image
+from dataset.media.decoding import frame_times, probe_video, read_clip_windows
 from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
 from dataset.media.frames import Window, frames_needed
+from dataset.media.pictures import probe_image, read_image
 from dataset.media.resizing import fit_to_bucket
 from utils.errors import UserError
 
@@ -39,6 +40,7 @@ class Target:
     original_size: tuple[int, int]  # (W, H) of the source
     bucket: tuple[int, int]  # (W, H) to train at
     resampling: Resampling | None = None  # the frames of the file that windows count, None for every frame
+    done: str = ""  # to the pixels, as ``VideoInfo.done``
 
     @property
     def key(self) -> CacheKey:
@@ -64,9 +66,15 @@ class Target:
         return f"{self.item.path} frames {self.window[0]} to {self.window[0] + self.window[1] - 1}{resampled}"
 
     @property
+    def changes(self) -> list[str]:
+        """What is done to the frames of the file before they are fitted, for the table."""
+        return [str(change) for change in (self.resampling, self.done) if change]
+
+    @property
     def record(self) -> dict[str, str]:
         """What is done to the source, as it stands in the cache file."""
-        return target_record(self.bucket, self.window, EVERY_FRAME if self.resampling is None else self.resampling.record)
+        frame_rate = EVERY_FRAME if self.resampling is None else self.resampling.record
+        return {**target_record(self.bucket, self.window, frame_rate), PIXELS: self.done}
 
 
 def plan_targets(item: Item) -> tuple[Target, ...]:
@@ -78,10 +86,10 @@ def plan_targets(item: Item) -> tuple[Target, ...]:
     windows: list[Window | None] = [None]
     resampling = None
     if dataset.kind == "image":
-        size = probe_image(item.path)
+        size, done = probe_image(item.path)
     else:
         info = probe_video(item.path)
-        size = info.width, info.height
+        size, done = (info.width, info.height), info.done
         fps, given = dataset.source_fps or info.fps, dataset.source_fps is not None
         limit = None
         needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
@@ -91,7 +99,7 @@ def plan_targets(item: Item) -> tuple[Target, ...]:
         resampling = resample(times, fps, dataset.target_fps, given)
         windows = list(dataset.windows_of(len(times if resampling is None else resampling.indices)))
     bucket = dataset.bucket_for(size)
-    return tuple(Target(item, window, size, bucket, resampling) for window in windows)
+    return tuple(Target(item, window, size, bucket, resampling, done) for window in windows)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What made a cache file, as strings in its metadata, and the comparison with what would make it today.
 
 A record holds the source (bytes, modification time, hash), and under a key of ``REASONS`` each thing that was done to it. A new
-step of processing gets a line there and one in ``target_record``. What either side lacks is not compared, so that caches of other
+step of processing gets a line there and one in ``Target.record``. What either side lacks is not compared, so that caches of other
 tools and of earlier versions stay valid.
 """
 
@@ -22,7 +22,7 @@ WHOLE_BYTES = 64 * 2**20  # of a larger video only the size, the beginning and t
 PART_BYTES = 8 * 2**20
 
 SOURCE_BYTES, SOURCE_TIME, SOURCE_HASH = "source_bytes", "source_mtime_ns", "source_hash"
-BUCKET, WINDOW, FRAME_RATE, VAE = "bucket", "window", "frame_rate", "vae"
+BUCKET, WINDOW, FRAME_RATE, PIXELS, VAE = "bucket", "window", "frame_rate", "pixels", "vae"
 TEXT_ENCODERS = ("text_encoder1", "text_encoder2")
 TOKENIZERS = ("tokenizer1", "tokenizer2")
 
@@ -33,6 +33,7 @@ REASONS = {
     BUCKET: "another size",
     WINDOW: "another window",
     FRAME_RATE: "another frame rate",
+    PIXELS: "pixels read in another way",
     VAE: "another VAE",
     CAPTION: "another caption",
     **dict.fromkeys(TEXT_ENCODERS, "another text encoder"),
@@ -53,6 +54,8 @@ def target_record(bucket: tuple[int, int], window: Window | None = None, frame_r
 def latents_made(path: Path) -> dict[str, str]:
     """What made the latents in ``path``: the metadata, with the bucket that the tensor has. Errors as in ``read_latent_header``."""
     shape, metadata = read_latent_header(path)
+    if SOURCE_HASH in metadata:  # by an earlier version, which read every file in the one way it knew
+        metadata = {PIXELS: ""} | metadata
     return metadata | target_record(bucket_of(shape)[:2])
 
 

@@ -11,8 +11,8 @@ from dataset.cache.files import LatentShape, bucket_of, read_latent_header
 from dataset.cache.freshness import NEW
 from dataset.cache.names import list_caches, newest_latents
 from dataset.config import DatasetConfig
-from dataset.items import Item
-from utils.errors import UserError
+from dataset.items import Item, unread_files
+from utils.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ class DatasetReport:
     texts: int = 0  # items whose text encoder outputs are cached
     used: int = 0  # pictures and windows that have both, which is what training sees
     buckets: dict[tuple[int, int, int], int] = field(default_factory=dict)  # of all cached latents, by (W, H, frames) in pixels
-    resampled: dict[str, list[str]] = field(default_factory=dict)  # clips whose frame rate was changed, by what was done
+    unread: list[str] = field(default_factory=list)  # files with a caption whose ending is not read
+    changed: dict[str, list[str]] = field(default_factory=dict)  # names of the files whose frames or colours were, by how
     outcome: CachingOutcome | None = None  # of a caching run; None before it and in training
     notes: list[str] = field(default_factory=list)  # on the caches, for training
 
@@ -78,6 +79,7 @@ class DatasetReport:
     def count_items(self, items: Sequence[Item]) -> None:
         """Set the counts of items."""
         self.found = len(items)
+        self.unread = unread_files(self.dataset)
         self.no_caption = sum(item.caption is None for item in items)
 
     def count_shapes(self, shapes: Iterable[LatentShape]) -> None:
@@ -99,13 +101,20 @@ class DatasetReport:
         self.texts = len(listing.texts)
         self.used = sum(stem in listing.texts for stem, _ in shapes)
 
+    def note_changes(self, item: Item, changes: Iterable[str]) -> None:
+        """Add the name of an item to what was done to its frames."""
+        for change in changes:
+            self.changed.setdefault(change, []).append(item.path.name)
+
     def lines(self) -> Iterator[str]:
         """What stands below the dataset's row of the table."""
         yield f"{self.dataset.source} -> {self.dataset.cache_directory}"
         for (width, height, frames), items in self.buckets.items():
             bucket = f"{width}x{height}" + (f", {frames} frame(s)" if self.dataset.kind == "video" else "")
             yield f"{bucket}: {items} in {self.batches_of(items)} batch(es) of up to {self.dataset.batch_size}"
-        yield from (f"{done}: {', '.join(names)}" for done, names in sorted(self.resampled.items()))
+        yield from (f"{done}: {', '.join(names)}" for done, names in sorted(self.changed.items()))
+        if self.unread:
+            yield f"{len(self.unread)} file(s) with a caption but of a kind not read here: {name_some(self.unread)}"
         if self.outcome is not None:
             yield f"cache files: {self.outcome}"
         yield from self.notes

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.media.decoding import IMAGE_EXTENSIONS, read_image
+from dataset.media.pictures import IMAGE_EXTENSIONS, read_image
 from dataset.media.resizing import fit_to_bucket
 from examples.toy import world, zorp
 from examples.toy.contact_sheet import Cell, film_strip, save_contact_sheet

@@ -9,8 +9,9 @@ import pytest
 
 from dataset.config import DATASET_KEYS, DatasetConfig, load_dataset_config
 from dataset.media.buckets import bucket_resolutions
-from dataset.media.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dataset.media.decoding import VIDEO_EXTENSIONS
 from dataset.media.frames import FRAME_EXTRACTIONS, cut_windows
+from dataset.media.pictures import IMAGE_EXTENSIONS
 
 TEXT = (Path(__file__).resolve().parents[2] / "dataset" / "dataset_config.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```toml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)

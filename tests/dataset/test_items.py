@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from dataset.cache.names import latent_cache_path
 from dataset.config import DatasetConfig
-from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, settle_captions
+from dataset.items import FILE_NAME_BYTES, LONGEST_CACHE_SUFFIX, Item, list_items, settle_captions, unread_files
 from utils.errors import UserError
 
 
@@ -41,7 +42,7 @@ def test_folder_gives_media_of_its_kind_sorted_with_captions(tmp_path):
         ("b.two.PNG", "b.two", "привет"),
         ("猫_x.webp", "猫_x", None),
     ]
-    assert [item.stem for item in list_items(folder_dataset(tmp_path, kind="video"))] == ["clip"]
+    assert [item.stem for item in list_items(folder_dataset(tmp_path, kind="video"))] == ["clip", "猫_x"]
 
 
 def test_caption_extension_is_the_one_asked_for(tmp_path):
@@ -49,6 +50,39 @@ def test_caption_extension_is_the_one_asked_for(tmp_path):
     (tmp_path / "a.txt").write_text("wrong", encoding="utf-8")
     (tmp_path / "a.caption").write_text("right", encoding="utf-8")
     assert list_items(folder_dataset(tmp_path, caption_extension=".caption"))[0].caption == "right"
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption"),
+    [
+        (unicodedata.normalize("NFC", "Zoë.png"), unicodedata.normalize("NFD", "Zoë.txt")),
+        (unicodedata.normalize("NFD", "Zoë.png"), unicodedata.normalize("NFC", "Zoë.txt")),
+        ("a.PNG", "a.TXT"),
+        ("a.png", "a.png.txt"),
+        ("photo.jfif", "photo.txt"),
+        ("photo.heic", "photo.txt"),
+    ],
+)
+def test_captions_are_found_by_what_people_see(tmp_path, picture, caption):
+    (tmp_path / picture).touch()
+    (tmp_path / caption).write_text("found", encoding="utf-8")
+    assert [item.caption for item in list_items(folder_dataset(tmp_path))] == ["found"]
+    assert unread_files(folder_dataset(tmp_path)) == []
+
+
+def test_captioned_files_that_are_not_read_are_named(tmp_path):
+    for name in ("a.png", "a.npz", "b.psd", "c.mp4", "d.psd", "a.txt", "b.txt", "c.TXT"):
+        (tmp_path / name).touch()
+    assert unread_files(folder_dataset(tmp_path)) == ["b.psd", "c.mp4"]
+
+
+def test_paths_of_a_jsonl_may_begin_at_home_or_be_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a b.png").touch()
+    lines = (json.dumps({"image_path": path, "caption": ""}) for path in ("~/a b.png", (tmp_path / "a c.png").as_uri()))
+    items = list_items(jsonl_dataset(write_jsonl(tmp_path, *lines)))
+    assert [item.path for item in items] == [tmp_path / "a b.png", tmp_path / "a c.png"]
 
 
 def test_caption_that_is_not_utf8_names_its_file(tmp_path):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from dataset import load_dataset_config
 from dataset.items import list_items, settle_captions
-from dataset.media.decoding import iterate_frames, read_image
+from dataset.media.decoding import iterate_frames
+from dataset.media.pictures import read_image
 from examples.toy.loss_curve import moving_average, plot_losses, read_losses
 from examples.toy.make_concept import CACHE, CLIPS, CONCEPT, KNOWN_CLIPS, KNOWN_PICTURES, PICTURES, ROOT, make_concept
 from examples.toy.world import COLOURS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bench import picture, refused
 
-from dataset.media.decoding import IMAGE_EXTENSIONS
+from dataset.media.pictures import IMAGE_EXTENSIONS
 from utils.media_writing import save_video
 
 LISTS = {

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataset.cache.files import read_latents, save_latents
-from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
+from dataset.cache.records import PIXELS, TEXT_ENCODERS, TOKENIZERS
 from dataset.media.decoding import iterate_frames
 from utils.media_writing import save_video
 from utils.safetensors_io import read_header
+
+CASES = Path(__file__).parent.parent / "media" / "cases"
 
 
 def latents(folder: Path) -> dict[str, int]:
@@ -81,6 +83,25 @@ def replace_picture(path: Path) -> None:
         file.write(bytes(max(0, missing)))
     assert missing >= 0, "the new picture is larger; choose another one"
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 10**9))  # older than the cache
+
+
+def test_caches_of_files_that_were_read_in_another_way_are_made_again(call_script, tiny_model, tmp_path):
+    for name in ("hlg.mp4", "bt709.mp4"):
+        shutil.copy(CASES / name, tmp_path)
+        (tmp_path / name).with_suffix(".txt").write_text("patches", encoding="utf-8")
+    (tmp_path / "other.raw").touch()
+    (tmp_path / "other.txt").touch()
+    source = f"video_directory = '{tmp_path}'\ncache_directory = '{tmp_path / 'cache'}'"
+    (tmp_path / "set.toml").write_text(f"[[datasets]]\nresolution = 32\n{source}\ntarget_frames = [1]\n", encoding="utf-8")
+    flags = ("--dataset_config", tmp_path / "set.toml", "--vae", tiny_model.vae, "--device", "cpu", "--skip_existing")
+    first = call_script("cache_latents", *flags)
+    assert "    HLG to SDR: hlg.mp4\n" in first.stdout and first.status == 0, first.stderr
+    assert "1 file(s) with a caption but of a kind not read here: other.raw" in first.stdout
+    for path in (tmp_path / "cache").iterdir():  # as an earlier version wrote them
+        metadata = {key: value for key, value in read_header(path).metadata.items() if key != PIXELS}
+        save_file(load_file(path), path, metadata)
+    again = call_script("cache_latents", *flags)
+    assert outcomes(again.stdout)[-1] == "0 made, 1 kept, 1 redone (1 pixels read in another way), 0 skipped, 0 orphans"
 
 
 def test_only_what_changed_is_made_again(cache_latents, tiny_model, tiny_dataset, tmp_path):

@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from dataset.media import decoding as media
-from dataset.media.decoding import (
-    MediaError,
-    frame_times,
-    iterate_frames,
-    probe_image,
-    probe_video,
-    read_clip_windows,
-    read_image,
-)
+from dataset.media import decoding, pictures
+from dataset.media.decoding import frame_times, iterate_frames, probe_video, read_clip_windows
+from dataset.media.errors import MediaError
+from dataset.media.pictures import probe_image, read_image
 from dataset.media.resizing import fit_to_bucket
 
 WHITE, RED = [255, 255, 255], [200, 0, 0]
@@ -118,14 +112,14 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     Image.fromarray(stored).save(path, exif=exif, **options)
     expected = UPRIGHT[orientation](stored)
     np.testing.assert_allclose(read_image(path).astype(int), expected, atol=4 if suffix == ".jpg" else 0)
-    assert probe_image(path) == (expected.shape[1], expected.shape[0])
+    assert probe_image(path)[0] == (expected.shape[1], expected.shape[0])
 
 
 def test_probing_reads_the_header_only(tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(smooth_picture(300, 200)).save(path)
     path.write_bytes(path.read_bytes()[:200])
-    assert probe_image(path) == (300, 200)
+    assert probe_image(path)[0] == (300, 200)
     with pytest.raises(MediaError, match=r"photo\.png cannot be decoded"):
         read_image(path)
     with pytest.raises(MediaError, match=r"none\.png does not exist"):
@@ -147,26 +141,26 @@ def test_postscript_named_like_a_picture_starts_no_program(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("content", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_the_content_counts_and_not_the_ending(tmp_path, content):
-    if content not in {"MPO", *media.readable_formats()}:
+    if content not in {"MPO", *pictures.readable_formats()}:
         pytest.skip(f"this Pillow cannot read {content}")
     path = tmp_path / "photo.png"
     picture = Image.new("RGB", (16, 8), (200, 0, 0))
     # MPO is for several pictures: with one alone Pillow writes a JPEG
     picture.save(path, format=content, **({"save_all": True, "append_images": [picture]} if content == "MPO" else {}))
-    assert probe_image(path) == (16, 8)
+    assert probe_image(path)[0] == (16, 8)
     np.testing.assert_allclose(read_image(path)[4, 8].astype(int), RED, atol=6)
 
 
 @pytest.fixture
 def fresh_plugins():
     """Image plugins are looked for again, before and after the test."""
-    media.readable_formats.cache_clear()
+    pictures.readable_formats.cache_clear()
     yield
-    media.readable_formats.cache_clear()
+    pictures.readable_formats.cache_clear()
 
 
 def test_a_format_without_its_package_says_what_to_install(tmp_path, monkeypatch, fresh_plugins):
-    monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "photo.JXL").write_bytes(b"\xff\x0a" + bytes(20))
     with pytest.raises(MediaError, match=r"photo\.JXL cannot be decoded .*pip install pillow-jxl-plugin"):
         read_image(tmp_path / "photo.JXL")
@@ -178,7 +172,7 @@ def test_installed_image_plugins_are_used(tmp_path, monkeypatch, fresh_plugins):
     monkeypatch.syspath_prepend(tmp_path)
     Image.new("RGB", (4, 4), (200, 0, 0)).save(tmp_path / "photo.bmp")
     read_image(tmp_path / "photo.bmp")
-    assert "JXL" in media.readable_formats()
+    assert "JXL" in pictures.readable_formats()
     del Image.OPEN["JXL"]
     Image.ID.remove("JXL")
 
@@ -279,7 +273,8 @@ def test_windows_are_slices_of_the_fitted_frames(lossless_clip):
 
 def test_only_frames_of_windows_are_converted(lossless_clip, monkeypatch):
     converted = []
-    monkeypatch.setattr(media, "frame_to_rgb", lambda frame, upright=media.frame_to_rgb: converted.append(frame) or upright(frame))
+    convert = decoding.Video.rgb
+    monkeypatch.setattr(decoding.Video, "rgb", lambda video, frame, *size: converted.append(frame) or convert(video, frame, *size))
     assert len(list(read_clip_windows(lossless_clip[0], [(2, 1), (5, 5)], (32, 16)))) == 2
     assert len(converted) == 6
 

@@ -28,12 +28,13 @@ from dataset.cache.report import CachingOutcome, format_table
 from dataset.items import Item
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
+from hunyuan_model.text.encoding import cut_texts
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory, free_memory, pick_device, warn_of_cpu
-from utils.errors import run_script
+from utils.errors import name_some, run_script
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -133,6 +134,17 @@ def cache(
     return failures
 
 
+def count_cut(jobs: Sequence[Job], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """Count the captions of each dataset that the encoders do not read to their ends, and name them."""
+    cut = cut_texts((item.caption for job in jobs for item in job.items), tokenizers)
+    for job in jobs:
+        too_long = [item for item in job.items if item.caption in cut]
+        job.report.cut = len(too_long)
+        if too_long:
+            names = name_some([f"{item.path.name} ({cut[item.caption]})" for item in too_long])
+            job.report.notes.append(f"the ends of these captions are not read: {names}")
+
+
 def count_outcome(job: Job, reasons: Sequence[str | None], failures: Sequence[Failure], settings: CachingSettings) -> None:
     """Count what became of a dataset's items, and list the orphans."""
     failed = {failure.item for failure in failures}
@@ -153,6 +165,7 @@ def main() -> int:
     hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
     jobs = open_caching(settings)
     tokenizers = hunyuan_model.load_tokenizers(encoders)
+    count_cut(jobs, tokenizers)
     record = fingerprints(encoders, tokenizers)
     judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
     items = [item for job, reasons in zip(jobs, judged) for item, reason in zip(job.items, reasons) if reason]

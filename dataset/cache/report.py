@@ -45,7 +45,7 @@ class CachingOutcome:
 
 
 # The columns of the table, each an attribute of DatasetReport.
-COLUMNS = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "used", "batches")
+COLUMNS = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "cut", "used", "batches")
 
 
 @dataclass
@@ -60,6 +60,7 @@ class DatasetReport:
     too_short: int | None = None  # clips with fewer frames than every target_frames
     latents: int = 0  # pictures and windows whose latents are cached
     texts: int = 0  # items whose text encoder outputs are cached
+    cut: int | None = None  # captions that the text encoders do not read to the end
     used: int = 0  # pictures and windows that have both, which is what training sees
     buckets: dict[tuple[int, int, int], int] = field(default_factory=dict)  # of all cached latents, by (W, H, frames) in pixels
     unread: list[str] = field(default_factory=list)  # files with a caption whose ending is not read

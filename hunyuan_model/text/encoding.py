@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,14 @@ from hunyuan_model.text import clip, llm
 from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.text.clip import load_text_encoder_2
 from hunyuan_model.text.llm import load_text_encoder_1
-from hunyuan_model.text.tokenizers import load_tokenizer
+from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEXT_LENGTH, apply_prompt_template
+from hunyuan_model.text.tokenizers import load_tokenizer, token_ids
 from utils.devices import free_memory
+from utils.errors import shown
+
+logger = logging.getLogger(__name__)
+
+CLIP_LENGTH = 77  # tokens that text encoder 2 reads, with begin and end
 
 
 class TextConditions(NamedTuple):
@@ -33,8 +40,29 @@ def load_tokenizers(settings: TextEncoderSettings) -> tuple[PreTrainedTokenizerB
     return first, second
 
 
+class CutText(NamedTuple):
+    """How long a text is that one of the encoders does not read to its end, in tokens of each."""
+
+    tokens1: int  # with what follows the prompt in the template; encoder 1 reads 256
+    tokens2: int  # with the begin and the end; encoder 2 reads 77
+
+    def __str__(self) -> str:
+        return f"{self.tokens1} of {TEXT_LENGTH} tokens for encoder 1, {self.tokens2} of {CLIP_LENGTH} for encoder 2"
+
+
+def cut_texts(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, CutText]:
+    """Those of the texts that are too long for an encoder, each once."""
+    llama_tokenizer, clip_tokenizer = tokenizers
+    distinct = list(dict.fromkeys(texts))
+    before = len(token_ids(llama_tokenizer, [TEMPLATE_BEFORE_PROMPT])[0])
+    llama = token_ids(llama_tokenizer, [apply_prompt_template(text) for text in distinct])
+    lengths = [CutText(len(one) - before, len(two) + 2) for one, two in zip(llama, token_ids(clip_tokenizer, distinct))]
+    return {text: cut for text, cut in zip(distinct, lengths) if cut.tokens1 > TEXT_LENGTH or cut.tokens2 > CLIP_LENGTH}
+
+
 def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> list[TextConditions]:
-    """Encode every prompt, each distinct text once. Both encoders are gone from ``device`` afterwards.
+    """Encode every prompt, each distinct text once, with a warning for those that are cut. Both encoders are gone from ``device``
+    afterwards.
 
     Raises:
         UserError: as ``load_text_encoder_1`` and ``load_text_encoder_2``; tokenizers are found before weights are read.
@@ -42,6 +70,8 @@ def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device
     dtype = settings.text_encoder_dtype
     llama_tokenizer, clip_tokenizer = load_tokenizers(settings)
     texts = dict.fromkeys(prompts)
+    for text, cut in cut_texts(texts, (llama_tokenizer, clip_tokenizer)).items():
+        logger.warning("the end of a prompt is not read, it has %s: %s", cut, shown(text))
     encoder = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
     pooled = {text: encoder.encode([text]).cpu() for text in texts}
     del encoder

@@ -64,10 +64,10 @@ def test_training_counts_caches_alone_when_the_media_are_gone(dataset, tmp_path)
 
 
 def test_table_shows_every_count_below_its_name(tmp_path):
-    report = DatasetReport(dataset_in(tmp_path, kind="video"), 11, 12, 13, 14, 15, 16, 17, 18, {(48, 32, 25): 19})
+    report = DatasetReport(dataset_in(tmp_path, kind="video"), 11, 12, 13, 14, 15, 16, 17, 20, 18, {(48, 32, 25): 19})
     header, row, paths, bucket = format_table([report]).splitlines()
-    names = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "used", "batches")
-    values = ("11", "12", "13", "15", "14", "16", "17", "18", "19")
+    names = ("found", "no caption", "decoded", "too short", "failed", "latents", "texts", "cut", "used", "batches")
+    values = ("11", "12", "13", "15", "14", "16", "17", "20", "18", "19")
     for name, value in zip(names, values):
         end = header.index(name) + len(name)
         assert row[:end].endswith(f" {value}")

@@ -15,12 +15,14 @@ from dataset import load_dataset_config
 from dataset.cache.files import read_text
 from dataset.cache.names import text_cache_path
 from dataset.items import Item, list_items
-from hunyuan_model import load_text_encoder_1, load_text_encoder_2
+from hunyuan_model import encode_prompts, load_text_encoder_1, load_text_encoder_2
+from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 
+CPU = torch.device("cpu")
 SCRIPT = "cache_text_encoder_outputs.py"
 
 
@@ -71,6 +73,22 @@ def test_caches_hold_what_the_encoders_give(tiny_model, tiny_dataset: Path, run_
     assert read_text(text_cache_path(items[0])).llm_mask.sum() == 1  # what follows the prompt in the template
     written = sorted(path.name for folder in {text_cache_path(item).parent for item in items} for path in folder.iterdir())
     assert written == sorted(f"{item.stem}_hv_te.safetensors" for item in items)  # one for a clip, and nothing else
+
+
+def test_captions_that_are_cut_are_counted_and_named(tiny_model, tiny_dataset: Path, run_here, capsys, caplog) -> None:
+    items = all_items(tiny_dataset)
+    caption_file(items[0]).write_text("a red ball " * 300, encoding="utf-8")
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (tiny_model.text_encoder1, tiny_model.text_encoder2)]
+    ids = [tokenizer(("a red ball " * 300).strip(), add_special_tokens=False).input_ids for tokenizer in tokenizers]
+    counts = f"{len(ids[0]) + 1} of 256 tokens for encoder 1, {len(ids[1]) + 2} of 77 for encoder 2"
+    assert run_here(flags(tiny_dataset, tiny_model)) == 0
+    table = capsys.readouterr().out.split("dataset  ")[-1]
+    assert table.splitlines()[1].split()[-3] == "1" and f"not read: {items[0].path.name} ({counts})" in table
+    encode_prompts(
+        ["a ball", "a red ball " * 300], TextEncoderSettings(tiny_model.text_encoder1, tiny_model.text_encoder2, torch.float32), CPU
+    )
+    (warning,) = [record.message for record in caplog.records if "not read" in record.message]
+    assert "a red ball a red ball" in warning
 
 
 def test_states_that_are_no_numbers_are_never_saved(tiny_model, tiny_dataset: Path, tmp_path: Path, run_here, capsys) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import shutil
@@ -13,6 +15,10 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+UNSUPPORTED = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+_warned: set[str] = set()  # operations that were found missing
 SIGNATURE_BYTES = 64  # of a file, enough for ``foreign_content``
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
 MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
@@ -46,10 +52,10 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
             temporary.touch()
             mode = temporary.stat().st_mode  # what the user's umask gives; some writers put a private file in its place
             yield temporary
-            os.chmod(temporary, mode)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
+            with _where_supported(final.parent, "permissions"):
+                os.chmod(temporary, mode)
+            _flush_file(temporary)
+            _rename(temporary, final)
             _flush_folder(final.parent)
     finally:
         with suppress(OSError):  # usually gone by now, or its folder could not be made
@@ -71,8 +77,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    with open(os.path.join(folder, name), "rb+") as file:
-                        os.fsync(file.fileno())
+                    _flush_file(Path(folder, name))
             _flush_folder(temporary)
             if final.exists():
                 outdated = _temporary_beside(final, keep_name=True)
@@ -102,6 +107,41 @@ def _temporary_beside(final: Path, keep_name: bool) -> Path:
     name = final_of_temporary(final)  # where ``final`` is itself being written for another name, that one is kept
     ending = f".{name or final.name}" if name or keep_name else final.suffix
     return final.with_name(f".{uuid.uuid4().hex[:8]}.tmp{ending}")
+
+
+@contextmanager
+def _where_supported(folder: Path, what: str) -> Iterator[None]:
+    """Go on, with one warning, where the file system of ``folder`` lacks an operation, as network and cloud mounts do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(folder, what, error)
+
+
+def _warn_once(folder: Path, what: str, error: OSError) -> None:
+    if what not in _warned:
+        _warned.add(what)
+        reason = error.strerror or error
+        logger.warning("the file system of %s has no %s (%s): files are written without.", folder, what, reason)
+
+
+def _flush_file(path: Path) -> None:
+    """Make what was written survive a power cut."""
+    with _where_supported(path.parent, "flushing to disk"), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    """Rename over what stands under ``final``; where that is not possible, copy, so that there is always one whole file."""
+    try:
+        os.replace(temporary, final)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.EEXIST} or not os.path.isfile(temporary):
+            raise
+        shutil.copyfile(temporary, final)
+        _warn_once(final.parent, "renaming over a file", error)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -202,11 +242,16 @@ def require_writable_folder(path: str | os.PathLike[str], flag: str) -> Path:
     existing = nearest_existing(folder)
     probe = existing / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        what = "is a file" if existing.is_file() else error.strerror or str(error)
+        for _ in range(2):  # all that saving does, over a file that is there as well
+            with atomic_path(probe) as temporary:
+                temporary.write_bytes(b"probe")
+    except UserError as error:
+        reason = error.__cause__
+        what = "is a file" if existing.is_file() else getattr(reason, "strerror", None) or str(reason or error)
         raise UserError(f"{flag} {folder} cannot be written to ({existing}: {what}). Give another folder.") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
     return folder
 
 

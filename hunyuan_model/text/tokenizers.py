@@ -148,7 +148,7 @@ def _from_folder(folder: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase
     """Read tokenizer.json as it stands; transformers rebuilds some tokenizers by class name and changes them on the way."""
     try:
         if not (folder / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         stored = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from utils import files
 from utils.errors import UserError
-from utils.files import atomic_path, final_of_temporary, is_temporary, remove_folder, require_file, require_writable_folder
+from utils.files import (
+    atomic_folder,
+    atomic_path,
+    final_of_temporary,
+    is_temporary,
+    remove_folder,
+    require_file,
+    require_writable_folder,
+)
 
 
 def test_a_file_a_folder_and_nothing(tmp_path):
@@ -35,6 +45,39 @@ def test_a_writable_folder_need_not_exist_and_is_not_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_dir .*below cannot be written to .*is a file"):
         require_writable_folder(tmp_path / "file" / "below", "--output_dir")
+
+
+@pytest.mark.parametrize(
+    ("operation", "number", "what"),
+    [("chmod", errno.EPERM, "permissions"), ("fsync", errno.EINVAL, "flushing"), ("replace", errno.EPERM, "renaming")],
+)
+def test_mounts_that_lack_an_operation_are_written_with_one_warning(tmp_path, monkeypatch, caplog, operation, number, what):
+    def lacking(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(os, operation, lacking)
+    require_writable_folder(tmp_path, "--output_dir")
+    assert what in caplog.text, "it is known before anything is saved"
+    for content in ("first", "second"):
+        with atomic_path(tmp_path / "lora.safetensors") as temporary:
+            temporary.write_text(content)
+        assert (tmp_path / "lora.safetensors").read_text() == content
+    if operation != "replace":
+        with atomic_folder(tmp_path / "state") as folder:
+            (folder / "a").touch()
+    assert [path.name for path in tmp_path.iterdir() if is_temporary(path)] == []
+    assert len(caplog.records) == 1
+
+
+def test_a_full_disk_is_no_missing_operation(tmp_path, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written to"):
+        require_writable_folder(tmp_path, "--output_dir")
+    assert not list(tmp_path.iterdir())
 
 
 def test_temporary_names_are_told_from_hidden_files(tmp_path):

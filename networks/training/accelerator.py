@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
 
 from networks.training.settings import TrainingSettings
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
 
+PROCESSES = frozenset({DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU})
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
@@ -22,8 +23,13 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     try:
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=loop.ddp_timeout))] if loop.ddp_timeout else []
         accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError, AssertionError) as error:
         raise UserError(f"accelerate refuses this setup: {first_line(error).rstrip('.')}.") from error
+    if accelerator.distributed_type not in PROCESSES:
+        raise UserError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, with which nothing can be trained here. "
+            "Choose no distributed training or several GPUs (`accelerate config`), or give accelerate launch --multi_gpu."
+        )
     if accelerator.mixed_precision not in PRECISIONS:
         raise UserError(
             f"accelerate was launched with --mixed_precision {accelerator.mixed_precision}, in which nothing can be trained here. "

@@ -35,11 +35,13 @@ class Request(enum.IntEnum):
 
 
 _OF_SIGNAL = {signal.SIGINT: Request.INTERRUPT, signal.SIGTERM: Request.TERMINATE}
+if hasattr(signal, "SIGHUP"):  # the terminal was closed; not on Windows
+    _OF_SIGNAL[signal.SIGHUP] = Request.TERMINATE
 _OF_FILE = {"save_and_stop": Request.SAVE_AND_STOP, "save": Request.SAVE}
 
 
 class TrainingRequests:
-    """While it is open, SIGINT and SIGTERM wait for ``poll``; a second signal ends the process at once.
+    """While it is open, SIGINT, SIGTERM and SIGHUP wait for ``poll``; a second signal ends the process at once.
 
     A file called ``save`` or ``save_and_stop`` in ``folder`` is a request, too; it is removed when it is read.
     """
@@ -62,7 +64,7 @@ class TrainingRequests:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signalled:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now must not be interrupted again while it cleans up
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 raise SystemExit(128 + number)
             raise KeyboardInterrupt
         self._received = _OF_SIGNAL[signal.Signals(number)]

@@ -162,6 +162,10 @@ DATASET_KEYS: Validators = {
 }
 
 
+# of this file format in trainers of other models, which read pictures besides those that are learned
+KEYS_OF_OTHER_MODELS = frozenset({"control_directory", "control_resolution", "no_resize_control", "multiple_target"})
+
+
 def load_dataset_config(path: str | os.PathLike[str], *, require_media: bool = True) -> DatasetGroup:
     """Read and check a dataset TOML file.
 
@@ -199,6 +203,8 @@ def _validate(where: str, table: dict[str, Any], validators: Validators) -> dict
     for key in table:
         if key not in validators and key in DATASET_KEYS:
             raise UserError(f"{where}: {key} cannot stand here; move it to the [[datasets]] sections it is for.")
+        if key in KEYS_OF_OTHER_MODELS:
+            raise UserError(f"{where}: {key} is for models that are given control images; HunyuanVideo is given none. Take it out.")
         if key not in validators:
             hint = nearest_name(key, validators) or f" Known keys: {', '.join(validators)}."
             raise UserError(f"{where}: unknown key {key!r}.{hint}")
@@ -239,6 +245,7 @@ def _dataset(path: Path, index: int, common: dict[str, Any], table: dict[str, An
 
 
 def _require_source(what: str, toml: Path, source: Path, wants_folder: bool) -> None:
+    os.fsencode(source)  # or the system's encoding has no such name, which ``run_script`` explains
     # os.path rather than Path: names that the system refuses count as missing there instead of raising OSError
     if os.path.isdir(source) if wants_folder else os.path.isfile(source):
         return

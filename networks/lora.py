@@ -101,7 +101,7 @@ class LoraOptions:
         for name in ("loraplus_lr_ratio", "dropout", "rank_dropout", "module_dropout"):
             value, limit = getattr(self, name), math.inf if name == "loraplus_lr_ratio" else 1
             if value is not None and not (type(value) in (int, float) and 0 <= value < limit):
-                raise UserError(f"{name} of the LoRA must be a number from 0 to below {limit}, but it is {shown(value)}.")
+                raise UserError(f"--network_args {name} must be a number from 0 to below {limit}, but it is {shown(value)}.")
 
     def takes(self, path: str) -> bool:
         """Whether the linear layer at ``path`` gets a LoRA."""
@@ -352,7 +352,9 @@ def create_network(
         if isinstance(module, nn.Linear) and options.takes(path)
     }
     if not linears:
-        raise UserError(f"no linear layer is left for the LoRA: exclude_patterns removes all of {' and '.join(TARGET_BLOCKS)}.")
+        raise UserError(
+            f"no linear layer is left for the LoRA: --network_args exclude_patterns removes all of {' and '.join(TARGET_BLOCKS)}."
+        )
     rank = DEFAULT_RANK if network_dim is None else network_dim
     alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha or float(rank)
     return LoRANetwork(linears, dict.fromkeys(linears, (rank, alpha)), multiplier, options)
@@ -382,7 +384,10 @@ def create_network_from_weights(
     weights = read_lora(file).tensors if weights_sd is None else to_layout(weights_sd, DEFAULT, source)
     options = LoraOptions.of(network_args, neuron_dropout)
     if options.exclude_patterns or options.include_patterns:
-        raise UserError("exclude_patterns and include_patterns have no place with --dim_from_weights: the file says which modules.")
+        raise UserError(
+            "--network_args exclude_patterns and include_patterns have no place with --dim_from_weights: the file "
+            "says which modules."
+        )
     linears = {path: module for path, module in unet.named_modules() if isinstance(module, nn.Linear)}
     shapes = {f"{path}.weight": (linear.out_features, linear.in_features) for path, linear in linears.items()}
     pairs = lora_pairs(weights, source)

@@ -77,6 +77,14 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {with_visible_characters(str(error))}", file=sys.stderr)
         sys.exit(STATUS_USER_ERROR)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "") in ("utf8", "utf"):  # a fault of ours
+            raise
+        text = ascii(error.object[error.start : error.end])
+        print(
+            f"error: the system's encoding, {error.encoding}, has no {text}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1.", file=sys.stderr
+        )
+        sys.exit(STATUS_USER_ERROR)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more does not wait for threads that are still at work
         print("interrupted", file=sys.stderr)

@@ -9,7 +9,9 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from dataset.media.colour import Colour, primaries_to_bt709, srgb_of_light, to_srgb
 from dataset.media.errors import MediaError, reading
+
+logger = logging.getLogger(__name__)
 
 # compared with the suffix in lower case
 IMAGE_EXTENSIONS = frozenset(
@@ -73,6 +77,8 @@ def probe_image(path: Path) -> tuple[tuple[int, int], str]:
     """
     with reading(path, "picture", _missing_plugin), Image.open(path, formats=readable_formats()) as image:
         done = _conversion(image, path)[0]
+        if (pixels := image.width * image.height) > Image.MAX_IMAGE_PIXELS:
+            logger.warning("%s has %d million pixels: reading it takes much memory.", path, pixels // 10**6)
         if (size := upright_size(image)) is not None:
             return size, done
     height, width = read_image(path).shape[:2]
@@ -143,6 +149,8 @@ def _grey_to_8_bits(values: np.ndarray, is_float: bool, path: Path) -> np.ndarra
         scale = 255 / 65535
     return np.rint(values * scale).astype(np.uint8)
 
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``probe_image`` says it with the file's name
 
 Conversion = Callable[[Image.Image], np.ndarray]
 

@@ -93,6 +93,7 @@ MISTAKES = {
     "misspelt key in the second dataset": (PICTURES + CLIPS + 'frame_extract = "head"\n', ["number 2", "'frame_extraction'?"]),
     "misspelt general key": ("[general]\nenable_buckets = true\n" + PICTURES, ["[general]", "'enable_bucket'?"]),
     "unrelated key": (PICTURES + "zzz = 1\n", ["'zzz'", "Known keys: resolution"]),
+    "key of other models": (PICTURES + 'control_directory = "x"\n', ["control_directory is for models that are given control"]),
     "key in the wrong section": ("[general]\ntarget_frames = [1]\n" + CLIPS, ["[general]", "target_frames", "move it to"]),
     "no source": ("[[datasets]]\nbatch_size = 1\n", ["has no source of media", "video_jsonl_file"]),
     "two sources": (PICTURES + 'video_directory = "clips"\n', ["has image_directory and video_directory", "exactly one"]),

@@ -68,7 +68,8 @@ def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.
         options.setdefault("lr", settings.learning_rate)
     elif len({group.get("lr") for group in params if isinstance(group, dict)}) > 1:
         raise UserError(
-            "--optimizer_type adafactor picks its own learning rate, so the groups cannot have different ones (loraplus_lr_ratio). "
+            "--optimizer_type adafactor picks its own learning rate, so the groups cannot have different ones "
+            "(--network_args loraplus_lr_ratio). "
             "Add relative_step=False to --optimizer_args to use --learning_rate."
         )
     optimizer_class = import_class(path, "--optimizer_type", torch.optim.Optimizer)

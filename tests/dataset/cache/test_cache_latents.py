@@ -189,10 +189,14 @@ def test_cache_directory_that_cannot_be_made_is_told_before_the_vae_is_loaded(ru
 
 
 def test_disk_trouble_stops_the_run_instead_of_failing_item_by_item(run, pictures, tmp_path, capsys, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+    rename = os.replace
 
-    monkeypatch.setattr(os, "fsync", full)
+    def full(source, target):  # after the check at the start
+        if str(target).endswith(".safetensors"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     assert run("--dataset_config", pictures) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert not list((tmp_path / "cache").iterdir())

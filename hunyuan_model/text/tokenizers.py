@@ -156,8 +156,9 @@ def _from_folder(folder: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return _fast_tokenizer(tokenizer, stored, place)
     except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
+        reason = "it needs Python code in that folder, which is never executed" if "trust_remote_code" in str(error) else error
         raise UserError(
-            f"the tokenizer in {folder} cannot be read ({error}). Copy its files again, or give {place.flag} another folder."
+            f"the tokenizer in {folder} cannot be read ({reason}). Copy its files again, or give {place.flag} another folder."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Make the odd clips and pictures of this folder, and expected.json with what ffmpeg and ImageMagick read from them.
 
-python tests/dataset/media/odd/make.py needs the programs ffmpeg (5 or newer, with zscale) and ImageMagick, and scikit-image; the
-tests need only what this wrote. Of every file expected.json has the size, the number of frames, and the mean colours of a grid of
+python tests/dataset/media/odd/make.py needs the programs ffmpeg (5 or newer, with zscale), ImageMagick and heif-enc, and
+scikit-image; the tests need only what this wrote. Of every file expected.json has the size, the number of frames, and the mean colours of a grid of
 4 x 3 cells of the first frame.
 """
 
@@ -170,6 +170,28 @@ def make_pictures(expected: dict, source: Image.Image) -> None:
             HERE / f"orientation_{orientation}.jpg", exif=exif, icc_profile=adobe if orientation in (3, 6) else None, **options
         )
         read_picture(expected, f"orientation_{orientation}.jpg")
+    run("heif-enc", "-q", 95, HERE / "source.png", "-o", HERE / "phone.heic")
+    expected["phone.heic"] = {"size": SIZE, "grid": grid(np.asarray(source))}
+    dark = np.asarray(Image.open(HERE / "dark.png"))
+    for name, transfer in (("pq.avif", "smpte2084"), ("hlg.avif", "arib-std-b67")):
+        light = DARK + HDR.format(transfer).replace("r=tv", "r=full").replace("yuv420p10le", "yuv444p10le")
+        tags = f"-color_primaries bt2020 -color_trc {transfer} -colorspace bt2020nc -color_range pc".split()
+        run(
+            *FFMPEG,
+            "-i",
+            HERE / "source.png",
+            "-vf",
+            light,
+            "-c:v",
+            "libaom-av1",
+            "-crf",
+            8,
+            "-still-picture",
+            1,
+            *tags,
+            HERE / name,
+        )
+        expected[name] = {"size": SIZE, "grid": grid(dark)}
     plain = (HERE / "source.png").read_bytes()
     place = plain.index(b"IDAT") - 4
     (HERE / "gamma_1.png").write_bytes(plain[:place] + chunk(b"gAMA", struct.pack(">I", 100_000)) + plain[place:])

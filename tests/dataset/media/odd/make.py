@@ -1,8 +1,8 @@
 """Make the odd clips and pictures of this folder, and expected.json with what ffmpeg and ImageMagick read from them.
 
 python tests/dataset/media/odd/make.py needs the programs ffmpeg (5 or newer, with zscale), ImageMagick and heif-enc, and
-scikit-image; the tests need only what this wrote. Of every file expected.json has the size, the number of frames, and the mean colours of a grid of
-4 x 3 cells of the first frame.
+scikit-image; the tests need only what this wrote. Of every file expected.json has the size, the number of frames, and the mean
+colours of a grid of 4 x 3 cells of the first frame.
 """
 
 from __future__ import annotations

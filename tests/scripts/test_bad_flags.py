@@ -60,6 +60,7 @@ ROWS = [
     (GENERATE, ["--lora_weight", "nowhere.safetensors"], ["nowhere.safetensors"]),
     (GENERATE, ["--lora_multiplier", 0.5, 0.7], ["more values (2) than --lora_weight"]),
     (GENERATE, ["--vae_spatial_tile_sample_min_size", 100], ["multiple of 32"]),
+    (GENERATE, ["--embedded_cfg_scale", "1e38"], ["--embedded_cfg_scale", "too large"]),
     (GENERATE, ["--flow_shift", 0], ["not a finite number above 0"]),
     (GENERATE, ["--device", "mps"], ["does not know 'mps'"]),
     (GENERATE, ["--video_size", 256], ["--video_size", "expected 2 arguments"]),

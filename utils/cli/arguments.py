@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import random
 import sys
@@ -20,6 +19,7 @@ AUTO = "auto"  # in place of a number that a script finds out
 MAX_SEED = 2**32 - 1
 SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
 MAX_COUNT = 2**31 - 1  # no flag means anything beyond, and some libraries count no further
+MAX_FLOAT = 1e30  # float32, which torch computes in, still holds its products
 
 N = TypeVar("N", int, float)
 
@@ -74,9 +74,9 @@ def int_up_to(limit: int) -> Callable[[str], int]:
 whole_number = _number("a whole number", int, lambda number: abs(number) <= MAX_COUNT)
 positive_int = _number("a whole number of at least 1", int, lambda number: 1 <= number <= MAX_COUNT)
 non_negative_int = _number("a whole number of at least 0", int, lambda number: 0 <= number <= MAX_COUNT)
-finite_float = _number("a number that is neither NaN nor infinite", float, math.isfinite)
-positive_float = _number("a finite number above 0", float, lambda number: 0 < number < math.inf)
-non_negative_float = _number("a finite number of at least 0", float, lambda number: 0 <= number < math.inf)
+finite_float = _number("a number that is neither NaN nor infinite", float, lambda number: abs(number) <= MAX_FLOAT)
+positive_float = _number("a finite number above 0", float, lambda number: 0 < number <= MAX_FLOAT)
+non_negative_float = _number("a finite number of at least 0", float, lambda number: 0 <= number <= MAX_FLOAT)
 seed = _number(f"a whole number from 0 to {MAX_SEED}", int, lambda number: 0 <= number <= MAX_SEED)
 
 

@@ -39,7 +39,9 @@ def save_video(path: Path, frames: np.ndarray, fps: int, metadata: dict[str, str
         stream = container.add_stream("libx264", rate=fps, options={"crf": VIDEO_CRF})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            # Converted here: where the encoder converts, the same frames give other bytes from call to call.
+            for packet in stream.encode(picture.reformat(format="yuv420p")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file, save_file
 
 import hunyuan_model
@@ -170,15 +171,25 @@ def test_flags_with_checks_of_their_own_are_read_once(tmp_path):
     assert counts["mixed_precision"] == counts["loss_log"] == counts["learning_rate"]
 
 
-def test_a_precision_of_the_launcher_that_cannot_train_is_refused(train, monkeypatch):
+def test_what_the_launcher_cannot_train_with_is_refused(train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loaded"))
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
-    fitting = types.SimpleNamespace(mixed_precision="fp8")  # as where a package for it is installed
-    monkeypatch.setattr("networks.training.accelerator.Accelerator", lambda **_: fitting)
+    for precision, processes, says in (("fp8", DistributedType.NO, "Use bf16"), ("no", DistributedType.FSDP, "is set up for FSDP")):
+        fitting = types.SimpleNamespace(mixed_precision=precision, distributed_type=processes)  # as where packages for it are there
+        monkeypatch.setattr("networks.training.accelerator.Accelerator", lambda fitting=fitting, **_: fitting)
+        ended = train("--max_train_steps", 1)
+        assert ended.status == 2 and says in ended.stderr
+
+
+def test_a_setup_that_accelerate_cannot_make_is_one_sentence(train, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("There are currently no available devices found.")
+
+    monkeypatch.setattr("networks.training.accelerator.Accelerator", fail)
     ended = train("--max_train_steps", 1)
-    assert ended.status == 2 and "Use bf16" in ended.stderr
+    assert ended.status == 2 and "accelerate refuses this setup: There are currently no available" in ended.stderr
 
 
 def test_all_missing_flags_are_named(call_script):

@@ -19,10 +19,6 @@ from torch import Tensor
 from utils.devices import to_device
 from utils.errors import UserError
 
-TRAINABLE_MODES = frozenset({"torch", "sdpa", "flash", "xformers"})  # that have a backward pass
-HALF_MODES = frozenset({"flash", "sageattn"})  # that compute in float16 and bfloat16 only
-CAPABILITIES = {"flash": (8, 0), "sageattn": (8, 0)}  # the least compute capability of an NVIDIA GPU that a package has kernels for
-
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 Packed = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
@@ -85,20 +81,19 @@ def make_attention(mode: str = "torch", split: bool = False) -> Attention:
     Raises:
         UserError: unknown mode, or its package is not installed.
     """
-    if mode not in _MAKERS:
-        raise UserError(f"there is no attention mode {mode!r}; use one of {', '.join(_MAKERS)}.")
-    return Attention(mode, *_MAKERS[mode](), split)
+    return Attention(mode, *_known(mode).make(), split)
 
 
 def check_attention_device(mode: str, device: torch.device) -> None:
     """Raise a UserError where ``mode`` cannot run on ``device``: the packages' kernels need CUDA, and some a newer GPU."""
-    if mode not in ("flash", "xformers", "sageattn"):
+    known = _known(mode)
+    if not known.needs_cuda:
         return
     if device.type != "cuda":
         raise UserError(f"attention mode {mode} needs a CUDA device, but this runs on {device}; use torch (in training: --sdpa).")
-    if mode not in CAPABILITIES or torch.version.hip is not None:
+    if known.capability is None or torch.version.hip is not None:
         return
-    found, needed = torch.cuda.get_device_capability(device), CAPABILITIES[mode]
+    found, needed = torch.cuda.get_device_capability(device), known.capability
     if found < needed:
         raise UserError(
             f"attention mode {mode} needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or later (Ampere), but "
@@ -108,7 +103,7 @@ def check_attention_device(mode: str, device: torch.device) -> None:
 
 def check_attention_dtype(mode: str, dtype: torch.dtype) -> None:
     """Raise a UserError where ``mode`` has no kernels for tensors of ``dtype``."""
-    if mode in HALF_MODES and dtype not in (torch.float16, torch.bfloat16):
+    if _known(mode).half_only and dtype not in (torch.float16, torch.bfloat16):
         raise UserError(
             f"attention mode {mode} computes in float16 or bfloat16 only, but the transformer runs in {dtype}. "
             "Load it in bfloat16 (in training, bf16 mixed precision will do), or choose attention mode torch."
@@ -181,5 +176,27 @@ def _make_sageattn() -> tuple[Dense, Packed]:
     return dense, packed
 
 
-_MAKERS = {"torch": _make_torch, "sdpa": _make_torch, "flash": _make_flash, "xformers": _make_xformers, "sageattn": _make_sageattn}
-ATTENTION_MODES = tuple(_MAKERS)
+@dataclass(frozen=True)
+class AttentionMode:
+    """A row of ATTENTION_MODES: what makes ``dense`` and ``packed`` of an ``Attention``, and where that can run."""
+
+    make: Callable[[], tuple[Dense, Packed | None]]
+    trainable: bool = True  # has a backward pass
+    needs_cuda: bool = True
+    half_only: bool = False  # computes in float16 and bfloat16 only
+    capability: tuple[int, int] | None = None  # the least compute capability of an NVIDIA GPU that there are kernels for
+
+
+ATTENTION_MODES = {
+    "torch": AttentionMode(_make_torch, needs_cuda=False),
+    "sdpa": AttentionMode(_make_torch, needs_cuda=False),
+    "flash": AttentionMode(_make_flash, half_only=True, capability=(8, 0)),
+    "xformers": AttentionMode(_make_xformers),
+    "sageattn": AttentionMode(_make_sageattn, trainable=False, half_only=True, capability=(8, 0)),
+}
+
+
+def _known(mode: str) -> AttentionMode:
+    if mode not in ATTENTION_MODES:
+        raise UserError(f"there is no attention mode {mode!r}; use one of {', '.join(ATTENTION_MODES)}.")
+    return ATTENTION_MODES[mode]

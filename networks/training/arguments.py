@@ -12,7 +12,7 @@ from hunyuan_model.runtime.arguments import (
     kernel_settings,
     runtime_settings,
 )
-from hunyuan_model.transformer.attention import TRAINABLE_MODES
+from hunyuan_model.transformer.attention import ATTENTION_MODES
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import TimestepSettings
@@ -234,7 +234,7 @@ def attention_mode(args: argparse.Namespace) -> str:
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other; give one attention flag.")
     mode = ATTENTION_FLAGS[chosen[0]] if chosen else "torch"
-    if mode not in TRAINABLE_MODES:
+    if not ATTENTION_MODES[mode].trainable:
         raise UserError(f"--{chosen[0]} cannot train: it has no backward pass. Use --sdpa, --flash_attn or --xformers.")
     return mode
 

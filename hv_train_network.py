@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def open_training_data(settings: TrainingSettings, config: TransformerConfig, seed: int, accelerator: Accelerator) -> TrainingData:
-    """The caches of the data sets, in the order in which this process takes its batches; a table of them is printed.
+    """The caches of the datasets, in the order in which this process takes its batches; a table of them is printed.
 
     Args:
         config: of the transformer, which the caches must fit.

@@ -99,7 +99,7 @@ def run(command: str) -> int:
     print(f"$ {installed(program).relative_to(ROOT)} {command.partition(' ')[2]}", flush=True)
     # Nothing but pip needs the network; without these settings a look-up would wait for it.
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # Threads that spin while they wait make small models very slow as soon as other programs use the processor.
+    # Threads that spin while they wait make small models very slow as soon as other programs use the CPU.
     variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return subprocess.run([installed(program), *words], cwd=ROOT, env=variables, check=False).returncode
 

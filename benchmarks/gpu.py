@@ -2,7 +2,7 @@
 
 The weights are random and made on the GPU; each row is measured in a process of its own, the most important rows first. A row
 is printed as soon as it is measured and appended to --output, as a line of JSON. Called again with the same file the
-benchmark goes on with the rows that are missing there; those that failed are there as well, with the reason.
+benchmark continues with the rows that are missing there; those that failed are there as well, with the reason.
 
 A training step is that of a LoRA of rank 32 on all Linear layers of the blocks, under bfloat16 autocast, with AdamW and with
 gradient checkpointing on both sides. "model" is the rate of the products and the attention that a step consists of (forward,

@@ -47,7 +47,7 @@ def gpu_table(plan: MemoryPlan, gpus: tuple[int, ...] = GPUS) -> str:
     """A Markdown table: a row for each size of GPU."""
     exact = replace(plan, may_quantize=False)
     lines = [
-        "| GPU | flags | takes | main memory | without quantization | takes | main memory |",
+        "| GPU | flags | takes | RAM | without quantization | takes | RAM |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {gpu} GB | {_cells(plan, gpu)} | {_cells(exact, gpu)} |" for gpu in gpus]

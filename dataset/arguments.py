@@ -1,4 +1,4 @@
-"""The flags with which the caching scripts read a data set."""
+"""The flags with which the caching scripts read a dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_dataset_arguments(group: argparse._ArgumentGroup, *, batch_size: str, nu
     group.add_argument("--batch_size", type=positive_int, metavar="N", help=batch_size)
     workers = max(1, (os.cpu_count() or 2) - 1)
     group.add_argument(
-        "--num_workers", type=positive_int, default=workers, metavar="N", help=f"{num_workers} (default: processor cores - 1)"
+        "--num_workers", type=positive_int, default=workers, metavar="N", help=f"{num_workers} (default: CPU cores - 1)"
     )
     group.add_argument("--skip_existing", action="store_true", help=skip_existing)
     group.add_argument(

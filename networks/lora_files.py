@@ -72,10 +72,12 @@ def group_keys(names: Collection[str], source: str) -> tuple[str, dict[str, dict
             f"{source} is not a plain LoRA: it holds keys such as {foreign[0]}. "
             "Files made by LyCORIS need the network module that made them (for example lycoris.kohya)."
         )
+    if not names:
+        raise UserError(f"{source} is not a LoRA that can be read here: it holds no tensors.")
     layout_name = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name].read_key(key) is not None for key in names))
     layout = LAYOUTS[layout_name]
     unknown = [name for name in names if layout.read_key(name) is None]
-    if unknown or not names:
+    if unknown:
         examples = " or ".join(layout.example for layout in LAYOUTS.values())
         raise UserError(
             f"{source} is not a LoRA that can be read here: {len(unknown)} of its {len(names)} keys are unknown "

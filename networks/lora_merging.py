@@ -107,7 +107,7 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
     for source in (*stored, *(lora.source for lora in loras)):
         if os.path.realpath(output) == os.path.realpath(source):
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
-    require_possible_file(output, "the merged model,")
+    require_possible_file(output, "the merged model")
     require_writable_folder(Path(output).parent, "the folder of the merged model,")
     checkpoint, _ = open_transformer(dit, "--dit")
     patch = MergePatch(loras, checkpoint.shapes)

@@ -67,7 +67,7 @@ def require_switch(network: nn.Module, name: str) -> None:
     if not hasattr(network, "set_multiplier"):
         raise UserError(
             f"the networks of --network_module {name} have no set_multiplier, without which the model cannot be run "
-            "without them; take prior_preservation out of the data sets, or use networks.lora."
+            "without them; take prior_preservation out of the datasets, or use networks.lora."
         )
 
 

@@ -1,4 +1,4 @@
-"""What many tests share: a tiny model, a drawn data set, real media, and the scripts run as a user runs them."""
+"""What many tests share: a tiny model, a drawn dataset, real media, and the scripts run as a user runs them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def tiny_dataset(tmp_path: Path) -> Path:
-    """The TOML file of a freshly drawn data set of six pictures and two clips; nothing is cached yet."""
+    """The TOML file of a freshly drawn dataset of six pictures and two clips; nothing is cached yet."""
     from tiny.make_media import make_media
 
     return make_media(tmp_path / "media")

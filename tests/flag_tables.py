@@ -137,7 +137,7 @@ TRAINING = (
         both(becomes(seen("processes"), 1), same_lora),
         beside="--max_data_loader_n_workers 1 --max_train_steps 3",
     ),
-    # Optimiser and learning rate
+    # Optimizer and learning rate
     Row("--optimizer_type SGD", both(becomes(about("ss_optimizer"), "torch.optim.sgd.SGD"), other_lora)),
     Row(
         "--optimizer_args weight_decay=0.5",

@@ -209,16 +209,16 @@ def require_there(path: str | os.PathLike[str], what: str) -> Path:
     return found
 
 
-def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write,") -> None:
+def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write") -> None:
     """Refuse with a UserError a path under which no file can appear: a folder's, or a name that the system does not take."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # what is wrong with its folder shows when that is made
     except OSError as error:
-        raise UserError(f"{what} {path}, cannot have that name ({error.strerror or error}). Give a shorter one.") from error
+        raise UserError(f"{what} {path} cannot have that name ({error.strerror or error}). Give a shorter one.") from error
     if stat.S_ISDIR(mode):
-        raise UserError(f"{what} {path}, is a folder. Give the name of a file.")
+        raise UserError(f"{what} {path} is a folder. Give the name of a file.")
 
 
 def nearest_existing(folder: Path) -> Path:

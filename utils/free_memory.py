@@ -11,7 +11,7 @@ CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group, if it has 
 
 
 def free_device_memory(device: torch.device) -> int | None:
-    """Bytes that a computation on ``device`` may still take: of the GPU, or of main memory for the CPU.
+    """Bytes that a computation on ``device`` may still take: of the GPU, or of RAM for the CPU.
 
     What torch holds of a GPU without using it counts as free. None for other devices.
     """
@@ -24,7 +24,7 @@ def free_device_memory(device: torch.device) -> int | None:
 
 
 def free_host_memory() -> int:
-    """Bytes of main memory that a process may still take without swapping, within the limit of its container."""
+    """Bytes of RAM that a process may still take without swapping, within the limit of its container."""
     free = psutil.virtual_memory().available
     try:
         return min(free, _left_to_container(CGROUP))

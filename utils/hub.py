@@ -28,8 +28,8 @@ class HubSettings:
     Attributes:
         huggingface_repo_id: None uploads nothing.
         huggingface_repo_type: one of ``REPO_TYPES``; None for ``model``.
-        huggingface_repo_visibility: of a repository that is made anew, ``public`` or ``private``; None for private.
-        async_upload: go on training while uploading.
+        huggingface_repo_visibility: of a repository that is created, ``public`` or ``private``; None for private.
+        async_upload: continue training while uploading.
     """
 
     huggingface_repo_id: str | None = None
@@ -108,7 +108,7 @@ class HubUploads:
                 future.result()
         except Exception as error:
             where = self.settings.huggingface_repo_id
-            logger.warning("%s was not uploaded to %s: %s; training goes on.", path, where, first_line(error))
+            logger.warning("%s was not uploaded to %s: %s; training continues.", path, where, first_line(error))
 
     def finish(self) -> None:
         """Wait for what is still under way."""

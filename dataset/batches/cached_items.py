@@ -52,7 +52,7 @@ def find_cached_items(group: DatasetGroup) -> list[CachedGroup]:
     """
     if all(dataset.prior_preservation for dataset in group.datasets):
         raise UserError(
-            f"{group.path}: every data set has prior_preservation = true, so there is nothing to learn; remove it from those "
+            f"{group.path}: every dataset has prior_preservation = true, so there is nothing to learn; remove it from those "
             "with the new concept."
         )
     return [_pair_caches(dataset, group.path) for dataset in group.datasets]
@@ -66,7 +66,7 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
         raise UserError(
             f"{where} has no latents of {dataset.kind}s; run: python cache_latents.py --dataset_config {toml} --vae ... "
             "If it has been run, the table at its end shows why nothing was cached"
-            f"{short if dataset.kind == 'video' else ''}; mend that, or take the data set out."
+            f"{short if dataset.kind == 'video' else ''}; mend that, or take the dataset out."
         )
     if without_text := sorted({stem for stem, _ in listing.latents if stem not in listing.texts}):
         raise UserError(
@@ -88,9 +88,9 @@ def _pair_caches(dataset: DatasetConfig, toml: Path) -> CachedGroup:
 def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[list[CachedGroup], list[CachedItem]]:
     """Divide the items into those for training and those for validation.
 
-    All windows of a clip stay on one side. Nothing is held out of data sets for prior preservation. Of each other data set with at
+    All windows of a clip stay on one side. Nothing is held out of datasets for prior preservation. Of each other dataset with at
     least two pictures or clips about ``share`` of them are held out, one at least; which ones depends on the seed alone.
-    Raises a UserError where no data set has two.
+    Raises a UserError where no dataset has two.
     """
     kept, held_out = [], []
     for number, group in enumerate(groups):
@@ -101,7 +101,7 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
         held_out += [item for item in group.items if item.stem in chosen]
     if not held_out:
         raise UserError(
-            "--validation_split holds items out of training, but every data set without prior_preservation has only one; "
+            "--validation_split holds items out of training, but every dataset without prior_preservation has only one; "
             "leave it out, or add some."
         )
     return kept, held_out
@@ -110,7 +110,7 @@ def hold_out(groups: Sequence[CachedGroup], share: float, seed: int) -> tuple[li
 def require_model_sizes(groups: Sequence[CachedGroup], channels: int, text_width: int, pooled_width: int) -> None:
     """Refuse caches that another VAE or other text encoders made than those of the model that is to be trained.
 
-    Reads the headers of the text caches. The UserError names the first file that does not fit, and the script that makes it anew.
+    Reads the headers of the text caches. The UserError names the first file that does not fit, and the script that makes it again.
     """
     items = [item for group in groups for item in group.items]
     for item in items:

@@ -45,7 +45,7 @@ class HeldOut:
 class EpochReader:
     """The batches of one epoch after the other, from a sampler over the same groups.
 
-    ``workers``: processes that read ahead, at most one for each processor core; 0 reads in this process. ``persistent``: keep them
+    ``workers``: processes that read ahead, at most one for each CPU core; 0 reads in this process. ``persistent``: keep them
     between epochs.
     """
 

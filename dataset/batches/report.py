@@ -36,13 +36,13 @@ GONE = "no such item any more"
 class DataFacts:
     """What a training knows about its data."""
 
-    items: int  # in all data sets, repeats included
-    resolution: tuple[int, int]  # (width, height) of the largest data set, for ModelSpec
+    items: int  # in all datasets, repeats included
+    resolution: tuple[int, int]  # (width, height) of the largest dataset, for ModelSpec
     datasets: Sequence[Mapping[str, Any]] = ()  # one JSON-ready description for each
 
 
 def data_facts(groups: Sequence[CachedGroup]) -> DataFacts:
-    """The facts about these data sets, of which there is at least one."""
+    """The facts about these datasets, of which there is at least one."""
     return DataFacts(
         items=sum(len(group.items) * group.dataset.num_repeats for group in groups),
         resolution=max((group.dataset.resolution for group in groups), key=lambda size: size[0] * size[1]),
@@ -51,7 +51,7 @@ def data_facts(groups: Sequence[CachedGroup]) -> DataFacts:
 
 
 def _describe(group: CachedGroup) -> dict[str, object]:
-    """The settings of a data set and how much it holds, and of its paths only the last name."""
+    """The settings of a dataset and how much it holds, and of its paths only the last name."""
     settings = {key: value for key, value in asdict(group.dataset).items() if value is not None and key != "cache_directory"}
     if group.dataset.kind == "image":
         settings = {key: value for key, value in settings.items() if not key.startswith(("target_", "frame_"))}

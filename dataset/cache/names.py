@@ -1,4 +1,4 @@
-"""Names of cache files, and which cache files a data set has.
+"""Names of cache files, and which cache files a dataset has.
 
 Latents lie in ``{stem}_{W:04d}x{H:04d}_hv.safetensors`` for a picture and
 ``{stem}_{start:05d}-{frames:03d}_{W:04d}x{H:04d}_hv.safetensors`` for a window of a clip, W and H being those of the source.

@@ -1,7 +1,7 @@
-"""Draw the data set that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
+"""Draw the dataset that teaches the toy model what a zorp is: pictures and clips with captions, and its TOML file.
 
 Ten pictures and two clips show zorps. Beside them lie drawings of what the model knows already, for prior preservation: a
-LoRA that sees only zorps makes zorps of everything. The data set lies in examples/toy/concept; this writes it again, or
+LoRA that sees only zorps makes zorps of everything. The dataset lies in examples/toy/concept; this writes it again, or
 somewhere else:
 
     python -m examples.toy.make_concept --output examples/toy/concept
@@ -138,13 +138,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("Draw the data set that teaches the toy model what a zorp is.")
+    parser = script_parser("Draw the dataset that teaches the toy model what a zorp is.")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write it")
     parser.add_argument(
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="folder for the caches that its dataset.toml names (default: cache in --output; for the quickstart's data set "
+        help="folder for the caches that its dataset.toml names (default: cache in --output; for the quickstart's dataset "
         "quickstart_output/cache)",
     )
     return parser
@@ -157,7 +157,7 @@ def main() -> None:
     cache = arguments.cache or (CACHE if is_shipped else arguments.output / "cache")
     config = make_concept(arguments.output, cache)
     known = f"{KNOWN_PICTURES} pictures and {KNOWN_CLIPS} clips of what the model knows"
-    print(f"{len(PICTURES)} pictures and {len(CLIPS)} clips of zorps, {known}; data set description: {config}")
+    print(f"{len(PICTURES)} pictures and {len(CLIPS)} clips of zorps, {known}; dataset description: {config}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _torch_load(path: Path, what: str) -> object:
         except (RuntimeError, SafetensorError):  # torch's format before 1.6, a suffix that misleads torch, or a damaged file
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            logger.warning("%s cannot be memory-mapped: it is read whole into memory. Save it anew to avoid that.", path)
+            logger.warning("%s cannot be memory-mapped: it is read whole into memory. Save it again to avoid that.", path)
             return content
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -114,7 +114,7 @@ def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
             tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
             if tensors:
                 if hollow := [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]:
-                    raise UserError(f"{what} {path} holds no plain values for {name_some(hollow)}. Save it anew as dense tensors.")
+                    raise UserError(f"{what} {path} holds no plain values for {name_some(hollow)}. Save it again as dense tensors.")
                 return {name: StoredTensor(tuple(value.shape), value.dtype, value.detach) for name, value in tensors.items()}
         content = inner
     raise UserError(f"{what} {path} holds no state dict (a mapping from names to tensors). Check that it is the right file.")

@@ -172,6 +172,6 @@ def checkpoint_offloaded(offloader: ActivationOffloader, index: int, count: int,
 def make_offloader(depth: int, device: torch.device, *, pinned: bool) -> ActivationOffloader:
     """The offloader of a transformer of ``depth`` blocks on ``device``; ``pinned`` asks for page-locked host memory."""
     if device.type != "cuda":
-        logger.warning("offloaded activations save no memory where the processor itself computes.")
+        logger.warning("offloaded activations save no memory where the CPU itself computes.")
     pinned = pinned and device.type == "cuda"
     return ActivationOffloader(depth, make_transfers(device, pinned), HostPool(device if pinned else None))

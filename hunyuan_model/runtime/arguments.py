@@ -36,24 +36,24 @@ def add_weight_format_arguments(group: argparse._ArgumentGroup, fp8: str, int8: 
 
 
 def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
-    """What of the transformer is kept in main memory."""
+    """What of the transformer is kept in RAM."""
     group.add_argument(
         "--blocks_to_swap",
         type=count_or_auto,
         default=0,
         metavar="N",
-        help="keep N of the transformer's blocks in main memory and copy each to the GPU when it computes; up to all but two; "
+        help="keep N of the transformer's blocks in RAM and copy each to the GPU when it computes; up to all but two; "
         "auto: as few as the free memory of the GPU allows (default: 0)",
     )
     group.add_argument(
         "--img_in_txt_in_offloading",
         action="store_true",
-        help="keep img_in and txt_in in main memory too, except while they compute (default: off)",
+        help="keep img_in and txt_in in RAM too, except while they compute (default: off)",
     )
     group.add_argument(
         "--no_pinned_swap_memory",
         action="store_true",
-        help="do not page-lock the main memory that the GPU copies from and to: the system may then move it to disk, and copies "
+        help="do not page-lock the RAM that the GPU copies from and to: the system may then move it to disk, and copies "
         "are slower (default: off)",
     )
 

@@ -205,7 +205,7 @@ def enable_block_swap(
     if device.type == "cuda" and settings.pinned and not pinned:
         logger.warning("the system does not allow to pin the memory of all swapped weights; copying them takes longer.")
     if every and device.type != "cuda":
-        logger.warning("swapped weights save no memory where the processor itself computes.")
+        logger.warning("swapped weights save no memory where the CPU itself computes.")
 
     for name, embedder_weights in embedders.items():
         embedder = getattr(transformer, name)

@@ -78,7 +78,7 @@ class MemoryPlan:
 
     Attributes:
         config: of the transformer.
-        device: where it runs; of a plan for the CPU everything is in main memory.
+        device: where it runs; of a plan for the CPU everything is in RAM.
         batch: the largest; of training, or of sampling where ``trains`` is False.
         dtype: of the weights that are not quantized.
         compute_dtype: of the activations.

@@ -40,10 +40,10 @@ def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str
 
     Args:
         free: bytes on the plan's device; None where that is not known.
-        free_main: bytes of main memory.
+        free_main: bytes of RAM.
     """
     need, on_gpu = plan.need(), plan.device.type == "cuda"
-    place = f"memory on {plan.device}" if on_gpu else "main memory"
+    place = f"memory on {plan.device}" if on_gpu else "RAM"
     tokens = plan.batch.tokens(plan.config)
     lines = [f"{place} for the largest batch, {batch_name(plan.batch)} ({tokens} tokens):"]
     rows = [(text, getattr(need, name)) for name, text in LABELS.items() if not (on_gpu and name.startswith("host_"))]
@@ -56,7 +56,7 @@ def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str
     if free is not None:
         lines.append(f"  {verdict(plan, free if on_gpu else free - need.on_host)}")
     if on_gpu and need.on_host:
-        held = f"  main memory holds {readable(need.on_host)} more"
+        held = f"  RAM holds {readable(need.on_host)} more"
         if free_main is not None and need.on_host > free_main:
             held += f", but only {readable(free_main)} are free: close other programs, or swap fewer blocks"
         lines.append(held + ".")

@@ -46,11 +46,11 @@ def latent_size(height: int, width: int, frames: int) -> tuple[int, int, int]:
         good = [max(PATCH_PIXELS, round(side / PATCH_PIXELS) * PATCH_PIXELS) for side in (height, width)]
         raise UserError(
             f"the video size {height} x {width} (height x width) is not divisible by {PATCH_PIXELS}; "
-            f"use {good[0]} x {good[1]}, say."
+            f"use {good[0]} x {good[1]}, for example."
         )
     if frames <= 0 or (frames - 1) % TIME_COMPRESSION:
         good_frames = max(0, round((frames - 1) / TIME_COMPRESSION)) * TIME_COMPRESSION + 1
-        raise UserError(f"the video length {frames} is not 4n + 1 (1, 5, 9, ... 129); use {good_frames}, say.")
+        raise UserError(f"the video length {frames} is not 4n + 1 (1, 5, 9, ... 129); use {good_frames}, for example.")
     latent_frames = (frames - 1) // TIME_COMPRESSION + 1
     tokens = latent_frames * (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
     if tokens > MAX_TOKENS:

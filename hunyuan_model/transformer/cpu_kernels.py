@@ -1,4 +1,4 @@
-"""What a processor computes in another way than torch would: GELU in float32, and the RMS norm."""
+"""What a CPU computes in another way than torch would: GELU in float32, and the RMS norm."""
 
 from __future__ import annotations
 

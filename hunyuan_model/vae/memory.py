@@ -45,7 +45,7 @@ class VAESettings:
     def __post_init__(self) -> None:
         # A quarter of a tile, by which tiles overlap, must be whole latent positions of 8 pixels.
         if (tile := self.vae_spatial_tile_sample_min_size) is not None and tile % 32:
-            raise UserError(f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of 32 pixels; use 128 or 256, say.")
+            raise UserError(f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of 32 pixels; use 128 or 256.")
 
     @property
     def lighter_flags(self) -> str:

@@ -44,7 +44,7 @@ def build_training_parser() -> argparse.ArgumentParser:
     add_compile_arguments(speed)
     add_kernel_arguments(speed)
     _add_loop(parser.add_argument_group("training loop"))
-    _add_optimizer(parser.add_argument_group("optimiser and learning rate"))
+    _add_optimizer(parser.add_argument_group("optimizer and learning rate"))
     _add_flow_matching(parser.add_argument_group("flow matching"))
     _add_network(parser.add_argument_group("network (what is trained)"))
     _add_output(parser.add_argument_group("output"))
@@ -79,7 +79,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add_weight_format_arguments(group, "--fp8_base", "--int8_base")
     text = "recompute activations in the backward pass: far less memory (default: off)"
     add("--gradient_checkpointing", action="store_true", help=text)
-    text = "with --gradient_checkpointing, keep the activations that are left in main memory until the backward pass (default: off)"
+    text = "with --gradient_checkpointing, keep the activations that are left in RAM until the backward pass (default: off)"
     add("--gradient_checkpointing_cpu_offload", action="store_true", help=text)
     add_swap_arguments(group)
     text = "compute the largest batch once before training: out of memory shows in the first minute; auto: on a GPU (default: auto)"
@@ -88,13 +88,13 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--max_train_steps", type=positive_int, default=1600, metavar="N", help="optimiser steps (default: 1600)")
+    add("--max_train_steps", type=positive_int, default=1600, metavar="N", help="optimizer steps (default: 1600)")
     add("--max_train_epochs", type=positive_int, metavar="N", help="epochs; overrides --max_train_steps")
-    text = "batches per optimiser step (default: 1)"
+    text = "batches per optimizer step (default: 1)"
     add("--gradient_accumulation_steps", type=positive_int, default=1, metavar="N", help=text)
     text = "precision of the computation (default: what accelerate was launched with)"
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help=text)
-    text = "hold out this share of each data set and measure the loss on it, at fixed noise and timesteps (default: none)"
+    text = "hold out this share of each dataset and measure the loss on it, at fixed noise and timesteps (default: none)"
     add("--validation_split", type=kinds.positive_float, metavar="SHARE", help=text)
     add("--validate_every_n_steps", type=positive_int, metavar="N", help="when to measure it (default: after each epoch)")
     add("--seed", type=kinds.seed, help="seed of data order, noise and timesteps (default: random, and logged)")
@@ -107,7 +107,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     text = "adamw, adamw8bit, adafactor, or a dotted class path (default: adamw)"
     add("--optimizer_type", default="adamw", metavar="NAME", help=text)
-    add("--optimizer_args", nargs="*", default=[], metavar="K=V", help="more arguments of the optimiser")
+    add("--optimizer_args", nargs="*", default=[], metavar="K=V", help="more arguments of the optimizer")
     add("--learning_rate", type=kinds.positive_float, default=2e-6, metavar="RATE", help="learning rate (default: 2e-6)")
     text = "gradient norm to clip at, 0 for no clipping (default: 1.0)"
     add("--max_grad_norm", type=kinds.non_negative_float, default=1.0, metavar="NORM", help=text)
@@ -149,7 +149,7 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     add("--max_timestep", type=kinds.finite_float, metavar="T", help="largest timestep, 0 to 1000 (default: 1000)")
     text = "cut the distribution off at --min_timestep and --max_timestep instead of squeezing it between them (default: off)"
     add("--preserve_distribution_shape", action="store_true", help=text)
-    text = "cover the distribution evenly with every N samples: less noise in the loss of small data sets (default: off)"
+    text = "cover the distribution evenly with every N samples: less noise in the loss of small datasets (default: off)"
     add("--num_timestep_buckets", type=positive_int, metavar="N", help=text)
 
 
@@ -189,7 +189,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--save_state", action="store_true", help="with every model also save a state to --resume from (default: off)")
     text = "save a state when training ends (default: only with --save_state)"
     add("--save_state_on_train_end", action="store_true", help=text)
-    text = "go on from a state as if nothing had happened; latest: the newest of this output name, or anew if there is none"
+    text = "resume from a state as if nothing had happened; latest: the newest of this output name, if there is one"
     add("--resume", metavar="FOLDER", help=text)
     text = "precision of saved models (default: that of --mixed_precision, float32 without it)"
     add("--save_precision", choices=("float", "fp16", "bf16"), help=text)

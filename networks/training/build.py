@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_run_logs(settings: TrainingSettings, plan: TrainingPlan, accelerator: Accelerator) -> TrainingLogs:
-    """The logs of a training; those of the same run go on where it is resumed."""
+    """The logs of a training; those of the same run continue where it is resumed."""
     resumed = plan.beginning.resumed
     same_run = resumed is not None and resumed.state.flags.get("output_name") == settings.saving.output_name
     return open_logs(
@@ -70,7 +70,7 @@ def build_training(
         require_switch(network, settings.network.network_module)
     groups, group_names = parameter_groups(network, settings.optimizer.learning_rate)
     optimizer = make_optimizer(settings.optimizer, groups)
-    # Before accelerate wraps the optimiser: the schedule watches the method that accelerate calls.
+    # Before accelerate wraps the optimizer: the schedule watches the method that accelerate calls.
     lr_scheduler = make_lr_scheduler(settings.schedule, optimizer, plan.steps)
     rank_seed = plan.beginning.seed + accelerator.process_index
     flow_matching = FlowMatching(

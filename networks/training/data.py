@@ -43,4 +43,4 @@ class TrainingData:
     largest: LargestBatch
     facts: DataFacts
     held_out: Collection[Mapping[str, Any]] = ()  # batches of one item for the validation loss
-    prior_preservation: bool = False  # whether any data set wants the model's own predictions kept
+    prior_preservation: bool = False  # whether any dataset wants the model's own predictions kept

@@ -28,7 +28,7 @@ def wants_dry_step(choice: str, device: torch.device) -> bool:
 def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     """Compute the loss of ``batch`` and its gradients, and forget them.
 
-    No weight changes and no generator moves, so that the training is the same to the last bit. Memory that the optimiser will
+    No weight changes and no generator moves, so that the training is the same to the last bit. Memory that the optimizer will
     take in its first step is held meanwhile. Call it with the network in training mode.
 
     Raises:

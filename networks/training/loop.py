@@ -126,7 +126,7 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
 
 
 def batches_of_step(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[list[Mapping[str, Any]]]:
-    """Group an epoch's batches into those of one optimiser step; the last group may be smaller."""
+    """Group an epoch's batches into those of one optimizer step; the last group may be smaller."""
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, count)):
         yield group
@@ -181,9 +181,9 @@ def make_samples(training: Training, requests: TrainingRequests, epoch: int, epo
 
 
 def stop(training: Training, request: Request) -> int:
-    """Log where to go on from; returns the exit status of the request."""
+    """Log where to resume from; returns the exit status of the request."""
     progress, folder = training.progress, training.settings.saving.folder
     if training.accelerator.is_main_process:
         state = folder / state_name(step_name(training.name, progress.step))
-        logger.info("stopped after step %d of %d; go on with --resume %s", progress.step, training.plan.steps, state)
+        logger.info("stopped after step %d of %d; resume with --resume %s", progress.step, training.plan.steps, state)
     return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(request, 0)

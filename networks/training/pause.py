@@ -27,10 +27,10 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Schedule-free optimisers show the weights meant for use inside; nothing happens to others.
+    """Schedule-free optimizers show the weights meant for use inside; nothing happens to others.
 
     Their way back to the weights of training rounds, so those are kept in host memory and put back bit by bit.
-    The optimiser is in training mode before and after.
+    The optimizer is in training mode before and after.
     """
     optimizer = without_wrapper(optimizer)
     if not callable(getattr(optimizer, "eval", None)):
@@ -54,7 +54,7 @@ def paused_training(
 ) -> Iterator[None]:
     """Everything in evaluation mode inside, and as it was afterwards: modes of every module, weights, random state.
 
-    What is computed inside must be under ``torch.no_grad``. The optimiser is in training mode before.
+    What is computed inside must be under ``torch.no_grad``. The optimizer is in training mode before.
     """
     modes = [(module, module.training) for model in (transformer, network) for module in model.modules()]
     with kept_random_state(device), evaluation_weights(optimizer):

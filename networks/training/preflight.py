@@ -110,7 +110,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     """Read the headers of the files that the settings name, and check all that depends neither on a state nor on the data.
 
     Raises:
-        UserError: a file, the network, the optimiser or runtime settings cannot be used here.
+        UserError: a file, the network, the optimizer or runtime settings cannot be used here.
     """
     prompts = check_samples(settings.samples)
     check_logs(settings.logs)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingBroken(Exception):
-    """Training cannot go on; the message gives the reason and what to do."""
+    """Training cannot continue; the message gives the reason and what to do."""
 
 
 @dataclass
@@ -64,14 +64,14 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Optimizer steps of an epoch."""
         return self.settings.loop.steps_per_epoch(len(self.data.reader))
 
 
 def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
     """What the place inside an epoch depends on, besides the seed."""
     return {
-        "data sets": reader.fingerprint(),
+        "data sets": reader.fingerprint(),  # the name in states that people have
         "--gradient_accumulation_steps": settings.loop.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
     }
@@ -120,7 +120,7 @@ def save_for_signal(training: Training, file_name: str, epoch: int) -> None:
         save_training_state(training, file_name)
     except UserError as error:
         save_model(training, file_name, epoch)
-        raise UserError(f"{error} Without a state to go on from, the model {file_name} was saved.") from error
+        raise UserError(f"{error} Without a state to resume from, the model {file_name} was saved.") from error
     save_model(training, file_name, epoch)
 
 

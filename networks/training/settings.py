@@ -89,7 +89,7 @@ class LoopSettings:
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise UserError("--mixed_precision fp16 needs a CUDA device and torch finds none here; use bf16 or no.")
         if self.validation_split is not None and self.validation_split >= 1:
-            raise UserError(f"--validation_split {self.validation_split:g} is a share of the items, below 1: 0.1, say.")
+            raise UserError(f"--validation_split {self.validation_split:g} is a share of the items, below 1, such as 0.1.")
         if self.validate_every_n_steps and self.validation_split is None:
             raise UserError("--validate_every_n_steps measures what --validation_split holds out; give --validation_split as well.")
 
@@ -99,7 +99,7 @@ class LoopSettings:
         return [f"{', '.join(given)}: no effect, as gradients are averaged without torch's wrapper."] if given else []
 
     def steps_per_epoch(self, batches: int) -> int:
-        """Optimiser steps for an epoch of ``batches``; the last one may accumulate fewer than the others."""
+        """Optimizer steps for an epoch of ``batches``; the last one may accumulate fewer than the others."""
         return -(-batches // self.gradient_accumulation_steps)
 
     def steps(self, batches: int) -> int:
@@ -145,7 +145,7 @@ class TrainingSettings:
         if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
             raise UserError(f"--output_name is too long: with what is added for steps it has at most {MAX_NAME_BYTES} bytes.")
         folder = require_writable_folder(self.saving.output_dir, "--output_dir")
-        require_possible_file(folder / final_name(name), "the LoRA,")
+        require_possible_file(folder / final_name(name), "the LoRA")
         if (folder / state_name(name)).is_file():  # a state would take its place
             raise UserError(f"{folder / state_name(name)} is a file, but the state of that name is a folder; move it away.")
 

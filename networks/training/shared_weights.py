@@ -1,7 +1,7 @@
-"""The processes of a training hold the weights that they swap once in the main memory of each machine.
+"""The processes of a training hold the weights that they swap once in the RAM of each machine.
 
-The memory is a file of Linux without a name, which no mount limits, and which goes back when the last process that has it is
-gone, however that ended. The first process of a machine makes it, and the others find it through that process.
+The memory is a memfd: a file of Linux without a path, which no mount limits, and which is freed when the last process that has it
+is gone, however that ended. The first process of a machine makes it, and the others find it through that process.
 """
 
 from __future__ import annotations
@@ -127,6 +127,4 @@ def _report(processes: list[tuple[bytes, int, str]]) -> None:
     if token and sharing > 1:
         logger.info("swapped weights: %.1f GB, shared by %d processes", shared_bytes / 1e9, sharing)
     if reasons := [reason for *_, reason in processes if reason]:
-        logger.warning(
-            "%d of %d processes hold swapped weights of their own in main memory: %s.", len(reasons), len(processes), reasons[0]
-        )
+        logger.warning("%d of %d processes hold swapped weights of their own in RAM: %s.", len(reasons), len(processes), reasons[0])

@@ -1,7 +1,7 @@
-"""One optimiser step of a training: losses, gradients of all processes, and steps that are skipped.
+"""One optimizer step of a training: losses, gradients of all processes, and steps that are skipped.
 
 The host waits for the device once in a step, after its last backward pass: whether everything is finite has to be known before
-the optimiser changes the weights. Losses and the gradient's norm come to the host together then, in one copy.
+the optimizer changes the weights. Losses and the gradient's norm come to the host together then, in one copy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Step:
-    """The result of an optimiser step."""
+    """The result of an optimizer step."""
 
     loss: float  # mean over its batches; not finite where the step was skipped for that
     gradient_norm: float  # before clipping
@@ -36,10 +36,10 @@ class Step:
 
 
 def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step:
-    """One optimiser step over the batches it accumulates; it is skipped where a loss or a gradient is not finite.
+    """One optimizer step over the batches it accumulates; it is skipped where a loss or a gradient is not finite.
 
     Waits for the device once. What may wait beyond that: the loss scaler of fp16 (twice, as it looks at the gradients only
-    after the losses are known to be finite), ``--scale_weight_norms``, and optimisers that look at their own numbers.
+    after the losses are known to be finite), ``--scale_weight_norms``, and optimizers that look at their own numbers.
     """
     accelerator, network, optimizer = training.accelerator, training.network, training.optimizer
     call_if_there(network, "on_step_start")

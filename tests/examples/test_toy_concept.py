@@ -1,4 +1,4 @@
-"""The data set of the quickstart, and the pictures that show what was learned from it."""
+"""The dataset of the quickstart, and the pictures that show what was learned from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.toy.world import COLOURS
 from networks.training.logging.loss_log import LossLog
 
 ZORPS, KNOWN = ("pictures", "clips"), ("known_pictures", "known_clips")
-SMALL = 400_000  # bytes that a data set in the repository may take
+SMALL = 400_000  # bytes that a dataset in the repository may take
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set
+# The dataset
 
 
 def test_the_repository_holds_what_the_script_writes(made: Path) -> None:

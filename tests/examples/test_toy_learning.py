@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # three minutes
 
 @pytest.fixture(scope="module")
 def zorp_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained by the quickstart's command on its data set."""
+    """Trained by the quickstart's command on its dataset."""
     folder, files = tmp_path_factory.mktemp("zorp"), files_in(FOLDER)
     toml = folder / "dataset.toml"
     text = (CONCEPT / "dataset.toml").read_text(encoding="utf-8").replace("quickstart_output/cache", (folder / "cache").as_posix())
@@ -44,7 +44,7 @@ def zorp_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call_main(script: str, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the data set's paths begin there
+        patch.chdir(ROOT)  # the dataset's paths begin there
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         AcceleratorState._reset_state(reset_partial_state=True)
         assert not importlib.import_module(script).main()

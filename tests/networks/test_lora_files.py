@@ -129,7 +129,7 @@ OTHER_KEY = "diffusion_model.single_blocks.0.linear1.lora_A.weight"
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "not a LoRA"),
+        ([], "not a LoRA that can be read here: it holds no tensors"),
         (["double_blocks.0.img_attn_qkv.weight"], "not a LoRA that can be read here: 1 of its 1 keys"),
         ([*pair(), "extra.weight"], "1 of its 3 keys are unknown .extra.weight"),
         ([*pair(), OTHER_KEY, OTHER_KEY.replace("_A", "_B")], "all of one layout"),

@@ -1,4 +1,4 @@
-"""Data sets, captions, media and caches that cannot be used, met by the scripts: one sentence that names the culprit, status 2."""
+"""Datasets, captions, media and caches that cannot be used, met by the scripts: one sentence that names the culprit, status 2."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ ROWS = [
     (TRAIN, ["--lr_scheduler", "polynomial", "--lr_scheduler_power", -1], ["--lr_scheduler_power", "at least 0"]),
     (TRAIN, ["--lr_scheduler_args", "x"], ["--lr_scheduler_args", "key=value"]),
     (TRAIN, ["--optimizer_args", "eps=1e-8", "eps=1e-7"], ["--optimizer_args", "'eps' twice"]),
-    (TRAIN, ["--optimizer_args", "betas=0.9"], ["the optimiser adamw", "betas=0.9"]),
+    (TRAIN, ["--optimizer_args", "betas=0.9"], ["the optimizer adamw", "betas=0.9"]),
     (TRAIN, ["--network_args", "exclude_patterns=['a{99999999999}']"], ["--network_args", "list of regular expressions"]),
     (TRAIN, ["--network_args", "module_dropout=1.0"], ["module_dropout", "below 1"]),
     (TRAIN, ["--network_args", "exclude_patterns=['.*']"], ["no linear layer is left", "exclude_patterns"]),

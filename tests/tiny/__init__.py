@@ -1,1 +1,1 @@
-"""A tiny HunyuanVideo with random weights in the official file layouts, and a small drawn data set, for tests of plumbing."""
+"""A tiny HunyuanVideo with random weights in the official file layouts, and a small drawn dataset, for tests of plumbing."""

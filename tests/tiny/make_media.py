@@ -1,4 +1,4 @@
-"""Draw a small data set: six pictures and two clips with captions, and the dataset TOML that names them."""
+"""Draw a small dataset: six pictures and two clips with captions, and the dataset TOML that names them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CLIPS = (
 )
 
 DATASET_TOML = """\
-# Two data sets: a folder of pictures and a folder of clips. Captions are text files beside them.
+# Two datasets: a folder of pictures and a folder of clips. Captions are text files beside them.
 # Paths are relative to the folder in which the scripts are started, so they are written out in full here.
 [general]
 resolution = [64, 64]

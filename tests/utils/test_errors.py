@@ -10,7 +10,7 @@ from utils.errors import run_script, with_visible_characters
 
 
 def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses(caplog):
-    """transformers' schedules import peft, and that imports bitsandbytes, also where no 8-bit optimiser is asked for."""
+    """transformers' schedules import peft, and that imports bitsandbytes, also where no 8-bit optimizer is asked for."""
 
     def main() -> None:
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward: please install kernels")

@@ -1,4 +1,4 @@
-"""What is free: of main memory, of a container, of a GPU."""
+"""What is free: of RAM, of a container, of a GPU."""
 
 from __future__ import annotations
 

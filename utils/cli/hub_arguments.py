@@ -20,7 +20,7 @@ def add_hub_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--huggingface_repo_visibility",
         choices=("public", "private"),
-        help="visibility of a repository that is made anew (default: private)",
+        help="visibility of a repository that is created (default: private)",
     )
     group.add_argument("--save_state_to_huggingface", action="store_true", help="upload saved states as well (default: off)")
     group.add_argument(
@@ -28,4 +28,4 @@ def add_hub_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="--resume names a folder on the hub: OWNER/NAME/FOLDER, or OWNER/NAME/FOLDER:REVISION:TYPE (default: off)",
     )
-    group.add_argument("--async_upload", action="store_true", help="go on training while uploading (default: off)")
+    group.add_argument("--async_upload", action="store_true", help="continue training while uploading (default: off)")

@@ -1,4 +1,4 @@
-"""One optimisation run that can be stopped at any moment and continued as if it had not been."""
+"""One optimization run that can be stopped at any moment and continued as if it had not been."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Losses = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to optimise.
+    """How long and how fast to optimize.
 
     Attributes:
         learning_rate: of AdamW, at its highest.
@@ -64,7 +64,7 @@ class Recipe:
 
 
 class Run:
-    """Optimises ``module`` and keeps an average of its weights; everything needed to go on lies in ``folder``.
+    """Optimizes ``module`` and keeps an average of its weights; everything needed to resume lies in ``folder``.
 
     Args:
         name: of the files ``{name}.pt`` (state) and ``{name}.csv`` (log).
@@ -109,7 +109,7 @@ class Run:
                     self._save()
                     saved = time.monotonic()
         except FloatingPointError:
-            raise  # what stands in memory is no state to go on from
+            raise  # what stands in memory is no state to resume from
         except BaseException:
             self._save()
             raise
@@ -168,7 +168,7 @@ class Run:
         if state["recipe"] != self._fixed_recipe():
             raise UserError(
                 f"{self.state_path} belongs to a run with other settings ({state['recipe']}, now {self._fixed_recipe()}). "
-                "Give another output folder, or delete that file to begin anew."
+                "Give another output folder, or delete that file to start over."
             )
         self.module.load_state_dict(state["module"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):

@@ -50,7 +50,7 @@ def open_logs(
     Args:
         device: whose peak memory is logged, if it is a CUDA device.
         flags: for --log_config, without secrets.
-        runs: ``TrainingLogs.runs`` of a training that is resumed, to go on in the same runs.
+        runs: ``TrainingLogs.runs`` of a training that is resumed, to continue the same runs.
         step: after which it is resumed.
 
     Raises:
@@ -108,7 +108,7 @@ class TrainingLogs:
         seconds: float | None = None,
         validation_loss: float | None = None,
     ) -> None:
-        """One optimiser step: its learning rates, the norm before clipping, its duration. What is None is not logged."""
+        """One optimizer step: its learning rates, the norm before clipping, its duration. What is None is not logged."""
         values = {"loss/current": loss, "loss/average": average, "loss/validation": validation_loss}
         values |= {"grad_norm": gradient_norm, "seconds_per_step": seconds}
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
@@ -118,13 +118,13 @@ class TrainingLogs:
         self._attempt(lambda tracker: tracker.log(known, step=step))
 
     def samples(self, samples: Sequence[SavedSample], step: int) -> None:
-        """Pictures and videos of ``step``. One that fails is a warning, and its tracker goes on."""
+        """Pictures and videos of ``step``. One that fails is a warning, and its tracker continues."""
         for tracker in self.trackers:
             for sample in samples:
                 try:
                     tracker.log_sample(sample, step)
                 except Exception as error:  # whatever a tracker does with a file
-                    logger.warning("%s cannot log %s (%s); training goes on.", tracker.name, sample.path, first_line(error))
+                    logger.warning("%s cannot log %s (%s); training continues.", tracker.name, sample.path, first_line(error))
 
     def close(self) -> None:
         """Write what is not written yet, and end the runs."""
@@ -136,5 +136,5 @@ class TrainingLogs:
             try:
                 call(tracker)
             except Exception as error:  # hours of training are worth more than their logs
-                logger.warning("%s fails (%s); training goes on without it.", tracker.name, first_line(error))
+                logger.warning("%s fails (%s); training continues without it.", tracker.name, first_line(error))
                 self.trackers.remove(tracker)

@@ -27,10 +27,10 @@ def check_loss_log(path: str | os.PathLike[str]) -> None:
 
 
 class LossLog:
-    """A CSV file with a line for each optimiser step, or nothing where ``path`` is None.
+    """A CSV file with a line for each optimizer step, or nothing where ``path`` is None.
 
     Every line is handed to the system at once, so that a training that is killed leaves all the steps it made. A file of
-    that name is replaced, but where a training goes on after ``steps_made`` the lines of these steps stay.
+    that name is replaced, but where a training continues after ``steps_made`` the lines of these steps stay.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, steps_made: int = 0) -> None:
@@ -63,7 +63,7 @@ class LossLog:
         learning_rate: float | None,
         validation_loss: float | None = None,
     ) -> None:
-        """One step. A field is empty where its value is None: a rate that the optimiser has not, a loss that was not measured.
+        """One step. A field is empty where its value is None: a rate that the optimizer has not, a loss that was not measured.
 
         Losses have nine digits: as many as two float32 numbers need to differ.
         """
@@ -77,7 +77,7 @@ class LossLog:
         try:
             self._file.write(line + "\n")
         except OSError as error:  # hours of training are worth more than their log
-            logger.warning("--loss_log %s: %s; training goes on without it.", self._file.name, error.strerror or error)
+            logger.warning("--loss_log %s: %s; training continues without it.", self._file.name, error.strerror or error)
             self._close()
 
     def _close(self) -> None:

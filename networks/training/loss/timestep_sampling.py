@@ -174,7 +174,7 @@ class TimestepSampler:
         self._in_epoch = 0  # samples of this epoch
 
     def begin_epoch(self) -> None:
-        """Begin a cover anew, where an epoch has samples enough for one; else the covers go on through the epochs."""
+        """Start a new cover where an epoch has samples enough for one; else the covers continue through the epochs."""
         buckets = self.settings.num_timestep_buckets
         if buckets is not None and self._in_epoch >= buckets:
             self._remaining = self._remaining[:0]
@@ -196,7 +196,7 @@ class TimestepSampler:
         return parts
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """What ``load_state_dict`` needs to go on with the same samples. The keys are those of states on people's disks."""
+        """What ``load_state_dict`` needs to continue with the same samples. The keys are those of states on people's disks."""
         return {"generator": self.generator.get_state(), "due": self._remaining.clone(), "drawn": self._in_epoch}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:

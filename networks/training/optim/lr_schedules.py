@@ -109,9 +109,9 @@ def make_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimiz
 
 
 def check_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Make the schedule over a scratch optimiser and step it once: its mistakes show before a model is loaded."""
+    """Make the schedule over a scratch optimizer and step it once: its mistakes show before a model is loaded."""
     scheduler = make_lr_scheduler(settings, optimizer, steps)
-    optimizer.step()  # torch warns of schedules that are stepped before their optimiser
+    optimizer.step()  # torch warns of schedules that are stepped before their optimizer
     step_schedule(scheduler, loss=1.0)
     return scheduler
 
@@ -119,12 +119,12 @@ def check_lr_scheduler(settings: ScheduleSettings, optimizer: torch.optim.Optimi
 def step_schedule(scheduler: LRScheduler, loss: float) -> None:
     """Advance a schedule; those that watch the training (reduce_lr_on_plateau) get the loss of the step.
 
-    A UserError says why one cannot go on, because its own number of steps is over for example.
+    A UserError says why one cannot continue, because its own number of steps is over for example.
     """
     try:
         scheduler.step(*([loss] if "metrics" in inspect.signature(scheduler.step).parameters else []))
     except (ValueError, ArithmeticError, NotImplementedError) as error:
-        raise UserError(f"the learning rate schedule cannot go on ({first_line(error)}); look at --lr_scheduler_args.") from error
+        raise UserError(f"the learning rate schedule fails ({first_line(error)}); look at --lr_scheduler_args.") from error
 
 
 def _options(settings: ScheduleSettings, steps: int, known: Collection[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Optimisers by the names users give: one of ``NAMED``, a class of torch.optim, or any dotted class path."""
+"""Optimizers by the names users give: one of ``NAMED``, a class of torch.optim, or any dotted class path."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NAMED = {
     "adafactor": "transformers.optimization.Adafactor",
 }
 LOW_LORA_RATE = 1e-6  # learning rate times alpha / rank
-SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimisers
+SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimizers
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The optimiser flags.
+    """The optimizer flags.
 
     Attributes:
         optimizer_type: one of ``NAMED`` in any case; a class of torch.optim such as ``SGD``; or a dotted class path such as
@@ -53,7 +53,7 @@ def warn_of_low_learning_rate(settings: OptimizerSettings, rank: int, alpha: flo
 
 
 def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.optim.Optimizer:
-    """The optimiser of the settings over parameters, or parameter groups that may have an ``lr`` of their own."""
+    """The optimizer of the settings over parameters, or parameter groups that may have an ``lr`` of their own."""
     name, params = settings.optimizer_type, list(params)
     path = NAMED.get(name.lower(), name)
     if "." not in path:
@@ -73,13 +73,13 @@ def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.
             "Add relative_step=False to --optimizer_args to use --learning_rate."
         )
     optimizer_class = import_class(path, "--optimizer_type", torch.optim.Optimizer)
-    return construct(optimizer_class, params, options, f"the optimiser {name}", "--optimizer_args")
+    return construct(optimizer_class, params, options, f"the optimizer {name}", "--optimizer_args")
 
 
 def check_optimizer(
     settings: OptimizerSettings, device: torch.device | str = "cpu", group_rates: Sequence[float] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
+    """The optimizer over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
 
     A step may fail because there is no kernel for ``device``, or because more is needed than a gradient (LBFGS).
 
@@ -94,7 +94,7 @@ def check_optimizer(
     set_optimizer_mode(optimizer, training=True)
     try:
         optimizer.step()
-    except Exception as error:  # third-party optimisers fail in ways of their own
+    except Exception as error:  # third-party optimizers fail in ways of their own
         raise UserError(
             f"--optimizer_type {settings.optimizer_type} cannot make a training step on {torch.device(device).type} "
             f"({first_line(error)}). Use --optimizer_type adamw."
@@ -103,7 +103,7 @@ def check_optimizer(
 
 
 def state_bytes_per_value(optimizer: torch.optim.Optimizer) -> float:
-    """How many bytes an optimiser that has made a step keeps for each value it trains: 8 for Adam's two averages in float32."""
+    """How many bytes an optimizer that has made a step keeps for each value it trains: 8 for Adam's two averages in float32."""
     values = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(value.nbytes for value in kept) / values
@@ -117,14 +117,14 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, optimizer_args: Sequenc
 
 
 def without_wrapper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser inside accelerate's wrapper."""
+    """The optimizer inside accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def set_optimizer_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Call ``train`` or ``eval`` of optimisers that have them: schedule-free ones keep other weights while they train."""
+    """Call ``train`` or ``eval`` of optimizers that have them: schedule-free ones keep other weights while they train."""
     method = getattr(optimizer, "train" if training else "eval", None)
     if callable(method):
         method()
@@ -139,7 +139,7 @@ def picks_own_learning_rate(optimizer: torch.optim.Optimizer) -> bool:
 def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str] = ()) -> dict[str, float]:
     """The learning rate of each parameter group that has one, by its name.
 
-    For optimisers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use;
+    For optimizers that scale the rate by an estimate of their own (Prodigy, D-Adaptation) ``d*lr NAME`` is what they use;
     for Adafactor with relative_step it is the rate of the group's first parameter in the next step.
 
     Args:

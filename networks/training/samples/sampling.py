@@ -83,7 +83,7 @@ class SampleSettings:
         return [f"--sample_prompts has no effect without {' or '.join(f'--{name}' for name in SCHEDULE_FLAGS)}."]
 
     def due(self, step: int, epoch: int, epoch_ended: bool = False) -> str | None:
-        """The epoch or step for the names of the samples to make after ``step`` optimiser steps; None for no samples.
+        """The epoch or step for the names of the samples to make after ``step`` optimizer steps; None for no samples.
 
         Args:
             step: 0 is the beginning of a training that is not resumed.
@@ -229,7 +229,7 @@ class SampleRound:
         transformer: with the network as it is now.
         dtype: what the transformer computes in.
         name: the epoch or step in the names of files.
-        step: optimiser steps done, for the metadata.
+        step: optimizer steps done, for the metadata.
         stop: once it is True the round is given up.
     """
 
@@ -324,7 +324,7 @@ class SampleRound:
         except _Stopped:
             raise
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
-            logger.warning("%s: %s; training goes on.", failed, first_line(error).rstrip("."))
+            logger.warning("%s: %s; training continues.", failed, first_line(error).rstrip("."))
 
 
 def _stem(name: str, place: str, index: int, seed: int) -> str:

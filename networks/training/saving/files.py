@@ -34,7 +34,7 @@ def epoch_name(name: str, epoch: int) -> str:
 
 
 def step_name(name: str, step: int) -> str:
-    """The file of the model after ``step`` optimiser steps."""
+    """The file of the model after ``step`` optimizer steps."""
     return f"{name}-step{step:08d}{MODEL_SUFFIX}"
 
 
@@ -140,7 +140,7 @@ def require_room_for_save(settings: SaveSettings, values: int, dtype: torch.dtyp
     Args:
         values: numbers in the network.
         dtype: of the saved model. A state holds the network in float32.
-        optimizer_bytes: what a state holds of the optimiser for each value.
+        optimizer_bytes: what a state holds of the optimizer for each value.
 
     Raises:
         UserError: with the sizes.

@@ -27,8 +27,8 @@ class DataFacts(Protocol):
     """What the metadata needs to know about the data; ``dataset.batches.report.DataFacts`` is one.
 
     Attributes:
-        items: in all data sets, repeats included.
-        resolution: (width, height) of the largest data set, for ModelSpec.
+        items: in all datasets, repeats included.
+        resolution: (width, height) of the largest dataset, for ModelSpec.
         datasets: one JSON-ready description for each.
     """
 
@@ -87,7 +87,7 @@ def _modelspec(flags: Mapping[str, Any], resolution: tuple[int, int]) -> dict[st
 
 
 def finished_metadata(metadata: Mapping[str, str], *, steps: int, epoch: int, now: float) -> dict[str, str]:
-    """``metadata`` for a file saved after ``steps`` optimiser steps in ``epoch``, at ``now`` (seconds since 1970).
+    """``metadata`` for a file saved after ``steps`` optimizer steps in ``epoch``, at ``now`` (seconds since 1970).
 
     Metadata cut down by --no_metadata stays as it is.
     """

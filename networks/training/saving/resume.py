@@ -1,4 +1,4 @@
-"""--resume: which state a training goes on from, whether it fits, and putting everything where it was saved."""
+"""--resume: which state a training continues from, whether it fits, and putting everything where it was saved."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from utils.safetensors_io import read_header
 
 logger = logging.getLogger(__name__)
 
-PLACE_FLAGS = ("resume", "seed")  # those that say where to go on, and the one that is checked by itself
-OPTIMIZER_FLAGS = ("learning_rate", "optimizer_args")  # whose values an optimiser goes on with
+PLACE_FLAGS = ("resume", "seed")  # those that say where to resume, and the one that is checked by itself
+OPTIMIZER_FLAGS = ("learning_rate", "optimizer_args")  # whose values an optimizer continues with
 
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """Which state a training goes on from."""
+    """Which state a training continues from."""
 
     output_dir: str
     output_name: str
@@ -53,12 +53,12 @@ class Resumed:
     state: StateFile
 
     def flags_used(self, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """``flags`` of this training, with those of the state where the optimiser goes on with its numbers."""
+        """``flags`` of this training, with those of the state where the optimizer continues with its numbers."""
         return {**flags, **{name: self.state.flags[name] for name in OPTIMIZER_FLAGS if name in self.state.flags}}
 
 
 def find_resumed(settings: ResumeSettings) -> Resumed | None:
-    """The state that --resume names, or None where training begins anew.
+    """The state that --resume names, or None where training starts from the beginning.
 
     Raises:
         UserError: no such state, one that is damaged, or one with another seed than --seed.
@@ -68,7 +68,7 @@ def find_resumed(settings: ResumeSettings) -> Resumed | None:
     if settings.latest:
         folder = find_latest_state(Path(settings.output_dir), settings.output_name)
         if folder is None:
-            logger.info("no state of %s in %s yet; training begins anew", settings.output_name, settings.output_dir)
+            logger.info("no state of %s in %s yet; training starts from the beginning", settings.output_name, settings.output_dir)
             return None
     elif settings.resume_from_huggingface:
         folder = download_state(settings.resume, settings.huggingface_token)
@@ -95,7 +95,7 @@ def is_complete(settings: ResumeSettings, steps: int, resumed: Resumed | None) -
 
 
 def require_fitting(resumed: Resumed, flags: Mapping[str, Any], optimizer: str) -> None:
-    """Refuse a state of another network, optimiser or schedule.
+    """Refuse a state of another network, optimizer or schedule.
 
     Args:
         flags: of this training.
@@ -113,7 +113,7 @@ def require_fitting(resumed: Resumed, flags: Mapping[str, Any], optimizer: str) 
     if differences := [f"{name} {before[name]}, now {now}" for name, now in after.items() if before[name] != now]:
         raise UserError(
             f"the state {resumed.folder} does not fit this training: {'; '.join(differences)}. Use the flags of that run, "
-            "or leave --resume out; to begin anew from its weights give its model as --network_weights."
+            "or leave --resume out; to start from its weights give its model as --network_weights."
         )
 
 
@@ -144,7 +144,7 @@ def check_steps_left(settings: ResumeSettings, resumed: Resumed, steps: int) -> 
     if step >= steps and not (settings.latest and done):
         raise UserError(
             f"the state {resumed.folder} was saved after step {step}, and this training has {steps}; "
-            "raise --max_train_steps to go on."
+            "raise --max_train_steps to continue."
         )
 
 
@@ -161,7 +161,7 @@ def _text(value: object) -> str:
 
 
 def restore(resumed: Resumed, parts: Restorable, order: Mapping[str, Any], flags: Mapping[str, Any]) -> Progress:
-    """Put everything where the state was saved; returns where that was. The epoch begins anew where its batches changed.
+    """Put everything where the state was saved; returns where that was. The epoch starts over where its batches changed.
 
     Args:
         order: what the order of the batches depends on now.
@@ -174,13 +174,13 @@ def restore(resumed: Resumed, parts: Restorable, order: Mapping[str, Any], flags
     load_state(resumed.folder, parts)
     progress = state.progress
     if changed := [name for name, value in order.items() if state.order.get(name) != value]:
-        logger.warning("%s changed since the state was saved: epoch %d begins anew", " and ".join(changed), progress.epoch)
+        logger.warning("%s changed since the state was saved: epoch %d starts over", " and ".join(changed), progress.epoch)
         progress.batches = 0
     names = sorted((flags.keys() | state.flags.keys()) - {*PLACE_FLAGS, *OPTIMIZER_FLAGS})
     if differing := _differing(state.flags, flags, names):
         sentences = (f"{name} {before}, now {after}" for name, before, after in differing)
         logger.warning("flags that differ from those of the state: %s", "; ".join(sentences))
     for name, before, after in _differing(state.flags, flags, OPTIMIZER_FLAGS):
-        logger.warning("%s %s is not used: the optimiser goes on as in the state, with %s", name, after, before)
+        logger.warning("%s %s is not used: the optimizer continues as in the state, with %s", name, after, before)
     logger.info("resumed from %s: step %d, epoch %d", resumed.folder, progress.step, progress.epoch)
     return progress

@@ -1,10 +1,10 @@
-"""The state of a training: everything it needs to go on as if it had never stopped.
+"""The state of a training: everything it needs to resume as if it had never stopped.
 
 A state is a folder that appears only when whole:
 
     state.json            where the training stands, and what it was
     network.safetensors   the network's tensors as they are in memory
-    optimizer.pt          states of optimiser, schedule and gradient scaler; tensors and plain values only
+    optimizer.pt          states of optimizer, schedule and gradient scaler; tensors and plain values only
     random-{rank}.pt      the random generators of each process
 """
 
@@ -45,7 +45,7 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        step: optimiser steps that were made.
+        step: optimizer steps that were made.
         epoch: the one under way, counted from 1.
         batches: of this epoch that each process has used.
         losses: of the last steps, for their average.
@@ -155,13 +155,13 @@ def plain_state(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(plain_state(item) for item in value)
     raise UserError(
-        f"the state of the optimiser or the schedule holds a {type(value).__name__}, which cannot be saved safely. "
+        f"the state of the optimizer or the schedule holds a {type(value).__name__}, which cannot be saved safely. "
         "Use another --optimizer_type or --lr_scheduler_type, or train without --save_state."
     )
 
 
 def check_state_can_be_saved(optimizer: torch.optim.Optimizer, lr_scheduler: Any, wanted: bool) -> None:
-    """See whether states of this optimiser and this schedule can be saved, and warn if not.
+    """See whether states of this optimizer and this schedule can be saved, and warn if not.
 
     Raises:
         UserError: they cannot, but are ``wanted``.
@@ -203,7 +203,7 @@ def find_latest_state(folder: Path, name: str) -> Path | None:
     """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning.
 
     Raises:
-        UserError: there are states, but not one that can be used: a training that began anew would replace what was trained.
+        UserError: there are states, but not one that can be used: a training that started over would replace what was trained.
     """
     whole: list[tuple[float, Path]] = []
     unusable: list[UserError] = []
@@ -215,7 +215,7 @@ def find_latest_state(folder: Path, name: str) -> Path | None:
                 unusable.append(error)
     if unusable and not whole:
         raise UserError(
-            f"no state of {name} in {folder} can be used. Move its states away to begin anew. The first one: {unusable[0]}"
+            f"no state of {name} in {folder} can be used. Move its states away to start over. The first one: {unusable[0]}"
         )
     for error in unusable:
         logger.warning("%s", error)
@@ -252,7 +252,7 @@ def read_state_file(folder: Path) -> StateFile:
     Raises:
         UserError: no state there, or one whose files are missing or cut short.
     """
-    remedy = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to begin anew."
+    remedy = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to start over."
     if not folder.is_dir():
         raise UserError(f"--resume {folder} is not a folder. {remedy}")
     try:
@@ -282,7 +282,7 @@ def _of_types(kind: type, values: dict[str, Any]) -> Any:
 
 
 def load_state(folder: Path, parts: Restorable) -> None:
-    """Put the network, the optimiser, the schedule and the random generators of this process where ``save_state`` found them.
+    """Put the network, the optimizer, the schedule and the random generators of this process where ``save_state`` found them.
 
     Raises:
         UserError: a file cannot be read, or its content does not fit.
@@ -297,14 +297,14 @@ def load_state(folder: Path, parts: Restorable) -> None:
         _load_random_state(folder, parts)
     except UserError:
         raise
-    except Exception as error:  # third-party optimisers fail in ways of their own
+    except Exception as error:  # third-party optimizers fail in ways of their own
         raise UserError(f"the state {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def _load_random_state(folder: Path, parts: Restorable) -> None:
     path = folder / random_name(parts.accelerator.process_index)
     if not path.is_file():
-        logger.warning("%s has no random state for process %d; its noise begins anew.", folder, parts.accelerator.process_index)
+        logger.warning("%s has no random state for process %d; its noise starts over.", folder, parts.accelerator.process_index)
         return
     state = torch.load(path, map_location="cpu", weights_only=True)
     random.setstate(state["python"])
@@ -315,6 +315,6 @@ def _load_random_state(folder: Path, parts: Restorable) -> None:
     if state["noise"].shape == parts.noise.get_state().shape:
         parts.noise.set_state(state["noise"])
     else:
-        logger.warning("%s was saved on another kind of device; the noise begins anew.", folder)
+        logger.warning("%s was saved on another kind of device; the noise starts over.", folder)
     if parts.accelerator.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -24,7 +24,7 @@ CASES = Path(__file__).parent.parent / "media" / "cases"
 
 
 def latents(folder: Path) -> dict[str, int]:
-    """Modification times of the latent caches of the tiny data set, by name."""
+    """Modification times of the latent caches of the tiny dataset, by name."""
     return {path.name: path.stat().st_mtime_ns for path in sorted(folder.rglob("*_hv.safetensors"))}
 
 
@@ -37,7 +37,7 @@ def redone(before: dict[str, int], after: dict[str, int]) -> set[str]:
 
 
 def outcomes(stdout: str) -> list[str]:
-    """The summary of each data set."""
+    """The summary of each dataset."""
     return re.findall(r"^    cache files: (.*)$", stdout, re.MULTILINE)
 
 

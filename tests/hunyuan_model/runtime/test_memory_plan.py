@@ -98,7 +98,7 @@ def test_the_table_has_parts_sum_and_verdict(picture: MemoryPlan) -> None:
     assert "free" not in plan_table(picture, None, None)
     assert "without the trained network" in plan_table(replace(picture, network_values=None), 24 * GB, None)
     swapped = picture.with_blocks(58)
-    assert "main memory holds 24.9 GB more." in plan_table(swapped, 200 * GB, 64 * GB)
+    assert "RAM holds 24.9 GB more." in plan_table(swapped, 200 * GB, 64 * GB)
     assert "but only 16.0 GB are free" in plan_table(swapped, 200 * GB, 16 * GB)
     assert verdict(picture, GB).endswith("and use fewer frames or a smaller resolution.")
 
@@ -106,7 +106,7 @@ def test_the_table_has_parts_sum_and_verdict(picture: MemoryPlan) -> None:
 def test_on_the_cpu_everything_is_in_main_memory(picture: MemoryPlan) -> None:
     plan = replace(picture, device=torch.device("cpu")).with_blocks(58)
     need, table = plan.need(), plan_table(plan, 32 * GB, 32 * GB)
-    assert table.startswith("main memory for the largest batch") and need.kernels == 0
+    assert table.startswith("RAM for the largest batch") and need.kernels == 0
     assert f"{(need.on_device + need.on_host) / GB:.1f} GB of 32.0 GB free" in table
     assert f"{(need.on_device + need.on_host - 32 * GB) / GB:.1f} GB are missing" in table
 

@@ -1,4 +1,4 @@
-"""GELU alone and beside other values, and its form for processors, against the formula in float64 and torch's own."""
+"""GELU alone and beside other values, and its form for CPUs, against the formula in float64 and torch's own."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def preserving(toml: Path, *numbers: int) -> Path:
-    """The dataset file with prior preservation in these of its data sets, counted from 0."""
+    """The dataset file with prior preservation in these of its datasets, counted from 0."""
     head, *tables = toml.read_text(encoding="utf-8").split("[[datasets]]")
     tables = [f"\nprior_preservation = true{table}" if number in numbers else table for number, table in enumerate(tables)]
     changed = toml.with_name("preserving.toml")
@@ -130,7 +130,7 @@ def test_training_leaves_alone_what_it_is_to_preserve(train, tiny_model, cached,
 
 def test_nothing_of_it_is_held_out(cached):
     assert len(hold_out(groups_of(cached), 0.5, seed=1)[1]) == 2
-    with pytest.raises(UserError, match="every data set without prior_preservation has only one"):
+    with pytest.raises(UserError, match="every dataset without prior_preservation has only one"):
         hold_out(groups_of(preserving(cached, 0)), 0.5, seed=1)
 
 

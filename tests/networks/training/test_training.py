@@ -176,7 +176,7 @@ def test_fp8_base_in_bf16_trains_close_to_float32(train, tmp_path):
 
 @pytest.mark.slow
 def test_command_of_the_readme_trains(tiny_model, cached, tmp_path):
-    """accelerate launch, bf16, fp8 weights, an 8-bit optimiser, checkpointing and worker processes together."""
+    """accelerate launch, bf16, fp8 weights, an 8-bit optimizer, checkpointing and worker processes together."""
     import os
     import subprocess
 

@@ -152,7 +152,7 @@ def test_caches_of_another_model_are_refused_before_loading(train, monkeypatch, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("flags", ["--blocks_to_swap 99", "--fp8_base --fp8_fast", "--optimizer_type LBFGS"])
 def test_what_the_data_cannot_change_is_refused_before_they_are_looked_at(train, monkeypatch, flags):
-    monkeypatch.setattr(hv_train_network, "load_dataset_config", lambda *_, **__: pytest.fail("looked at the data sets"))
+    monkeypatch.setattr(hv_train_network, "load_dataset_config", lambda *_, **__: pytest.fail("looked at the datasets"))
     ended = train(*flags.split())
     assert ended.status == 2 and flags.split("--")[-1] in ended.stderr
 

@@ -1,4 +1,4 @@
-"""One optimiser step: what it waits for, what it learns from, and what it leaves alone."""
+"""One optimizer step: what it waits for, what it learns from, and what it leaves alone."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A data set of ten pictures of one size."""
+    """A dataset of ten pictures of one size."""
     write_caches(tmp_path / "many", {f"picture {number}": (1, 4, 4) for number in range(10)}, seed=2)
     toml = tmp_path / "many.toml"
     toml.write_text(
@@ -65,7 +65,7 @@ def test_a_data_set_of_one_cannot_be_divided(tmp_path: Path) -> None:
         f"cache_directory = '{tmp_path / 'one'}'\n",
         encoding="utf-8",
     )
-    with pytest.raises(UserError, match="every data set without prior_preservation has only one"):
+    with pytest.raises(UserError, match="every dataset without prior_preservation has only one"):
         hold_out(find_cached_items(load_dataset_config(toml, require_media=False)), 0.5, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Optimisers by name: what is made, that it learns, what is refused, and the rates that are logged."""
+"""Optimizers by name: what is made, that it learns, what is refused, and the rates that are logged."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_step_is_tried_with_the_rates_of_all_groups():
 
 
 @pytest.mark.parametrize(("name", "bytes_each"), [("adamw", 8), ("SGD", 0), ("adafactor", 0.1)])
-def test_what_an_optimiser_keeps_for_each_value(name, bytes_each):
+def test_what_an_optimizer_keeps_for_each_value(name, bytes_each):
     optimizer = check_optimizer(OptimizerSettings(name), group_rates=[1e-3, 1e-3])
     assert state_bytes_per_value(optimizer) == pytest.approx(bytes_each, abs=0.02)
 

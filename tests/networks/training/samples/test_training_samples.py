@@ -47,7 +47,7 @@ def sampling(tiny_model, tmp_path):
 
 
 class Averaging(torch.optim.AdamW):
-    """Shows an average of the weights in evaluation mode; like real schedule-free optimisers it comes back only almost."""
+    """Shows an average of the weights in evaluation mode; like real schedule-free optimizers it comes back only almost."""
 
     def step(self, closure=None):
         assert self.training_mode
@@ -200,7 +200,7 @@ def test_a_sample_is_what_generation_makes_with_the_same_network(sampling, tiny_
 
 
 class TestFailures:
-    """Training goes on whatever happens, and one line names the prompt."""
+    """Training continues whatever happens, and one line names the prompt."""
 
     @pytest.fixture
     def training(self, tiny_model) -> TinyTraining:
@@ -219,7 +219,7 @@ class TestFailures:
         ("error", "says"),
         [
             (torch.OutOfMemoryError("CUDA out of memory.\nand more"), "out of memory while sampling; make it smaller or shorter"),
-            (RuntimeError("an odd\nerror"), "an odd; training goes on"),
+            (RuntimeError("an odd\nerror"), "an odd; training continues"),
         ],
     )
     def test_a_prompt_that_cannot_be_sampled(self, training, sampling, caplog, monkeypatch, error, says):
@@ -256,7 +256,7 @@ class TestFailures:
         monkeypatch.setattr(training_samples, name, fails)
         saved, (warning,) = self.sampled(training, sampling(), caplog)
         assert [sample.index for sample in saved] == left
-        assert says in warning and "No space left on device; training goes on" in warning
+        assert says in warning and "No space left on device; training continues" in warning
 
     def test_a_stop_that_is_asked_for_gives_the_samples_up(self, training, sampling):
         samples, asked = training.samples(sampling()), []

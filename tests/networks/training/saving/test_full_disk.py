@@ -52,7 +52,7 @@ def whole_models(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(("leave", "named"), [(8 * KIB, "lora-step00000003.safetensors"), (0.6, "lora-step00000003-state")])
 def test_training_ends_with_a_sentence_and_its_models_stay(train, small_disk, tmp_path, monkeypatch, leave, named) -> None:
-    """The disk fills up before the model, or where the model fits and its state does not, whose optimiser is the largest."""
+    """The disk fills up before the model, or where the model fits and its state does not, whose optimizer is the largest."""
     disk, step = small_disk(4096), loop.train_step
     (tmp_path / "out").symlink_to(disk, target_is_directory=True)
     made = []
@@ -105,7 +105,7 @@ def test_caching_ends_with_a_sentence_and_goes_on_where_it_stopped(
 
 
 def to_cache_in(toml: str, disk: Path) -> str:
-    """The same data sets, with their caches on ``disk``."""
+    """The same datasets, with their caches on ``disk``."""
     lines = []
     for line in toml.splitlines():
         if line.startswith("cache_directory"):

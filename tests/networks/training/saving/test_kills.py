@@ -66,7 +66,7 @@ def call_main(script: str, *arguments: object) -> None:
 
 
 def write_toml(path: Path, datasets: dict[str, str], cache: Path) -> Path:
-    """Data sets of folders of the toy model's concept; ``datasets``: from the name of a folder to further keys."""
+    """Datasets of folders of the toy model's concept; ``datasets``: from the name of a folder to further keys."""
     text = "[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\nbatch_size = 2\n"
     for name, keys in datasets.items():
         kind = "video" if "clips" in name else "image"

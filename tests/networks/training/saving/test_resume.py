@@ -20,7 +20,7 @@ from networks.training.saving.state import find_latest_state, plain_state, read_
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 
-# Two data sets, dropout that draws from torch's own generator, a schedule, and epochs of two steps of two batches at most.
+# Two datasets, dropout that draws from torch's own generator, a schedule, and epochs of two steps of two batches at most.
 FLAGS = (
     *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--learning_rate", 1e-2, "--network_dropout", 0.2),
     *("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--max_train_steps", 9),
@@ -97,7 +97,7 @@ def test_processes_that_read_make_no_difference(train, whole: Path) -> None:
         ("schedulefree.AdamWScheduleFree", ["warmup_steps=2"]),
     ],
 )
-def test_other_optimisers_go_on_too(train, out: Path, optimizer: str, arguments: list[str]) -> None:
+def test_other_optimizers_go_on_too(train, out: Path, optimizer: str, arguments: list[str]) -> None:
     pytest.importorskip(optimizer.split(".")[0] if "." in optimizer else "torch")
     flags = (*FLAGS, "--optimizer_type", optimizer, "--optimizer_args", *arguments)
     assert train(*flags, *STATES).status == 0
@@ -113,7 +113,7 @@ def test_saving_states_changes_nothing(train, whole: Path) -> None:
 
 def test_latest_begins_anew_goes_on_and_ends(train, out: Path, caplog) -> None:
     command = (*FLAGS, *STATES, "--resume", "latest")
-    assert train(*command).status == 0 and "begins anew" in caplog.text
+    assert train(*command).status == 0 and "starts from the beginning" in caplog.text
     wanted = weights(out)
     (out / "lora.safetensors").unlink()
     for state in (out / "lora-state", *(out / f"lora-step{step:08d}-state" for step in (7, 8))):
@@ -140,7 +140,7 @@ def test_latest_takes_the_newest_that_is_whole(train, whole: Path, caplog) -> No
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(train, whole: Path, tmp_path: Path, monkeypatch) -> None:
     state = whole / "lora-step00000004-state"
     monkeypatch.setattr("hunyuan_model.load_transformer", None)  # nothing is loaded before
-    monkeypatch.setattr("hv_train_network.load_dataset_config", None)  # nor are the data sets looked at
+    monkeypatch.setattr("hv_train_network.load_dataset_config", None)  # nor are the datasets looked at
     cases = [
         (("--network_dim", 8), "does not fit this training: rank 4, now 8."),
         (("--network_alpha", 16), "does not fit this training: alpha 1, now 16."),
@@ -228,7 +228,7 @@ def test_only_plain_values_are_saved() -> None:
 def test_changed_data_sets_begin_the_epoch_anew(train, whole: Path, cached: Path, caplog) -> None:
     cached.write_text(cached.read_text("utf-8").replace("batch_size = 2", "batch_size = 1"), encoding="utf-8")
     ended = train(*FLAGS, "--resume", whole / "lora-step00000004-state", name="other")
-    assert ended.status == 0 and "data sets changed since the state was saved: epoch 2 begins anew" in caplog.text
+    assert ended.status == 0 and "data sets changed since the state was saved: epoch 2 starts over" in caplog.text
 
 
 def test_a_state_past_the_last_step_is_refused_before_loading(train, whole: Path, monkeypatch) -> None:
@@ -237,11 +237,11 @@ def test_a_state_past_the_last_step_is_refused_before_loading(train, whole: Path
     assert ended.status == 2 and "raise --max_train_steps" in ended.stderr
 
 
-def test_metadata_and_later_states_hold_what_the_optimiser_goes_on_with(train, whole: Path, caplog) -> None:
+def test_metadata_and_later_states_hold_what_the_optimizer_goes_on_with(train, whole: Path, caplog) -> None:
     flags = ("--learning_rate", 1e-3, "--optimizer_args", "weight_decay=0.5", "--max_grad_norm", 2)
     ended = train(*FLAGS, *flags, "--resume", whole / "lora-step00000004-state", "--save_state", name="other")
     assert ended.status == 0, ended.stderr
-    assert "--learning_rate 0.001 is not used: the optimiser goes on as in the state, with 0.01" in caplog.text
+    assert "--learning_rate 0.001 is not used: the optimizer continues as in the state, with 0.01" in caplog.text
     assert "--max_grad_norm 1.0, now 2.0" in caplog.text
     metadata = read_header(whole / "other.safetensors").metadata
     kept = ("ss_learning_rate", "ss_optimizer", "ss_max_grad_norm")

@@ -15,7 +15,7 @@ from dataset.config import DatasetConfig
 from dataset.media.decoding import VIDEO_EXTENSIONS
 from dataset.media.pictures import IMAGE_EXTENSIONS
 from utils.errors import UserError, name_some, shown
-from utils.toml_files import has_escaped_backslash_accident
+from utils.toml_files import config_path, has_escaped_backslash_accident
 
 EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 FILE_NAME_BYTES = 255  # what the common file systems allow
@@ -86,8 +86,9 @@ def unread_files(dataset: DatasetConfig) -> list[str]:
     if dataset.directory is None:
         return []
     paths, captions = _list_folder(dataset)
+    caption_files = set(captions.values())
     read = {path.stem for path in paths if path.suffix.lower() in EXTENSIONS[dataset.kind]}
-    others = (path for path in paths if path.stem not in read and path.name not in captions.values())
+    others = (path for path in paths if path.stem not in read and path.name not in caption_files)
     return [path.name for path in others if _caption_of(path, dataset, captions)]
 
 
@@ -172,7 +173,7 @@ def _parse_line(line: str, key: str, where: str) -> tuple[Path, str | None]:
         raise UserError(f"{where} holds half of a surrogate pair; write the character itself, in UTF-8.") from None
     if path.startswith("file:"):
         path = url2pathname(urlsplit(path).path)
-    return Path(path).expanduser(), None if caption is None else caption.strip()
+    return config_path(path), None if caption is None else caption.strip()
 
 
 def _read_text(path: Path) -> str:

@@ -81,12 +81,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _flush_folder(temporary)
             if final.exists():
                 outdated = _temporary_beside(final, keep_name=True)
-                os.replace(final, outdated)
-            os.replace(temporary, final)
+                _rename(final, outdated)
+            _rename(temporary, final)
             _flush_folder(final.parent)
     finally:
         if outdated is not None and outdated.exists() and not final.exists():
-            os.replace(outdated, final)
+            _rename(outdated, final)
         for leftover in (temporary, outdated):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -99,7 +99,12 @@ def remove_folder(path: Path) -> None:
         OSError: it, or something in it, cannot be removed.
     """
     outdated = _temporary_beside(path, keep_name=True)
-    os.replace(path, outdated)
+    try:
+        os.replace(path, outdated)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        outdated = path
     shutil.rmtree(outdated)
 
 
@@ -134,14 +139,25 @@ def _flush_file(path: Path) -> None:
 
 
 def _rename(temporary: Path, final: Path) -> None:
-    """Rename over what stands under ``final``; where that is not possible, copy, so that there is always one whole file."""
+    """Rename a file, over what stands under ``final``, or a folder; where that is not possible, copy, so that there is always one
+    whole."""
     try:
         os.replace(temporary, final)
     except OSError as error:
-        if error.errno not in UNSUPPORTED | {errno.EEXIST} or not os.path.isfile(temporary):
+        if error.errno not in UNSUPPORTED | {errno.EEXIST} or not temporary.exists():
             raise
-        shutil.copyfile(temporary, final)
+        _copy(temporary, final)
         _warn_once(final.parent, "renaming over a file", error)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+        for path in source.iterdir():
+            _copy(path, target / path.name)
+        shutil.rmtree(source)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ MATRICES = {
     7: (0.212, 0.087),
     BT2020: (0.2627, 0.0593),
 }
+UNREAD_MATRICES = frozenset({8, 11, 12, 13, 14, 15, 16, 17})  # YCgCo, ICtCp and others that cameras do not write
 HD_HEIGHT = 720  # from here on, an untagged video is BT.709
 
 WHITE = 203.0  # cd/m2

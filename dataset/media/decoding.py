@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import av
@@ -20,7 +20,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image, ImageSequence
 
-from dataset.media.colour import BT601, BT709, BT2020, HD_HEIGHT, MATRICES, Colour, rgb_of_ycbcr, to_srgb
+from dataset.media.colour import BT601, BT709, BT2020, HD_HEIGHT, MATRICES, UNREAD_MATRICES, Colour, rgb_of_ycbcr, to_srgb
 from dataset.media.containers import missing_bytes
 from dataset.media.errors import MediaError, reading
 from dataset.media.frame_rate import MODEL_FPS
@@ -36,6 +36,8 @@ VIDEO_EXTENSIONS = frozenset(
 LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
 FIRST_FRAMES = 5  # that are looked at to know how to read the others
 PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
+MOST_UNEVEN_PIXELS = 16  # times as wide as high, or as high as wide; more is a fault of the file
+DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
 
@@ -55,7 +57,7 @@ class VideoInfo:
 def probe_video(path: Path) -> VideoInfo:
     """Size, stated frame rate, and what is done to the pixels; decodes the first frames."""
     with open_video(path) as video:
-        height, width = video.rgb(next(video.frames())).shape[:2]
+        width, height = video.size(next(video.frames()))
         return VideoInfo(width, height, video.fps, video.done)
 
 
@@ -182,7 +184,7 @@ def open_video(path: Path) -> Iterator[Video | Animation]:
         with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise MediaError(f"{path} holds no video stream.")
-            yield Video(path, container)
+            yield Video(path, container, container.streams.best("video"))
 
 
 def _is_webp(path: Path) -> bool:
@@ -199,8 +201,12 @@ class Video:
         done: what ``frames`` and ``rgb`` do to the pixels, for people.
     """
 
-    def __init__(self, path: Path, container: av.container.InputContainer) -> None:
-        self._stream = stream = container.streams.video[0]
+    def __init__(self, path: Path, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> None:
+        if stream.codec_context.codec_tag in DOLBY_VISION_TAGS:
+            raise MediaError(
+                f"video {path} holds Dolby Vision alone, whose colours nothing here reads; convert it to HDR10 or SDR."
+            )
+        self._is_gif = stream.codec_context.name == "gif"
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate else None
@@ -210,7 +216,11 @@ class Video:
             raise MediaError(f"video {path} has no frames.")
         self.decoded: Iterator[av.VideoFrame] = chain(first, decoded)
         self._colour = _colour_of(first[0], stream.codec_context)
+        if self._colour is None:
+            raise MediaError(f"video {path} has colours of a kind that is not read (matrix {int(first[0].colorspace)} of H.273).")
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        if not 1 / MOST_UNEVEN_PIXELS <= self._pixel_aspect <= MOST_UNEVEN_PIXELS:
+            raise MediaError(f"video {path} says that its pixels are {self._pixel_aspect} times as wide as high; save it anew.")
         self._is_interlaced = any(frame.interlaced_frame for frame in first)
         self._has_alpha = any(component.is_alpha for component in first[0].format.components)
         self._is_of_pictures = stream.codec_context.name in PICTURE_CODECS
@@ -226,12 +236,18 @@ class Video:
             yield f"pixels of {self._pixel_aspect.numerator}:{self._pixel_aspect.denominator} made square"
         if self._is_interlaced:
             yield "deinterlaced"
-        if self._has_alpha and self._stream.codec_context.name != "gif":
+        if self._has_alpha and not self._is_gif:
             yield "transparency over white"
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """``decoded``, deinterlaced where needed: as many frames."""
-        return _deinterlace(self._stream, self.decoded) if self._is_interlaced else self.decoded
+        return _deinterlace(self.decoded) if self._is_interlaced else self.decoded
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """(width, height) of ``rgb``."""
+        width, height = _with_square_pixels(frame, self._pixel_aspect)
+        height, width, _ = self._upright(frame, np.empty((height, width, 1), bool)).shape
+        return width, height
 
     def rgb(self, frame: av.VideoFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
         """A frame as (H, W, 3) uint8 sRGB. Where its colours need much arithmetic, it is shrunk first by a whole number, but not
@@ -242,6 +258,9 @@ class Video:
             pixels = self._converted(frame, width // max(1, shrink), height // max(1, shrink))
         else:
             pixels = self._plain(frame, width, height)
+        return self._upright(frame, pixels)
+
+    def _upright(self, frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
         if self._is_of_pictures:  # PyAV frees their colour profiles twice once their side data were read
             return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
         matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -293,6 +312,9 @@ class Animation:
     def frames(self) -> Iterator[AnimationFrame]:
         return self.decoded
 
+    def size(self, frame: AnimationFrame) -> tuple[int, int]:
+        return frame.pixels.shape[1], frame.pixels.shape[0]
+
     def rgb(self, frame: AnimationFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
         return frame.pixels
 
@@ -327,28 +349,32 @@ def _decode(container: av.container.InputContainer, stream: av.video.stream.Vide
         yield from decoder.decode(packet)
 
 
-def _deinterlace(stream: av.video.stream.VideoStream, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def _deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     """One frame for each; those that are not interlaced stay as they are."""
-    graph = av.filter.Graph()
-    source = graph.add_buffer(template=stream)
-    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-    source.link_to(bwdif)
-    bwdif.link_to(sink)
-    graph.configure()
-    for frame in chain(frames, [None]):
-        graph.push(frame)
-        while True:
-            try:
-                yield graph.pull()
-            except (av.BlockingIOError, EOFError):
-                break
+    for (width, height, format), alike in groupby(frames, lambda frame: (frame.width, frame.height, frame.format.name)):
+        first = next(alike)
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format=format, time_base=first.time_base)
+        bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+        source.link_to(bwdif)
+        bwdif.link_to(sink)
+        graph.configure()
+        for frame in chain([first], alike, [None]):
+            graph.push(frame)
+            while True:
+                try:
+                    yield graph.pull()
+                except (av.BlockingIOError, EOFError):
+                    break
 
 
-def _colour_of(frame: av.VideoFrame, codec: av.CodecContext) -> Colour:
-    """What a file says about its colours, and for what it does not say what players take."""
-    matrix, assumed = frame.colorspace, False
+def _colour_of(frame: av.VideoFrame, codec: av.CodecContext) -> Colour | None:
+    """What a file says about its colours, and for what it does not say what players take. None: with ``UNREAD_MATRICES``."""
+    matrix, assumed = int(frame.colorspace), False
     if matrix == 10:  # BT.2020 with constant luminance, which nobody uses
         matrix = BT2020
+    if matrix in UNREAD_MATRICES:
+        return None
     if matrix not in MATRICES:
         assumed = True
         matrix = {BT709: BT709, BT2020: BT2020, 5: BT601, 6: BT601}.get(

@@ -12,7 +12,8 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +164,9 @@ def _conversion(image: Image.Image, path: Path) -> tuple[str, Conversion | None]
     colour = _coded_colour(image, path)
     if colour is not None and colour.is_converted:
         return str(colour), lambda image: to_srgb(np.asarray(image.convert("RGB"), np.float32) / 255, colour)
-    if profile := image.info.get("icc_profile"):
-        return _profile_conversion(profile)
+    if "icc_profile" in image.info:
+        kind = "CMYK" if image.mode == "CMYK" else "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+        return _profile_conversion(image.info["icc_profile"], kind)
     gamma = image.info.get("gamma")
     if image.format == "PNG" and gamma and "srgb" not in image.info:
         return _gamma_conversion(gamma, image.info.get("chromaticity"))
@@ -172,10 +174,15 @@ def _conversion(image: Image.Image, path: Path) -> tuple[str, Conversion | None]
 
 
 @functools.lru_cache(maxsize=64)
-def _profile_conversion(profile: bytes) -> tuple[str, Conversion | None]:
+def _profile_conversion(profile: bytes | None, kind: str) -> tuple[str, Conversion | None]:
+    """``kind``: L, RGB or CMYK, what the picture holds; ``profile``: None where Pillow cannot unpack it."""
+    if not profile:
+        return UNREADABLE_PROFILE, None
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if mode != kind and (mode, kind) != ("RGB", "L"):
+            raise ValueError("the profile of another kind of picture")
         name = " ".join((source.profile.profile_description or "unnamed").split())
         transform = _transform(source, mode)
         swatches = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
@@ -206,9 +213,10 @@ def _gamma_conversion(gamma: float, points: tuple[float, ...] | None) -> tuple[s
     matrix = None
     if points and len(points) == 8 and all(y > 0 for y in points[1::2]):
         white, red, green, blue = zip(points[::2], points[1::2])
-        matrix = primaries_to_bt709(red, green, blue, white)
-        if np.abs(matrix - np.eye(3)).max() < 0.02:
-            matrix = None
+        with suppress(np.linalg.LinAlgError):  # no primaries at all
+            matrix = primaries_to_bt709(red, green, blue, white)
+            if np.abs(matrix - np.eye(3)).max() < 0.02:
+                matrix = None
     if matrix is None and abs(gamma - 1 / 2.2) < 0.01:
         return "", None
     light = (np.linspace(0, 1, 256) ** (1 / gamma)).astype(np.float32)
@@ -225,6 +233,33 @@ def _coded_colour(image: Image.Image, path: Path) -> Colour | None:
         found = head.find(b"cICP", 0, head.find(b"IDAT"))
         codes = head[found + 4 : found + 6] if found > 0 else b""
     else:
-        found = head.find(b"colrnclx")
-        codes = head[found + 9 : found + 13 : 2] if found > 0 else b""
+        codes = next((box[5:9:2] for box in _properties_of_primary(head) if box.startswith(b"nclx")), b"")
     return Colour(primaries=codes[0], transfer=codes[1]) if len(codes) == 2 else None
+
+
+def _properties_of_primary(head: bytes) -> Iterator[bytes]:
+    """The contents of the boxes colr of the picture that is shown (ISO/IEC 23008-12). That of a gain map may come before them."""
+    meta = next((content for kind, content in _boxes(head) if kind == b"meta"), b"")
+    boxes = dict(_boxes(meta[4:]))
+    primary = boxes.get(b"pitm", b"")
+    shared = dict(_boxes(boxes.get(b"iprp", b"")))
+    properties, links = list(_boxes(shared.get(b"ipco", b""))), io.BytesIO(shared.get(b"ipma", b""))
+
+    def number(size: int) -> int:
+        return int.from_bytes(links.read(size), "big")
+
+    id_size, link_size = 4 if number(1) else 2, 2 if number(3) & 1 else 1
+    for _ in range(min(number(4), len(head)) if primary else 0):
+        item, count = number(id_size), number(1)
+        for index in [number(link_size) % (1 << (8 * link_size - 1)) for _ in range(count)]:
+            if item == int.from_bytes(primary[4:], "big") and 0 < index <= len(properties) and properties[index - 1][0] == b"colr":
+                yield properties[index - 1][1]
+
+
+def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of each box, as far as it is there."""
+    position = 0
+    while position + 8 <= len(content):
+        size = int.from_bytes(content[position : position + 4], "big")
+        yield content[position + 4 : position + 8], content[position + 8 : position + size]
+        position += max(size, 8)

@@ -53,7 +53,10 @@ class TrainingRequests:
 
     def __enter__(self) -> TrainingRequests:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-            self._before = {number: signal.signal(number, self._on_signal) for number in _OF_SIGNAL}
+            for number, request in _OF_SIGNAL.items():
+                # nohup ignores the end of the terminal, and so does a training below it
+                if request is not Request.TERMINATE or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

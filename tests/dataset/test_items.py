@@ -80,9 +80,9 @@ def test_paths_of_a_jsonl_may_begin_at_home_or_be_urls(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "a b.png").touch()
-    lines = (json.dumps({"image_path": path, "caption": ""}) for path in ("~/a b.png", (tmp_path / "a c.png").as_uri()))
+    lines = (json.dumps({"image_path": path, "caption": ""}) for path in ("~/a b.png", (tmp_path / "a c.png").as_uri(), "~$d.png"))
     items = list_items(jsonl_dataset(write_jsonl(tmp_path, *lines)))
-    assert [item.path for item in items] == [tmp_path / "a b.png", tmp_path / "a c.png"]
+    assert [item.path for item in items] == [tmp_path / "a b.png", tmp_path / "a c.png", Path("~$d.png")]
 
 
 def test_caption_that_is_not_utf8_names_its_file(tmp_path):

@@ -63,9 +63,11 @@ def test_mounts_that_lack_an_operation_are_written_with_one_warning(tmp_path, mo
         with atomic_path(tmp_path / "lora.safetensors") as temporary:
             temporary.write_text(content)
         assert (tmp_path / "lora.safetensors").read_text() == content
-    if operation != "replace":
         with atomic_folder(tmp_path / "state") as folder:
-            (folder / "a").touch()
+            (folder / content).touch()
+        assert [path.name for path in (tmp_path / "state").iterdir()] == [content]
+    remove_folder(tmp_path / "state")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
     assert [path.name for path in tmp_path.iterdir() if is_temporary(path)] == []
     assert len(caplog.records) == 1
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset.media.decoding import VIDEO_EXTENSIONS, frame_times, iterate_frames, probe_video
 from dataset.media.errors import MediaError
@@ -91,3 +95,77 @@ def test_a_circle_on_a_disc_is_round() -> None:
     assert frame.shape == (576, 1024, 3)
     rows, columns = np.nonzero(np.abs(frame - frame[0, 0]).sum(-1) > 150)
     assert abs(np.ptp(rows) - np.ptp(columns)) <= 3
+
+
+def write_clip(path: Path, codec: str = "mpeg2video", size: tuple[int, int] = (64, 48), **options: object) -> Path:
+    """A grey clip; options are attributes of the codec."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for name, value in options.items():
+            setattr(stream.codec_context, name, value)
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 120, np.uint8), "rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_absurd_pixels_are_refused(tmp_path: Path) -> None:
+    path, pasp = tmp_path / "a.mp4", b"pasp" + struct.pack(">2I", 64, 45)
+    path.write_bytes((CASES / "dvd.mp4").read_bytes().replace(pasp, b"pasp" + struct.pack(">2I", 1, 1000)))
+    with pytest.raises(MediaError, match="its pixels are 1/1000 times as wide as high"):
+        probe_video(path)
+
+
+def test_an_interlaced_clip_may_change_its_size(tmp_path: Path) -> None:
+    flags = av.codec.context.Flags.interlaced_dct | av.codec.context.Flags.interlaced_me
+    parts = [write_clip(tmp_path / f"{size[0]}.ts", size=size, flags=flags) for size in ((64, 48), (96, 64))]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert probe_video(tmp_path / "both.ts").done == "deinterlaced"
+    assert {frame.shape for frame in iterate_frames(tmp_path / "both.ts")} == {(48, 64, 3), (64, 96, 3)}
+
+
+def test_colours_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes((ODD / "hlg.mp4").read_bytes().replace(b"hev1", b"dvh1"))
+    with pytest.raises(MediaError, match="Dolby Vision alone"):
+        probe_video(tmp_path / "a.mp4")
+    with pytest.raises(MediaError, match="matrix 14 of"):
+        probe_video(write_clip(tmp_path / "b.mkv", codec="libx264", colorspace=14))
+
+
+@pytest.mark.parametrize("name", ["cmyk.jpg", "grey_profile.png"])
+def test_the_profile_of_another_kind_of_picture_is_named(tmp_path: Path, name: str) -> None:
+    with Image.open(ODD / name) as other:
+        profile = other.info["icc_profile"]
+    Image.new("RGB", (8, 8), (200, 60, 60)).save(tmp_path / "a.png", icc_profile=profile)
+    assert probe_image(tmp_path / "a.png")[1] == "unreadable colour profile, taken for sRGB"
+    assert read_image(tmp_path / "a.png")[0, 0].tolist() == [200, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "done"),
+    [
+        (b"iCCP", b"name\0\0no zlib", "unreadable colour profile, taken for sRGB"),
+        (b"cHRM", struct.pack(">8I", *[31270, 32900] * 4), ""),  # all primaries are one colour
+    ],
+)
+def test_broken_colour_chunks_of_a_png(tmp_path: Path, kind: bytes, content: bytes, done: str) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), (200, 60, 60)).save(path)
+    png = path.read_bytes()
+    chunks = [(b"gAMA", struct.pack(">I", 45455)), (kind, content)]
+    written = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    path.write_bytes(png[:33] + b"".join(written) + png[33:])
+    assert probe_image(path)[1] == done and read_image(path)[0, 0].tolist() == [200, 60, 60]
+
+
+@pytest.mark.skipif("AVIF" not in readable_formats(), reason="nothing that reads AVIF is installed")
+def test_the_colours_of_a_gain_map_are_not_those_of_the_picture(tmp_path: Path) -> None:
+    content = (ODD / "hlg.avif").read_bytes()
+    meta, pixels = content.index(b"meta") - 4, content.index(b"mdat") + 4
+    other = struct.pack(">I4s8s4H", 24, b"free", b"colrnclx", 1, 13, 1, 0)  # before that of the picture
+    moved = content[meta:].replace(struct.pack(">I", pixels), struct.pack(">I", pixels + len(other)))
+    (tmp_path / "a.avif").write_bytes(content[:meta] + other + moved)
+    assert probe_image(tmp_path / "a.avif")[1] == "HLG to SDR"

@@ -285,6 +285,16 @@ def test_a_signal_saves_model_and_state_after_the_step(train, out: Path, after_s
     assert sorted(path.name for path in out.iterdir()) == ["lora-step00000004-state", "lora-step00000004.safetensors"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no such signal")
+def test_below_nohup_a_closed_terminal_changes_nothing(train, out: Path, after_step) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        after_step(4, lambda: signal.raise_signal(signal.SIGHUP))
+        assert train(*FLAGS).status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_at_a_step_that_is_saved_anyway_saves_once(train, out: Path, after_step, caplog) -> None:
     after_step(4, lambda: signal.raise_signal(signal.SIGTERM))
     assert train(*FLAGS, "--save_every_n_steps", 4).status == 143

@@ -40,8 +40,7 @@ def save_video(path: Path, frames: np.ndarray, fps: int, metadata: dict[str, str
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            # Converted here: where the encoder converts, the same frames give other bytes from call to call.
-            for packet in stream.encode(picture.reformat(format="yuv420p")):
+            for packet in stream.encode(picture):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

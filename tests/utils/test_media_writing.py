@@ -36,10 +36,3 @@ def test_video_has_every_frame_rate_and_metadata(tmp_path, frames, count):
     assert decoded.shape == (count, 32, 48, 3)
     assert np.abs(decoded.astype(int) - frames[:count]).mean() < 12  # chroma subsampling blurs the bar's edges
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
-
-
-def test_the_same_frames_give_the_same_file(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    for index in range(40):
-        save_video(tmp_path / f"{index}.mp4", frames, 24)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -1,31 +1,19 @@
-"""Reading videos and cutting clips out of them. Pictures are read in ``pictures.py``.
-
-Whatever a file holds, what leaves are frames (height, width, 3) of uint8 in sRGB (SDR of BT.709): upright, with square pixels,
-deinterlaced, over white. Every size is (width, height).
-"""
+"""What is known of a video, its frames, and clips cut out of it. How its pixels are read is decided in ``videos.py``."""
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import chain, groupby, islice
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
-from PIL import Image, ImageSequence
 
-from dataset.media.colour import BT601, BT709, BT2020, HD_HEIGHT, MATRICES, UNREAD_MATRICES, Colour, rgb_of_ycbcr, to_srgb
-from dataset.media.containers import missing_bytes
-from dataset.media.errors import MediaError, reading
+from dataset.media.errors import MediaError
 from dataset.media.frame_rate import MODEL_FPS
 from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
+from dataset.media.videos import Frame, open_video
 
 # compared with the suffix in lower case
 VIDEO_EXTENSIONS = frozenset(
@@ -34,11 +22,6 @@ VIDEO_EXTENSIONS = frozenset(
 )
 
 LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
-FIRST_FRAMES = 5  # that are looked at to know how to read the others
-PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
-MOST_UNEVEN_PIXELS = 16  # times as wide as high, or as high as wide; more is a fault of the file
-DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
-DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
 
 @dataclass(frozen=True)
@@ -163,247 +146,3 @@ def _chosen(frames: Iterator[Frame], indices: Sequence[int] | None) -> Iterator[
             position += 1
         if position == len(indices):
             return
-
-
-@contextmanager
-def open_video(path: Path) -> Iterator[Video | Animation]:
-    """A video as all functions above see it: counting, probing and cutting agree because all come here.
-
-    Raises:
-        MediaError: as ``iterate_frames``; also from the block, where a frame cannot be decoded.
-    """
-    with reading(path, "video"):
-        lacking = missing_bytes(path)
-        if lacking:
-            raise MediaError(f"video {path} is cut short: its last {lacking} bytes are missing. Copy or download it again.")
-        if _is_webp(path):  # FFmpeg does not play animated ones
-            with Image.open(path, formats=("WEBP",)) as image:
-                yield Animation(image)
-            return
-        # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise MediaError(f"{path} holds no video stream.")
-            yield Video(path, container, container.streams.best("video"))
-
-
-def _is_webp(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(12)
-    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
-
-
-class Video:
-    """An open video file, and how its first frames say it is to be read.
-
-    Attributes:
-        decoded: the frames as they are in the file, each once; ``frames`` reads them too.
-        done: what ``frames`` and ``rgb`` do to the pixels, for people.
-    """
-
-    def __init__(self, path: Path, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> None:
-        if stream.codec_context.codec_tag in DOLBY_VISION_TAGS:
-            raise MediaError(
-                f"video {path} holds Dolby Vision alone, whose colours nothing here reads; convert it to HDR10 or SDR."
-            )
-        self._is_gif = stream.codec_context.name == "gif"
-        stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate
-        self.fps = float(rate) if rate else None
-        decoded = _decode(container, stream)
-        first = list(islice(decoded, FIRST_FRAMES))
-        if not first:
-            raise MediaError(f"video {path} has no frames.")
-        self.decoded: Iterator[av.VideoFrame] = chain(first, decoded)
-        self._colour = _colour_of(first[0], stream.codec_context)
-        if self._colour is None:
-            raise MediaError(f"video {path} has colours of a kind that is not read (matrix {int(first[0].colorspace)} of H.273).")
-        self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
-        if not 1 / MOST_UNEVEN_PIXELS <= self._pixel_aspect <= MOST_UNEVEN_PIXELS:
-            raise MediaError(f"video {path} says that its pixels are {self._pixel_aspect} times as wide as high; save it anew.")
-        self._is_interlaced = any(frame.interlaced_frame for frame in first)
-        self._has_alpha = any(component.is_alpha for component in first[0].format.components)
-        self._is_of_pictures = stream.codec_context.name in PICTURE_CODECS
-        self._reformatter = VideoReformatter()
-        self.done = ", ".join(self._done())
-
-    def _done(self) -> Iterator[str]:
-        if str(self._colour):
-            yield str(self._colour)
-        elif self._colour.assumed and self._colour.matrix == BT709:
-            yield "untagged, read as BT.709"
-        if self._pixel_aspect != 1:
-            yield f"pixels of {self._pixel_aspect.numerator}:{self._pixel_aspect.denominator} made square"
-        if self._is_interlaced:
-            yield "deinterlaced"
-        if self._has_alpha and not self._is_gif:
-            yield "transparency over white"
-
-    def frames(self) -> Iterator[av.VideoFrame]:
-        """``decoded``, deinterlaced where needed: as many frames."""
-        return _deinterlace(self.decoded) if self._is_interlaced else self.decoded
-
-    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
-        """(width, height) of ``rgb``."""
-        width, height = _with_square_pixels(frame, self._pixel_aspect)
-        height, width, _ = self._upright(frame, np.empty((height, width, 1), bool)).shape
-        return width, height
-
-    def rgb(self, frame: av.VideoFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
-        """A frame as (H, W, 3) uint8 sRGB. Where its colours need much arithmetic, it is shrunk first by a whole number, but not
-        below the size ``at_least``."""
-        width, height = _with_square_pixels(frame, self._pixel_aspect)
-        if self._colour.is_converted:
-            shrink = min(min(width, height) // max(at_least), 8) if at_least else 1
-            pixels = self._converted(frame, width // max(1, shrink), height // max(1, shrink))
-        else:
-            pixels = self._plain(frame, width, height)
-        return self._upright(frame, pixels)
-
-    def _upright(self, frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
-        if self._is_of_pictures:  # PyAV frees their colour profiles twice once their side data were read
-            return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return pixels if matrix is None else _upright(pixels, np.frombuffer(matrix, dtype=np.int32))
-
-    def _plain(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        pixels = self._reformat(frame, width, height, "rgba" if self._has_alpha else "rgb24", full_range=True).to_ndarray()
-        if not self._has_alpha:
-            return pixels
-        alpha = pixels[..., 3:].astype(np.uint16)
-        return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-    def _converted(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        if frame.format.is_rgb:
-            green, blue, red = _planes(self._reformat(frame, width, height, "gbrp16le", full_range=True))
-            rgb = np.stack([red, green, blue], axis=-1).astype(np.float32) / 65535
-        else:  # FFmpeg 8 overflows where RGB of 16 bits leaves the gamut
-            ycbcr = _planes(self._reformat(frame, width, height, "yuv444p16le", self._colour.full_range))
-            rgb = rgb_of_ycbcr(*ycbcr, self._colour)
-        return to_srgb(rgb, self._colour)
-
-    def _reformat(self, frame: av.VideoFrame, width: int, height: int, format: str, full_range: bool) -> av.VideoFrame:
-        # what the frame itself says is not asked: PyAV before 17 overlooks it
-        same_size = (width, height) == (frame.width, frame.height)
-        smaller = width < frame.width or height < frame.height
-        interpolation = None if same_size else Interpolation.AREA if smaller else Interpolation.BICUBIC
-        ranges = {True: ColorRange.JPEG, False: ColorRange.MPEG}
-        return self._reformatter.reformat(
-            frame,
-            width,
-            height,
-            format,
-            src_colorspace=self._colour.matrix,
-            dst_colorspace=self._colour.matrix,
-            interpolation=interpolation,
-            src_color_range=ranges[self._colour.full_range],
-            dst_color_range=ranges[full_range],
-        )
-
-
-class Animation:
-    """An open animated picture, with what ``Video`` has."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self.decoded = _animation_frames(image)
-        self.fps = None
-        self.done = "transparency over white" if image.has_transparency_data else ""
-
-    def frames(self) -> Iterator[AnimationFrame]:
-        return self.decoded
-
-    def size(self, frame: AnimationFrame) -> tuple[int, int]:
-        return frame.pixels.shape[1], frame.pixels.shape[0]
-
-    def rgb(self, frame: AnimationFrame, at_least: tuple[int, int] | None = None) -> np.ndarray:
-        return frame.pixels
-
-
-@dataclass(frozen=True)
-class AnimationFrame:
-    """(H, W, 3) uint8, and when it is shown, in seconds."""
-
-    pixels: np.ndarray
-    time: float
-
-
-Frame = av.VideoFrame | AnimationFrame
-
-
-def _animation_frames(image: Image.Image) -> Iterator[AnimationFrame]:
-    milliseconds = 0
-    for frame in ImageSequence.Iterator(image):
-        rgba = frame.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        yield AnimationFrame(np.array(Image.alpha_composite(white, rgba).convert("RGB")), milliseconds / 1000)
-        milliseconds += frame.info.get("duration", 0)
-
-
-def _decode(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
-    name = DECODERS_WITH_ALPHA.get(stream.codec_context.name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
-        yield from container.decode(stream)
-        return
-    decoder = av.CodecContext.create(name, "r")
-    for packet in container.demux(stream):  # the last one is empty, which gives what is left
-        yield from decoder.decode(packet)
-
-
-def _deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """One frame for each; those that are not interlaced stay as they are."""
-    for (width, height, format), alike in groupby(frames, lambda frame: (frame.width, frame.height, frame.format.name)):
-        first = next(alike)
-        graph = av.filter.Graph()
-        source = graph.add_buffer(width=width, height=height, format=format, time_base=first.time_base)
-        bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-        source.link_to(bwdif)
-        bwdif.link_to(sink)
-        graph.configure()
-        for frame in chain([first], alike, [None]):
-            graph.push(frame)
-            while True:
-                try:
-                    yield graph.pull()
-                except (av.BlockingIOError, EOFError):
-                    break
-
-
-def _colour_of(frame: av.VideoFrame, codec: av.CodecContext) -> Colour | None:
-    """What a file says about its colours, and for what it does not say what players take. None: with ``UNREAD_MATRICES``."""
-    matrix, assumed = int(frame.colorspace), False
-    if matrix == 10:  # BT.2020 with constant luminance, which nobody uses
-        matrix = BT2020
-    if matrix in UNREAD_MATRICES:
-        return None
-    if matrix not in MATRICES:
-        assumed = True
-        matrix = {BT709: BT709, BT2020: BT2020, 5: BT601, 6: BT601}.get(
-            codec.color_primaries, BT709 if frame.height >= HD_HEIGHT else BT601
-        )
-    is_rgb = frame.format.is_rgb or frame.format.name == "pal8"
-    full_range = is_rgb or frame.format.name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
-    return Colour(codec.color_primaries, codec.color_trc, matrix, full_range, assumed and not is_rgb)
-
-
-def _planes(frame: av.VideoFrame) -> Iterator[np.ndarray]:
-    """Each plane of 16 bits as (H, W) uint16; PyAV before 15 does not give them as one array."""
-    for plane in frame.planes:
-        yield np.frombuffer(plane, np.uint16).reshape(plane.height, -1)[:, : plane.width]
-
-
-def _with_square_pixels(frame: av.VideoFrame, aspect: Fraction) -> tuple[int, int]:
-    """The size with square pixels, of which no side is smaller than in the file."""
-    if aspect >= 1:
-        return round(frame.width * aspect), frame.height
-    return frame.width, round(frame.height / aspect)
-
-
-def _upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turned and mirrored as the display matrix of a file wants (phones write one)."""
-    # x' = a x + c y, y' = b x + d y, with x to the right and y downwards, in 16.16 fixed point
-    a, b, _, c, d = matrix[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        pixels, flip_x, flip_y = pixels.transpose(1, 0, 2), c < 0, b < 0
-    else:
-        flip_x, flip_y = a < 0, d < 0
-    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from dataset.media import decoding, pictures
+from dataset.media import pictures, videos
 from dataset.media.decoding import frame_times, iterate_frames, probe_video, read_clip_windows
 from dataset.media.errors import MediaError
 from dataset.media.pictures import probe_image, read_image
@@ -273,8 +273,8 @@ def test_windows_are_slices_of_the_fitted_frames(lossless_clip):
 
 def test_only_frames_of_windows_are_converted(lossless_clip, monkeypatch):
     converted = []
-    convert = decoding.Video.rgb
-    monkeypatch.setattr(decoding.Video, "rgb", lambda video, frame, *size: converted.append(frame) or convert(video, frame, *size))
+    convert = videos.Video.rgb
+    monkeypatch.setattr(videos.Video, "rgb", lambda video, frame, *size: converted.append(frame) or convert(video, frame, *size))
     assert len(list(read_clip_windows(lossless_clip[0], [(2, 1), (5, 5)], (32, 16)))) == 2
     assert len(converted) == 6
 

@@ -15,7 +15,7 @@ from dataset.cache.report import DatasetReport, format_table, require_items
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.items import Item, list_items, settle_captions
 from utils.disk_space import require_room
-from utils.errors import STATUS_FAILED
+from utils.errors import STATUS_FAILED, with_visible_characters
 from utils.files import is_temporary, require_writable_folder
 
 logger = logging.getLogger(__name__)
@@ -127,5 +127,5 @@ def print_failures(failures: Sequence[Failure]) -> int:
     if failures:
         print(f"{len(failures)} failure(s):", file=sys.stderr)
     for failure in failures:
-        print(f"  {failure.message}", file=sys.stderr)
+        print(f"  {with_visible_characters(failure.message)}", file=sys.stderr)
     return STATUS_FAILED if failures else 0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dataset.cache.files import LatentShape, bucket_of, read_latent_header
 from dataset.cache.freshness import NEW
 from dataset.cache.names import list_caches, newest_latents
 from dataset.config import DatasetConfig
-from dataset.items import Item, unread_files
+from dataset.items import EXTENSIONS, Item, unread_files
 from utils.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
@@ -107,15 +108,16 @@ class DatasetReport:
         for change in changes:
             self.changed.setdefault(change, []).append(item.path.name)
 
-    def lines(self) -> Iterator[str]:
-        """What stands below the dataset's row of the table."""
+    def lines(self, kinds: Collection[str]) -> Iterator[str]:
+        """What stands below the dataset's row of the table. ``kinds``: of all datasets of the same folder."""
         yield f"{self.dataset.source} -> {self.dataset.cache_directory}"
         for (width, height, frames), items in self.buckets.items():
             bucket = f"{width}x{height}" + (f", {frames} frame(s)" if self.dataset.kind == "video" else "")
             yield f"{bucket}: {items} in {self.batches_of(items)} batch(es) of up to {self.dataset.batch_size}"
         yield from (f"{done}: {', '.join(names)}" for done, names in sorted(self.changed.items()))
-        if self.unread:
-            yield f"{len(self.unread)} file(s) with a caption but of a kind not read here: {name_some(self.unread)}"
+        read = frozenset().union(*(EXTENSIONS[kind] for kind in kinds))
+        if unread := [name for name in self.unread if Path(name).suffix.lower() not in read]:
+            yield f"{len(unread)} file(s) with a caption but of a kind not read here: {name_some(unread)}"
         if self.outcome is not None:
             yield f"cache files: {self.outcome}"
         yield from self.notes
@@ -130,7 +132,8 @@ def format_table(reports: Sequence[DatasetReport]) -> str:
         values = (getattr(report, column.replace(" ", "_")) for column in COLUMNS)
         cells = (("-" if value is None else str(value)).rjust(len(column)) for column, value in zip(COLUMNS, values))
         lines.append("  ".join([label.ljust(width), *cells]))
-        lines += [f"    {line}" for line in report.lines()]
+        kinds = {other.dataset.kind for other in reports if other.dataset.directory == report.dataset.directory}
+        lines += [f"    {line}" for line in report.lines(kinds)]
     return "\n".join(lines)
 
 

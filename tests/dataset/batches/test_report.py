@@ -76,6 +76,15 @@ def test_table_shows_every_count_below_its_name(tmp_path):
     assert "  -  " in format_table([DatasetReport(dataset_in(tmp_path))])
 
 
+def test_what_another_dataset_reads_from_the_same_folder_is_not_missed(tmp_path):
+    for name in ("a.png", "b.mp4", "c.psd"):
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").touch()
+    reports = [report_of(dataset_in(tmp_path, kind)) for kind in ("image", "video")]
+    assert "2 file(s) with a caption but of a kind not read here: b.mp4, c.psd" in format_table(reports[:1])
+    assert format_table(reports).count("1 file(s) with a caption but of a kind not read here: c.psd") == 2
+
+
 def test_empty_folder_is_an_error_that_names_it(tmp_path):
     dataset = dataset_in(tmp_path)
     with pytest.raises(UserError, match=r"number 1: .* holds no image files"):

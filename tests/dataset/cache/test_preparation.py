@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 import dataset.cache.preparation as preparation
+from dataset.cache.caching import print_failures
 from dataset.cache.preparation import Failure, Finished, Prepared, plan_targets, prepare, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
@@ -146,3 +147,8 @@ def test_unforeseen_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
     assert [result.message for result in results] == [
         f"{tmp_path / name}: ZeroDivisionError: in some decoder" for name in ("000.png", "001.png")
     ]
+
+
+def test_failures_show_characters_that_nobody_sees(capsys):
+    print_failures([Failure(None, "picture a\u200b.png does not exist.")])
+    assert "picture a<U+200B>.png does not exist." in capsys.readouterr().err

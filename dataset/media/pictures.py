@@ -77,7 +77,7 @@ def probe_image(path: Path) -> tuple[tuple[int, int], str]:
         MediaError: as ``read_image``, as far as was read.
     """
     with reading(path, "picture", _missing_plugin), Image.open(path, formats=readable_formats()) as image:
-        done = _conversion(image, path)[0]
+        done = colour_conversion(image, path)[0]
         if (pixels := image.width * image.height) > Image.MAX_IMAGE_PIXELS:
             logger.warning("%s has %d million pixels: reading it takes much memory.", path, pixels // 10**6)
         if (size := upright_size(image)) is not None:
@@ -109,7 +109,7 @@ def _missing_plugin(path: Path) -> str | None:
 
 def picture_to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     """An opened picture, see ``read_image``."""
-    _, to_srgb_of = _conversion(image, path)
+    _, to_srgb_of = colour_conversion(image, path)
     if image.format not in ORIENTATION_IN_HEADER:
         image = ImageOps.exif_transpose(image)
     elif (turn := TURNS.get(_orientation(image))) is not None:
@@ -156,7 +156,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``
 Conversion = Callable[[Image.Image], np.ndarray]
 
 
-def _conversion(image: Image.Image, path: Path) -> tuple[str, Conversion | None]:
+def colour_conversion(image: Image.Image, path: Path) -> tuple[str, Conversion | None]:
     """What is done to the colours of an opened picture, in words and as a function to (H, W, 3) sRGB; ("", None): nothing.
 
     PNG's order of precedence: cICP, then a profile, then sRGB, then gAMA and cHRM.

@@ -22,6 +22,7 @@ from PIL import Image, ImageSequence
 from dataset.media.colour import BT601, BT709, BT2020, HD_HEIGHT, MATRICES, UNREAD_MATRICES, Colour, rgb_of_ycbcr, to_srgb
 from dataset.media.containers import missing_bytes
 from dataset.media.errors import MediaError, reading
+from dataset.media.pictures import colour_conversion, picture_to_rgb
 
 FIRST_FRAMES = 5  # that are looked at to know how to read the others
 PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
@@ -43,7 +44,7 @@ def open_video(path: Path) -> Iterator[Video | Animation]:
             raise MediaError(f"video {path} is cut short: its last {lacking} bytes are missing. Copy or download it again.")
         if _is_webp(path):  # FFmpeg does not play animated ones
             with Image.open(path, formats=("WEBP",)) as image:
-                yield Animation(image)
+                yield Animation(image, path)
             return
         # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
         with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
@@ -169,10 +170,11 @@ class Video:
 class Animation:
     """An open animated picture, with what ``Video`` has."""
 
-    def __init__(self, image: Image.Image) -> None:
-        self.decoded = _animation_frames(image)
+    def __init__(self, image: Image.Image, path: Path) -> None:
+        self.decoded = _animation_frames(image, path)
         self.fps = None
-        self.done = "transparency over white" if image.has_transparency_data else ""
+        done = colour_conversion(image, path)[0], "transparency over white" if image.has_transparency_data else ""
+        self.done = ", ".join(filter(None, done))
 
     def frames(self) -> Iterator[AnimationFrame]:
         return self.decoded
@@ -195,12 +197,10 @@ class AnimationFrame:
 Frame = av.VideoFrame | AnimationFrame
 
 
-def _animation_frames(image: Image.Image) -> Iterator[AnimationFrame]:
+def _animation_frames(image: Image.Image, path: Path) -> Iterator[AnimationFrame]:
     milliseconds = 0
     for frame in ImageSequence.Iterator(image):
-        rgba = frame.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        yield AnimationFrame(np.array(Image.alpha_composite(white, rgba).convert("RGB")), milliseconds / 1000)
+        yield AnimationFrame(picture_to_rgb(frame, path), milliseconds / 1000)
         milliseconds += frame.info.get("duration", 0)
 
 

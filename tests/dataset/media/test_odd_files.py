@@ -169,3 +169,12 @@ def test_the_colours_of_a_gain_map_are_not_those_of_the_picture(tmp_path: Path) 
     moved = content[meta:].replace(struct.pack(">I", pixels), struct.pack(">I", pixels + len(other)))
     (tmp_path / "a.avif").write_bytes(content[:meta] + other + moved)
     assert probe_image(tmp_path / "a.avif")[1] == "HLG to SDR"
+
+
+def test_an_animation_has_the_colours_of_its_profile(tmp_path: Path) -> None:
+    with Image.open(ODD / "adobe.png") as image:
+        profile, first = image.info["icc_profile"], image.convert("RGB")
+    path = tmp_path / "a.webp"
+    first.save(path, save_all=True, append_images=[first.transpose(0)], duration=40, icc_profile=profile, lossless=True)
+    assert probe_video(path).done.startswith("Compatible with Adobe RGB (1998) to sRGB")
+    assert np.array_equal(next(iterate_frames(path)), read_image(ODD / "adobe.png"))

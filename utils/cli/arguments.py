@@ -99,7 +99,8 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                     text.encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{action.option_strings[-1]} {os.fsencode(text)!r} is not UTF-8 text; write it in UTF-8, or rename the file."
+                    f"{action.option_strings[-1]} {os.fsencode(text)!r} is not UTF-8 text here; rename the file, "
+                    "or set LC_ALL=C.UTF-8 where the name itself is UTF-8."
                 ) from None
 
 

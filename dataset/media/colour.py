@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNKNOWN = 2
 BT709, BT2020, P3 = 1, 9, 12  # primaries
 BT601 = 6  # a matrix; its primaries hardly differ from those of BT.709 and are taken for them
 PQ, HLG = 16, 18  # transfers

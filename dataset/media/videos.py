@@ -33,10 +33,10 @@ DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own lea
 
 @contextmanager
 def open_video(path: Path) -> Iterator[Video | Animation]:
-    """A video as all functions above see it: counting, probing and cutting agree because all come here.
+    """A video as counting, probing and cutting all see it: they agree because all come here.
 
     Raises:
-        MediaError: as ``iterate_frames``; also from the block, where a frame cannot be decoded.
+        MediaError: missing, not a video, cut short or without frames; also from the block, where a frame cannot be decoded.
     """
     with reading(path, "video"):
         lacking = missing_bytes(path)

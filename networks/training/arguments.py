@@ -15,7 +15,7 @@ from hunyuan_model.runtime.arguments import (
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
-from networks.training.loss.timestep_sampling import TimestepSettings
+from networks.training.loss.timestep_sampling import DISTRIBUTIONS, WEIGHTING_SCHEMES, TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings
 from networks.training.optim.optimizers import OptimizerSettings
 from networks.training.samples.arguments import add_sample_arguments, sample_settings
@@ -129,15 +129,13 @@ def _add_flow_matching(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     text = "distilled guidance given to the model (default: 1.0)"
     add("--guidance_scale", type=kinds.finite_float, default=1.0, metavar="G", help=text)
-    samplers = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
-    add("--timestep_sampling", choices=samplers, default="sigma", help="how timesteps are sampled (default: sigma)")
+    add("--timestep_sampling", choices=DISTRIBUTIONS, default="sigma", help="how timesteps are sampled (default: sigma)")
     text = "shift of the shift sampler (default: 1.0)"
     add("--discrete_flow_shift", type=kinds.positive_float, default=1.0, metavar="S", help=text)
     text = "scale of sigmoid and shift samplers (default: 1.0)"
     add("--sigmoid_scale", type=kinds.positive_float, default=1.0, metavar="S", help=text)
-    schemes = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
     text = "density of the sigma sampler, or weight of the loss (default: none)"
-    add("--weighting_scheme", choices=schemes, default="none", help=text)
+    add("--weighting_scheme", choices=WEIGHTING_SCHEMES, default="none", help=text)
     text = "mean of logit_normal and of logsnr (default: 0)"
     add("--logit_mean", type=kinds.finite_float, default=0.0, metavar="M", help=text)
     text = "standard deviation of logit_normal and of logsnr (default: 1)"

@@ -161,8 +161,11 @@ class RandomWeights:
         self.scales: dict[str, Tensor] = {}
         self._device = device
 
-    def get(self, name: str) -> Tensor:
-        return random_weight(torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self._device))
+    def pieces(self, name: str) -> tuple[Tensor]:
+        return (random_weight(torch.empty(self.shapes[name], dtype=torch.bfloat16, device=self._device)),)
+
+    def assemble(self, name: str, pieces: tuple[Tensor]) -> Tensor:
+        return pieces[0]
 
 
 def random_weight(tensor: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> Me
 def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerge], output: str | os.PathLike[str]) -> None:
     """Write the transformer with ``loras`` merged as a safetensors file: official names, each weight in its stored dtype.
 
-    Weights with scales, which the file written has no place for, become bfloat16.
+    Weights that are dequantized (with scales, or of a GGUF file), for which the file written has no place, become bfloat16.
     Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
 
     Raises:
@@ -111,7 +111,7 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
     require_writable_folder(Path(output).parent, "the folder of the merged model,")
     checkpoint, _ = open_transformer(dit, "--dit")
     patch = MergePatch(loras, checkpoint.shapes)
-    dtypes = checkpoint.dtypes | dict.fromkeys(checkpoint.scales, torch.bfloat16)
+    dtypes = {name: torch.bfloat16 if checkpoint.is_quantized(name) else dtype for name, dtype in checkpoint.dtypes.items()}
     merged = (
         (name, cast(patch(name, true_value(checkpoint.get(name), checkpoint.scales.get(name))), dtypes[name]))
         for name in ProgressBar(checkpoint.shapes, desc="merging", unit="tensor")

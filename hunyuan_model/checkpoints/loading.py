@@ -69,12 +69,16 @@ def load_weights(
     total = sum(sizes.values())
     description = progress or f"loading {checkpoint.what}"
     units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": total < PROGRESS_FROM_BYTES}
-    with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(checkpoint.shapes, checkpoint.get) as tensors:
-        for name, stored in tensors:
+    with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(checkpoint.shapes, checkpoint.pieces) as coming:
+        for name, pieces in coming:
+            stored = checkpoint.assemble(name, pieces)
             dtype = dtype_of(name) if stored.is_floating_point() else stored.dtype
             on_host = host is not None and host.wants(name)
             place = torch.device("cpu") if on_host and patch is None and stored.dtype == dtype else device
             tensor, scale = _converted(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch)
+            del stored
+            if any(_share_memory(tensor, piece) for piece in pieces):
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
             parts = {name: tensor} if scale is None else {name: tensor, name + SCALE_SUFFIX: scale}
             for part, value in parts.items():
                 _assign(module, part, host.copy(value) if on_host else value)
@@ -97,7 +101,7 @@ def _converted(
     quantize: Quantizer,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A tensor and its scale, if it has one, as the module is to hold them."""
+    """A tensor and its scale, if it has one, as the module is to hold them; the tensor may still be ``stored``."""
     tensor = stored.to(device)
     as_stored = dtype == FP8_DTYPE == tensor.dtype
     if patch is not None or (scale is not None and not as_stored):
@@ -109,9 +113,11 @@ def _converted(
         tensor, scale = quantize(tensor)
     else:
         tensor = cast(tensor, dtype)
-    if tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.contiguous(), None if scale is None else scale.to(device, copy=True)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def true_value(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

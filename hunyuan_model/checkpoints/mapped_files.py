@@ -22,6 +22,8 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor
 
+Tensors = tuple[Tensor, ...]
+
 AHEAD_BYTES = 256 << 20  # file pages, which the system can drop; no memory of the process
 PAGE_BYTES = 4096
 PIECE_BYTES = 16 << 20  # between two looks at whether anyone still waits
@@ -48,6 +50,10 @@ class MappedFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).reshape(shape)
 
+    def pieces(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> tuple[torch.Tensor]:
+        """``tensor`` alone in a tuple."""
+        return (self.tensor(dtype, shape, offset),)
+
     def storage(self) -> torch.UntypedStorage:
         """All bytes."""
         return self.tensor(torch.uint8, (len(self._bytes),), 0).untyped_storage()
@@ -70,14 +76,14 @@ def torch_maps_read_only() -> Iterator[None]:
 
 @contextmanager
 def read_ahead(
-    names: Iterable[str], get: Callable[[str], Tensor], ahead_bytes: int = AHEAD_BYTES
-) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """Context whose value yields (name, tensor) in order; meanwhile a thread reads about ``ahead_bytes`` of those that follow.
+    names: Iterable[str], get: Callable[[str], Tensors], ahead_bytes: int = AHEAD_BYTES
+) -> Iterator[Iterator[tuple[str, Tensors]]]:
+    """Context whose value yields (name, tensors) in order; meanwhile a thread reads about ``ahead_bytes`` of those that follow.
 
     Args:
-        get: the tensor of a name, which may lie in a mapped file. Called in order and in this thread only.
+        get: the tensors of a name, which may lie in a mapped file. Called in order and in this thread only.
     """
-    waiting: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Tensors | None] = queue.SimpleQueue()
     over = threading.Event()
     thread = threading.Thread(target=_touch_all, args=(waiting, over), daemon=True)
     thread.start()
@@ -91,28 +97,35 @@ def read_ahead(
 
 
 def _in_order(
-    names: Iterable[str], get: Callable[[str], Tensor], ahead_bytes: int, waiting: queue.SimpleQueue[Tensor | None]
-) -> Iterator[tuple[str, Tensor]]:
-    coming: deque[tuple[str, Tensor]] = deque()
+    names: Iterable[str], get: Callable[[str], Tensors], ahead_bytes: int, waiting: queue.SimpleQueue[Tensors | None]
+) -> Iterator[tuple[str, Tensors]]:
+    coming: deque[tuple[str, Tensors]] = deque()
     held = 0
     for name in names:
-        tensor = get(name)
-        coming.append((name, tensor))
-        waiting.put(tensor)
-        held += tensor.nbytes
-        del tensor
+        tensors = get(name)
+        coming.append((name, tensors))
+        waiting.put(tensors)
+        held += _bytes(tensors)
+        del tensors
         while held > ahead_bytes and len(coming) > 1:
-            held -= coming[0][1].nbytes
+            held -= _bytes(coming[0][1])
             yield coming.popleft()
     while coming:
         yield coming.popleft()
 
 
-def _touch_all(waiting: queue.SimpleQueue[Tensor | None], over: threading.Event) -> None:
-    while (tensor := waiting.get()) is not None:
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
-            for piece in tensor.view(-1).view(torch.uint8).split(PIECE_BYTES):
-                if over.is_set():
-                    return
-                piece[::PAGE_BYTES].sum()
-        del tensor
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _touch_all(waiting: queue.SimpleQueue[Tensors | None], over: threading.Event) -> None:
+    while (tensors := waiting.get()) is not None:
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
+                for piece in tensor.view(-1).view(torch.uint8).split(PIECE_BYTES):
+                    if over.is_set():
+                        return
+                    piece[::PAGE_BYTES].sum()
+                    del piece
+            del tensor
+        del tensors

@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,11 +48,26 @@ WRAPPERS = ("module", "state_dict", "model_state_dict", "model")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of an open file."""
+    """One tensor of an open file, or one that is made of several of them when it is asked for.
+
+    Attributes:
+        shape, dtype: of the tensor; known without reading it.
+        pieces: the tensors of the file that it is made of. They may lie in the mapped file: reading ahead accesses these.
+        assemble: makes the tensor of its pieces, as new memory or as a view of the only piece; None if that is the tensor.
+        count: how many pieces there are.
+        quantized: whether assembling dequantizes: the file holds fewer digits than ``dtype`` has.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    pieces: Callable[[], tuple[torch.Tensor, ...]]
+    assemble: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    quantized: bool = False
+    count: int = 1
+
+    def made_of(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor, from its ``pieces()``."""
+        return pieces[0] if self.assemble is None else self.assemble(pieces)
 
 
 def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -81,7 +96,7 @@ def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor]
             )
         dtype, shape = SAFETENSORS_DTYPES[stored["dtype"]], tuple(stored["shape"])
         offset = 8 + length + stored["data_offsets"][0]
-        entries[name] = StoredTensor(shape, dtype, partial(mapped.tensor, dtype, shape, offset))
+        entries[name] = StoredTensor(shape, dtype, partial(mapped.pieces, dtype, shape, offset))
     return entries, metadata
 
 
@@ -105,6 +120,10 @@ def _torch_load(path: Path, what: str) -> object:
         raise UserError(f"{what} {path} is cut short or damaged ({first_line(error)}). Copy or download it again.") from error
 
 
+def _in_memory(tensor: torch.Tensor) -> StoredTensor:
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: (tensor,))
+
+
 def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
     """The tensors of a torch checkpoint, taken out of the wrappers that training frameworks put around them."""
     content = _torch_load(path, what)
@@ -115,7 +134,7 @@ def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
             if tensors:
                 if hollow := [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]:
                     raise UserError(f"{what} {path} holds no plain values for {name_some(hollow)}. Save it again as dense tensors.")
-                return {name: StoredTensor(tuple(value.shape), value.dtype, value.detach) for name, value in tensors.items()}
+                return {name: _in_memory(value.detach()) for name, value in tensors.items()}
         content = inner
     raise UserError(f"{what} {path} holds no state dict (a mapping from names to tensors). Check that it is the right file.")
 
@@ -178,7 +197,8 @@ class Checkpoint:
         what: how messages call it, e.g. ``"transformer"``.
         shapes, dtypes: by tensor name, in file order.
         metadata: of safetensors files, else empty.
-        scales: by tensor name, float32 (rows or 1, 1); what the file stores means these times what is there.
+        scales: by tensor name, float32 (rows or 1, groups of inputs); what the file stores means these times what is there.
+        entries: by tensor name.
     """
 
     def __init__(
@@ -193,17 +213,35 @@ class Checkpoint:
         self.what = what
         self.metadata = metadata
         self.scales = scales
-        self._entries = entries
+        self.entries = entries
         self.shapes = {name: entry.shape for name, entry in entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in entries.items()}
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor ``name`` on the CPU as stored. It may lie in the mapped file: never write to it, clone it to keep it."""
-        return self._entries[name].read()
+        return self.assemble(name, self.pieces(name))
+
+    def pieces(self, name: str) -> tuple[torch.Tensor, ...]:
+        """What ``get`` reads of the file: cheap, nothing is read yet."""
+        return self.entries[name].pieces()
+
+    def assemble(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor ``name``, as ``get`` gives it, from its pieces."""
+        return self.entries[name].made_of(pieces)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the file holds codes in place of the values: what is computed from them fits in no file of that dtype."""
+        return name in self.scales or self.entries[name].quantized
 
     def with_scales(self, scales: Mapping[str, torch.Tensor]) -> Checkpoint:
         """A view in which these tensors are multiplied with scales, see ``scales``."""
-        return Checkpoint(self.path, self.what, self._entries, self.metadata, scales)
+        return self.view(self.entries, scales)
+
+    def view(
+        self, entries: Mapping[str, StoredTensor], scales: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> Checkpoint:
+        """Other tensors from the same file, with their scales."""
+        return Checkpoint(self.path, self.what, entries, self.metadata if metadata is None else metadata, scales)
 
     def rename(self, new_name: Callable[[str], str | None]) -> Checkpoint:
         """A view under other names; a name for which ``new_name`` returns None is left out.
@@ -211,14 +249,14 @@ class Checkpoint:
         Raises:
             UserError: two tensors would have one name.
         """
-        names = {old: new for old in self._entries if (new := new_name(old)) is not None}
+        names = {old: new for old in self.entries if (new := new_name(old)) is not None}
         entries: dict[str, StoredTensor] = {}
         for old, new in names.items():
             if new in entries:
                 raise UserError(f"{self.what} {self.path} holds {new} twice (also as {old}). Use a file with one model in it.")
-            entries[new] = self._entries[old]
+            entries[new] = self.entries[old]
         scales = {names[old]: scale for old, scale in self.scales.items() if old in names}
-        return Checkpoint(self.path, self.what, entries, self.metadata, scales)
+        return self.view(entries, scales)
 
     def under_prefix(self, prefix: str) -> Checkpoint:
         """A view of the tensors whose names begin with ``prefix``, without it. The empty prefix returns the same view."""

@@ -8,8 +8,9 @@ import argparse
 import os
 from pathlib import Path
 
-from networks.lora_files import check_lora_file, read_lora, tensor_hashes, to_layout
-from networks.lora_layouts import LAYOUTS
+from networks.lora_files import check_lora_file, read_lora
+from networks.lora_layouts import LAYOUTS, TARGETS
+from networks.lora_writing import tensor_hashes, to_layout
 from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder
@@ -23,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="PATH", required=True, help="file to write (.safetensors)")
     parser.add_argument(
         "--target",
-        choices=tuple(LAYOUTS),
+        choices=TARGETS,
         required=True,
         help="layout to write: other (diffusion_model.*.lora_A, for ComfyUI and diffusers) or default (lora_unet_*, as trained)",
     )
@@ -41,7 +42,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if layout == args.target:
         raise UserError(
             f"--input {args.input} has the layout {layout} already ({LAYOUTS[layout].example}); "
-            f"convert it to --target {' or '.join(name for name in LAYOUTS if name != layout)}."
+            f"convert it to --target {' or '.join(name for name in TARGETS if name != layout)}."
         )
     require_writable_folder(Path(args.output).parent, "the folder of --output,")
 
@@ -50,7 +51,7 @@ def main() -> None:
     args = build_parser().parse_args()
     check_arguments(args)
     lora = read_lora(args.input)
-    tensors = to_layout(lora.tensors, args.target, args.input)
+    tensors = to_layout(lora, args.target)
     hashes = tensor_hashes(tensors, lora.metadata)
     metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items()}  # only the hashes are no longer true
     save_tensors(args.output, tensors, metadata or None)

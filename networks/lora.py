@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
-from networks.lora_files import lora_pairs, match_weights, read_lora, tensor_hashes, to_layout
-from networks.lora_layouts import DEFAULT, DEFAULT_PREFIX, flat_name
+from networks.lora_files import fit_to_model, lora_of, read_lora
+from networks.lora_layouts import DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
+from networks.lora_updates import LowRank
+from networks.lora_writing import plain_network, tensor_hashes
 from utils.errors import UserError, first_line, name_some, shown
 from utils.key_values import nearest_name
 from utils.safetensors_io import save_tensors
@@ -244,7 +246,7 @@ class LoRANetwork(nn.Module):
 
     def load_weights(self, file: str | os.PathLike[str]) -> str:
         """Load a LoRA file of any layout, with exactly this network's modules and ranks; returns a line on what was loaded."""
-        weights, own = read_lora(file).tensors, self.state_dict()
+        weights, own = _network_tensors(plain_network(read_lora(file))), self.state_dict()
         shapes, own_shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, own))
         if shapes != own_shapes:
             unlike = sorted(name for name in shapes | own_shapes if shapes.get(name) != own_shapes.get(name))
@@ -291,11 +293,15 @@ class LoRANetwork(nn.Module):
             device: where to compute; None means where each weight is. The weight stays where it is.
         """
         shapes = {name: tuple(weight.shape) for name, weight in unet.named_parameters()}
-        tensors = self.state_dict() if weights_sd is None else weights_sd
-        patch = MergePatch([LoraToMerge(tensors, next(self.loras()).multiplier, "the LoRA")], shapes)
+        file = lora_of(self.state_dict() if weights_sd is None else weights_sd, {}, "the LoRA")
+        patch = MergePatch([LoraToMerge(file, next(self.loras()).multiplier)], shapes)
         for name in patch.names:
-            linear = unet.get_submodule(name.removesuffix(".weight"))
-            replace_weight(linear, patch(name, dequantized_weight(linear, device)), dtype)
+            module, _, parameter = name.rpartition(".")
+            owner = unet.get_submodule(module)
+            if isinstance(owner, nn.Linear) and parameter == "weight":
+                replace_weight(owner, patch(name, dequantized_weight(owner, device)), dtype)
+            else:
+                unet.get_parameter(name).copy_(patch(name, unet.get_parameter(name)))
 
     @torch.no_grad()
     def apply_max_norm_regularization(
@@ -380,8 +386,7 @@ def create_network_from_weights(
         file: LoRA of any layout; not read if ``weights_sd`` is given.
         for_inference: no gradients and no dropout.
     """
-    source = str(file) if file is not None else "the given LoRA"
-    weights = read_lora(file).tensors if weights_sd is None else to_layout(weights_sd, DEFAULT, source)
+    lora = read_lora(file) if weights_sd is None else lora_of(weights_sd, {}, str(file) if file is not None else "the given LoRA")
     options = LoraOptions.of(network_args, neuron_dropout)
     if options.exclude_patterns or options.include_patterns:
         raise UserError(
@@ -389,13 +394,22 @@ def create_network_from_weights(
             "says which modules."
         )
     linears = {path: module for path, module in unet.named_modules() if isinstance(module, nn.Linear)}
-    shapes = {f"{path}.weight": (linear.out_features, linear.in_features) for path, linear in linears.items()}
-    pairs = lora_pairs(weights, source)
-    match_weights(pairs, shapes, source)
-    linears = {path: linear for path, linear in linears.items() if flat_name(path) in pairs}
-    sizes = {path: (pairs[flat_name(path)].rank, pairs[flat_name(path)].alpha) for path in linears}
+    fit_to_model(lora, {f"{path}.weight": (linear.out_features, linear.in_features) for path, linear in linears.items()})
+    plain = plain_network(lora)
+    linears = {path: linear for path, linear in linears.items() if flat_name(path) in plain}
+    sizes = {path: (plain[flat_name(path)].rank, plain[flat_name(path)].alpha) for path in linears}
     network = LoRANetwork(linears, sizes, multiplier, options)
+    weights = _network_tensors(plain)
     network.load_state_dict(weights)
     if for_inference:
         network.eval().requires_grad_(False)
     return network, weights
+
+
+def _network_tensors(plain: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
+    """The state dict of a network of these LoRA modules, by flat name."""
+    tensors = {}
+    for flat, lora in plain.items():
+        parts = {"lora_down.weight": lora.down, "lora_up.weight": lora.up, "alpha": torch.tensor(lora.alpha)}
+        tensors |= {f"{DEFAULT_PREFIX}{flat}.{name}": tensor for name, tensor in parts.items()}
+    return tensors

@@ -1,99 +1,236 @@
 """The layouts of LoRA files: how each names its tensors.
 
-A new layout is an entry of ``LAYOUTS``. It is then recognised, read and written, and ``convert_lora.py`` offers it.
+A layout is a prefix, the names of modules (``hunyuan_model.checkpoints.layouts``), with dots or flat, and the endings it is written
+with. A new one is an entry of ``LAYOUTS``: it is then recognised and read, and ``convert_lora.py`` offers it if it is a target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
-import torch
-from torch import nn
-
-from hunyuan_model.transformer.config import TransformerConfig
-from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
-from utils.errors import UserError
+from hunyuan_model.checkpoints.layouts import COMFYUI, DIFFUSERS, OFFICIAL, NameLayout, Place
 
 DEFAULT = "default"
 OTHER = "other"
 DEFAULT_PREFIX = "lora_unet_"
 
+# Endings of keys, and the part of an update that each is, the same in all layouts.
+ENDINGS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
+    "set_weight": "set_weight",
+    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+}
+_KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+_PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
+
+LYCORIS_KINDS = ("LoHa", "LoKr", "DoRA", "DoRA on LoHa", "DoRA on LoKr")
+
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """Names of the tensors of one module: a prefix, the module, a dot, and an ending for each part.
+    """How one program names the tensors of a LoRA.
 
     Attributes:
+        title: who uses it, to complete "the layout of ...".
         example: a pattern of its keys, for messages.
-        prefixes: what may stand before the module; the first one is written.
-        dotted: whether the module is its path (``double_blocks.0.img_mlp.fc1``), else its flat name, with dots as underscores.
-        endings: of ``down`` (rank, in), ``up`` (out, rank) and ``alpha``.
-        scale_in_factors: whether a file is written with sqrt(alpha / rank) multiplied into both factors, and no alpha.
+        prefix: stands before every module.
+        names: of the modules.
+        dotted: whether a module is its path, else its flat name, with dots as underscores.
+        endings: it is written with, by part, where they are not the parts' own names; None for a layout that is only read.
+        scale_in_factors: whether a LoRA is written with sqrt(alpha / rank) multiplied into both factors, without alpha, and with
+            one rank for all modules.
+        kinds: of updates that it can hold besides LoRA.
     """
 
+    title: str
     example: str
-    prefixes: tuple[str, ...]
+    prefix: str
+    names: NameLayout
     dotted: bool
-    endings: Mapping[str, str]
+    endings: Mapping[str, str] | None = None
     scale_in_factors: bool = False
+    kinds: tuple[str, ...] = field(default=())
 
-    def read_key(self, key: str) -> tuple[str, str] | None:
-        """The flat name of the module and the part of a key; None for keys of other layouts."""
-        for prefix in self.prefixes:
-            for part, ending in self.endings.items():
-                if key.startswith(prefix) and key.endswith(f".{ending}"):
-                    module = key[len(prefix) : -len(ending) - 1]
-                    if module and (self.dotted or "." not in module):
-                        return flat_name(module), part
-        return None
+    def read_key(self, key: str) -> tuple[Place, str] | None:
+        """Where a key's module stands, and the part of its update that the key is; None for keys of other layouts."""
+        if not key.startswith(self.prefix):
+            return None
+        module, part = split_ending(key[len(self.prefix) :])
+        if part is None:
+            return None
+        place = self.names.place(module) if self.dotted else self.names.place_of_flat(module)
+        return place and (place, part)
 
-    def key(self, flat: str, part: str) -> str:
-        """The key to write for a part of the module with a flat name. Errors as in ``module_path``, where that is needed."""
-        return f"{self.prefixes[0]}{module_path(flat) if self.dotted else flat}.{self.endings[part]}"
+    def keys(self, official: str, part: str) -> tuple[str, ...]:
+        """The keys to write for a part of the update of an official module: one for each module here that holds its rows."""
+        ending = (self.endings or {}).get(part, part)
+        modules = self.names.modules(official)
+        return tuple(f"{self.prefix}{module if self.dotted else flat_name(module)}.{ending}" for module in modules)
+
+
+def split_ending(key: str) -> tuple[str, str | None]:
+    """A key without its ending, and the part of an update that the ending stands for; None if it is no known ending."""
+    end = key.find(".")
+    while end >= 0:  # the longest ending counts
+        if part := ENDINGS.get(key[end + 1 :]):
+            return key[:end], part
+        end = key.find(".", end + 1)
+    return key, None
 
 
 LAYOUTS = {
     # sd-scripts, and what training writes: the update of a weight is alpha / rank * up @ down.
     DEFAULT: LoraLayout(
-        example="lora_unet_*.lora_down.weight",
-        prefixes=(DEFAULT_PREFIX,),
-        dotted=False,
-        endings={"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"},
+        "sd-scripts and musubi-tuner",
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        DEFAULT_PREFIX,
+        OFFICIAL,
+        False,
+        _KOHYA,
+        kinds=LYCORIS_KINDS,
     ),
-    # ComfyUI and diffusers: without an alpha the update is B @ A.
+    # ComfyUI, its wrapper and diffusers: without an alpha the update is B @ A.
     OTHER: LoraLayout(
-        example="diffusion_model.*.lora_A.weight",
-        prefixes=("diffusion_model.", "transformer."),
-        dotted=True,
-        endings={"down": "lora_A.weight", "up": "lora_B.weight", "alpha": "alpha"},
+        "ComfyUI and OneTrainer",
+        "diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight",
+        "diffusion_model.",
+        OFFICIAL,
+        True,
+        _PEFT,
         scale_in_factors=True,
     ),
+    "diffusers": LoraLayout(
+        "diffusers",
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.",
+        DIFFUSERS,
+        True,
+        _PEFT,
+        scale_in_factors=True,
+    ),
+    "comfy": LoraLayout(
+        "ComfyUI's own names",
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight",
+        "diffusion_model.",
+        COMFYUI,
+        True,
+        _KOHYA,
+        kinds=(*LYCORIS_KINDS, "a whole difference", "a replaced weight"),
+    ),
+    "framepack": LoraLayout(
+        "FramePack in musubi-tuner",
+        "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
+        DEFAULT_PREFIX,
+        DIFFUSERS,
+        False,
+        _KOHYA,
+    ),
+    "diffusion-pipe": LoraLayout(
+        "diffusion-pipe",
+        "transformer.double_blocks.0.img_attn_qkv.lora_A.weight",
+        "transformer.",
+        OFFICIAL,
+        True,
+    ),
+    "onetrainer": LoraLayout(
+        "OneTrainer before 2026",
+        "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
+        "lora_transformer_",
+        DIFFUSERS,
+        False,
+    ),
+    "original": LoraLayout(
+        "OneTrainer's original names",
+        "double_blocks.0.img_attn_qkv.lora_A.weight",
+        "",
+        OFFICIAL,
+        True,
+    ),
+    "hunyuan": LoraLayout(
+        "Tencent's trainer",
+        "Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "Hunyuan_video_I2V_lora_",
+        OFFICIAL,
+        False,
+    ),
+    "lycoris": LoraLayout(
+        "LyCORIS",
+        "lycoris_double_blocks_0_img_attn_qkv.lokr_w1",
+        "lycoris_",
+        OFFICIAL,
+        False,
+    ),
+    "lycoris-diffusers": LoraLayout(
+        "LyCORIS on diffusers",
+        "lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
+        "lycoris_",
+        DIFFUSERS,
+        False,
+    ),
+    "comfy-flat": LoraLayout(
+        "ComfyUI's names in the style of sd-scripts",
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        DEFAULT_PREFIX,
+        COMFYUI,
+        False,
+    ),
+    "diffusers-model": LoraLayout(
+        "a model of diffusers",
+        "transformer_blocks.0.attn.to_q.lora_A.weight",
+        "",
+        DIFFUSERS,
+        True,
+    ),
+    "peft": LoraLayout(
+        "PEFT",
+        "base_model.model.double_blocks.0.img_attn_qkv.lora_A.weight",
+        "base_model.model.",
+        OFFICIAL,
+        True,
+    ),
+    "peft-diffusers": LoraLayout(
+        "PEFT on diffusers",
+        "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "base_model.model.",
+        DIFFUSERS,
+        True,
+    ),
 }
+
+TARGETS = tuple(name for name, layout in LAYOUTS.items() if layout.endings is not None)
+"""The layouts that are written."""
+
+# Beside the transformer's: of text encoders, and trained embeddings.
+OTHER_MODELS = (
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lycoris_te",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoders.",
+    "bundle_emb.",
+)
 
 
 def flat_name(module_path: str) -> str:
     """``double_blocks.0.img_mlp.fc1`` -> ``double_blocks_0_img_mlp_fc1``."""
     return module_path.replace(".", "_")
-
-
-def module_path(flat: str) -> str:
-    """``double_blocks_0_img_mlp_fc1`` -> ``double_blocks.0.img_mlp.fc1``.
-
-    Raises:
-        UserError: no linear layer of the HunyuanVideo transformer has this name.
-    """
-    if flat not in _paths_of_linears():
-        raise UserError(
-            f"{DEFAULT_PREFIX}{flat} names no linear layer of a HunyuanVideo transformer, so its keys cannot be converted."
-        )
-    return _paths_of_linears()[flat]
-
-
-@lru_cache
-def _paths_of_linears() -> dict[str, str]:
-    """Path by flat name. Flat names are ambiguous without the model: underscores also stand inside names."""
-    with torch.device("meta"):
-        transformer = HYVideoDiffusionTransformer(TransformerConfig())
-    return {flat_name(path): path for path, module in transformer.named_modules() if isinstance(module, nn.Linear)}

@@ -14,7 +14,8 @@ import torch
 from hunyuan_model.checkpoints.loading import true_value
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
-from networks.lora_files import LoraPair, lora_pairs, match_weights, read_lora
+from networks.lora_files import LoraFile, PlacedUpdate, fit_to_model, read_lora
+from networks.lora_updates import LowRank, Replacement
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.progress import ProgressBar
@@ -25,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraToMerge:
-    """LoRA tensors (of any layout), how strongly to add them, and what to call them in messages."""
+    """A LoRA, how strongly to add it, and whether what does not fit the model is left out instead of refused."""
 
-    tensors: Mapping[str, torch.Tensor]
+    file: LoraFile
     multiplier: float
-    source: str
+    partial: bool = False
 
 
 class MergePatch:
@@ -39,29 +40,35 @@ class MergePatch:
         weight_shapes: names and shapes of the model's weights.
 
     Attributes:
-        names: the weights that are changed.
+        names: the parameters that are changed.
     """
 
     def __init__(self, loras: Sequence[LoraToMerge], weight_shapes: Mapping[str, tuple[int, ...]]):
-        self._updates: dict[str, list[tuple[LoraPair, float]]] = {}
+        self._updates: dict[str, list[tuple[PlacedUpdate, float]]] = {}
         for lora in loras:
-            pairs = lora_pairs(lora.tensors, lora.source)
-            for flat, name in match_weights(pairs, weight_shapes, lora.source).items():
-                self._updates.setdefault(name, []).append((pairs[flat], lora.multiplier))
+            for name, updates in fit_to_model(lora.file, weight_shapes, partial=lora.partial).items():
+                self._updates.setdefault(name, []).extend((placed, lora.multiplier) for placed in updates)
         self.names = tuple(self._updates)
 
     @torch.no_grad()
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The merged weight as a new float32 tensor on the same device, or ``weight`` itself where nothing is added.
 
-        float32 so that the only rounding is the cast to the final dtype.
+        float32 so that the only rounding is the cast to the final dtype. Each update is that of the weight without the others.
         """
         if name not in self._updates:
             return weight
         merged = weight.to(torch.float32, copy=True)
-        for pair, multiplier in self._updates[name]:
-            down, up = pair.down.to(weight.device, torch.float32), pair.up.to(weight.device, torch.float32)
-            merged.addmm_(up, down * (multiplier * pair.scale))
+        rows_of = merged if merged.dim() < 2 else merged.flatten(1)
+        base = None if all(isinstance(placed.update, LowRank) for placed, _ in self._updates[name]) else rows_of.clone()
+        for placed, multiplier in self._updates[name]:
+            rows = placed.rows(len(rows_of))
+            if isinstance(placed.update, LowRank):
+                down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (placed.update.down, placed.update.up))
+                rows_of[rows].addmm_(up, down * (multiplier * placed.update.scale))
+            elif multiplier:
+                delta = placed.update.delta(base[rows])
+                rows_of[rows] += delta if isinstance(placed.update, Replacement) else delta.mul_(multiplier)
         return merged
 
 
@@ -81,10 +88,12 @@ def complete_multipliers(
     return (*multipliers, *[1.0] * (files - given))
 
 
-def read_lora_files(paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = ()) -> list[LoraToMerge]:
-    """Read LoRA files, with 1.0 for multipliers that are missing at the end."""
+def read_lora_files(
+    paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = (), *, partial: bool = False
+) -> list[LoraToMerge]:
+    """Read LoRA files, with 1.0 for multipliers that are missing at the end; ``partial`` as in ``read_lora``."""
     pairs = itertools.zip_longest(paths, multipliers, fillvalue=1.0)
-    return [LoraToMerge(read_lora(path).tensors, multiplier, str(path)) for path, multiplier in pairs]
+    return [LoraToMerge(read_lora(path, partial=partial), multiplier, partial) for path, multiplier in pairs]
 
 
 def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:
@@ -104,7 +113,7 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
     if Path(output).suffix != ".safetensors":
         raise UserError(f"a merged model is saved as a .safetensors file, but {output} was asked for.")
     stored = Path(dit).iterdir() if os.path.isdir(dit) else [dit]
-    for source in (*stored, *(lora.source for lora in loras)):
+    for source in (*stored, *(lora.file.source for lora in loras)):
         if os.path.realpath(output) == os.path.realpath(source):
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
     require_possible_file(output, "the merged model")

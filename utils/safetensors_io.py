@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,10 +89,22 @@ def read_header(path: str | os.PathLike[str], what: str = "safetensors file") ->
         return SafetensorsHeader(dict(file.metadata() or {}), shapes)
 
 
-def read_tensors(path: str | os.PathLike[str], what: str = "safetensors file") -> SafetensorsFile:
-    """Every tensor of a (small) safetensors file, on the CPU, with its metadata. Errors as in ``read_header``."""
+def read_tensors(
+    path: str | os.PathLike[str], what: str = "safetensors file", wanted: Callable[[str], bool] = lambda name: True
+) -> SafetensorsFile:
+    """Every tensor of a (small) safetensors file, on the CPU, with its metadata. Errors as in ``read_header``.
+
+    Args:
+        wanted: whether a tensor is read; the others are on the meta device, and empty where a shape has a zero.
+    """
     with _open(require_file(path, what)) as file:
-        return SafetensorsFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))
+        tensors = {name: file.get_tensor(name) if wanted(name) else _unread(file.get_slice(name)) for name in file.keys()}
+        return SafetensorsFile(tensors, dict(file.metadata() or {}))
+
+
+def _unread(stored: Any) -> torch.Tensor:
+    shape = stored.get_shape()  # one with a zero may claim sizes beyond what torch takes
+    return torch.empty((0,) if 0 in shape else shape, dtype=SAFETENSORS_DTYPES.get(stored.get_dtype()), device="meta")
 
 
 def read_tensor(path: str | os.PathLike[str], name: str, what: str = "safetensors file") -> torch.Tensor | None:

@@ -20,7 +20,8 @@ from hunyuan_model.runtime.memory_report import plan_table, sample_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
-from networks.lora_files import check_lora_file
+from networks.lora_files import check_lora_file, read_lora
+from networks.lora_writing import plain_network
 from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
 from networks.training.data import TrainingData
@@ -132,7 +133,8 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     module = import_network_module(network.network_module)
     ours, rank = module is networks.lora, network.network_dim or DEFAULT_RANK
     if ours and network.network_weights:
-        ranks = check_lora_file(network.network_weights, shapes).ranks
+        ranks = {lora.rank for lora in plain_network(read_lora(network.network_weights)).values()}
+        check_lora_file(network.network_weights, shapes)
         if not network.dim_from_weights and ranks != {rank}:
             raise UserError(
                 f"--network_weights {network.network_weights} has rank {', '.join(map(str, sorted(ranks)))}, not {rank}; "

@@ -104,7 +104,7 @@ def test_every_layout_of_one_lora_gives_one_result(transformer, inputs, expected
 
 
 def test_merge_to_gives_the_reference(transformer, inputs, expected):
-    weights = read_lora(LORA).tensors
+    weights = load_file(LORA)
     network, _ = create_network_from_weights(1.0, None, None, None, transformer, weights_sd=weights, for_inference=True)
     network.merge_to(None, transformer, weights, torch.float32, "cpu")
     with torch.no_grad():

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import convert_lora
-from networks.lora_files import check_lora_file, group_keys, lora_pairs, read_lora, tensor_hashes, to_layout
-from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout, flat_name, module_path
+from hunyuan_model.checkpoints.layouts import OFFICIAL
+from networks.lora_files import check_lora_file, lora_of, read_lora
+from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout
+from networks.lora_updates import LowRank
+from networks.lora_writing import tensor_hashes, to_layout
 from utils.errors import UserError, run_script
 from utils.safetensors_io import read_header
 
@@ -59,32 +62,31 @@ def pair(down=(4, 8), up=(8, 4), module="double_blocks_0_img_attn_qkv") -> dict[
     }
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["double_blocks.17.img_mlp.fc2", "single_blocks.39.linear1", "txt_in.c_embedder.linear_1", "txt_in.t_embedder.mlp.2"],
-)
-def test_flat_names_lead_back_to_paths(path):
-    assert module_path(flat_name(path)) == path
-    with pytest.raises(UserError, match="names no linear layer"):
-        module_path(f"{flat_name(path)}_extra")
+QKV = "double_blocks.0.img_attn_qkv.weight"
+
+
+def as_layout(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    return to_layout(lora_of(tensors, {}, "file.safetensors"), layout)
+
+
+def loras(tensors: dict[str, torch.Tensor]) -> dict[str, LowRank]:
+    return {placed.parameter: placed.update for placed in lora_of(tensors, {}, "file.safetensors").updates}
 
 
 def test_conversion_gives_the_reference_values():
     lora = read_lora(LORA)
     assert lora.layout == DEFAULT and lora.metadata["ss_network_dim"] == "4"
-    other = to_layout(lora.tensors, OTHER, "test")
+    other = to_layout(lora, OTHER)
     assert_same_tensors(other, load_file(LORA_OTHER))
-    assert_same_tensors(to_layout(other, DEFAULT, "test"), load_file(LORA_BACK))
-    back = read_lora(LORA_OTHER)
-    assert back.layout == OTHER
-    assert_same_tensors(back.tensors, load_file(LORA_BACK))
+    assert_same_tensors(as_layout(other, DEFAULT), load_file(LORA_BACK))
+    assert read_lora(LORA_OTHER).layout == OTHER
 
 
 def test_conversion_keeps_dtypes_and_updates_in_half_precision():
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(LORA).items()}
-    other = to_layout(tensors, OTHER, "test")
+    other = as_layout(tensors, OTHER)
     assert {tensor.dtype for tensor in other.values()} == {torch.bfloat16}
-    before, after = lora_pairs(tensors, "test"), lora_pairs(other, "test")
+    before, after = loras(tensors), loras(other)
     for flat, old in before.items():
         update = old.scale * old.up.float() @ old.down.float()
         new = after[flat].scale * after[flat].up.float() @ after[flat].down.float()
@@ -93,7 +95,7 @@ def test_conversion_keeps_dtypes_and_updates_in_half_precision():
 
 def test_a_negative_scale_survives_conversion():
     tensors = pair() | {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(-2.0)}
-    found = lora_pairs(to_layout(tensors, OTHER, "test"), "test")["double_blocks_0_img_attn_qkv"]
+    found = loras(as_layout(tensors, OTHER))[QKV]
     torch.testing.assert_close(found.scale * found.up @ found.down, torch.full((8, 8), -0.5 * 4))
 
 
@@ -104,23 +106,23 @@ def test_the_transformer_prefix_and_a_stored_alpha_are_read():
         f"{prefix}.lora_B.weight": torch.ones(6, 4),
         f"{prefix}.alpha": torch.tensor(2),
     }
-    found = lora_pairs(tensors, "test")
-    assert list(found) == ["single_blocks_3_linear2"] and found["single_blocks_3_linear2"].scale == 0.5
-    assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in to_layout(tensors, OTHER, "test")
+    found = loras(tensors)
+    assert list(found) == ["single_blocks.3.linear2.weight"] and found["single_blocks.3.linear2.weight"].scale == 0.5
+    assert "diffusion_model.single_blocks.3.linear2.lora_A.weight" in as_layout(tensors, OTHER)
 
 
 def test_a_new_entry_of_the_table_is_read_and_written(monkeypatch):
-    endings = {"down": "lora_A.default.weight", "up": "lora_B.default.weight", "alpha": "alpha"}
-    monkeypatch.setitem(LAYOUTS, "peft", LoraLayout("base_model.*", ("base_model.model.", "transformer."), True, endings))
-    stored = to_layout(load_file(LORA), "peft", "test")
-    assert "base_model.model.double_blocks.0.img_mlp.fc1.lora_A.default.weight" in stored
-    assert group_keys(stored, "test")[0] == "peft"
-    assert_same_tensors(to_layout(stored, DEFAULT, "test"), load_file(LORA))
+    endings = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+    monkeypatch.setitem(LAYOUTS, "new", LoraLayout("a new program", "new.*", "new.model.", OFFICIAL, True, endings))
+    stored = as_layout(load_file(LORA), "new")
+    assert "new.model.double_blocks.0.img_mlp.fc1.lora_A.default.weight" in stored
+    assert lora_of(stored, {}, "test").layout == "new"
+    assert_same_tensors(as_layout(stored, DEFAULT), load_file(LORA))
 
 
 def test_no_alpha_means_scale_one():
-    assert lora_pairs(pair(), "test")["double_blocks_0_img_attn_qkv"].scale == 1.0
-    assert to_layout(pair(), DEFAULT, "test")["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 4.0
+    assert loras(pair())[QKV].scale == 1.0
+    assert as_layout(pair(), DEFAULT)["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 4.0
 
 
 OTHER_KEY = "diffusion_model.single_blocks.0.linear1.lora_A.weight"
@@ -130,23 +132,24 @@ OTHER_KEY = "diffusion_model.single_blocks.0.linear1.lora_A.weight"
     ("names", "message"),
     [
         ([], "not a LoRA that can be read here: it holds no tensors"),
-        (["double_blocks.0.img_attn_qkv.weight"], "not a LoRA that can be read here: 1 of its 1 keys"),
-        ([*pair(), "extra.weight"], "1 of its 3 keys are unknown .extra.weight"),
-        ([*pair(), OTHER_KEY, OTHER_KEY.replace("_A", "_B")], "all of one layout"),
-        (list(pair())[:1], "a factor is missing for double_blocks_0_img_attn_qkv"),
-        (["lora_unet_a.lokr_w1"], "not a plain LoRA.*lokr_w1.*lycoris"),
+        (["double_blocks.0.img_attn_qkv.weight"], "not a LoRA that can be read here: none of its 1 keys"),
+        ([*pair(), "extra.weight"], "only in part: 1 of its 3 keys match nothing in the transformer .extra.weight.*--lora_partial"),
+        (list(pair())[:1], "incomplete.*up is missing"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"], "incomplete.*lokr_w2 is missing"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.alpha"], "incomplete"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.oft_blocks"], "none of its 1 keys match the transformer"),
         ([OTHER_KEY, OTHER_KEY.replace("diffusion_model", "transformer")], "are the same module"),
     ],
 )
 def test_what_is_no_lora_is_a_user_error(names, message):
     with pytest.raises(UserError, match=message):
-        group_keys(names, "file.safetensors")
+        lora_of(dict.fromkeys(names, torch.ones(4, 4)), {}, "file.safetensors")
 
 
-@pytest.mark.parametrize(("down", "up"), [((4, 8), (8, 5)), ((4, 8, 1, 1), (8, 4, 1, 1)), ((0, 8), (8, 0))])
+@pytest.mark.parametrize(("down", "up"), [((4, 8), (8, 5)), ((4, 8, 1, 1), (8, 4, 1, 2)), ((0, 8), (8, 0))])
 def test_factors_that_do_not_fit_are_user_errors(tmp_path, down, up):
     with pytest.raises(UserError, match="not the factors of one update"):
-        lora_pairs(pair(down, up), "file.safetensors")
+        lora_of(pair(down, up), {}, "file.safetensors")
     save_file(pair(down, up), tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match="not the factors of one update"):
         check_lora_file(tmp_path / "bad.safetensors")
@@ -157,7 +160,7 @@ def test_check_reads_the_header_and_compares_with_the_model():
     assert check_lora_file(LORA, shapes).layout == DEFAULT
     assert check_lora_file(LORA_OTHER, shapes).layout == OTHER
     smaller = {name: shape for name, shape in shapes.items() if not name.startswith("single_blocks.2")}
-    absent = "2 of 22 are not in it .single_blocks_2_linear1, single_blocks_2_linear2"
+    absent = "2 of 22 are not in it .single_blocks.2.linear1, single_blocks.2.linear2"
     wider = shapes | {"single_blocks.0.linear1.weight": (400, 48)}
     for other, message in ((smaller, absent), (wider, r"1 of 22 have another size .*\(336, 48\).*\(400, 48\)")):
         with pytest.raises(UserError, match=f"do not match the model: {message}"):
@@ -180,7 +183,7 @@ def test_hashes_are_those_that_sd_scripts_wrote():
 )
 def test_values_that_are_no_numbers_are_user_errors(part, value, message):
     with pytest.raises(UserError, match=message):
-        lora_pairs(pair() | {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": value}, "file.safetensors")
+        lora_of(pair() | {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": value}, {}, "file.safetensors")
 
 
 def test_script_converts_there_and_back(tmp_path, convert):
@@ -209,7 +212,7 @@ def test_script_refuses_what_it_cannot_read(tmp_path, refused):
     assert "not a readable safetensors file" in refused("--input", cut, "--output", output, "--target", "other")
     assert "not a LoRA" in refused("--input", GOLDENS / "dit.safetensors", "--output", output, "--target", "other")
     save_file(pair(module="middle_block_attn"), cut)
-    assert "names no linear layer" in refused("--input", cut, "--output", output, "--target", "other")
+    assert "none of its 2 keys match" in refused("--input", cut, "--output", output, "--target", "other")
     assert "must end in .safetensors" in refused("--input", LORA, "--output", tmp_path / "out.pt", "--target", "other")
     assert "has the layout default already" in refused("--input", LORA, "--output", output, "--target", "default")
     assert not output.exists()

@@ -62,9 +62,9 @@ def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeyp
     read, found = [], []
     plain_read, plain_sample = lora_merging.read_lora, generation.sample_latents
 
-    def read_lora(path):
-        lora = plain_read(path)
-        read.extend(weakref.ref(tensor) for tensor in lora.tensors.values())
+    def read_lora(path, **options):
+        lora = plain_read(path, **options)
+        read.extend(weakref.ref(tensor) for placed in lora.updates for tensor in (placed.update.down, placed.update.up))
         return lora
 
     def sample_latents(transformer, *arguments, **options):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat, is_quantized_name
@@ -114,12 +114,35 @@ def test_scales_per_row_and_full_names_and_prefixes(pair):
         assert torch.equal(parameter, expected.get_parameter(name))
 
 
-def test_without_a_map_weights_mean_what_they_are(pair):
-    stored, _ = parts(pair)
+def test_without_its_map_the_file_is_refused(pair):
     pair.with_name(MAP).unlink()
-    check_transformer_file(pair)
+    with pytest.raises(UserError, match=rf"--dit .*{FILE} holds float8 weights that mean .* has none\. Fetch {MAP} into"):
+        check_transformer_file(pair)
+
+
+def test_weights_that_are_merely_cast_need_no_map_and_take_no_shared_one(pair, weights):
+    _, scales = parts(pair)
+    pair.with_name(MAP).unlink()
+    torch.save(scales, pair.with_name("fp8_map.pt"))
+    torch.save({name: weight.to(FP8_DTYPE) if weight.dim() == 2 else weight for name, weight in weights.items()}, pair)
     for name, parameter in load(pair).named_parameters():
-        assert torch.equal(parameter, stored[name].float())
+        assert torch.equal(parameter, weights[name].to(FP8_DTYPE).float() if parameter.dim() == 2 else weights[name])
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", [Path(MAP).stem, "fp8_map"])
+def test_where_the_map_may_be(pair, name, suffix):
+    (stored, scales), expected = parts(pair), load(pair)
+    pair.with_name(MAP).unlink()
+    path, other = pair.with_suffix(suffix), ".pt" if suffix == ".safetensors" else ".safetensors"
+    pair.unlink()
+    save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
+    for map_suffix in (suffix, other):
+        beside = path.with_name(f"{name}{map_suffix}")
+        save_file(scales, beside) if map_suffix == ".safetensors" else torch.save(scales, beside)
+        for key, parameter in load(path).named_parameters():
+            assert torch.equal(parameter, expected.get_parameter(key))
+        beside.unlink()
 
 
 def test_a_map_beside_wide_weights_is_not_read(pair, weights):

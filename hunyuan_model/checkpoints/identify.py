@@ -1,23 +1,28 @@
-"""What a file of tensors is, judged by the names in it, so that a message can name what was given in place of what was needed.
+"""What a file of tensors is, judged by the names and shapes in it, so that a message can name what was given in place of what was
+needed, and the part of a pipeline folder or of a checkpoint with several models that a flag means.
 
-Works on names and shapes only, which every format gives without reading a tensor: a check takes a moment.
+Reads no tensor: a check takes a moment.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 
 from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
 from utils.errors import UserError
 
+_T2V = "which is not supported (use the text-to-video model)"
+
 
 class Kind(Enum):
-    """The kinds of files users mix up: what completes "this is ...", and patterns of which each is found in some name.
+    """The kinds of files users mix up: what completes "this is ...", and patterns that are all found among the names.
 
-    The first kind that fits counts. Networks come before the models they train, the names of which they contain.
+    A name may be followed by its sizes: ``img_in.proj.weight 3072 33 1 2 2``. The first kind that fits counts: networks come before
+    the models they train, the names of which they contain, and variants before the model that they extend.
     """
 
     LORA_AB = ("a LoRA with lora_A/lora_B keys", r"\.lora_A\.(\w+\.)?weight$")
@@ -25,24 +30,55 @@ class Kind(Enum):
     LORA_SD_SCRIPTS = ("a LoRA in the layout of sd-scripts", r"\.lora_down\.weight$")
     LATENT_CACHE = ("a latent cache", r"^latents_\d+x\d+x\d+_\w+$")
     TEXT_CACHE = ("a text encoder output cache", r"^llm_\w+$", r"^(llm_mask|clipL_\w+)$")
-    TRANSFORMER_COMFY = ("a transformer in the layout of Flux or ComfyUI", r"(^|\.)double_blocks\.\d+\.img_attn\.qkv\.")
+    HUNYUAN_15 = (
+        "a transformer of HunyuanVideo 1.5, which is not supported (use HunyuanVideo 1.0)",
+        r"(^|\.)(vision_in\.proj|byt5_in|cond_type_embed(ding)?|context_embedder_2)\.",
+    )
+    MEAN_FLOW = (f"a MeanFlow transformer, {_T2V}", r"(^|\.)time_r_in\.")
+    FRAMEPACK = (f"a FramePack transformer, {_T2V}", r"(^|\.)(image_projection|clean_x_embedder)\.", r"(^|\.)context_embedder\.")
+    I2V = (
+        f"a HunyuanVideo I2V transformer with 33 input channels, {_T2V}",
+        r"(^|\.)(img_in|x_embedder)\.proj\.weight \d+ 33 ",
+    )
+    SKYREELS = (
+        f"a HunyuanVideo transformer with 32 input channels (SkyReels I2V or keyframes), {_T2V}",
+        r"(^|\.)(img_in|x_embedder)\.proj\.weight \d+ 32 ",
+    )
     TRANSFORMER = (
         "a HunyuanVideo transformer",
-        r"(^|\.)(double_blocks\.\d+\.img_attn_qkv|single_blocks\.\d+\.linear1)\.weight$",
-        r"(^|\.)img_in\.",
+        r"(^|\.)(txt_in\.individual_token_refiner|context_embedder\.token_refiner|double_blocks\.\d+\.img_attn_qkv)\.",
+        r"(^|\.)(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+\.",
     )
-    TRANSFORMER_DIFFUSERS = (
-        "a HunyuanVideo transformer in the layout of diffusers",
-        r"(^|\.)single_transformer_blocks\.\d+\.",
-        r"(^|\.)context_embedder\.token_refiner\.",
+    FLUX = (
+        "a transformer of the Flux family, which is not supported",
+        r"(^|\.)(double_blocks\.\d+\.img_attn\.qkv|single_transformer_blocks\.\d+\.attn\.to_q)\.",
+    )
+    WAN = (
+        "a Wan transformer, which is not supported",
+        r"(^|\.)blocks\.\d+\.(self_attn|attn1)\.",
+        r"(^|\.)patch_embedding\.weight$",
+    )
+    VAE_15 = (
+        "the VAE of HunyuanVideo 1.5, which is not supported (use the VAE of HunyuanVideo 1.0)",
+        r"(^|\.)decoder\.conv_in\.conv\.weight \d+ 32 ",
     )
     VAE = (
         "a HunyuanVideo VAE",
-        r"(^|\.)decoder\.(up_blocks\.\d+|mid_block)\.resnets\.\d+\.conv1\.conv\.weight$",
+        r"(^|\.)decoder\.(up_blocks\.\d+\.resnets|mid_block\.resnets|up\.\d+\.block|mid)\.(block_)?\d+\.conv1\.conv\.weight$",
         r"(^|\.)post_quant_conv\.",
     )
-    VAE_OTHER = ("a VAE of another model or in another layout", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
-    LLAMA = ("a Llama language model", r"(^|\.)layers\.\d+\.self_attn\.q_proj\.weight$", r"(^|\.)embed_tokens\.weight$")
+    VAE_TINY = (
+        "a tiny VAE for previews (TAEHV), which is not supported (use the full VAE)",
+        r"(^|\.)encoder\.\d+\.(weight|bias|conv\.\d+\.weight)$",
+        r"(^|\.)decoder\.\d+\.(weight|bias|conv\.\d+\.weight)$",
+    )
+    VAE_WAN = ("a Wan VAE, which is not supported", r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$")
+    VAE_OTHER = ("a VAE of another model", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
+    LLAMA = (
+        "a Llama language model",
+        r"(^|\.)(layers\.\d+\.self_attn\.q_proj|blk\.\d+\.attn_q)\.weight$",
+        r"(^|\.)(embed_tokens|token_embd)\.weight$",
+    )
     CLIP_TEXT = (
         "a CLIP text model",
         r"(^|\.)embeddings\.token_embedding\.weight$",
@@ -56,13 +92,22 @@ class Kind(Enum):
         self.signs = signs
 
 
+# Where a model lies in a folder with a whole pipeline of diffusers, and in one file with several models.
+_PARTS = {
+    Kind.TRANSFORMER: ("transformer", "model.diffusion_model."),
+    Kind.VAE: ("vae", "vae."),
+    Kind.LLAMA: ("text_encoder", "text_encoders.llama.transformer."),
+    Kind.CLIP_TEXT: ("text_encoder_2", "text_encoders.clip_l.transformer."),
+}
+
 # Scales beside float8 weights: without them the weights mean something else.
 _SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
 
 
-def identify(names: Iterable[str]) -> Kind | None:
-    """The kind of file that holds tensors under ``names``; None if it is none of those known here."""
-    text = "\n".join(names)
+def identify(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
+    """The kind of file that holds tensors of these names and shapes; None if it is none of those known here."""
+    with_sizes = (f"{name} {' '.join(map(str, shape))} " for name, shape in shapes.items())
+    text = "\n".join((*shapes, *with_sizes))
     return next((kind for kind in Kind if all(re.search(sign, text, re.MULTILINE) for sign in kind.signs)), None)
 
 
@@ -92,8 +137,16 @@ def check_is(shapes: Mapping[str, tuple[int, ...]], kind: Kind, path: str | os.P
 
 
 def open_checkpoint_of(kind: Kind, path: str | os.PathLike[str], flag: str) -> Checkpoint:
-    """Open ``path`` and refuse it, naming ``flag``, if it is missing, damaged or not of ``kind``."""
+    """Open the model of this ``kind`` in ``path`` and refuse it, naming ``flag``, if it is missing, damaged or something else.
+
+    Of a folder with a pipeline of diffusers, and of a file with several models, the view has the one that is meant.
+    """
+    folder, prefix = _PARTS[kind]
+    if os.path.isfile(os.path.join(path, "model_index.json")):
+        path = Path(path, folder)
     checkpoint = open_checkpoint(path, flag)
+    if any(name.startswith(prefix) for name in checkpoint.shapes):
+        checkpoint = checkpoint.under_prefix(prefix)
     check_is(checkpoint.shapes, kind, path, flag)
     return checkpoint
 

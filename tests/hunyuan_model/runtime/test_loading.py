@@ -13,7 +13,7 @@ from torch import nn
 import hunyuan_model
 from benchmarks.loading import measure, write_checkpoint
 from benchmarks.memory_watch import in_new_process
-from hunyuan_model.checkpoints.identify import Kind, check_is, check_text_encoder_files, describe_shapes, identify
+from hunyuan_model import check_text_encoder_files
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.formats import WeightFormat, is_quantized_name
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
@@ -187,49 +187,7 @@ def test_float8_weights_with_scales_in_the_same_file_are_refused(tmp_path, weigh
         load(tmp_path / "scaled.safetensors")
 
 
-KEYS = {
-    Kind.LYCORIS: ["lycoris_double_blocks_0_img_attn_qkv.lokr_w1", "lycoris_double_blocks_0_img_attn_qkv.lokr_w2_a"],
-    Kind.LATENT_CACHE: ["latents_3x34x60_float16"],
-    Kind.TEXT_CACHE: ["clipL_float16", "llm_float16", "llm_mask"],
-    Kind.TRANSFORMER_COMFY: ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "single_blocks.0.linear1.weight"],
-    Kind.VAE_OTHER: ["encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"],
-    Kind.OPEN_CLIP: ["transformer.resblocks.0.attn.in_proj_weight"],
-    Kind.T5: ["encoder.block.0.layer.0.SelfAttention.q.weight"],
-    Kind.LORA_AB: ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.default.weight"],
-    Kind.LORA_SD_SCRIPTS: ["lora_unet_img_in_proj.lora_down.weight", "lora_unet_img_in_proj.lora_up.weight"],
-}
-
-
-@pytest.mark.parametrize("kind", KEYS)
-def test_kinds_told_by_their_keys(kind):
-    assert identify(KEYS[kind]) is kind
-    with pytest.raises(UserError, match="--vae needs a HunyuanVideo VAE, but x.pt looks like " + kind.text):
-        check_is(dict.fromkeys(KEYS[kind], (1,)), Kind.VAE, "x.pt", "--vae")
-
-
-def test_kinds_told_by_models_of_diffusers_and_transformers():
-    diffusers = pytest.importorskip("diffusers")
-    transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
-    with torch.device("meta"):
-        llama_config = transformers.LlamaConfig(**small, num_key_value_heads=2)
-        models = {
-            Kind.TRANSFORMER_DIFFUSERS: diffusers.HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1),
-            Kind.VAE: diffusers.AutoencoderKLHunyuanVideo(),
-            Kind.VAE_OTHER: diffusers.AutoencoderKL(),
-            Kind.LLAMA: transformers.LlamaForCausalLM(llama_config),
-            Kind.CLIP_TEXT: transformers.CLIPTextModel(transformers.CLIPTextConfig(**small)),
-            Kind.T5: transformers.T5EncoderModel(
-                transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=8)
-            ),
-        }
-    for kind, model in models.items():
-        assert identify(model.state_dict()) is kind
-
-
 def test_unknown_files(tmp_path):
-    assert describe_shapes({"a.b": (1,), "c": (2,)}) == "an unknown file; its first keys are a.b, c"
-    assert describe_shapes({}) == "a file without tensors"
     save_file({"weight": torch.ones(1)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="looks like an unknown file; its first keys are weight"):
         load(tmp_path / "m.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import utils.interrupts  # noqa: F401  # isort: skip
 
 import argparse
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ from utils.cli.settings import settings_from
 from utils.devices import choose_dtype, explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.free_memory import free_device_memory
+
+logger = logging.getLogger("generate")
 
 # The flags that runs without sampling read.
 GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark"}
@@ -129,6 +132,8 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
         config=hunyuan_model.check_transformer_file(args.dit, "--dit"),
     )
     settings.runtime.check(device, settings.dit_dtype, settings.config)
+    if not settings.config.guidance and settings.sampling.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
+        logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
         hunyuan_model.check_vae_file(args.vae)

@@ -26,6 +26,7 @@ from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
 from networks.training.data import TrainingData
 from networks.training.logging.logs import check_logs
+from networks.training.loss.flow_matching import FlowSettings
 from networks.training.optim.lr_schedules import check_lr_scheduler
 from networks.training.optim.optimizers import (
     check_optimizer,
@@ -145,11 +146,21 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     planned = _network_without_values(settings, module, transformer)
     rates = [group["lr"] for group in parameter_groups(planned, rate)[0]] if ours else [rate]
     optimizer = check_optimizer(settings.optimizer, accelerator.device, rates)
-    for sentence in settings.without_effect():
+    for sentence in (*settings.without_effect(), *_guidance_without_effect(settings, config, prompts)):
         logger.warning("%s", sentence)
     if ours and not network.dim_from_weights:
         warn_of_low_learning_rate(settings.optimizer, rank, network.network_alpha)
     return ModelPlan(config, module, planned, precision, optimizer, prompts)
+
+
+def _guidance_without_effect(settings: TrainingSettings, config: TransformerConfig, prompts: Sequence[SamplePrompt]) -> list[str]:
+    """A sentence on guidance for a transformer that takes none."""
+    given = ["--guidance_scale"] if settings.flow != FlowSettings() else []
+    if any(prompt.guidance_scale != SamplePrompt.guidance_scale for prompt in prompts):
+        given.append("the guidance of sample prompts")
+    if config.guidance or not given:
+        return []
+    return [f"{' and '.join(given)}: no effect, as the transformer in --dit has no guidance embedding."]
 
 
 def _network_without_values(

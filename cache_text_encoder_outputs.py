@@ -27,6 +27,7 @@ from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.report import CachingOutcome, format_table
 from dataset.items import Item
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
 from hunyuan_model.text.encoding import cut_texts
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer
@@ -62,9 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fingerprints(encoders: TextEncoderSettings, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
     """What distinguishes these encoders and tokenizers from others, by the keys of the records."""
-    paths = (encoders.text_encoder1, encoders.text_encoder2)
-    weights = {key: fingerprint_weights(path, f"--{key}") for key, path in zip(TEXT_ENCODERS, paths)}
-    return weights | dict(zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers)))
+    given = ((Kind.LLAMA, encoders.text_encoder1), (Kind.CLIP_TEXT, encoders.text_encoder2))
+    opened = (open_checkpoint_of(kind, path, f"--{key}") for key, (kind, path) in zip(TEXT_ENCODERS, given))
+    return dict(zip(TEXT_ENCODERS, map(fingerprint_weights, opened))) | dict(
+        zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers))
+    )
 
 
 def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Item]]:

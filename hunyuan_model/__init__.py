@@ -10,11 +10,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hunyuan_model.checkpoints.identify import check_text_encoder_files
     from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
     from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
     from hunyuan_model.text.clip import load_text_encoder_2
-    from hunyuan_model.text.encoding import encode_prompts, load_tokenizers
+    from hunyuan_model.text.encoding import check_text_encoder_files, encode_prompts, load_tokenizers
     from hunyuan_model.text.llm import load_text_encoder_1
     from hunyuan_model.vae.loading import check_vae_file, load_vae
 
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "check_text_encoder_files": "hunyuan_model.checkpoints.identify",
+    "check_text_encoder_files": "hunyuan_model.text.encoding",
     "check_transformer_file": "hunyuan_model.runtime.loading",
     "check_vae_file": "hunyuan_model.vae.loading",
     "enable_gradient_checkpointing": "hunyuan_model.runtime.gradient_checkpointing",

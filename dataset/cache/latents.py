@@ -11,6 +11,7 @@ from dataset.cache.files import NonFiniteError, save_latents
 from dataset.cache.preparation import Failure, Finished, Prepared, Result, Target
 from dataset.cache.records import VAE
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
+from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
@@ -53,7 +54,7 @@ class LatentEncoder:
     def load(cls, settings: VAESettings, device: torch.device) -> LatentEncoder:
         """From the file of ``settings.vae``. Errors as in ``load_vae``."""
         vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
-        return cls(vae, settings, fingerprint_weights(settings.vae, "--vae"))
+        return cls(vae, settings, fingerprint_weights(open_checkpoint_of(Kind.VAE, settings.vae, "--vae")))
 
     def encode(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         """One sample of the posterior for each, (16, F, H, W). It depends on the item and its cache name, not on the batch or run.

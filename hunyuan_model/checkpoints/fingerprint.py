@@ -7,23 +7,17 @@ do not count: the same weights elsewhere have the same fingerprint.
 from __future__ import annotations
 
 import hashlib
-import os
 
 import torch
 
-from hunyuan_model.checkpoints.reading import open_checkpoint
+from hunyuan_model.checkpoints.reading import Checkpoint
 
 HASH_BYTES = 16
 SAMPLE_BYTES = 256  # of each tensor, from its middle
 
 
-def fingerprint_weights(path: str | os.PathLike[str], what: str) -> str:
-    """The fingerprint of a checkpoint (a file or a folder), in hexadecimal: names, dtypes, shapes and a sample of each tensor.
-
-    Raises:
-        UserError: as ``open_checkpoint``, to which ``what`` goes.
-    """
-    checkpoint = open_checkpoint(path, what)
+def fingerprint_weights(checkpoint: Checkpoint) -> str:
+    """The fingerprint of a checkpoint in hexadecimal: names, dtypes, shapes and a sample of each tensor."""
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for name in sorted(checkpoint.shapes):
         digest.update(f"{name} {checkpoint.dtypes[name]} {list(checkpoint.shapes[name])}\n".encode())

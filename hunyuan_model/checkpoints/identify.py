@@ -149,18 +149,3 @@ def open_checkpoint_of(kind: Kind, path: str | os.PathLike[str], flag: str) -> C
         checkpoint = checkpoint.under_prefix(prefix)
     check_is(checkpoint.shapes, kind, path, flag)
     return checkpoint
-
-
-def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encoder_2: str | os.PathLike[str]) -> tuple[int, int]:
-    """Refuse what --text_encoder1 and --text_encoder2 name if it is missing, damaged or something else.
-
-    Returns:
-        The widths of the text states and of the pooled output.
-    """
-    llama = open_checkpoint_of(Kind.LLAMA, text_encoder_1, "--text_encoder1")
-    clip = open_checkpoint_of(Kind.CLIP_TEXT, text_encoder_2, "--text_encoder2")
-    return _embedding_width(llama, "embed_tokens.weight"), _embedding_width(clip, "token_embedding.weight")
-
-
-def _embedding_width(checkpoint: Checkpoint, name: str) -> int:
-    return next((shape[-1] for key, shape in checkpoint.shapes.items() if key.endswith(name) and shape), 0)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
+from hunyuan_model.checkpoints.layouts import TRANSFORMER_LAYOUTS
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
+from hunyuan_model.checkpoints.official import official_names
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
@@ -45,7 +47,8 @@ def load_transformer(
     in memory.
 
     Args:
-        path: .safetensors, .pt (also wrapped as ``{"module": ...}``), or a folder with one of them or with shards.
+        path: .safetensors or .pt (also wrapped as ``{"module": ...}``), in the names of Tencent, ComfyUI or diffusers, also beside
+            other models in one file; or a folder with one of them, with shards, or with a whole pipeline of diffusers.
         dtype: of the weights, and of the computation outside autocast.
         attn_mode, split_attn: short form of a ``runtime`` that sets only these; not beside one.
         runtime: everything that is put on the transformer. A file that holds float8 weights keeps them, with their scales if it
@@ -129,18 +132,24 @@ def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") ->
 
 
 def open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, TransformerConfig]:
-    """The transformer's tensors under the official names, whatever prefix the file puts before them, and its size.
+    """The transformer's tensors under the official names, whatever layout and prefix the file has, and its size.
 
     Raises:
         UserError: as ``check_transformer_file``.
     """
     checkpoint = open_checkpoint_of(Kind.TRANSFORMER, path, flag)
-    checkpoint = checkpoint.under_prefix(checkpoint.prefix_of("img_in.proj.weight") or "")
+    checkpoint, _ = official_names(checkpoint, TRANSFORMER_LAYOUTS, "img_in.proj.weight")
     checkpoint = checkpoint.with_scales(read_scales_beside(checkpoint, flag))
     try:
-        return checkpoint, transformer_config_from_shapes(checkpoint.shapes)
+        config = transformer_config_from_shapes(checkpoint.shapes)
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"{flag} {path} takes {config.in_channels} channels and predicts {config.out_channels}: it needs more than noise and "
+            "text, which is not supported. Give the text-to-video model."
+        )
+    return checkpoint, config
 
 
 def quantizer_for(weights: WeightFormat, checkpoint: Checkpoint) -> Quantizer:

@@ -14,10 +14,10 @@ from accelerate import init_empty_weights
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
-from hunyuan_model.checkpoints.identify import Kind, check_is
-from hunyuan_model.checkpoints.loading import load_weights
-from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
-from hunyuan_model.text.model_config import building_from_config, read_model_config
+from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
+from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
+from hunyuan_model.checkpoints.reading import Checkpoint
+from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
 
@@ -80,50 +80,54 @@ def load_text_encoder_2(
     Raises:
         UserError: missing or unreadable files, another kind of model, no tokenizer.
     """
-    checkpoint = open_checkpoint(path, FLAG)
-    config = clip_config(checkpoint)
+    checkpoint = open_checkpoint_of(Kind.CLIP_TEXT, path, FLAG)
+    model, weights = _model_and_weights(checkpoint)
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
-    with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # position numbers are computed, not loaded
-        model = CLIPTextModel(config)
-    # Names of models have a prefix before transformers 5 and none since.
-    prefix = next(name for name in model.state_dict() if name.endswith(_EMBEDDING)).removesuffix(_EMBEDDING)
-    weights = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING)).rename(
-        lambda name: prefix + name if name.startswith(_PARTS) and not name.endswith(_COMPUTED) else None
-    )
     load_weights(model, weights, device=device, dtype_of=lambda name: dtype, progress="loading text encoder 2")
     return CLIPTextEncoder(model.eval(), tokenizer)
 
 
-def clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
-    """Configuration from the config.json beside the weights, else from their shapes.
+def check_text_encoder_2(path: str | os.PathLike[str]) -> None:
+    """Refuse a file or folder that holds no whole CLIP text model; reads only headers.
 
     Raises:
-        UserError: not a CLIP text model, or shapes that CLIP's head size does not explain.
+        UserError: as ``load_text_encoder_2``.
     """
-    check_is(checkpoint.shapes, Kind.CLIP_TEXT, checkpoint.path, FLAG)
-    prefix = checkpoint.prefix_of(_EMBEDDING)
-    shapes = checkpoint.under_prefix(prefix).shapes
+    require_same_tensors(*_model_and_weights(open_checkpoint_of(Kind.CLIP_TEXT, path, FLAG)))
+
+
+def _model_and_weights(checkpoint: Checkpoint) -> tuple[CLIPTextModel, Checkpoint]:
+    """The model on the meta device, and the tensors that are used, under its names."""
+    text = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING))
+    # Position numbers are computed, not loaded.
+    with building_from_config(checkpoint.path, FLAG), init_empty_weights(include_buffers=False):
+        model = CLIPTextModel(_clip_config(text))
+    # Names of models have a prefix before transformers 5 and none since.
+    prefix = next(name for name in model.state_dict() if name.endswith(_EMBEDDING)).removesuffix(_EMBEDDING)
+    return model, text.rename(lambda name: prefix + name if name.startswith(_PARTS) and not name.endswith(_COMPUTED) else None)
+
+
+def _clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
+    """Configuration from the config.json beside the weights, else from their shapes."""
     values = read_model_config(checkpoint.path, "clip_text_model", FLAG)
-    with building_from_config(checkpoint.path, FLAG):
-        if values is None:
-            values = _config_of_shapes(shapes, checkpoint)
-        return CLIPTextConfig.from_dict(values | {"vocab_size": shapes[_EMBEDDING][0]})
+    if values is None:
+        values = _config_of_shapes(checkpoint)
+    return CLIPTextConfig.from_dict(values | {"vocab_size": matrix_shape(checkpoint, _EMBEDDING, FLAG)[0]})
 
 
-def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict:
-    hidden = shapes[_EMBEDDING][1]
+def _config_of_shapes(checkpoint: Checkpoint) -> dict:
+    hidden = matrix_shape(checkpoint, _EMBEDDING, FLAG)[1]
     if hidden % CLIP_HEAD_DIM:
         raise UserError(
-            f"{FLAG} {checkpoint.path} is {hidden} wide, which heads of {CLIP_HEAD_DIM} do not divide. "
+            f"{FLAG} {checkpoint.path} has a width of {hidden}, which is no multiple of its head size, {CLIP_HEAD_DIM}. "
             "Put the model's config.json beside it."
         )
-    layers = [int(match[1]) for match in map(_LAYER.match, shapes) if match]
     return {
         "hidden_size": hidden,
         "num_attention_heads": hidden // CLIP_HEAD_DIM,
-        "num_hidden_layers": 1 + max(layers, default=0),
-        "intermediate_size": shapes.get("encoder.layers.0.mlp.fc1.weight", (4 * hidden,))[0],
-        "max_position_embeddings": shapes.get("embeddings.position_embedding.weight", (77,))[0],
+        "num_hidden_layers": len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match}),
+        "intermediate_size": matrix_shape(checkpoint, "encoder.layers.0.mlp.fc1.weight", FLAG)[0],
+        "max_position_embeddings": matrix_shape(checkpoint, "embeddings.position_embedding.weight", FLAG)[0],
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hunyuan_model.checkpoints.reading import open_checkpoint
+from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.text import clip, llm
 from hunyuan_model.text.arguments import TextEncoderSettings
-from hunyuan_model.text.clip import load_text_encoder_2
-from hunyuan_model.text.llm import load_text_encoder_1
+from hunyuan_model.text.clip import check_text_encoder_2, load_text_encoder_2
+from hunyuan_model.text.llm import check_text_encoder_1, load_text_encoder_1
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import load_tokenizer, token_ids
 from utils.devices import free_memory
@@ -35,9 +36,20 @@ class TextConditions(NamedTuple):
 
 def load_tokenizers(settings: TextEncoderSettings) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The tokenizers alone: a script learns in a moment whether there are any. Errors as of ``load_tokenizer``."""
-    first = load_tokenizer(settings.tokenizer1, open_checkpoint(settings.text_encoder1, llm.FLAG), llm.TOKENIZER)
-    second = load_tokenizer(settings.tokenizer2, open_checkpoint(settings.text_encoder2, clip.FLAG), clip.TOKENIZER)
-    return first, second
+    llama = open_checkpoint_of(Kind.LLAMA, settings.text_encoder1, llm.FLAG)
+    first = load_tokenizer(settings.tokenizer1, llama, llm.TOKENIZER)
+    clip_text = open_checkpoint_of(Kind.CLIP_TEXT, settings.text_encoder2, clip.FLAG)
+    return first, load_tokenizer(settings.tokenizer2, clip_text, clip.TOKENIZER)
+
+
+def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encoder_2: str | os.PathLike[str]) -> None:
+    """Refuse what --text_encoder1 and --text_encoder2 name if it is missing, damaged, incomplete or something else.
+
+    Raises:
+        UserError: as ``load_text_encoder_1`` and ``load_text_encoder_2``, but in a moment: only headers are read.
+    """
+    check_text_encoder_1(text_encoder_1)
+    check_text_encoder_2(text_encoder_2)
 
 
 class CutText(NamedTuple):

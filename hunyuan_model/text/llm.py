@@ -12,6 +12,7 @@ import copy
 import logging
 import os
 import re
+from fractions import Fraction
 
 import torch
 from accelerate import init_empty_weights
@@ -19,12 +20,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 
-from hunyuan_model.checkpoints.identify import Kind, check_is
-from hunyuan_model.checkpoints.loading import load_weights
-from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
+from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
+from hunyuan_model.checkpoints.layouts_text import LLAMA, gguf_llama
+from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
+from hunyuan_model.checkpoints.official import official_names
+from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.quantization.formats import FP8_DTYPE
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.text.model_config import building_from_config, read_model_config
+from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.devices import explain_out_of_memory
@@ -131,7 +134,8 @@ def load_text_encoder_1(
     fp8: bool = False,
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
 ) -> LlamaTextEncoder:
-    """Load the Llama from a Hugging Face folder or from a single file with the state dict of a causal language model.
+    """Load the Llama from a Hugging Face folder (also of a LLaVA), a single file in the names of transformers or GGUF's, or a
+    checkpoint that holds it beside other models.
 
     Args:
         dtype: of weights and states.
@@ -141,16 +145,9 @@ def load_text_encoder_1(
     Raises:
         UserError: missing or unreadable files, another kind of model, no tokenizer; memory does not suffice.
     """
-    checkpoint = open_checkpoint(path, FLAG)
-    config = llama_config(checkpoint)
+    checkpoint = open_checkpoint_of(Kind.LLAMA, path, FLAG)
+    model, weights = _model_and_weights(checkpoint)
     tokenizer = load_tokenizer(tokenizer, checkpoint, TOKENIZER)
-    used = [_EMBEDDING, *(f"layers.{index}." for index in range(config.num_hidden_layers))]
-    weights = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING)).rename(
-        lambda name: name if name.startswith(tuple(used)) and not name.endswith(_COMPUTED) else None
-    )
-    with building_from_config(path, FLAG), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not loaded
-        model = LlamaModel(config)
-    model.norm = nn.Identity()
     advice = "close other programs that use this memory" if fp8 else "use --fp8_llm"
     with explain_out_of_memory("loading text encoder 1", advice, torch.device(device)):
         load_weights(
@@ -165,22 +162,38 @@ def load_text_encoder_1(
     return LlamaTextEncoder(model.eval(), tokenizer)
 
 
-def llama_config(checkpoint: Checkpoint) -> LlamaConfig:
-    """Configuration of the layers that are used, from the config.json beside the weights, else from their shapes.
+def check_text_encoder_1(path: str | os.PathLike[str]) -> None:
+    """Refuse a file or folder that is no whole Llama; reads only headers.
 
     Raises:
-        UserError: not a Llama, float8 weights with scales, or shapes that Llama-3's constants do not explain.
+        UserError: as ``load_text_encoder_1``.
     """
-    check_is(checkpoint.shapes, Kind.LLAMA, checkpoint.path, FLAG)
-    prefix = checkpoint.prefix_of(_EMBEDDING)
-    shapes = checkpoint.under_prefix(prefix).shapes
+    require_same_tensors(*_model_and_weights(open_checkpoint_of(Kind.LLAMA, path, FLAG)))
+
+
+def _model_and_weights(checkpoint: Checkpoint) -> tuple[LlamaModel, Checkpoint]:
+    """The model on the meta device, and the tensors that are used, under its names."""
+    official, _ = official_names(checkpoint, (LLAMA, gguf_llama(_head_dim(checkpoint))), _EMBEDDING)
+    config = _llama_config(official)
+    used = (_EMBEDDING, *(f"layers.{index}." for index in range(config.num_hidden_layers)))
+    weights = official.rename(lambda name: name if name.startswith(used) and not name.endswith(_COMPUTED) else None)
+    # Rotary frequencies are computed, not loaded.
+    with building_from_config(checkpoint.path, FLAG), init_empty_weights(include_buffers=False):
+        model = LlamaModel(config)
+    model.norm = nn.Identity()
+    return model, weights
+
+
+def _llama_config(checkpoint: Checkpoint) -> LlamaConfig:
+    """Configuration of the layers that are used: from the config.json beside the weights, else from their metadata and shapes."""
     stored = read_model_config(checkpoint.path, "llama", FLAG)
     with building_from_config(checkpoint.path, FLAG):
-        values = _config_of_shapes(shapes, checkpoint) if stored is None else _with_rope_of_any_version(stored)
+        values = _config_of_shapes(checkpoint) if stored is None else _with_rope_of_any_version(stored)
         layers = values.get("num_hidden_layers", LlamaConfig().num_hidden_layers)  # what a stored config leaves out is the default
         if layers <= SKIPPED_LAYERS:
             raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
-        values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": shapes[_EMBEDDING][0], "pad_token_id": None}
+        vocabulary, _ = matrix_shape(checkpoint, _EMBEDDING, FLAG)
+        values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": vocabulary, "pad_token_id": None}
         return LlamaConfig.from_dict(values)
 
 
@@ -195,20 +208,42 @@ def _with_rope_of_any_version(config: dict) -> dict:
     return values
 
 
-def _config_of_shapes(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict:
-    query, key = shapes["layers.0.self_attn.q_proj.weight"][0], shapes["layers.0.self_attn.k_proj.weight"][0]
-    if query % LLAMA3_HEAD_DIM or key % LLAMA3_HEAD_DIM:
+def _head_dim(checkpoint: Checkpoint) -> int:
+    """Of the heads, from a GGUF file's metadata; elsewhere that of Llama-3, since no shape tells it."""
+    heads = _metadata_number(checkpoint, "attention.head_count", 0)
+    of_width = _metadata_number(checkpoint, "embedding_length", 0) // heads if heads else LLAMA3_HEAD_DIM
+    head_dim = int(_metadata_number(checkpoint, "attention.key_length", of_width))
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"{FLAG} {checkpoint.path} has heads of {head_dim} according to its metadata, which is no size for them.")
+    return head_dim
+
+
+def _metadata_number(checkpoint: Checkpoint, key: str, otherwise: float) -> float:
+    """A number about a Llama from the metadata of a GGUF file."""
+    text = checkpoint.metadata.get(f"llama.{key}", str(otherwise))
+    try:
+        return float(Fraction(text))  # which is never infinite and never NaN
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{FLAG} {checkpoint.path} says that llama.{key} is {text!r}, which is no number.") from error
+
+
+def _config_of_shapes(checkpoint: Checkpoint) -> dict:
+    head_dim = _head_dim(checkpoint)
+    first = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight"
+    query, key, mlp = (matrix_shape(checkpoint, name, FLAG)[0] for name in first)
+    if query % head_dim or key % head_dim:
         raise UserError(
-            f"{FLAG} {checkpoint.path} is not of Llama-3's sizes (heads of {LLAMA3_HEAD_DIM}). "
-            "Put the model's config.json beside it."
+            f"{FLAG} {checkpoint.path} is not of Llama-3's sizes (heads of {head_dim}). Put the model's config.json beside it."
         )
-    layers = 1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match)
+    layers = len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match})
     logger.info("no config.json beside %s: taken as a Llama-3 of %d layers", checkpoint.path, layers)
     return LLAMA3_CONSTANTS | {
+        "rms_norm_eps": _metadata_number(checkpoint, "attention.layer_norm_rms_epsilon", LLAMA3_CONSTANTS["rms_norm_eps"]),
+        "rope_theta": _metadata_number(checkpoint, "rope.freq_base", LLAMA3_CONSTANTS["rope_theta"]),
         "num_hidden_layers": layers,
-        "hidden_size": shapes[_EMBEDDING][1],
-        "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"][0],
-        "num_attention_heads": query // LLAMA3_HEAD_DIM,
-        "num_key_value_heads": key // LLAMA3_HEAD_DIM,
-        "head_dim": LLAMA3_HEAD_DIM,
+        "hidden_size": matrix_shape(checkpoint, _EMBEDDING, FLAG)[1],
+        "intermediate_size": mlp,
+        "num_attention_heads": query // head_dim,
+        "num_key_value_heads": key // head_dim,
+        "head_dim": head_dim,
     }

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hunyuan_model.checkpoints.reading import Checkpoint
 from utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,19 @@ def read_model_config(weights: Path, model_type: str, flag: str) -> dict | None:
         raise UserError(f"{path} describes a model of type {found!r}; {flag} needs one of type {model_type!r}.")
     logger.warning("%s describes a model of type %r, not %s: it is not used", path, found, weights.name)
     return None
+
+
+def matrix_shape(checkpoint: Checkpoint, name: str, flag: str) -> tuple[int, int]:
+    """The shape of the weight ``name``, from which the size of a model is read.
+
+    Raises:
+        UserError: names ``flag``; there is no such weight, or it is no matrix.
+    """
+    shape = checkpoint.shapes.get(name, ())
+    if len(shape) != 2 or 0 in shape:
+        found = f"is no matrix but {shape}" if name in checkpoint.shapes else "is missing"
+        raise UserError(f"{flag} {checkpoint.path} is damaged or of another model: {name} {found}. Copy or download it again.")
+    return shape
 
 
 @contextmanager

@@ -101,4 +101,4 @@ def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Tra
 def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     """Number of blocks called ``prefix.N``; the loading of weights names those that are missing between them."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max(int(match[1]) for match in map(pattern.match, shapes) if match)
+    return len({match[1] for match in map(pattern.match, shapes) if match})

@@ -1,4 +1,4 @@
-"""From a path to a VAE ready to run: the published .pt, a .safetensors, or a folder; any sizes."""
+"""From a path to a VAE ready to run, whatever its layout and sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
+from hunyuan_model.checkpoints.layouts_vae import VAE_LAYOUTS
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
+from hunyuan_model.checkpoints.official import official_names
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.vae.model import SCALING_FACTOR, AutoencoderKLCausal3D, VAEConfig
 from utils.devices import explain_out_of_memory
@@ -31,7 +33,8 @@ def load_vae(
     gradients with respect to inputs).
 
     Args:
-        path: .safetensors, .pt (also inside ``state_dict`` and under a prefix such as ``vae.``), or a folder with one of them.
+        path: .safetensors or .pt (also inside ``state_dict`` and under a prefix such as ``vae.``), in the official names or
+            those that ComfyUI saves, also beside other models; or a folder with one of them or with a pipeline of diffusers.
         dtype: of the weights and the computation; inputs of ``encode`` and ``decode`` must have it too.
         flag: how messages call the path.
 
@@ -57,8 +60,8 @@ def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
 def _open_vae(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, AutoencoderKLCausal3D]:
     """The tensors under their official names, and the network that they fill exactly, on the meta device."""
     checkpoint = open_checkpoint_of(Kind.VAE, path, flag)
-    checkpoint = checkpoint.under_prefix(checkpoint.prefix_of("encoder.conv_in.conv.weight") or "")
-    config = _config_beside(path, vae_config_from_shapes(checkpoint.shapes, f"{flag} {path}"))
+    checkpoint, _ = official_names(checkpoint, VAE_LAYOUTS, "encoder.conv_in.conv.weight")
+    config = _config_beside(checkpoint.path, vae_config_from_shapes(checkpoint.shapes, f"{flag} {path}"))
     with torch.device("meta"):
         vae = AutoencoderKLCausal3D(config)
     require_same_tensors(vae, checkpoint)
@@ -87,7 +90,7 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str = "
     return VAEConfig(block_out_channels=tuple(widths), layers_per_block=len(layers), norm_num_groups=groups)
 
 
-def _config_beside(path: str | os.PathLike[str], inferred: VAEConfig) -> VAEConfig:
+def _config_beside(path: Path, inferred: VAEConfig) -> VAEConfig:
     """``inferred`` with the norm groups of the ``config.json`` in or beside ``path``.
 
     A ``config.json`` that describes something else than a VAE of these sizes is passed over, and that is logged.
@@ -95,8 +98,7 @@ def _config_beside(path: str | os.PathLike[str], inferred: VAEConfig) -> VAEConf
     Raises:
         UserError: the file is not readable JSON, or asks for what this VAE cannot do.
     """
-    root = Path(path)
-    file = (root if root.is_dir() else root.parent) / "config.json"
+    file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return inferred
     try:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from networks.lora_files import check_lora_file, read_lora
 from networks.lora_layouts import LAYOUTS, TARGETS
-from networks.lora_writing import tensor_hashes, to_layout
+from networks.lora_writing import save_lora
 from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder
-from utils.safetensors_io import save_tensors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,11 +49,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     check_arguments(args)
-    lora = read_lora(args.input)
-    tensors = to_layout(lora, args.target)
-    hashes = tensor_hashes(tensors, lora.metadata)
-    metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items()}  # only the hashes are no longer true
-    save_tensors(args.output, tensors, metadata or None)
+    save_lora(args.output, read_lora(args.input), args.target)
     print(args.output)
 
 

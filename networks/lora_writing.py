@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from networks.lora_files import LoraFile, PlacedUpdate
 from networks.lora_layouts import LAYOUTS, LoraLayout, flat_name
 from networks.lora_updates import CannotConvert, Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update
 from utils.errors import UserError, name_some
+from utils.safetensors_io import save_tensors
 
 MLP_RATIO = 4  # width of the model's MLPs: the rows of a part that a file leaves out
 
@@ -38,7 +40,7 @@ def to_layout(lora: LoraFile, target: str) -> dict[str, Tensor]:
             updates = _as_stored(placed, layout)
         except CannotConvert as reason:
             raise UserError(
-                f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}. Use --target comfy."
+                f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}. Use the layout comfy."
             ) from None
         written += [(index, parameter, update) for index, update in updates]
     rank = max((update.rank for *_, update in written if isinstance(update, LowRank)), default=0)
@@ -192,3 +194,10 @@ def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
         "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
     }
+
+
+def save_lora(path: str | os.PathLike[str], lora: LoraFile, target: str) -> None:
+    """Save ``lora`` in the layout ``target``, with its metadata, of which only the hashes change. Errors as in ``to_layout``."""
+    tensors = to_layout(lora, target)
+    hashes = tensor_hashes(tensors, lora.metadata)
+    save_tensors(path, tensors, {key: hashes.get(key, value) for key, value in lora.metadata.items()} or None)

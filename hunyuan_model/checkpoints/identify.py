@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
+from hunyuan_model.checkpoints.scales import take_scales
 from utils.errors import UserError
 
 _T2V = "which is not supported (use the text-to-video model)"
@@ -100,9 +101,6 @@ _PARTS = {
     Kind.CLIP_TEXT: ("text_encoder_2", "text_encoders.clip_l.transformer."),
 }
 
-# Scales beside float8 weights: without them the weights mean something else.
-_SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$")
-
 
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
     """The kind of file that holds tensors of these names and shapes; None if it is none of those known here."""
@@ -124,22 +122,17 @@ def check_is(shapes: Mapping[str, tuple[int, ...]], kind: Kind, path: str | os.P
     """Refuse a file that is not of ``kind``, before minutes are spent on it.
 
     Raises:
-        UserError: names ``flag``, what it needs, and what the file looks like; or says that float8 weights come with scales.
+        UserError: names ``flag``, what it needs, and what the file looks like.
     """
     if identify(shapes) is not kind:
         raise UserError(f"{flag} needs {kind.text}, but {path} looks like {describe_shapes(shapes)}. Give the right file.")
-    scale = next((name for name in shapes if _SCALE.search(name)), None)
-    if scale is not None:
-        raise UserError(
-            f"{flag} {path} holds float8 weights with scales (such as {scale}), which cannot be read. "
-            "Give a bfloat16 or float16 file, or a float8 one without scales."
-        )
 
 
 def open_checkpoint_of(kind: Kind, path: str | os.PathLike[str], flag: str) -> Checkpoint:
     """Open the model of this ``kind`` in ``path`` and refuse it, naming ``flag``, if it is missing, damaged or something else.
 
-    Of a folder with a pipeline of diffusers, and of a file with several models, the view has the one that is meant.
+    Of a folder with a pipeline of diffusers, and of a file with several models, the view has the one that is meant. Its scales are
+    those in the file.
     """
     folder, prefix = _PARTS[kind]
     if os.path.isfile(os.path.join(path, "model_index.json")):
@@ -148,4 +141,4 @@ def open_checkpoint_of(kind: Kind, path: str | os.PathLike[str], flag: str) -> C
     if any(name.startswith(prefix) for name in checkpoint.shapes):
         checkpoint = checkpoint.under_prefix(prefix)
     check_is(checkpoint.shapes, kind, path, flag)
-    return checkpoint
+    return take_scales(checkpoint)

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.reading import Checkpoint
+from hunyuan_model.checkpoints.scales import require_scales
 from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
@@ -99,6 +100,7 @@ def check_text_encoder_2(path: str | os.PathLike[str]) -> None:
 def _model_and_weights(checkpoint: Checkpoint) -> tuple[CLIPTextModel, Checkpoint]:
     """The model on the meta device, and the tensors that are used, under its names."""
     text = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING))
+    require_scales(text, "Use a file that holds its scales, or one in bfloat16.")
     # Position numbers are computed, not loaded.
     with building_from_config(checkpoint.path, FLAG), init_empty_weights(include_buffers=False):
         model = CLIPTextModel(_clip_config(text))

@@ -25,6 +25,7 @@ from hunyuan_model.checkpoints.layouts_text import LLAMA, gguf_llama
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.official import official_names
 from hunyuan_model.checkpoints.reading import Checkpoint
+from hunyuan_model.checkpoints.scales import require_scales
 from hunyuan_model.quantization.formats import FP8_DTYPE
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
@@ -174,6 +175,7 @@ def check_text_encoder_1(path: str | os.PathLike[str]) -> None:
 def _model_and_weights(checkpoint: Checkpoint) -> tuple[LlamaModel, Checkpoint]:
     """The model on the meta device, and the tensors that are used, under its names."""
     official, _ = official_names(checkpoint, (LLAMA, gguf_llama(_head_dim(checkpoint))), _EMBEDDING)
+    require_scales(official, "Use a file that holds its scales, or one in bfloat16.")
     config = _llama_config(official)
     used = (_EMBEDDING, *(f"layers.{index}." for index in range(config.num_hidden_layers)))
     weights = official.rename(lambda name: name if name.startswith(used) and not name.endswith(_COMPUTED) else None)

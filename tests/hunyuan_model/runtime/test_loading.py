@@ -180,13 +180,6 @@ def test_an_incomplete_transformer(tmp_path, weights):
         load(path)
 
 
-def test_float8_weights_with_scales_in_the_same_file_are_refused(tmp_path, weights):
-    stored = {name: tensor.to(FP8 if is_quantized_name(name) else torch.bfloat16) for name, tensor in weights.items()}
-    save_file(stored | {"single_blocks.0.linear1.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UserError, match=r"float8 weights with scales \(such as single_blocks\.0\.linear1\.scale_weight\)"):
-        load(tmp_path / "scaled.safetensors")
-
-
 def test_unknown_files(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="looks like an unknown file; its first keys are weight"):

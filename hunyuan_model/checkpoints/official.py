@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.checkpoints.layouts import NameLayout, Place
-from hunyuan_model.checkpoints.reading import Checkpoint, StoredTensor
+from hunyuan_model.checkpoints.reading import Checkpoint
+from hunyuan_model.checkpoints.stored_tensor import StoredTensor
 from utils.errors import UserError, name_some
 
 _FUSED = ("weight", "bias")  # parameters that have a row for each output
@@ -138,7 +139,7 @@ def _rows_of(parts: Sequence[StoredTensor]) -> StoredTensor:
             row, start = row + part.shape[0], start + part.count
         return rows
 
-    return StoredTensor(shape, first.dtype, pieces, assemble, first.quantized, sum(part.count for part in parts))
+    return StoredTensor(shape, first.dtype, pieces, assemble, sum(part.count for part in parts), first.quantized)
 
 
 def _fused_scale(checkpoint: Checkpoint, names: Sequence[str], place: Place) -> Tensor | None:

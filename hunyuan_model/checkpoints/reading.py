@@ -1,7 +1,7 @@
 """Checkpoint files as a lazy mapping from names to tensors.
 
-Nothing is read until it is asked for: safetensors and torch's zip files are memory-mapped, so opening a checkpoint of
-25 GB costs its header.
+Nothing is read until it is asked for: safetensors, GGUF and torch's zip files are memory-mapped, so opening a checkpoint of 25 GB
+costs its header.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hunyuan_model.checkpoints.gguf_files import MAGIC, gguf_entries
 from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_only
+from hunyuan_model.checkpoints.stored_tensor import StoredTensor
 from utils.errors import UserError, first_line, name_some
 from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, require_file, require_there
 from utils.safetensors_io import SAFETENSORS_DTYPES
@@ -39,35 +40,11 @@ FOLDER_FILES = (
     "pytorch_model.pt",
     "pytorch_model.bin",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 # Training frameworks put the state dict one level down, under one of these.
 WRAPPERS = ("module", "state_dict", "model_state_dict", "model")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of an open file, or one that is made of several of them when it is asked for.
-
-    Attributes:
-        shape, dtype: of the tensor; known without reading it.
-        pieces: the tensors of the file that it is made of. They may lie in the mapped file: reading ahead accesses these.
-        assemble: makes the tensor of its pieces, as new memory or as a view of the only piece; None if that is the tensor.
-        count: how many pieces there are.
-        quantized: whether assembling dequantizes: the file holds fewer digits than ``dtype`` has.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: Callable[[], tuple[torch.Tensor, ...]]
-    assemble: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
-    quantized: bool = False
-    count: int = 1
-
-    def made_of(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensor, from its ``pieces()``."""
-        return pieces[0] if self.assemble is None else self.assemble(pieces)
 
 
 def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -147,13 +124,17 @@ def _open_file(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str
             start = file.read(SIGNATURE_BYTES)
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
+    if start.startswith(MAGIC):
+        return gguf_entries(path, what)
     if found := foreign_content(start):
         raise UserError(f"{what} {path} {found}")
     if is_torch_file(start):
         return _torch_entries(path, what), {}
     if start[8:9] == b"{" or path.suffix == ".safetensors":  # a length in 8 bytes, then the JSON header
         return _safetensors_entries(path, what)
-    raise UserError(f"{what} {path} is neither a safetensors file nor a torch checkpoint. Check that it is the right file.")
+    raise UserError(
+        f"{what} {path} is neither a safetensors file, a torch checkpoint nor a GGUF file. Check that it is the right file."
+    )
 
 
 def _files_of_folder(folder: Path, what: str) -> list[Path]:
@@ -196,7 +177,7 @@ class Checkpoint:
         path: what the user named.
         what: how messages call it, e.g. ``"transformer"``.
         shapes, dtypes: by tensor name, in file order.
-        metadata: of safetensors files, else empty.
+        metadata: of safetensors and GGUF files, else empty.
         scales: by tensor name, float32 (rows or 1, groups of inputs); what the file stores means these times what is there.
         entries: by tensor name.
     """
@@ -274,7 +255,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
-    """Open weights without reading them: a safetensors file, a torch checkpoint, or a folder with one or with shards.
+    """Open weights without reading them: a safetensors, torch or GGUF file, or a folder with one or with shards.
 
     Torch checkpoints are unpickled with ``weights_only`` and may wrap the state dict in ``module`` or ``state_dict``. ``what`` is
     how messages call it, e.g. ``"transformer (--dit)"``.

@@ -136,7 +136,7 @@ BROKEN = {
     "text": (b"this is a text file that somebody renamed to something else", "neither"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 25642\n", "git lfs pull"),
     "page": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
-    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "it holds no tensors"),
     "pickled list": (pickle.dumps([1, 2, 3], protocol=2), "cut short or damaged"),
     "header": ((60).to_bytes(8, "little") + b"{not json" + bytes(60), "cut short or damaged"),
 }

@@ -135,6 +135,11 @@ TRAINING = (
     Row(
         "--persistent_data_loader_workers",
         both(becomes(seen("processes"), 1), same_lora),
+        beside="--max_data_loader_n_workers 1 --max_train_steps 3 --no_persistent_data_loader_workers",
+    ),
+    Row(
+        "--no_persistent_data_loader_workers",
+        both(becomes(seen("processes"), 2), same_lora),
         beside="--max_data_loader_n_workers 1 --max_train_steps 3",
     ),
     # Optimizer and learning rate

@@ -45,8 +45,8 @@ class HeldOut:
 class EpochReader:
     """The batches of one epoch after the other, from a sampler over the same groups.
 
-    ``workers``: processes that read ahead, at most one for each CPU core; 0 reads in this process. ``persistent``: keep them
-    between epochs.
+    ``workers``: processes that read ahead, at most one for each CPU core; 0 reads in this process. ``persistent``: start them
+    once, not for each epoch.
     """
 
     def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:

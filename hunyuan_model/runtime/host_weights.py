@@ -6,6 +6,7 @@ import logging
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,18 @@ class HostWeights:
 
 
 def host_memory(size: int) -> Tensor:
-    """(size,) uint8 on pages of its own, as page-locking works on whole pages; freed as soon as nobody holds it."""
+    """(size,) uint8 on pages of its own, as page-locking works on whole pages; freed as soon as nobody holds it.
+
+    On Linux this process alone has it: forked processes, such as those that read caches, die where they touch it.
+    """
     options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, max(1, size), **options), dtype=torch.uint8)[:size]
+    pages = mmap.mmap(-1, max(1, size), **options)
+    # A fork copies page-locked private pages, all of them at once. Huge pages: fewer faults, and locking is faster.
+    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+        if hasattr(mmap, advice):
+            with suppress(OSError):  # kernels may be built without them
+                pages.madvise(getattr(mmap, advice))
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size]
 
 
 def host_copy(tensor: Tensor) -> Tensor:

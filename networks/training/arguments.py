@@ -100,7 +100,13 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=kinds.seed, help="seed of data order, noise and timesteps (default: random, and logged)")
     text = "processes that read caches; 0 reads in place (default: 8)"
     add("--max_data_loader_n_workers", type=kinds.non_negative_int, default=8, metavar="N", help=text)
-    add("--persistent_data_loader_workers", action="store_true", help="keep those processes between epochs (default: off)")
+    text, persistent = (
+        "keep those processes between epochs (default: on)",
+        {"dest": "persistent_data_loader_workers", "default": True},
+    )
+    add("--persistent_data_loader_workers", action="store_true", help=text, **persistent)
+    text = "start them anew for each epoch (default: off)"
+    add("--no_persistent_data_loader_workers", action="store_false", help=text, **persistent)
 
 
 def _add_optimizer(group: argparse._ArgumentGroup) -> None:

@@ -79,7 +79,7 @@ class LoopSettings:
     validation_split: float | None = None
     validate_every_n_steps: int | None = None
     max_data_loader_n_workers: int = 8
-    persistent_data_loader_workers: bool = False
+    persistent_data_loader_workers: bool = True
     dry_step: str = "auto"
     ddp_timeout: int | None = None
     ddp_gradient_as_bucket_view: bool = False

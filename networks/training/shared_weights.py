@@ -77,7 +77,10 @@ class SharedMemory:
         return memory
 
     def take(self, size: int) -> Tensor:
-        """(size,) uint8 on pages of its own: the next piece, or memory of this process alone where there is no more to share."""
+        """(size,) uint8 on pages of its own: the next piece, or memory of this process alone where there is no more to share.
+
+        A fork copies no page of a shared file, page-locked or not, so nothing has to be kept from forked processes here.
+        """
         start, length = self._end, max(1, size)
         self._end += -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:

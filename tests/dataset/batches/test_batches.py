@@ -196,6 +196,19 @@ def test_spawned_workers_read_batches(group):
     assert len(list(reader.epoch(0))) == len(reader)
 
 
+def test_workers_are_started_once_and_every_epoch_has_its_order(group):
+    groups = find_cached_items(group)
+    orders, workers = [], []
+    for count in (0, 2):
+        reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), count, persistent=True)
+        orders.append([])
+        for epoch, start in ((0, 0), (1, 2), (2, 0), (1, 0)):
+            orders[-1].append([batch["names"] for batch in reader.epoch(epoch, start)])
+            workers.append({process.pid for process in multiprocessing.active_children()})
+    assert orders[0] == orders[1] and orders[0][3][2:] == orders[0][1]
+    assert workers[:4] == [set()] * 4 and workers[4] and workers[5:] == [workers[4]] * 3
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_cache_is_one_sentence_from_any_worker(group, workers):
     groups = find_cached_items(group)

@@ -39,6 +39,9 @@ def test_defaults_told_in_help_texts_are_the_defaults():
             continue
         checked += 1
         _, told = split_default(action)
+        if action.nargs == 0:
+            assert told == ("on" if isinstance(action, argparse._StoreTrueAction) else "off"), f"{script} {action.option_strings}"
+            continue
         default = action.default if isinstance(action.default, list) else [action.default]
         words = told.split()
         if isinstance(default[0], str):

@@ -1,0 +1,61 @@
+"""Host memory that a GPU copies from and to: what forked processes see of it, and systems that lock no pages."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_transformer import CPU
+
+from hunyuan_model.runtime.activation_offload import HostPool
+from hunyuan_model.runtime.host_weights import HostWeights, host_memory
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
+
+
+def flags_of(address: int) -> set[str]:
+    """What the kernel knows of the mapping that holds ``address``: ``VmFlags`` of proc(5)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return set(line.split()[1:])
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+@linux
+def test_a_fork_neither_copies_nor_maps_the_memory():
+    swapped, offloaded = HostWeights(torch.nn.Linear(64, 64).requires_grad_(False), CPU).memory, HostPool().take(2**22)
+    for memory in (swapped, offloaded):
+        assert "dc" in flags_of(memory.data_ptr())  # do not copy on fork
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in flags_of(offloaded.data_ptr())
+
+    offloaded.fill_(7)
+    if (child := os.fork()) == 0:
+        try:
+            flags_of(offloaded.data_ptr())
+        except AssertionError:
+            os._exit(torch.ones(1000).sum().item() == 1000)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, "the child has it, or does not live without it"
+    assert offloaded.eq(7).all()
+
+
+def test_systems_without_such_advice_have_the_memory_all_the_same(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert host_memory(10).fill_(1).sum() == 10
+    for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+        monkeypatch.delattr(mmap, name, raising=False)
+    assert host_memory(10).fill_(1).sum() == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,68 @@ def test_the_folder_that_diffusers_saves(tmp_path, weights):
     theirs = AutoencoderKLHunyuanVideo(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8)
     theirs.save_pretrained(tmp_path)
     assert_holds(load(tmp_path), theirs.state_dict())
+
+
+# What ComfyUI does to each official name, in this order.
+COMFYUI_RULES = (
+    (r"down_blocks\.(\d)\.resnets\.(\d)\.", r"down.\1.block.\2."),
+    (r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample."),
+    *((rf"up_blocks\.{index}\.resnets\.(\d)\.", rf"up.{3 - index}.block.\1.") for index in range(4)),
+    *((rf"up_blocks\.{index}\.upsamplers\.0\.", f"up.{3 - index}.upsample.") for index in range(4)),
+    *((rf"mid_block\.resnets\.{index}\.", f"mid.block_{index + 1}.") for index in range(2)),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+    (r"group_norm\.", "norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+)
+
+
+def to_comfyui(weights: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        for official, theirs in COMFYUI_RULES:
+            name = re.sub(official, theirs, name)
+        convolution = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+        renamed[prefix + name] = tensor[..., None, None, None] if convolution else tensor
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_the_layout_that_comfyui_saves(tmp_path, weights, prefix):
+    stored = to_comfyui(weights, prefix)
+    assert f"{prefix}decoder.up.3.block.0.conv1.conv.weight" in stored
+    assert stored[f"{prefix}encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1, 1)
+    save_file(stored, tmp_path / "vae.safetensors")
+    assert_holds(load(tmp_path / "vae.safetensors"), weights)
+
+
+def test_beside_other_models(tmp_path, weights):
+    """In a checkpoint of ComfyUI, and in a folder of diffusers."""
+    others = {
+        "model.diffusion_model.txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "model.diffusion_model.double_blocks.0.x",
+    }
+    full = to_comfyui(weights, "vae.") | dict.fromkeys(others, torch.ones(1)) | {"text_encoders.clip_l.logit_scale": torch.ones(1)}
+    save_file({name: tensor.clone() for name, tensor in full.items()}, tmp_path / "full.safetensors")
+    assert_holds(load(tmp_path / "full.safetensors"), weights)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")
+    save_file(weights, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    vae = load(tmp_path)
+    assert_holds(vae, weights)
+    assert vae.config.norm_num_groups == 4
+
+
+def test_the_vae_of_hunyuanvideo_1_5_is_named(tmp_path):
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    widths = {"block_out_channels": (8, 8, 8, 8, 8), "layers_per_block": 1}
+    AutoencoderKLHunyuanVideo15(**widths).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"looks like the VAE of HunyuanVideo 1\.5, which is not supported \(use the VAE of"):
+        load(tmp_path)
 
 
 def test_weights_are_cast(weights):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  # isort: skip
+import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 import os

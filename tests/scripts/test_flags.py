@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_caches
 from flag_runs import Bench, Row
 from flag_tables import TABLES
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tiny.variants import write_lora, write_other_models
 
@@ -25,6 +27,7 @@ def bench(tiny_model, tmp_path_factory) -> Callable[[str], Bench]:
     write_media(data)
     write_training_data(data)
     write_lora(tiny_model.dit, data / "rank3.safetensors")
+    save_file({**load_file(data / "rank3.safetensors"), "other.model": torch.ones(1)}, data / "partly.safetensors")
     one_module = {"include_patterns": "['double_blocks.0.img_attn_qkv']", "exclude_patterns": "['.*']"}
     write_lora(tiny_model.dit, data / "one_module.safetensors", **one_module)
     places = {"data": data, "model": tiny_model.dit.parent}

@@ -215,6 +215,13 @@ class DoRA:
         return DoRA(direction, self.magnitude)
 
 
+def with_rows_permuted(update: Update, permute: Rows) -> Update:
+    """The update of the rows in another order."""
+    if isinstance(update, DoRA) and not update.per_output:  # the length of a column does not depend on it
+        return replace(update, direction=update.direction.with_rows(permute))
+    return update.with_rows(permute)
+
+
 Update = LowRank | LoHa | LoKr | Difference | Replacement | DoRA
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_transformer import CONFIG
 from torch import Tensor
 
 from benchmarks.diffusers_twins import diffusers_transformer, to_diffusers
@@ -16,6 +17,7 @@ from hunyuan_model.quantization.formats import FP8_DTYPE, WeightFormat, is_quant
 from hunyuan_model.quantization.linear import dequantized_weight
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
@@ -162,3 +164,25 @@ def test_models_of_other_kinds_are_named(tmp_path, weights, name, layout):
         check_transformer_file(single_file(tmp_path, changed))
     assert says in str(refused.value)
     assert ("HunyuanVideo 1.0" if name == "1.5" else "text-to-video model") in str(refused.value)  # what to use
+
+
+@pytest.mark.parametrize("arch", ["hyvid", "pig", ""])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_gguf(tmp_path, arch, prefix):
+    """The values that its codes mean, under official names; what is not quantized keeps its bits."""
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    state = HYVideoDiffusionTransformer(CONFIG).state_dict()
+    writer, kind, values = gguf.GGUFWriter(tmp_path / "m.gguf", arch), gguf.GGMLQuantizationType.Q8_0, dict(state)
+    for name, tensor in state.items():
+        quantized = is_quantized_name(name)
+        codes = gguf.quants.quantize(tensor.numpy(), kind) if quantized else tensor.numpy()
+        writer.add_tensor(prefix + name, codes, raw_dtype=kind if quantized else None)
+        if quantized:
+            values[name] = torch.from_numpy(gguf.quants.dequantize(codes, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert check_transformer_file(tmp_path / "m.gguf").hidden_size == 64
+    require_same(load(tmp_path / "m.gguf"), values)

@@ -224,3 +224,68 @@ def test_incomplete_text_encoders_are_refused_from_their_headers(llama, clip, tm
     path = write(tmp_path / "clip.safetensors", tensors)
     with pytest.raises(UserError, match=r"another shape, such as .*final_layer_norm\.bias \(3,\)"):
         check_text_encoder_files(llama, path)
+
+
+# llama.cpp's names of a layer's tensors.
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf_llama(path: Path, tensors: dict[str, Tensor], sizes: dict[str, float], kind: str) -> dict[str, Tensor]:
+    """As llama.cpp's converter writes it: other names, and other rows of the queries and keys. Returns the values that it means."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(sizes["num_hidden_layers"])
+    writer.add_embedding_length(sizes["hidden_size"])
+    writer.add_head_count(sizes["num_attention_heads"])
+    writer.add_head_count_kv(sizes["num_key_value_heads"])
+    writer.add_key_length(sizes["head_dim"])
+    writer.add_layer_norm_rms_eps(sizes["rms_norm_eps"])
+    writer.add_rope_freq_base(sizes["rope_theta"])
+    kind, values = gguf.GGMLQuantizationType[kind], {}
+    for name, tensor in tensors.items():
+        theirs = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}.get(
+            name
+        )
+        if theirs is None:
+            _, _, index, module = name.removesuffix(".weight").split(".", 3)
+            theirs = f"blk.{index}.{GGUF_NAMES[module]}"
+        array, quantized = tensor.numpy(), tensor.ndim == 2
+        heads = {"attn_q": sizes["num_attention_heads"], "attn_k": sizes["num_key_value_heads"]}.get(theirs.rpartition(".")[2])
+        permuted = array
+        if heads:
+            permuted = array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        codes = gguf.quants.quantize(permuted, kind) if quantized else permuted
+        writer.add_tensor(f"{theirs}.weight", codes, raw_dtype=kind if quantized else None)
+        values[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)) if quantized else tensor
+    writer.add_tensor("rope_freqs.weight", tensors["model.norm.weight"][:4].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("head_dim, heads", [(128, 2), (16, 4)])
+def test_gguf_llama(llama, tmp_path, kind, head_dim, heads):
+    """Its rows are in the order of transformers again, whatever its heads, which its metadata tells."""
+    torch.manual_seed(2)
+    sizes = LLAMA | {"head_dim": head_dim, "num_attention_heads": heads, "rope_theta": 20000.0, "rms_norm_eps": 2**-13}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    values = write_gguf_llama(tmp_path / "m.gguf", model.state_dict(), sizes, kind)
+    encoder = load_text_encoder_1(tmp_path / "m.gguf", device="cpu", dtype=torch.float32, tokenizer=llama)
+    assert all(torch.equal(tensor, values[f"model.{name}"]) for name, tensor in encoder.model.state_dict().items())
+    model.load_state_dict(values)
+    model.save_pretrained(tmp_path / "plain")
+    plain = load_text_encoder_1(tmp_path / "plain", device="cpu", dtype=torch.float32, tokenizer=llama)
+    assert torch.equal(encoder.encode(["A cat"])[0], plain.encode(["A cat"])[0])

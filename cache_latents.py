@@ -5,7 +5,7 @@ Threads decode and resize while the VAE encodes. Items that cannot be read are l
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  # isort: skip
+import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 import logging

@@ -6,7 +6,7 @@ cache file, however many windows are cut from it.
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  # isort: skip
+import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ network at a time is in memory.
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  # isort: skip
+import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ from hunyuan_model.runtime.arguments import (
     runtime_settings,
 )
 from hunyuan_model.runtime.compilation import CompileWatch
-from hunyuan_model.runtime.memory import BatchSize
+from hunyuan_model.runtime.memory import BatchSize, weight_shapes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, batch_name
 from hunyuan_model.runtime.settings import RuntimeSettings
@@ -39,7 +39,9 @@ from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.memory import VAESettings
-from networks.lora_merging import complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
+from networks.lora_files import check_lora_file
+from networks.lora_injection import InjectedLoras, injected_bytes
+from networks.lora_merging import MergePatch, complete_multipliers, merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, finite_float, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
@@ -51,7 +53,7 @@ logger = logging.getLogger("generate")
 
 # The flags that runs without sampling read.
 GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark"}
-MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "save_merged_model"}
+MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "lora_partial", "save_merged_model"}
 VAE_FLAGS = {"vae", "vae_dtype", "vae_chunk_size", "vae_spatial_tile_sample_min_size"}
 DECODING_FLAGS = GENERAL_FLAGS | VAE_FLAGS | {"latent_path", "save_path", "output_type", "fps", "no_metadata"}
 
@@ -67,6 +69,8 @@ class GenerationSettings:
     runtime: RuntimeSettings
     lora_weight: tuple[str, ...]
     lora_multiplier: tuple[float, ...]
+    lora_mode: str
+    lora_partial: bool
     text: TextEncoderSettings
     sampling: SamplingSettings
     vae: VAESettings
@@ -96,10 +100,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_kernel_arguments(speed)
 
     lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files, merged while the transformer loads")
+    lora.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files of any layout and kind")
     lora.add_argument(
         "--lora_multiplier", nargs="*", type=finite_float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
     )
+    lora.add_argument(
+        "--lora_mode",
+        choices=("merge", "inject"),
+        default="merge",
+        help="merge LoRA into the weights while they load, or compute it beside them in every step (default: merge)",
+    )
+    lora.add_argument("--lora_partial", action="store_true", help="use LoRA files that fit the model only in part (default: off)")
     lora.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
 
     video = parser.add_argument_group("what to sample")
@@ -132,6 +143,8 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
         config=hunyuan_model.check_transformer_file(args.dit, "--dit"),
     )
     settings.runtime.check(device, settings.dit_dtype, settings.config)
+    for path in settings.lora_weight:
+        check_lora_file(path, weight_shapes(settings.config), partial=settings.lora_partial)
     if not settings.config.guidance and settings.sampling.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
@@ -150,7 +163,8 @@ def save_merged(args: argparse.Namespace) -> None:
     require_flags(args, "--save_merged_model", "dit")
     if not args.lora_weight:
         raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
-    merge_lora_into_file(args.dit, read_lora_files(args.lora_weight, lora_multipliers(args)), args.save_merged_model)
+    loras = read_lora_files(args.lora_weight, lora_multipliers(args), partial=args.lora_partial)
+    merge_lora_into_file(args.dit, loras, args.save_merged_model)
     print(args.save_merged_model)
 
 
@@ -183,18 +197,21 @@ def generate(settings: GenerationSettings, device: torch.device) -> None:
 
 def sample(settings: GenerationSettings, device: torch.device) -> Tensor:
     """Latents (1, 16, F, H, W) on the CPU. Text encoders and transformer are loaded one after the other, and gone afterwards."""
-    patch = None
-    if settings.lora_weight:  # first, as it finds out what is wrong with the files
-        patch = merge_patch(read_lora_files(settings.lora_weight, settings.lora_multiplier), settings.dit)
+    # First, as it finds out what is wrong with the files.
+    loras = read_lora_files(settings.lora_weight, settings.lora_multiplier, partial=settings.lora_partial)
+    injected = loras if settings.lora_mode == "inject" else []
+    patch = MergePatch(loras, weight_shapes(settings.config)) if loras and not injected else None
     with explain_out_of_memory("encoding the prompt", "use --fp8_llm", device):
         (text,) = hunyuan_model.encode_prompts([settings.prompt], settings.text, device)
     batch, dtype = BatchSize(1, settings.sampling.latent_size, int(text.mask.sum())), settings.dit_dtype
-    plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False)
+    beside = injected_bytes(injected)
+    plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)
     plan = plan.resolved(free_device_memory(device))
     with explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(plan), device):
         compiling = CompileWatch()
         transformer = hunyuan_model.load_transformer(settings.dit, device=device, dtype=dtype, runtime=plan.runtime, patch=patch)
-        del patch  # merged: nobody needs the files any more
+        InjectedLoras(transformer, injected, device)
+        del patch, loras, injected  # nobody needs the files any more
         latents = generate_latents(
             transformer,
             text,

@@ -5,7 +5,7 @@ Run it with ``accelerate launch hv_train_network.py ...`` or, on one device, wit
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  # isort: skip
+import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 import logging

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -33,10 +32,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import utils.startup  # noqa: E402, F401  # isort: skip
+
+import torch  # noqa: E402
 
 from benchmarks.gpu_workloads import (  # noqa: E402
     CEILINGS,
@@ -173,9 +174,8 @@ def measure_or_say_why_not(row: Row, device: torch.device, steps: int, tiny: boo
 def in_new_process(row: Row, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--row", json.dumps(asdict(row)), "--device", args.device]
     command += ["--steps", str(args.steps), *(["--tiny"] if args.tiny else [])]
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
     try:
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=environment)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {seconds:.0f} s"}
     if ended.returncode:

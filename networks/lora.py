@@ -26,7 +26,7 @@ from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
 from networks.lora_files import fit_to_model, lora_of, read_lora
 from networks.lora_layouts import DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
-from networks.lora_updates import LowRank
+from networks.lora_updates import LowRank, low_rank_product
 from networks.lora_writing import plain_network, tensor_hashes
 from utils.errors import UserError, first_line, name_some, shown
 from utils.key_values import nearest_name
@@ -172,9 +172,7 @@ class LoRAModule(nn.Module):
                 hidden = hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
             if module_dropout > 0 and compiling:  # a compiled graph cannot branch: zeros for what is left out
                 hidden = hidden * (torch.rand((), device=hidden.device) >= module_dropout)
-        # Scaling (..., rank) is the same update for a fraction of the memory traffic.
-        hidden = hidden * (self.multiplier * self.scale)
-        update = F.linear(hidden, self.lora_up.weight.to(hidden.dtype))
+        update = low_rank_product(hidden, self.lora_up.weight, self.multiplier * self.scale)
         # The base comes last: of its result no gradient depends, so a checkpointed block need not compute it once more.
         base = self.base_forward(x)
         return update.to(base.dtype).add_(base)  # in place: a third tensor of this size costs time and memory

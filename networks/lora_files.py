@@ -5,33 +5,33 @@ In memory an update belongs to a parameter of the transformer by its official na
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hunyuan_model.checkpoints.layouts import Place
-from networks.lora_layouts import LAYOUTS, OTHER_MODELS, split_ending
-from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update
+from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, OTHER_MODELS, UNSUPPORTED, split_ending
+from networks.lora_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata
+from networks.lora_peft import PEFT_FILE, PeftConfig, peft_config
+from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, with_rows_permuted
 from utils.errors import UserError, name_some
 from utils.safetensors_io import read_tensors
 
 logger = logging.getLogger(__name__)
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_METADATA = "lora_adapter_metadata"
 _FACTORS = {
     LowRank: {"down", "up"},
     LoHa: {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     LoKr: {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"},
 }
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_NUMBERS = (".alpha", ".scalar")
 _VALUES = ("diff", "diff_b", "set_weight")
 
 
@@ -98,24 +98,18 @@ class LoraFile:
 
 
 def read_lora(path: str | os.PathLike[str], *, partial: bool = False, values: bool = True) -> LoraFile:
-    """Read a LoRA file of any layout, or a folder that PEFT saved.
+    """Read a LoRA file of any layout, or a folder that PEFT or diffusers saved.
 
     Args:
         partial: leave out keys that cannot be read, which is logged, instead of refusing the file.
-        values: else only the header and the alphas are read; the other tensors are on the meta device.
+        values: else only the header and single numbers (alphas) are read; the other tensors are on the meta device.
 
     Raises:
         UserError: no whole safetensors file; not a LoRA for this model, or only in part; factors that do not belong together.
     """
-    path = lora_path(path)
-    file = read_tensors(path, "LoRA file", (lambda name: True) if values else (lambda name: name.endswith(".alpha")))
-    return lora_of(file.tensors, file.metadata, str(path), partial=partial, peft=_peft_config(path, file.metadata))
-
-
-def lora_path(path: str | os.PathLike[str]) -> Path:
-    """The file itself: that inside ``path`` if it is a folder that PEFT saved."""
-    inside = Path(path) / PEFT_FILE
-    return inside if inside.is_file() else Path(path)
+    path = next((file for name in (PEFT_FILE, DIFFUSERS_FILE) if (file := Path(path, name)).is_file()), path)
+    file = read_tensors(path, "LoRA file", (lambda name: True) if values else (lambda name: name.endswith(_NUMBERS)))
+    return lora_of(file.tensors, file.metadata, str(path), partial=partial, peft=peft_config(Path(path), file.metadata))
 
 
 def lora_of(
@@ -124,7 +118,7 @@ def lora_of(
     source: str,
     *,
     partial: bool = False,
-    peft: Mapping[str, object] | None = None,
+    peft: PeftConfig | None = None,
 ) -> LoraFile:
     """The LoRA that tensors of any layout are; errors as in ``read_lora``, with ``source`` named.
 
@@ -136,16 +130,40 @@ def lora_of(
     for key, (place, part) in found.items():
         if (other := groups.setdefault(place, {}).setdefault(part, key)) != key:
             raise UserError(f"{source} holds {key} and {other}, which are the same module.")
-    updates = [placed for place, keys in groups.items() for placed in _Module(place, keys, tensors, peft or {}, source).updates()]
+    _check_model([place.module for place in groups], metadata, source)
+    if unsupported := [place for place, keys in groups.items() if UNSUPPORTED.keys() & keys.keys()]:
+        left_out = [groups.pop(place) for place in unsupported]
+        kinds = {UNSUPPORTED[part] for keys in left_out for part in keys if part in UNSUPPORTED}
+        message = f"{len(left_out)} of its modules hold {name_some(sorted(kinds))} ({next(iter(left_out[0].values()))})"
+        if not partial or not groups:
+            raise UserError(f"{source} cannot be used: {message}, which is not supported. LoRA, DoRA, LoHa and LoKr are.")
+        logger.warning("%s: %s, which is not supported. They are left out.", source, message)
+        unread += [key for keys in left_out for key in keys.values()]
+    updates = [
+        placed for place, keys in groups.items() for placed in _Module(place, keys, tensors, peft or PeftConfig(), source).updates()
+    ]
     others = [key for key in unread if key.startswith(OTHER_MODELS)]
     if others:
         logger.warning("%s: %d keys of text encoders or embeddings are left out, such as %s", source, len(others), others[0])
-    if unknown := sorted(set(unread) - set(others)):
+    if unknown := sorted(set(unread) - set(others) - found.keys()):
         message = f"{len(unknown)} of its {len(tensors)} keys match nothing in the transformer ({name_some(unknown, 3)})"
         if not partial:
-            raise UserError(f"{source} would be applied only in part: {message}. Give --lora_partial to use the rest of it.")
+            model = f" It looks like a LoRA for {model}." if (model := model_by_keys(unknown)) else ""
+            raise UserError(f"{source} would be applied only in part: {message}.{model} Give --lora_partial to use the rest of it.")
         logger.warning("%s is used in part: %s", source, message)
     return LoraFile(source, tuple(updates), dict(metadata), layout, tuple(unread))
+
+
+def _check_model(modules: Collection[str], metadata: Mapping[str, str], source: str) -> None:
+    """Refuse what is for a model with the names and sizes of HunyuanVideo; warn of metadata that names another model."""
+    said, ours = model_by_metadata(metadata)
+    if not ours and (model := model_by_blocks(modules)):
+        raise UserError(
+            f"{source} is not a LoRA for HunyuanVideo: by the numbers of its blocks it is one for {model}. HunyuanVideo has "
+            f"{BLOCKS[0]} double and {BLOCKS[1]} single blocks. Use a LoRA for HunyuanVideo."
+        )
+    if said and not ours:
+        logger.warning("%s was made for another model, by its metadata (%s). Look whether its results are right.", source, said)
 
 
 def _read_keys(names: Collection[str], source: str) -> tuple[str, dict[str, tuple[Place, str]], list[str]]:
@@ -156,12 +174,20 @@ def _read_keys(names: Collection[str], source: str) -> tuple[str, dict[str, tupl
     best = max(read, key=lambda name: len(read[name]))
     found = {key: place for places in (*read.values(), read[best]) for key, place in places.items()}
     if not found:
-        examples = " or ".join(LAYOUTS[name].example for name in ("default", "other", "diffusers"))
         raise UserError(
             f"{source} is not a LoRA that can be read here: none of its {len(names)} keys match the transformer "
-            f"({name_some(sorted(names), 3)}). Keys such as {examples} are expected."
+            f"({name_some(sorted(names), 3)}). {_instead(names)}"
         )
     return best, found, [key for key in names if key not in found]
+
+
+def _instead(names: Collection[str]) -> str:
+    """What a file is none of whose keys match."""
+    if all(name.startswith(OTHER_MODELS) for name in names):
+        return "They are of text encoders or embeddings, which are not changed here."
+    if model := model_by_keys(names):
+        return f"It looks like a LoRA for {model}."
+    return f"Keys such as {' or '.join(LAYOUTS[name].example for name in (DEFAULT, OTHER, 'diffusers'))} are expected."
 
 
 @dataclass(frozen=True)
@@ -171,7 +197,7 @@ class _Module:
     place: Place
     keys: Mapping[str, str]
     tensors: Mapping[str, Tensor]
-    peft: Mapping[str, object]
+    peft: PeftConfig
     source: str
 
     def updates(self) -> list[PlacedUpdate]:
@@ -185,7 +211,7 @@ class _Module:
 
     def _placed(self, parameter: str, update: Update) -> PlacedUpdate:
         if self.place.reorder is not None:
-            update = update.with_rows(self.place.reorder)
+            update = with_rows_permuted(update, self.place.reorder)
         return PlacedUpdate(f"{self.place.module}.{parameter}", update, self.place.part, self.place.parts)
 
     def _factored(self) -> LowRank | LoHa | LoKr | DoRA | None:
@@ -243,19 +269,31 @@ class _Module:
                 raise self._wrong_shape(parts[0], "factors of one update")
             factors.append(tensors)
         update = LoKr(*factors, None)
-        if (rank := update.rank) is None and "r" in self.peft:  # PEFT scales by alpha / r also where no factor has a rank
-            rank = int(self.peft["r"])
-            return LoKr(tuple(tensor.float() * (self._alpha(rank) / rank) for tensor in update.w1), update.w2, None)
-        return LoKr(*factors, self._alpha(rank or 1))
+        if update.rank is not None:
+            return replace(update, alpha=self._alpha(update.rank))
+        if (scale := self.peft.scale_without_rank(self._path) * self._scalar()) != 1:
+            return replace(update, w1=tuple(tensor.float() * scale for tensor in update.w1))
+        return replace(update, alpha=self._number("alpha") if "alpha" in self.keys else 1.0)
+
+    @property
+    def _path(self) -> str:
+        """Of the module in the model that PEFT was used on."""
+        module = split_ending(next(iter(self.keys.values())))[0]
+        return module.removeprefix("base_model.model.").removeprefix("transformer.").removeprefix("diffusion_model.")
 
     def _alpha(self, rank: int) -> float:
-        if "alpha" not in self.keys:
-            module = split_ending(next(iter(self.keys.values())))[0]
-            return _peft_alpha(self.peft, module, rank)
-        stored = self.tensors[self.keys["alpha"]]
-        if stored.numel() != 1 or not math.isfinite(alpha := float(stored)):
-            raise UserError(f"{self.source}: {self.keys['alpha']} must be one finite number. Copy or make the file again.")
-        return alpha
+        alpha = self._number("alpha") if "alpha" in self.keys else self.peft.alpha_of(self._path, rank)
+        return alpha * self._scalar()
+
+    def _scalar(self) -> float:
+        """What LyCORIS multiplies an update by, where its files still keep that apart."""
+        return self._number("scalar") if "scalar" in self.keys else 1.0
+
+    def _number(self, part: str) -> float:
+        stored = self.tensors[self.keys[part]]
+        if stored.numel() != 1 or not math.isfinite(number := float(stored.float())):
+            raise UserError(f"{self.source}: {self.keys[part]} must be one finite number. Copy or make the file again.")
+        return number
 
     def _value(self, part: str) -> Tensor:
         key, value = self.keys[part], self.tensors[self.keys[part]]
@@ -272,32 +310,6 @@ class _Module:
         return UserError(
             f"{self.source}: {key} has the shape {tuple(self.tensors[key].shape)}, but {expected} are expected. Make it again."
         )
-
-
-def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
-    """What PEFT stored about an adapter: in the header, as diffusers does, or in the file beside it; empty if nothing."""
-    beside = path.with_name(PEFT_CONFIG)
-    try:
-        if PEFT_METADATA in metadata:
-            stored = json.loads(metadata[PEFT_METADATA])
-            return {key.removeprefix("transformer."): value for key, value in stored.items()}
-        if path.name == PEFT_FILE and beside.is_file():
-            return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"the PEFT configuration of {path} cannot be read ({error}). Copy it again.") from error
-    return {}
-
-
-def _peft_alpha(config: Mapping[str, object], module: str, rank: int) -> float:
-    """The alpha by PEFT's rules: one for all, or of the first pattern that ends the module's path; else the rank."""
-    try:
-        patterns = (config.get("alpha_pattern") or {}).items()
-        alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
-        if alpha is None:
-            alpha = config.get("lora_alpha", config.get("alpha", rank))
-        return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1)
-    except (re.error, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the PEFT configuration of the LoRA has no usable alpha for {module} ({error}). Copy it again.") from error
 
 
 def fit_to_model(
@@ -324,10 +336,10 @@ def fit_to_model(
     if absent:
         faults.append(f"{len(absent)} of {len(lora.updates)} are not in it ({_some(absent)})")
     if unlike:
-        first = unlike[0]
+        first, model = unlike[0], tuple(weight_shapes[unlike[0].parameter])
         faults.append(
             f"{len(unlike)} of {len(lora.updates)} have another size ({first.parameter} is {first.update.shape}, "
-            f"the model has {tuple(weight_shapes[first.parameter])})"
+            f"the model has {model}){_channels(unlike, weight_shapes)}"
         )
     message = f"{lora.source} holds a LoRA whose modules do not match the model: {' and '.join(faults)}"
     if faults and (not partial or not fitting):
@@ -341,6 +353,16 @@ def fit_to_model(
 def _fits(placed: PlacedUpdate, weight_shapes: Mapping[str, tuple[int, ...]]) -> bool:
     weight = weight_shapes.get(f"{placed.module}.weight", ())
     return placed.fits(tuple(weight_shapes[placed.parameter]), math.prod(weight[1:]))
+
+
+def _channels(unlike: Iterable[PlacedUpdate], weight_shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What it means if the first layer of the model is among those of another size."""
+    for placed in unlike:
+        if placed.parameter == "img_in.proj.weight" and len(placed.update.shape) == 2:
+            channels, *patch = weight_shapes[placed.parameter][1:]
+            theirs = placed.update.shape[1] / math.prod(patch)
+            return f": it is for a model with {theirs:g} input channels, such as image to video, and this one has {channels}"
+    return ""
 
 
 def _some(placed: Iterable[PlacedUpdate]) -> str:

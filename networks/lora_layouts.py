@@ -15,6 +15,17 @@ DEFAULT = "default"
 OTHER = "other"
 DEFAULT_PREFIX = "lora_unet_"
 
+# Endings of keys of kinds that are not read here, and the names of these kinds.
+UNSUPPORTED = {
+    "lora_mid.weight": "Tucker decomposition",
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t1", "lokr_t2"), "Tucker decomposition"),
+    **dict.fromkeys(("oft_blocks", "oft_R.weight", "boft_R", "boft_s"), "OFT"),
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
+    **dict.fromkeys(("p_layer.weight", "q_layer.weight", "lambda_layer"), "T-LoRA"),
+    "on_input": "(IA)^3",
+    "lora_B.bias": "LoRA with a bias",
+}
+
 # Endings of keys, and the part of an update that each is, the same in all layouts.
 ENDINGS = {
     "lora_down.weight": "down",
@@ -35,8 +46,10 @@ ENDINGS = {
     "w_norm": "diff",
     "b_norm": "diff_b",
     "set_weight": "set_weight",
+    "scalar": "scalar",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    **{ending: ending for ending in UNSUPPORTED},
 }
 _KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 _PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}

@@ -15,7 +15,7 @@ from hunyuan_model.checkpoints.loading import true_value
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_files import LoraFile, PlacedUpdate, fit_to_model, read_lora
-from networks.lora_updates import LowRank, Replacement
+from networks.lora_updates import LowRank, strength
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.progress import ProgressBar
@@ -50,26 +50,30 @@ class MergePatch:
                 self._updates.setdefault(name, []).extend((placed, lora.multiplier) for placed in updates)
         self.names = tuple(self._updates)
 
-    @torch.no_grad()
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The merged weight as a new float32 tensor on the same device, or ``weight`` itself where nothing is added.
+        """The merged weight, or ``weight`` itself where nothing is added; see ``merged_weight``."""
+        return merged_weight(weight, self._updates.get(name, ()))
 
-        float32 so that the only rounding is the cast to the final dtype. Each update is that of the weight without the others.
-        """
-        if name not in self._updates:
-            return weight
-        merged = weight.to(torch.float32, copy=True)
-        rows_of = merged if merged.dim() < 2 else merged.flatten(1)
-        base = None if all(isinstance(placed.update, LowRank) for placed, _ in self._updates[name]) else rows_of.clone()
-        for placed, multiplier in self._updates[name]:
-            rows = placed.rows(len(rows_of))
-            if isinstance(placed.update, LowRank):
-                down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (placed.update.down, placed.update.up))
-                rows_of[rows].addmm_(up, down * (multiplier * placed.update.scale))
-            elif multiplier:
-                delta = placed.update.delta(base[rows])
-                rows_of[rows] += delta if isinstance(placed.update, Replacement) else delta.mul_(multiplier)
-        return merged
+
+@torch.no_grad()
+def merged_weight(weight: torch.Tensor, updates: Sequence[tuple[PlacedUpdate, float]]) -> torch.Tensor:
+    """``weight`` with updates, each times its multiplier, as a new float32 tensor on its device; ``weight`` itself without any.
+
+    float32 so that the only rounding is the cast to the final dtype. Each update is that of the weight without the others.
+    """
+    if not updates:
+        return weight
+    merged = weight.to(torch.float32, copy=True)
+    rows_of = merged if merged.dim() < 2 else merged.flatten(1)
+    base = None if all(isinstance(placed.update, LowRank) for placed, _ in updates) else rows_of.clone()
+    for placed, multiplier in updates:
+        update, rows = placed.update, placed.rows(len(rows_of))
+        if isinstance(update, LowRank):
+            down, up = (factor.to(weight.device, torch.float32).flatten(1) for factor in (update.down, update.up))
+            rows_of[rows].addmm_(up, down * (multiplier * update.scale))
+        elif multiplier:
+            rows_of[rows].add_(update.delta(base[rows]), alpha=strength(update, multiplier))
+    return merged
 
 
 def complete_multipliers(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rows = Callable[[Tensor], Tensor]
@@ -206,12 +207,32 @@ class DoRA:
         return changed.mul_(self.magnitude.to(weight.device, torch.float32) / length) - weight
 
     def with_rows(self, take: Rows) -> DoRA:
-        if not self.per_output:
+        direction = self.direction.with_rows(take)
+        if self.per_output:
+            return DoRA(direction, take(self.magnitude))
+        if direction.shape[0] < self.shape[0]:
             raise CannotConvert("DoRA with a magnitude for each input needs all rows of the weight at once")
-        return DoRA(self.direction.with_rows(take), take(self.magnitude))
+        return DoRA(direction, self.magnitude)
+
+
+def with_rows_permuted(update: Update, permute: Rows) -> Update:
+    """The update of the rows in another order."""
+    if isinstance(update, DoRA) and not update.per_output:  # the length of a column does not depend on it
+        return replace(update, direction=update.direction.with_rows(permute))
+    return update.with_rows(permute)
 
 
 Update = LowRank | LoHa | LoKr | Difference | Replacement | DoRA
+
+
+def strength(update: Update, multiplier: float) -> float:
+    """What ``delta`` is multiplied by: a replaced weight takes its place whole, or not at all."""
+    return float(multiplier != 0) if isinstance(update, Replacement) else multiplier
+
+
+def low_rank_product(hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """``scale * hidden @ up.T``: (..., rank) -> (..., out), in the dtype of ``hidden``."""
+    return F.linear(hidden * scale, up.to(hidden.dtype))  # scaled where there are few numbers
 
 
 def _matrix_shape(value: Tensor) -> tuple[int, ...]:

@@ -6,22 +6,22 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from networks.lora_files import PEFT_METADATA, LoraFile, PlacedUpdate
-from networks.lora_layouts import LAYOUTS, LoraLayout, flat_name
-from networks.lora_updates import CannotConvert, Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update
+from networks.lora_files import LoraFile, PlacedUpdate
+from networks.lora_layouts import LAYOUTS, OTHER, LoraLayout, flat_name
+from networks.lora_peft import PEFT_METADATA
+from networks.lora_updates import CannotConvert, Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, with_rows_permuted
 from utils.errors import UserError, name_some
 from utils.safetensors_io import save_tensors
 
 logger = logging.getLogger(__name__)
 
-_OF_TENSORS = (PEFT_METADATA, "modelspec.hash_sha256")  # metadata that other names or factors make untrue
 MLP_RATIO = 4  # width of the model's MLPs: the rows of a part that a file leaves out
 
 
@@ -41,106 +41,135 @@ def to_layout(lora: LoraFile, target: str) -> dict[str, Tensor]:
     written: list[tuple[tuple[str, ...], str, Update]] = []
     for parameter, placed in modules.items():
         try:
-            updates = _as_stored(placed, layout)
+            updates = [
+                (index, _scale_in_factors(update) if layout.scale_in_factors else update)
+                for index, update in _as_stored(placed, layout)
+            ]
         except CannotConvert as reason:
-            raise UserError(
-                f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}. Use the layout comfy."
-            ) from reason
+            raise UserError(f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}.") from None
         written += [(index, parameter, update) for index, update in updates]
     rank = max((update.rank for *_, update in written if isinstance(update, LowRank)), default=0)
     for index, parameter, update in written:
-        if layout.scale_in_factors and isinstance(update, LowRank):
-            update = _padded(_scale_in_factors(update), rank)
+        if layout.scale_in_factors:
+            update = _padded(update, rank)
         module, _, name = parameter.rpartition(".")
         for part, tensor in _parts(update, name).items():
             if not (part == "alpha" and layout.scale_in_factors):
                 tensors[layout.keys(module, part)[index]] = tensor
+    if target == OTHER:
+        _warn_of_diffusers(modules)
     return tensors
+
+
+def _warn_of_diffusers(parameters: Iterable[str]) -> None:
+    """Log what diffusers cannot read of the layout ``other``; ComfyUI reads all of it."""
+    outside = [name for name in parameters if not name.startswith(("double_blocks.", "single_blocks."))]
+    if outside:
+        logger.warning("diffusers reads %s wrongly in the layout other; use the layout diffusers there", name_some(outside, 3))
+    elif not any("img_attn_qkv" in name for name in parameters):
+        logger.warning("diffusers reads nothing of a LoRA without img_attn_qkv in the layout other; use the layout diffusers there")
 
 
 def _as_stored(placed: Sequence[PlacedUpdate], layout: LoraLayout) -> list[tuple[int, Update]]:
     """The updates of a parameter for each module of the layout that holds some of its rows, with that module's index."""
+    _check_single(placed)
     names = layout.names.modules(placed[0].module)
     if refused := sorted({update.update.kind for update in placed} - {LowRank.kind, *layout.kinds}):
-        raise CannotConvert(f"{name_some(refused)} has no place there")
+        raise CannotConvert(f"{name_some(refused)} has no place there (the layout comfy has one)")
     if len(names) == 1:
-        whole = placed[0].update if placed[0].parts == 1 else _fused(placed)
-        return [(0, _ordered(whole, placed[0].module, layout))]
+        whole, permute = _whole(placed), layout.names.reorder.get(placed[0].module)  # its own inverse in these layouts
+        return [(0, whole if permute is None else with_rows_permuted(whole, permute))]
     if placed[0].parts == len(names):
         return [(each.part, each.update) for each in placed]
-    whole = placed[0].update
-    if isinstance(whole, LoKr):
-        raise CannotConvert("the factors of LoKr have no rows that can be split")
-    hidden = whole.shape[1] if len(whole.shape) > 1 else _inputs(whole.shape[0], len(names))
-    sizes = [hidden] * (len(names) - 1)
-    sizes.append(whole.shape[0] - sum(sizes))
+    lora = placed[0].update
+    if not isinstance(lora, LowRank):
+        raise CannotConvert(f"the rows of {lora.kind} cannot be split")
+    rows, inputs = lora.shape
+    sizes = [inputs] * (len(names) - 1)
+    sizes.append(rows - sum(sizes))
     if sizes[-1] <= 0:
-        raise CannotConvert(f"{whole.shape[0]} rows are too few for {len(names)} parts of {hidden}")
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [
-        (index, whole.with_rows(lambda rows, start=start, size=size: rows[start : start + size].clone()))
-        for index, (start, size) in enumerate(zip(starts, sizes))
-    ]
+        raise CannotConvert(f"{rows} rows are too few for {len(names)} parts of {inputs}")
+    return [(index, LowRank(lora.down.clone(), up.clone(), lora.alpha)) for index, up in enumerate(lora.up.split(sizes))]
 
 
-def _inputs(rows: int, parts: int) -> int:
-    """Inputs of the module whose bias has so many rows."""
-    return rows // (parts if parts == 3 else parts - 1 + MLP_RATIO)
+def _check_single(placed: Sequence[PlacedUpdate]) -> None:
+    if len({each.parts for each in placed}) > 1 or len({each.part for each in placed}) < len(placed):
+        raise CannotConvert("there is more than one update for the same rows")
 
 
-def _ordered(update: Update, module: str, layout: LoraLayout) -> Update:
-    reorder = layout.names.reorder.get(module)  # its own inverse in the layouts that are written
-    return update if reorder is None else update.with_rows(reorder)
-
-
-def _fused(placed: Sequence[PlacedUpdate]) -> Update:
-    """One update of all rows from those of parts of them; the rows of parts that are not there do not change."""
+def _whole(placed: Sequence[PlacedUpdate]) -> Update:
+    """The one update of a parameter; of parts of its rows put together, where those of parts that are not there do not change."""
+    if placed[0].parts == 1:
+        return placed[0].update
     updates = {each.part: each.update for each in placed}
     parts = placed[0].parts
-    if any(isinstance(update, DoRA) for update in updates.values()) and len(updates) < parts:
-        raise CannotConvert(f"DoRA of {len(updates)} of {parts} parts cannot be put together")
-    if all(isinstance(update, Difference | Replacement) for update in updates.values()) and len(updates) == parts:
-        kinds = {type(update) for update in updates.values()}
-        if len(kinds) == 1:
-            return kinds.pop()(torch.cat([updates[part].value for part in range(parts)]))
-    if all(isinstance(update, DoRA) and update.per_output for update in updates.values()):
-        direction = _fused([replace(each, update=each.update.direction) for each in placed])
-        return DoRA(direction, torch.cat([updates[part].magnitude for part in range(parts)]))
-    if not all(isinstance(update, LowRank) for update in updates.values()):
-        raise CannotConvert(f"{name_some({update.kind for update in updates.values()})} of parts cannot be put together")
-    loras = [updates[part] for part in sorted(updates)]
+    if len({update.shape[1:] for update in updates.values()}) > 1:
+        raise CannotConvert("its parts have different numbers of inputs")
+    match next(iter(updates.values())):
+        case LowRank() if all(isinstance(update, LowRank) for update in updates.values()):
+            return _fused(updates, parts)
+        case DoRA() if len(updates) == parts and all(isinstance(each, DoRA) and each.per_output for each in updates.values()):
+            direction = _whole([replace(each, update=each.update.direction) for each in placed])
+            return DoRA(direction, torch.cat([updates[part].magnitude for part in range(parts)]))
+        case Difference() | Replacement() as first:
+            if len(updates) == parts and all(type(update) is type(first) for update in updates.values()):
+                return type(first)(torch.cat([updates[part].value for part in range(parts)]))
+    kinds = name_some(sorted({update.kind for update in updates.values()}))
+    raise CannotConvert(f"{kinds} of {len(updates)} of {parts} parts cannot be put together")
+
+
+def _fused(updates: Mapping[int, LowRank], parts: int) -> LowRank:
+    """One LoRA of all rows from those of parts of them. Parts with one down factor share it, so that no rank is added."""
+    present = sorted(updates)
+    loras = [_computable(updates[part]) for part in present]
     inputs = loras[0].shape[1]
-    rows = [
-        updates[part].shape[0] if part in updates else inputs if parts == 3 or part < parts - 1 else MLP_RATIO * inputs
-        for part in range(parts)
-    ]
-    first, same_scale = loras[0], len({lora.scale for lora in loras}) == 1
-    if not same_scale:
-        loras = [LowRank(lora.down, (lora.up.float() * lora.scale).to(lora.up.dtype), lora.rank) for lora in loras]
-    shared = same_scale and all(_equal(lora.down, first.down) for lora in loras)
-    down = first.down if shared else torch.cat([lora.down for lora in loras])
-    up = first.up.new_zeros(sum(rows), down.shape[0])
+    rows = [inputs] * (parts - 1) + [inputs if parts == 3 else MLP_RATIO * inputs]
+    for part, lora in zip(present, loras):
+        rows[part] = lora.shape[0]
+    if len({lora.scale for lora in loras}) > 1:
+        loras = [_scale_in_up(lora) for lora in loras]
+    down = loras[0].down
+    shared = all(lora.down.shape == down.shape and torch.equal(lora.down, down) for lora in loras)
+    if not shared:
+        down = torch.cat([lora.down.flatten(1) for lora in loras])
+    up = loras[0].up.new_zeros(sum(rows), len(down))
     column = 0
-    for part, lora in zip(sorted(updates), loras):
+    for part, lora in zip(present, loras):
         start = sum(rows[:part])
-        up[start : start + rows[part], column : column + lora.rank] = lora.up
+        up[start : start + rows[part], column : column + lora.rank] = lora.up.flatten(1)
         column += 0 if shared else lora.rank
-    return LowRank(down, up, loras[0].scale * down.shape[0])
+    return LowRank(down, up, loras[0].scale * len(down))
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """False where there are no values, of a file of which only the header was read."""
-    return one.shape == other.shape and not one.is_meta and torch.equal(one, other)
+def _computable(lora: LowRank) -> LowRank:
+    """With factors of float8 in bfloat16, which holds the same numbers."""
+    down, up = (factor.bfloat16() if factor.itemsize == 1 else factor for factor in (lora.down, lora.up))
+    return LowRank(down, up, lora.alpha)
+
+
+def _times(factor: Tensor, number: float) -> Tensor:
+    """In the dtype of ``factor``, or float32 where it would be too large for that."""
+    product = factor.float() * number
+    rounded = product.to(factor.dtype)
+    if rounded.isfinite().all():
+        return rounded
+    if not product.isfinite().all():
+        raise CannotConvert(f"its alpha makes factors that are no numbers any more ({number:g} times)")
+    return product
+
+
+def _scale_in_up(lora: LowRank) -> LowRank:
+    """The same update with the scale 1."""
+    return LowRank(lora.down, _times(lora.up, lora.scale), float(lora.rank))
 
 
 def _scale_in_factors(lora: LowRank) -> LowRank:
-    """The same update with the scale 1."""
-    if lora.scale == 1 or lora.down.is_meta:
-        return replace(lora, alpha=float(lora.rank))
+    """The same update with the scale 1; both factors change by the same number."""
+    if lora.scale == 1:
+        return lora
+    lora = _computable(lora)
     root = math.sqrt(abs(lora.scale))
-    down = (lora.down.float() * root).to(lora.down.dtype)
-    up = (lora.up.float() * math.copysign(root, lora.scale)).to(lora.up.dtype)
-    return LowRank(down, up, float(lora.rank))
+    return LowRank(_times(lora.down, root), _times(lora.up, math.copysign(root, lora.scale)), float(lora.rank))
 
 
 def _padded(lora: LowRank, rank: int) -> LowRank:
@@ -148,6 +177,7 @@ def _padded(lora: LowRank, rank: int) -> LowRank:
     missing = rank - lora.rank
     if not missing:
         return lora
+    lora = _computable(lora)
     down = torch.cat([lora.down, lora.down.new_zeros(missing, *lora.down.shape[1:])])
     up = torch.cat([lora.up, lora.up.new_zeros(len(lora.up), missing, *lora.up.shape[2:])], dim=1)
     return LowRank(down, up, float(rank))
@@ -189,7 +219,15 @@ def plain_network(lora: LoraFile) -> dict[str, LowRank]:
     modules: dict[str, list[PlacedUpdate]] = {}
     for placed in lora.updates:
         modules.setdefault(placed.module, []).append(placed)
-    return {flat_name(path): placed[0].update if placed[0].parts == 1 else _fused(placed) for path, placed in modules.items()}
+    network = {}
+    for path, placed in modules.items():
+        try:
+            _check_single(placed)
+            whole = _whole(placed)
+        except CannotConvert as reason:
+            raise UserError(f"{lora.source} cannot be trained further: of {path}, {reason}.") from None
+        network[flat_name(path)] = LowRank(whole.down.flatten(1), whole.up.flatten(1), whole.alpha)
+    return network
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -208,14 +246,11 @@ def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def save_lora(path: str | os.PathLike[str], lora: LoraFile, target: str) -> None:
-    """Save ``lora`` in the layout ``target``, with its metadata. Errors as in ``to_layout``.
+    """Save ``lora`` in the layout ``target``, with its metadata, of which only the hashes change. Errors as in ``to_layout``.
 
-    Hashes are computed anew. What describes the tensors of the file that was read is left out, which is logged: diffusers
-    would take its alphas from it. How the LoRA was trained (ss_*) stays.
+    The alphas in the configuration of PEFT are left out: they are in the tensors now, and would count twice.
     """
     tensors = to_layout(lora, target)
-    metadata = lora.metadata | {key: value for key, value in tensor_hashes(tensors, lora.metadata).items() if key in lora.metadata}
-    for key in set(_OF_TENSORS) & metadata.keys():
-        del metadata[key]
-        logger.info("%s: the metadata %s is left out, since it describes the tensors of %s", path, key, lora.source)
+    hashes = tensor_hashes(tensors, lora.metadata)
+    metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items() if key != PEFT_METADATA}
     save_tensors(path, tensors, metadata or None)

@@ -200,6 +200,7 @@ TRAINING = (
     Row("--scale_weight_norms 0.01", becomes(lambda run: largest_update(run) <= 0.0101, True), beside="--learning_rate 0.1"),
     Row("--base_weights {data}/rank3.safetensors", other_lora),
     Row("--base_weights_multiplier 0", as_without_any(lora), beside="--base_weights {data}/rank3.safetensors"),
+    Row("--lora_partial", both(works, logs("is used in part")), beside="--base_weights {data}/partly.safetensors"),
     # Output
     Row("--output_dir {out}/elsewhere", writes("elsewhere/lora.safetensors")),
     Row("--output_name other", both(writes("other.safetensors"), removes("lora.safetensors"))),
@@ -372,6 +373,8 @@ GENERATION = (
     # LoRA
     Row(LORA, both(becomes(setting("lora"), "rank3.safetensors"), other_latent)),
     Row("--lora_multiplier 0", as_without_any(latent), beside=LORA),
+    Row("--lora_mode inject", both(becomes(seen("injected"), True), stays(latent, within=1e-4)), beside=LORA),
+    Row("--lora_partial", both(works, logs("is used in part")), beside="--lora_weight {data}/partly.safetensors"),
     Row("--save_merged_model {out}/merged.safetensors", both(writes("merged.safetensors"), removes("*_latent.*")), beside=LORA),
     # What to draw
     Row("--prompt another", both(becomes(setting("prompt"), "another"), other_latent)),
@@ -391,7 +394,6 @@ GENERATION = (
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
 )
 
-CHECK = "--check {data}/rank3.safetensors"
 CONVERSION = (
     Row("--input {data}/one_module.safetensors", becomes(lambda run: len(run.tensors("converted.safetensors")), 2)),
     Row("--output {out}/other.safetensors", both(writes("other.safetensors"), removes("converted.safetensors"))),
@@ -400,11 +402,6 @@ CONVERSION = (
         becomes(lambda run: {name[:10] for name in run.tensors("converted.safetensors")}, {"lora_unet_"}),
         beside="--input {data}/converted.safetensors",
     ),
-    Row("--lora_partial", works, beside="--input {data}/in_part.safetensors"),
-    Row("--check {data}/rank3.safetensors", prints("rank"), base=""),
-    Row("--dit {model}/dit.safetensors", prints("all modules match"), base=CHECK),
-    Row("--norms", prints("norm, double blocks"), base=CHECK),
-    Row("--json", prints('"ranks": ['), base=CHECK),
 )
 
 

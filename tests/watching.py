@@ -39,6 +39,7 @@ class Seen:
     weights: dict[str, set[torch.dtype]] = field(default_factory=dict)  # of each part of the model when it computed
     scaled: set[str] = field(default_factory=set)  # parts of the model with scales beside some weights
     in_one_piece: set[str] = field(default_factory=set)  # blocks and embedders whose weights lie in one piece of memory: swapped
+    injected: bool = False  # whether Linear layers of the transformer compute something beside their weights
     pinned: set[bool] = field(default_factory=set)  # whether swapped weights were to be page-locked
     compiled: set[str] = field(default_factory=set)  # modes in which something was compiled
     attended: int = 0  # rows, of all samples, in the largest attention call
@@ -80,6 +81,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
     def hear(transformer: torch.nn.Module, _x: Any, t: torch.Tensor, *texts_and_guidance: torch.Tensor) -> None:
         look_at("transformer", transformer)
         seen.in_one_piece |= set(in_one_piece(transformer))
+        seen.injected |= any(isinstance(layer, torch.nn.Linear) and "forward" in vars(layer) for layer in transformer.modules())
         seen.timesteps += t.tolist()
         seen.guidance |= set(texts_and_guidance[-1].tolist())
 

@@ -24,7 +24,7 @@ from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
-from networks.lora import create_network_from_weights
+from networks.lora_injection import InjectedLoras
 from networks.lora_merging import merge_patch, read_lora_files
 from utils.errors import UserError
 from utils.progress import ProgressBar
@@ -73,12 +73,7 @@ class ToyModel:
             runtime=runtime,
             patch=merge_patch(loras, files.dit) if loras and not inject else None,
         )
-        for one in loras if inject else ():
-            network, _ = create_network_from_weights(
-                one.multiplier, None, None, None, transformer, weights_sd=one.tensors, for_inference=True
-            )
-            network.apply_to(None, transformer, apply_unet=True)
-            network.to(device, dtype)
+        InjectedLoras(transformer, loras if inject else [], device)
         return cls(
             transformer=transformer,
             vae=hunyuan_model.load_vae(files.vae, device=device, dtype=torch.float32),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Found = TypeVar("Found")
-_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
+_NUMBER = re.compile(r"(?<=[._])\d{1,3}(?=[._]|$)")
 
 
 @dataclass(frozen=True)

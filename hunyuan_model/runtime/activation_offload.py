@@ -33,11 +33,13 @@ ON_DEVICE = 2  # blocks whose inputs the device holds: of one that computes, and
 class HostPool:
     """Host memory that is taken and given back: each step uses the memory of the one before it.
 
-    Page-locked for the CUDA device ``pinned_for``, or pageable.
+    Page-locked for the CUDA device ``pinned_for``, or pageable. Where the system does not page-lock so much, what comes after is
+    pageable, and ``becomes_pageable`` is called once, before any of it is given out.
     """
 
-    def __init__(self, pinned_for: torch.device | None = None) -> None:
+    def __init__(self, pinned_for: torch.device | None = None, becomes_pageable: Callable[[], None] = lambda: None) -> None:
         self._pinned_for = pinned_for
+        self._becomes_pageable = becomes_pageable
         self._free: list[Tensor] = []
         # Two threads use it, and garbage collection may give memory back inside ``take``: it only appends, so indices stay.
         self._lock = threading.RLock()
@@ -57,6 +59,7 @@ class HostPool:
         if self._pinned_for is not None and not page_lock(memory, self._pinned_for, owner=memory):
             logger.warning("the system does not allow to pin more memory for activations; copying them takes longer.")
             self._pinned_for = None
+            self._becomes_pageable()
         return memory
 
     def give_back(self, memory: Tensor) -> None:
@@ -174,4 +177,5 @@ def make_offloader(depth: int, device: torch.device, *, pinned: bool) -> Activat
     if device.type != "cuda":
         logger.warning("offloaded activations save no memory where the CPU itself computes.")
     pinned = pinned and device.type == "cuda"
-    return ActivationOffloader(depth, make_transfers(device, pinned), HostPool(device if pinned else None))
+    transfers = make_transfers(device, pinned)
+    return ActivationOffloader(depth, transfers, HostPool(device if pinned else None, transfers.expect_pageable))

@@ -74,7 +74,7 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
     is_on_host = on_host(runtime.swap, config)
     resident = host = largest = 0
     swapped_blocks: Counter[str] = Counter()
-    for name, shape in _shapes(config).items():
+    for name, shape in weight_shapes(config).items():
         count = shape.numel()
         size = count * dtype.itemsize
         if runtime.quantized and is_quantized_name(name):
@@ -99,7 +99,8 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
 
 
 @lru_cache
-def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
+def weight_shapes(config: TransformerConfig) -> dict[str, torch.Size]:
+    """Of the transformer's parameters, by their names."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in HYVideoDiffusionTransformer(config).state_dict().items()}
 

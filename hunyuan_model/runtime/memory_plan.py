@@ -86,6 +86,7 @@ class MemoryPlan:
         optimizer_bytes: for each of them.
         sample: the largest that is sampled during training.
         may_quantize: whether quantized weights may be recommended.
+        injected_bytes: of LoRA files beside the weights.
     """
 
     config: TransformerConfig
@@ -99,6 +100,7 @@ class MemoryPlan:
     sample: BatchSize | None = None
     trains: bool = True
     may_quantize: bool = True
+    injected_bytes: int = 0
 
     def need(self) -> Need:
         """What the plan comes to. On the CPU swapped weights are in the same memory."""
@@ -109,14 +111,14 @@ class MemoryPlan:
         if self.trains:
             step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
         sampled = self.sample if self.trains else self.batch
-        sampling = 0
+        sampling, beside = 0, self.trains or self.injected_bytes > 0
         if sampled is not None:
-            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, network=self.trains)
+            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, network=beside)
         temporary = max(step.device, sampling)
         return Need(
             weights=weights.resident,
             swap_slots=weights.slots,
-            network=torch.float32.itemsize * values,
+            network=torch.float32.itemsize * values + self.injected_bytes,
             gradients=torch.float32.itemsize * values if self.trains else 0,
             optimizer=round(self.optimizer_bytes * values),
             block_inputs=step.inputs,

@@ -29,6 +29,9 @@ class Transfers(Protocol):
     def wait(self, arrival: Any) -> None:
         """Have what is computed from now on wait for a copy."""
 
+    def expect_pageable(self) -> None:
+        """Be ready for host memory that is not page-locked, from the next copy on."""
+
 
 class DirectTransfers:
     """Copies at once: for devices that compute in the order of the calls, such as the CPU."""
@@ -46,6 +49,9 @@ class DirectTransfers:
         target.copy_(source)
 
     def wait(self, arrival: None) -> None:
+        return None
+
+    def expect_pageable(self) -> None:
         return None
 
 
@@ -75,23 +81,32 @@ class StreamTransfers:
 
 
 class ThreadTransfers:
-    """As ``StreamTransfers``, for pageable host memory: the driver blocks whoever asks for such a copy, here a thread."""
+    """As ``StreamTransfers``, for pageable host memory: the driver blocks whoever asks for such a copy, here a thread.
 
-    def __init__(self, transfers: Transfers) -> None:
+    ``pinned``: no thread is needed until ``expect_pageable``. From then on all copies go through it, so that their order stays.
+    """
+
+    def __init__(self, transfers: StreamTransfers | DirectTransfers, pinned: bool = False) -> None:
         self._transfers = transfers
+        self._pinned = pinned
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transfers")
         self.allocate = transfers.allocate
         self.mark = transfers.mark
 
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> Future:
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        if self._pinned:
+            return self._transfers.copy(target, source, after)
         return self._thread.submit(self._transfers.copy, target, source, after)
 
-    def wait(self, arrival: Future) -> None:
-        self._transfers.wait(arrival.result())
+    def wait(self, arrival: Any) -> None:
+        self._transfers.wait(arrival.result() if isinstance(arrival, Future) else arrival)
+
+    def expect_pageable(self) -> None:
+        self._pinned = False
 
 
 def make_transfers(device: torch.device, pinned: bool) -> Transfers:
-    """Transfers between the host and ``device``; ``pinned``: all host memory that they are given is page-locked."""
+    """Transfers between the host and ``device``; ``pinned``: host memory that they are given is page-locked."""
     if device.type != "cuda":
         return DirectTransfers(device)
-    return StreamTransfers(device) if pinned else ThreadTransfers(StreamTransfers(device))
+    return ThreadTransfers(StreamTransfers(device), pinned)

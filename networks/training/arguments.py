@@ -174,6 +174,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--base_weights", nargs="*", default=[], metavar="PATH", help=text)
     text = "their multipliers (default: 1.0 each)"
     add("--base_weights_multiplier", nargs="*", type=kinds.finite_float, default=[], metavar="M", help=text)
+    add("--lora_partial", action="store_true", help="use --base_weights that fit the model only in part (default: off)")
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

@@ -131,7 +131,7 @@ def build_training(
 def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator: Accelerator) -> nn.Module:
     """The frozen transformer, with --base_weights merged while it loads. Processes of a machine share swapped weights."""
     model, runtime = settings.model, plan.memory.runtime
-    bases = read_lora_files(model.base_weights, model.base_weights_multiplier)
+    bases = read_lora_files(model.base_weights, model.base_weights_multiplier, partial=model.lora_partial)
     with shared_host_memory(accelerator) if runtime.swaps else nullcontext() as allocate:
         return hunyuan_model.load_transformer(
             model.dit,

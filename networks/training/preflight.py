@@ -124,7 +124,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
         transformer = HYVideoDiffusionTransformer(config)
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
     for path in settings.model.base_weights:
-        check_lora_file(path, shapes)
+        check_lora_file(path, shapes, partial=settings.model.lora_partial)
     network, rate = settings.network, settings.optimizer.learning_rate
     if settings.runtime.quantized and network.is_lycoris:
         raise UserError(

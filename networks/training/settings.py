@@ -33,6 +33,7 @@ class ModelSettings:
     dit_dtype: str | None = None
     base_weights: tuple[str, ...] = ()
     base_weights_multiplier: tuple[float, ...] = ()
+    lora_partial: bool = False
 
     def __post_init__(self) -> None:
         complete_multipliers(self.base_weights, self.base_weights_multiplier, "--base_weights", "--base_weights_multiplier")

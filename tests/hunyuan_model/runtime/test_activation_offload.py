@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from small_transformer import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hunyuan_model.runtime import activation_offload
+from hunyuan_model.runtime import activation_offload, transfers
 from hunyuan_model.runtime.activation_offload import ON_DEVICE, ActivationOffloader, HostPool, make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, block_sizes, enable_block_swap, streamed_blocks
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
@@ -302,6 +303,31 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is(monkeypatch, caplog)
     pool = HostPool(torch.device("cuda"))
     assert [pool.take(10).nbytes, pool.take(20).nbytes] == [10, 20]
     assert len(asked) == 1 and caplog.text.count("does not allow to pin") == 1
+
+
+def test_where_pinning_fails_half_way_a_thread_waits_for_the_copies(monkeypatch, caplog):
+    locked, refused, copied = [], [], []
+
+    def page_lock(memory: torch.Tensor, device: torch.device, owner: object) -> bool:
+        (locked if len(locked) < 3 else refused).append(memory.data_ptr())
+        return not refused
+
+    class Stream(DirectTransfers):
+        def copy(self, target: torch.Tensor, source: torch.Tensor, after: None) -> None:
+            addresses = {tensor.untyped_storage().data_ptr() for tensor in (target, source)}
+            copied.append((bool(addresses & {*locked}), bool(addresses & {*refused}), threading.current_thread().name))
+            super().copy(target, source, after)
+
+    monkeypatch.setattr(activation_offload, "page_lock", page_lock)
+    monkeypatch.setattr(transfers, "StreamTransfers", lambda device: Stream(CPU))
+    given = make_offloader(DEPTH, torch.device("cuda"), pinned=True)
+    assert same(
+        gradients(lambda one: enable_gradient_checkpointing(one, given), step), gradients(enable_gradient_checkpointing, step)
+    )
+    assert len(locked) == 3 and len(refused) == 1 and caplog.text.count("does not allow to pin") == 1
+    names = [name for *_, name in copied]
+    assert names[:3] == ["MainThread"] * 3 and all(name.startswith("transfers") for name in names[3:]), names
+    assert all(is_locked for is_locked, *_ in copied[:3]) and any(is_refused for _, is_refused, _ in copied)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_transformer import CPU
+from small_transformer import CPU, MOST, make_transformer
 
+from hunyuan_model.runtime import block_swap, host_weights
 from hunyuan_model.runtime.activation_offload import HostPool
+from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.host_weights import HostWeights, host_memory
+from hunyuan_model.runtime.transfers import DirectTransfers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
 
@@ -59,3 +63,36 @@ def test_systems_without_such_advice_have_the_memory_all_the_same(monkeypatch):
     for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
         monkeypatch.delattr(mmap, name, raising=False)
     assert host_memory(10).fill_(1).sum() == 10
+
+
+class Refusing:
+    """CUDA's runtime where pages are locked ``limit`` times: Windows and containers allow a part of the RAM only."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self.asked = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked += 1
+        self.left -= 1
+        return 0 if self.left >= 0 else 2  # cudaErrorMemoryAllocation
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_block_swap_without_enough_page_locked_memory_says_so_once(monkeypatch, caplog, limit):
+    def make_transfers(device: torch.device, pinned: bool) -> DirectTransfers:
+        asked.append(pinned)
+        return DirectTransfers(CPU)
+
+    runtime, asked = Refusing(limit), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(host_weights, "_forget_cuda_error", lambda device: None)
+    monkeypatch.setattr(block_swap, "make_transfers", make_transfers)
+    enable_block_swap(make_transformer(), SwapSettings(MOST), torch.device("cuda"))
+    assert asked == [False] and runtime.asked == limit + 1
+    assert caplog.text.count("does not allow to pin") == 1
+    gc.collect()  # what unlocks the pages finds the same stand-ins

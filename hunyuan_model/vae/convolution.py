@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hunyuan_model.vae.cpu_kernels import convolution, memory_format
+from hunyuan_model.vae.cpu_kernels import by_onednn, convolution, memory_format
 
 PIECE_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
-"""Numbers in one piece of a convolution's input or output (at least a frame): small beside a clip, large beside a call."""
+"""Numbers in one piece of what is computed at a time: small beside a clip, large beside a call."""
 
 Padding = tuple[int, int]
 """How many positions are replicated before the first and after the last one."""
@@ -92,6 +92,11 @@ def piece_elements(device_type: str) -> int:
     return PIECE_ELEMENTS.get(device_type, PIECE_ELEMENTS["cuda"])
 
 
+def frames_at_once(device_type: str, dtype: torch.dtype, values: int) -> int:
+    """Frames that one call of a convolution makes, which reads or makes ``values`` numbers for each."""
+    return max(1, piece_elements(device_type) // values) if by_onednn(device_type, dtype) else 1
+
+
 def empty_beside(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """An output (B, C, T, H, W) of the dtype and on the device of ``x``, laid out as convolutions compute it."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, shape[1]))
@@ -111,7 +116,7 @@ def convolve(
 ) -> None:
     """Convolve ``source``, with replicated edges, into ``out`` (B, C_out, T, H, W), or onto it with ``accumulate``.
 
-    Frames are taken a few at a time, and columns ``chunk_size`` at a time where it is given. In time there is padding in
+    Frames are computed a few at a time, and columns ``chunk_size`` at a time where it is given. In time there is padding in
     front only, and less of it than the kernel is long.
 
     Args:
@@ -123,7 +128,7 @@ def convolve(
         weight, padding = weight.sum(2, keepdim=True), ((0, 0), *padding[1:])
     (time_kernel, _, column_kernel), (time_stride, _, column_stride) = weight.shape[2:], stride
     per_frame = max(source.tensor[:, :, 0].numel() * time_stride, out[:, :, 0].numel())
-    frames = _slices(frames_out, max(1, piece_elements(out.device.type) // per_frame))
+    frames = _slices(frames_out, frames_at_once(out.device.type, out.dtype, per_frame))
     spans = [(piece.start * time_stride, (piece.stop - 1) * time_stride + time_kernel) for piece in frames]
     for columns in _slices(columns_out, chunk_size or columns_out):
         first = columns.start * column_stride - padding[2][0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hunyuan_model.vae.convolution import piece_elements
+from hunyuan_model.vae.convolution import frames_at_once, piece_elements
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D, VAEConfig
 from utils.disk_space import readable
 from utils.errors import UserError
@@ -158,31 +158,35 @@ def working_bytes(config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str
     if side is not None and max(clip.height, clip.width) > side:
         tile = replace(clip, height=min(clip.height, side), width=min(clip.width, side))
         joined = result(clip) + result(replace(clip, height=side * 2 // 3))  # and the edges of this row of tiles and of the last
-    piece = piece_elements(device)
-    busiest = max(_stages(config, tile, encode, piece, splitting.chunk_size))
-    in_float32 = 0 if dtype == torch.float32 else piece * (torch.float32.itemsize + dtype.itemsize)
+    busiest = max(_stages(config, tile, encode, device, dtype, splitting.chunk_size))
+    in_float32 = 0 if dtype == torch.float32 else piece_elements(device) * (torch.float32.itemsize + dtype.itemsize)
     return (joined + busiest) * dtype.itemsize + in_float32
 
 
-def _stages(config: VAEConfig, clip: Clip, encode: bool, piece: int, chunk_size: int | None) -> Iterator[int]:
+def _stages(config: VAEConfig, clip: Clip, encode: bool, device: str, dtype: torch.dtype, chunk_size: int | None) -> Iterator[int]:
     """Numbers that are held at once in the residual blocks of each size, and in the attention."""
     widths = config.block_out_channels
     half, quarter = (clip.frames + 1) // 2, (clip.frames + 3) // 4
     lengths = (clip.frames, clip.frames, half, quarter) if encode else (clip.frames, half, quarter, quarter)
     befores = (widths[0], *widths[:-1]) if encode else (*widths[1:], widths[-1])
+
+    def window(inputs: int, outputs: int) -> int:
+        at_once = frames_at_once(device, dtype, clip.batch * max(inputs, outputs) * size[1] * size[2])
+        return _window(clip.batch, size, inputs, outputs, at_once, chunk_size)
+
     for index, (width, before, frames) in enumerate(zip(widths, befores, lengths)):
         size = (frames, clip.height >> index, clip.width >> index)
         values = clip.batch * math.prod(size)
-        first = (before + width) * values + _window(clip.batch, size, before, width, piece, chunk_size)
+        first = (before + width) * values + window(before, width)
         held = (2 * width + (before if before != width else 0)) * values
-        yield max(first, held + _window(clip.batch, size, width, width, piece, chunk_size))
+        yield max(first, held + window(width, width))
     yield LAYERS_OF_ATTENTION * widths[-1] * values
 
 
-def _window(batch: int, size: tuple[int, int, int], inputs: int, outputs: int, piece: int, chunk_size: int | None) -> int:
-    """Numbers in the window that a convolution reads and in what it makes of it."""
+def _window(batch: int, size: tuple[int, int, int], inputs: int, outputs: int, at_once: int, chunk_size: int | None) -> int:
+    """Numbers in the window that a convolution reads and in what it makes of it, ``at_once`` frames."""
     frames, rows, columns = size
-    at_once = min(frames, max(1, piece // (batch * max(inputs, outputs) * rows * columns)))
+    at_once = min(frames, at_once)
     width = min(columns, chunk_size or columns)
     window = (at_once + (KERNEL - 1 if frames > 1 else 0)) * inputs * (rows + KERNEL - 1) * (width + KERNEL - 1)
     return batch * (window + at_once * outputs * rows * width)

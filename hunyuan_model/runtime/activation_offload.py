@@ -16,6 +16,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_model.runtime.host_weights import host_memory, page_lock
+from hunyuan_model.runtime.kept_attention import AttentionResults, KeptAttention
 from hunyuan_model.runtime.transfers import Transfers, make_transfers
 
 logger = logging.getLogger(__name__)
@@ -83,13 +86,25 @@ class _KeptTensor:
 class KeptInputs:
     """The inputs of one pass through a block, for as long as a backward pass may ask for them; ``previous``: of the pass before."""
 
-    def __init__(self, offloader: ActivationOffloader, tensors: Sequence[Tensor], previous: KeptInputs | None) -> None:
+    def __init__(
+        self, offloader: ActivationOffloader, tensors: Sequence[Tensor], previous: KeptInputs | None, *, offloaded: bool
+    ) -> None:
         self.tensors = [_KeptTensor(tensor) for tensor in tensors]
+        self.results: list[_KeptTensor] = []  # of attention in the block
         self.previous = weakref.ref(previous) if previous is not None else lambda: None
+        self.offloaded = offloaded
         self._offloader = offloader
 
     def __del__(self) -> None:
         self._offloader.release(self)
+
+    def keep_result(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Keep a tensor of the block, which computes, in the way of its inputs. What is returned gives it back after ``restore``."""
+        kept = _KeptTensor(tensor)
+        if tensor.is_floating_point() and tensor.numel():  # not the seeds of attention
+            self.results.append(kept)
+            self._offloader.offload_result(self, kept)
+        return partial(self._offloader.take, kept)
 
 
 class ActivationOffloader:
@@ -107,28 +122,35 @@ class ActivationOffloader:
         """Start to offload the inputs of ``block``, which begins a forward pass; those of the last blocks stay."""
         while self._offloading and (block == 0 or len(self._offloading) >= ON_DEVICE):
             self._free_on_device(self._offloading.popleft())
-        inputs = KeptInputs(self, tensors, self._latest())
+        inputs = KeptInputs(self, tensors, self._latest(), offloaded=block < self.depth - ON_DEVICE)
         self._latest = weakref.ref(inputs)
-        offloaded = inputs.tensors if block < self.depth - ON_DEVICE else []
-        self._offloading.append([self._copy_to_host(kept) for kept in offloaded])
+        self._offloading.append([self._copy_to_host(kept) for kept in inputs.tensors if inputs.offloaded])
         return inputs
+
+    def offload_result(self, inputs: KeptInputs, result: _KeptTensor) -> None:
+        """Start to offload a result of the block of ``inputs``, the latest one."""
+        if inputs.offloaded:
+            self._offloading[-1].append(self._copy_to_host(result))
 
     def restore(self, inputs: KeptInputs) -> list[Tensor]:
         """The inputs on the device, for a backward pass through their block that begins; those of the previous block follow."""
         self._copy_to_device(inputs)
-        tensors = []
-        for kept in inputs.tensors:
-            self._wait_for(kept)
-            tensors.append(kept.on_device.detach().requires_grad_(kept.requires_grad))
-            if kept.on_host is not None:
-                kept.on_device = None  # whoever computes with it holds it from here on
+        tensors = [self.take(kept).requires_grad_(kept.requires_grad) for kept in inputs.tensors]
         if (previous := inputs.previous()) is not None:
             self._copy_to_device(previous)
         return tensors
 
+    def take(self, kept: _KeptTensor) -> Tensor:
+        """``kept``, which is on the device or on its way there."""
+        self._wait_for(kept)
+        tensor = kept.on_device.detach()
+        if kept.on_host is not None:
+            kept.on_device = None  # whoever computes with it holds it from here on
+        return tensor
+
     def release(self, inputs: KeptInputs) -> None:
         """Give back the host memory of ``inputs``, for which nobody asks any more."""
-        for kept in inputs.tensors:
+        for kept in (*inputs.tensors, *inputs.results):
             self._wait_for(kept)
             if kept.memory is not None:
                 self._pool.give_back(kept.memory)
@@ -136,7 +158,9 @@ class ActivationOffloader:
     def _copy_to_host(self, kept: _KeptTensor) -> tuple[_KeptTensor, Tensor, Any]:
         tensor = kept.on_device
         kept.memory = self._pool.take(tensor.nbytes)
-        kept.on_host = kept.memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        # With the strides of the tensor where it has no gaps: others computed with it, and would copy another one.
+        strides = torch.empty_like(tensor, device="meta").stride()
+        kept.on_host = kept.memory[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, strides)
         return kept, tensor, self._transfers.copy(kept.on_host, tensor, self._transfers.mark())
 
     def _free_on_device(self, copies: Sequence[tuple[_KeptTensor, Tensor, Any]]) -> None:
@@ -146,7 +170,7 @@ class ActivationOffloader:
                 kept.on_device = None
 
     def _copy_to_device(self, inputs: KeptInputs) -> None:
-        for kept in inputs.tensors:
+        for kept in (*inputs.tensors, *inputs.results):
             if kept.on_device is None:
                 kept.on_device = torch.empty_like(kept.on_host, device=kept.device)
                 kept.arrival = self._transfers.copy(kept.on_device, kept.on_host, self._transfers.mark())
@@ -157,17 +181,29 @@ class ActivationOffloader:
             self._transfers.wait(arrival)
 
 
-def checkpoint_offloaded(offloader: ActivationOffloader, index: int, count: int, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """``forward(*inputs)`` of block ``index``, checkpointed; the first ``count`` inputs are the block's own and are offloaded."""
+def checkpoint_offloaded(
+    offloader: ActivationOffloader,
+    index: int,
+    count: int,
+    attention: KeptAttention | None,
+    forward: Callable[..., Any],
+    *inputs: Any,
+) -> Any:
+    """``forward(*inputs)`` of block ``index``, checkpointed; the first ``count`` inputs are the block's own and are offloaded.
+
+    With ``attention``, that of the block, its results are offloaded as well, and not computed again.
+    """
     if not torch.is_grad_enabled():
         return forward(*inputs)
     given = list(inputs[:count])
     kept = offloader.keep(index, given)
+    results = AttentionResults(kept.keep_result)
 
     def compute(*shared: Any) -> Any:
         tensors = list(given) or offloader.restore(kept)
         given.clear()  # or this function, which lives until the backward pass, would hold them on the device
-        return forward(*tensors, *shared)
+        with attention.using(results) if attention is not None else nullcontext():
+            return forward(*tensors, *shared)
 
     return checkpoint(compute, *inputs[count:], use_reentrant=False)
 

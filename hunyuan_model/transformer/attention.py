@@ -195,6 +195,21 @@ ATTENTION_MODES = {
     "sageattn": AttentionMode(_make_sageattn, trainable=False, half_only=True, capability=(8, 0)),
 }
 
+# Of the attention above, with a backward pass: each gives a tuple of the output, the log-sum-exps and what is small. A package's call
+# that is no operator of torch (of older releases), and attention that torch puts together from products, are not among them.
+OPERATORS = frozenset(
+    (
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "xformers_flash::flash_fwd",
+        "aten::_efficient_attention_forward",
+    )
+)
+
 
 def _known(mode: str) -> AttentionMode:
     if mode not in ATTENTION_MODES:

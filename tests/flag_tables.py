@@ -109,6 +109,7 @@ TRAINING = (
         both(same_lora, offloads),
         beside="--gradient_checkpointing",
     ),
+    Row("--keep_attention off", both(same_lora, becomes(seen("kept_attention"), {False})), beside="--gradient_checkpointing"),
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),

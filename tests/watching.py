@@ -41,6 +41,7 @@ class Seen:
     in_one_piece: set[str] = field(default_factory=set)  # blocks and embedders whose weights lie in one piece of memory: swapped
     injected: bool = False  # whether Linear layers of the transformer compute something beside their weights
     pinned: set[bool] = field(default_factory=set)  # whether swapped weights were to be page-locked
+    kept_attention: set[bool] = field(default_factory=set)  # whether checkpointing was to keep the results of attention
     compiled: set[str] = field(default_factory=set)  # modes in which something was compiled
     attended: int = 0  # rows, of all samples, in the largest attention call
     split: set[bool] = field(default_factory=set)  # whether attention was to be sample by sample
@@ -122,6 +123,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         patch.delenv("WANDB_API_KEY")
         patch.setattr(torch.cuda, "is_available", lambda: False)
         spy(patch, HYVideoDiffusionTransformer, "forward", hear)
+        spy(patch, loading, "enable_gradient_checkpointing", lambda *_, keep_attention: seen.kept_attention.add(keep_attention))
         spy(patch, loading, "enable_block_swap", lambda _transformer, settings, *_: seen.pinned.add(settings.pinned))
         spy(patch, Attention, "__init__", lambda _self, _mode, _dense, _packed, split=False: seen.split.add(split))
         spy(patch, TimestepSampler, "__init__", make_sampler)

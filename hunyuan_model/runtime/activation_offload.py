@@ -99,7 +99,7 @@ class KeptInputs:
         self._offloader.release(self)
 
     def keep_result(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Keep a tensor of the block, which computes, in the way of its inputs. What is returned gives it back after ``restore``."""
+        """Keep a result of attention in the block, which computes now; what is returned gives it back after ``restore``."""
         kept = _KeptTensor(tensor)
         if tensor.is_floating_point() and tensor.numel():  # not the seeds of attention
             self.results.append(kept)

@@ -108,6 +108,7 @@ def runtime_settings(args: argparse.Namespace, attn_mode: str) -> RuntimeSetting
         pinned_swap_memory=not args.no_pinned_swap_memory,
         gradient_checkpointing=getattr(args, "gradient_checkpointing", False),
         gradient_checkpointing_cpu_offload=getattr(args, "gradient_checkpointing_cpu_offload", False),
+        keep_attention={"on": True, "off": False}.get(keep := getattr(args, "keep_attention", "off"), keep),
         compile=compilation.CompileSettings(args.compile_mode or COMPILE_MODES[0], compilation.BACKEND) if args.compile else None,
     )
 

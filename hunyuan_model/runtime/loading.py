@@ -115,7 +115,7 @@ def transformer_from(
         offloader = None
         if runtime.gradient_checkpointing_cpu_offload:
             offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=runtime.pinned_swap_memory)
-        enable_gradient_checkpointing(model, offloader)
+        enable_gradient_checkpointing(model, offloader, keep_attention=runtime.keeps_attention)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Memory of the transformer in bytes, by arithmetic: its weights, and what a batch needs beside them.
 
 Activations follow from what ``blocks.py`` keeps for a backward pass through a LoRA on every Linear layer of the blocks. What is
-small beside that (the inner side of a LoRA, log-sum-exps, statistics of norms) is left out. Compiled blocks keep less.
+small beside that (the inner side of a LoRA, statistics of norms) is left out. Compiled blocks keep less.
 """
 
 from __future__ import annotations
@@ -110,19 +110,21 @@ class ActivationBytes(NamedTuple):
 
     Attributes:
         inputs: of the blocks, on the device.
-        host_inputs: of the blocks, in host memory.
+        host_inputs: of the blocks, in host memory, and what is kept of their attention there.
+        attention: what is kept of the attention of blocks beside it, on the device.
         kept: by the blocks for their backward passes: by all of them, or with checkpointing by one.
         working: temporary memory beside it.
     """
 
     inputs: int
     host_inputs: int
+    attention: int
     kept: int
     working: int
 
     @property
     def device(self) -> int:
-        return self.inputs + self.kept + self.working
+        return self.inputs + self.attention + self.kept + self.working
 
 
 def training_activations(
@@ -158,14 +160,18 @@ def training_activations(
         kept = value * (config.double_depth * double + config.single_depth * single)
         kept += network_values * dtype.itemsize if dtype.itemsize < FLOAT32 else 0  # the network is float32: copies in ``dtype``
         working = single_working if config.single_depth else double_working
-        return ActivationBytes(depth * value * hidden + final, 0, kept, working)
+        return ActivationBytes(depth * value * hidden + final, 0, 0, kept, working)
     # The peak is in the backward pass of the last single block or of the last double block, where fewer inputs are left.
     peaks = [(config.double_depth, value * double, double_working), (depth, value * single, single_working)]
     peaks = peaks if config.single_depth else peaks[:1]
-    left, kept, working = max(peaks, key=lambda peak: peak[0] * value * hidden + peak[1] + peak[2])
+    # Of each block's attention the output and, for each token and head, the log-sum-exp.
+    results = value * hidden + batch.tokens(config) * config.heads * FLOAT32 if runtime.keep_attention is True else 0
+    left, kept, working = max(peaks, key=lambda peak: peak[0] * (value * hidden + results) + peak[1] + peak[2])
     offload = runtime.gradient_checkpointing_cpu_offload
-    inputs = (min(left, ON_DEVICE) if offload else left) * value * hidden
-    return ActivationBytes(inputs + final, depth * value * hidden if offload else 0, kept, working)
+    left = min(left, ON_DEVICE) if offload else left
+    attention = left * results - (value * hidden if results else 0)  # the output of the block that computes is in ``kept``
+    host = depth * (value * hidden + results) if offload else 0
+    return ActivationBytes(left * value * hidden + final, host, attention, kept, working)
 
 
 def sampling_activations(

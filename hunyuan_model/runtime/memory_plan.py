@@ -31,6 +31,7 @@ KERNEL_BYTES = 400_000_000
 FRAGMENTS = 0.04
 
 SWAP_STEPS = 4  # in which blocks are offered for swapping
+SPARE_SHARE = 0.1  # of free memory, left free where more of it only makes a step faster
 CLEAR_SHARE, LEAST_SHARE = 0.1, 0.02  # of the whole: what a change should save to be offered at once, and to be offered at all
 
 
@@ -50,6 +51,7 @@ class Need:
     gradients: int = 0
     optimizer: int = 0
     block_inputs: int = 0
+    attention: int = 0
     activations: int = 0
     working: int = 0
     sampling: int = 0
@@ -107,7 +109,7 @@ class MemoryPlan:
         config, runtime = self.config, self.runtime
         weights = weight_bytes(config, self.dtype, runtime)
         values = self.network_values or 0
-        step = ActivationBytes(0, 0, 0, 0)
+        step = ActivationBytes(0, 0, 0, 0, 0)
         if self.trains:
             step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
         sampled = self.sample if self.trains else self.batch
@@ -122,6 +124,7 @@ class MemoryPlan:
             gradients=torch.float32.itemsize * values if self.trains else 0,
             optimizer=round(self.optimizer_bytes * values),
             block_inputs=step.inputs,
+            attention=step.attention,
             activations=step.kept,
             working=step.working,
             sampling=temporary - step.device,
@@ -146,19 +149,43 @@ class MemoryPlan:
         limit = max_blocks_to_swap(self.config)
         return next((count for count in range(limit) if self.with_blocks(count).need().on_device <= free), limit)
 
-    def resolved(self, free: int | None) -> MemoryPlan:
-        """With a number in the place of ``blocks_to_swap`` = auto, for ``free`` bytes of the device."""
-        if self.runtime.blocks_to_swap != AUTO:
-            return self
-        count = self.blocks_that_fit(free)
-        logger.info("--blocks_to_swap auto: %d", count)
-        return self.with_blocks(count)
+    def resolved(self, free: int | None, free_main: int | None = None) -> MemoryPlan:
+        """With what follows from the memory in the place of auto; attention is kept in what swapping leaves.
+
+        Args:
+            free: bytes of the device; None where that is not known.
+            free_main: bytes of RAM for this process.
+        """
+        plan = self
+        if plan.runtime.blocks_to_swap == AUTO:
+            plan = plan.with_blocks(plan.blocks_that_fit(free))
+            logger.info("--blocks_to_swap auto: %d", plan.runtime.blocks_to_swap)
+        if plan.runtime.keep_attention == AUTO:
+            plan = plan.changed(keep_attention=plan._has_room_for_attention(free, free_main))
+            if plan.runtime.gradient_checkpointing:
+                logger.info("--keep_attention auto: %s", "on" if plan.runtime.keep_attention else "off")
+        return plan
+
+    def _has_room_for_attention(self, free: int | None, free_main: int | None) -> bool:
+        """Whether its results can be kept with memory to spare: what is only faster must not make anyone run out of memory."""
+        runtime = self.runtime
+        if not (self.trains and runtime.gradient_checkpointing) or runtime.compile is not None:
+            return False
+        need = self.changed(keep_attention=True).need()
+        needs = [(need.on_device, free)]
+        if self.device.type != "cuda":
+            needs = [(need.on_device + need.on_host, free)]
+        elif need.host_inputs:
+            needs.append((need.on_host, free_main))
+        return all(there is not None and size <= (1 - SPARE_SHARE) * there for size, there in needs)
 
     def remedies(self) -> Iterator[tuple[str, MemoryPlan]]:
         """What could be given or done next, and the plan with it, in the order in which to try it."""
         runtime, on_gpu = self.runtime, self.device.type == "cuda"
         if self.trains and not runtime.gradient_checkpointing:
             yield "--gradient_checkpointing", self.changed(gradient_checkpointing=True)
+        if self.trains and runtime.keep_attention is True:
+            yield "--keep_attention off", self.changed(keep_attention=False)
         if self.may_quantize and not runtime.quantized:
             yield "--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8)
         if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:

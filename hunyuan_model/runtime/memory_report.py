@@ -25,6 +25,7 @@ LABELS = {  # of the fields of ``Need``
     "gradients": "its gradients",
     "optimizer": "optimizer state",
     "block_inputs": "inputs of the blocks",
+    "attention": "results of attention kept for backward",
     "activations": "activations kept for backward",
     "working": "working memory of a block",
     "sampling": "more for sampling",

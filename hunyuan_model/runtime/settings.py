@@ -32,6 +32,8 @@ class RuntimeSettings:
         pinned_swap_memory: page-lock the host memory that is copied from and to, where the system allows it.
         gradient_checkpointing: compute each block again in the backward pass.
         gradient_checkpointing_cpu_offload: keep the inputs of blocks in host memory until then.
+        keep_attention: keep the results of attention as well, on the device or in host memory, and do not compute them again;
+            "auto" until a memory plan has put True or False in its place.
         compile: compile the blocks; None leaves them as they are.
 
     Raises:
@@ -47,6 +49,7 @@ class RuntimeSettings:
     pinned_swap_memory: bool = True
     gradient_checkpointing: bool = False
     gradient_checkpointing_cpu_offload: bool = False
+    keep_attention: bool | str = False
     compile: CompileSettings | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +59,16 @@ class RuntimeSettings:
             raise UserError(
                 "--gradient_checkpointing_cpu_offload moves what --gradient_checkpointing keeps; give --gradient_checkpointing as "
                 "well, or leave --gradient_checkpointing_cpu_offload out."
+            )
+        if self.keep_attention is True and not self.gradient_checkpointing:
+            raise UserError(
+                "--keep_attention on keeps the results of attention through --gradient_checkpointing; give "
+                "--gradient_checkpointing as well, or leave --keep_attention out."
+            )
+        if self.keep_attention is True and self.compile is not None:
+            raise UserError(
+                "--keep_attention on and --compile exclude each other: attention in compiled blocks is always computed again. "
+                "Give one of them."
             )
 
     def check(self, device: torch.device, dtype: torch.dtype | None = None, config: TransformerConfig | None = None) -> None:
@@ -88,6 +101,13 @@ class RuntimeSettings:
     def swaps(self) -> bool:
         """Whether any weights are kept in host memory."""
         return bool(self.blocks_to_swap) or self.img_in_txt_in_offloading
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether checkpointing keeps the results of attention. Raises UserError while that is "auto"."""
+        if self.keep_attention == AUTO:
+            raise UserError('keep_attention is still "auto": give True or False, or what MemoryPlan.resolved gives.')
+        return bool(self.keep_attention)
 
     @property
     def swap(self) -> SwapSettings:

@@ -195,8 +195,8 @@ ATTENTION_MODES = {
     "sageattn": AttentionMode(_make_sageattn, trainable=False, half_only=True, capability=(8, 0)),
 }
 
-# Of the attention above, with a backward pass: each gives a tuple of the output, the log-sum-exps and what is small. A package's call
-# that is no operator of torch (of older releases), and attention that torch puts together from products, are not among them.
+# Of the attention above, with a backward pass: each gives a tuple of the output, the log-sum-exps and what is small. What older
+# releases of packages call is no operator of torch, and attention that torch puts together from products has none of its own.
 OPERATORS = frozenset(
     (
         "aten::_scaled_dot_product_flash_attention",

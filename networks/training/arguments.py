@@ -81,6 +81,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add("--gradient_checkpointing", action="store_true", help=text)
     text = "with --gradient_checkpointing, keep the activations that are left in RAM until the backward pass (default: off)"
     add("--gradient_checkpointing_cpu_offload", action="store_true", help=text)
+    text = (
+        "with --gradient_checkpointing, keep the results of attention too, so that it is not computed again: faster; "
+        "auto: where memory allows (default: auto)"
+    )
+    add("--keep_attention", choices=("auto", "on", "off"), default="auto", help=text)
     add_swap_arguments(group)
     text = "compute the largest batch once before training: out of memory shows in the first minute; auto: on a GPU (default: auto)"
     add("--dry_step", choices=("auto", "always", "never"), default="auto", help=text)

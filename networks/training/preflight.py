@@ -240,7 +240,7 @@ def _plan_memory(
         state_bytes_per_value(model.optimizer),
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,
-    ).resolved(free)
+    ).resolved(free, free_host_memory() // accelerator.num_processes)
     if shown:
         print(plan_table(memory, free, free_host_memory()), flush=True)
     # auto goes by the GPU of each process

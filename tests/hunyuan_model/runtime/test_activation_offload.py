@@ -107,12 +107,16 @@ class LateTransfers:
             target.copy_(source)
 
 
-def offloaded(transformer: nn.Module) -> LateTransfers:
+def offloaded(transformer: nn.Module, *, keep_attention: bool = False) -> LateTransfers:
     """Have a transformer checkpoint its blocks and offload what is kept of them."""
     pool = Pool()
     transfers = LateTransfers(pool)
-    enable_gradient_checkpointing(transformer, ActivationOffloader(DEPTH, transfers, pool))
+    enable_gradient_checkpointing(transformer, ActivationOffloader(DEPTH, transfers, pool), keep_attention=keep_attention)
     return transfers
+
+
+def offloaded_with_attention(transformer: nn.Module) -> LateTransfers:
+    return offloaded(transformer, keep_attention=True)
 
 
 def step(transformer: nn.Module, seed: int = 0, **sizes: tuple[int, ...]) -> None:
@@ -129,7 +133,8 @@ def step(transformer: nn.Module, seed: int = 0, **sizes: tuple[int, ...]) -> Non
     ],
     ids=["plain", "swapped float8", "dropouts", "late blocks learn"],
 )
-def test_outputs_and_gradients_are_the_same_to_the_bit(swapped, fp8, network_args):
+@pytest.mark.parametrize("offload", [offloaded, offloaded_with_attention])
+def test_outputs_and_gradients_are_the_same_to_the_bit(offload, swapped, fp8, network_args):
     def run(prepare: Callable[[nn.Module], object], swapped: int) -> list[torch.Tensor]:
         transformer = make_transformer(fp8)
         enable_block_swap(transformer, SwapSettings(swapped, recomputed=True), CPU)
@@ -139,7 +144,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(swapped, fp8, network_arg
         return train_and_sample(transformer, network)
 
     transfers: list = []
-    assert same(run(offloaded, swapped), run(enable_gradient_checkpointing, 0))
+    assert same(run(offload, swapped), run(enable_gradient_checkpointing, 0))
     assert transfers[0].to_host and transfers[0].to_device
     gc.collect()
     assert transfers[0].pool.free_pieces == len(transfers[0].pool.memories), "host memory was not given back"
@@ -171,7 +176,15 @@ def in_a_thread(transformer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offload", "run"), [(offloaded, under_autocast), (offloaded, graph_used_twice), (in_a_thread, step)], ids=lambda f: f.__name__
+    ("offload", "run"),
+    [
+        (offloaded, under_autocast),
+        (offloaded, graph_used_twice),
+        (in_a_thread, step),
+        (offloaded_with_attention, under_autocast),
+        (offloaded_with_attention, graph_used_twice),
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_gradients_are_the_same_to_the_bit(offload, run):
     assert same(gradients(offload, run), gradients(enable_gradient_checkpointing, run))
@@ -227,6 +240,29 @@ def test_the_device_holds_the_inputs_of_two_blocks_at_a_time(offload):
         del loss
         assert tracker.alive() == 0
         tracker.held.clear()
+
+
+def test_results_of_attention_leave_the_device_like_the_inputs():
+    def device_bytes(**options: bool) -> tuple[int, int]:
+        """Of all that is alive after a forward pass, but not of the pool; and of the pool."""
+        transformer = make_transformer()
+        pool = offloaded(transformer, **options).pool
+        add_lora(transformer)
+        out = transformer(*make_inputs())
+        assert out.requires_grad
+        gc.collect()
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+        on_host = {memory.untyped_storage().data_ptr() for memory in pool.memories}
+        return sum(size for address, size in found.items() if address not in on_host), sum(pool.allocated)
+
+    (inputs, inputs_on_host), (both, both_on_host) = device_bytes(), device_bytes(keep_attention=True)
+    log_sum_exps = 2 * CONFIG.heads * 4
+    # Padded rows are no part of attention, but of its output here, which is that of one sample after the other.
+    rows, padded = 2 * IMAGE + TEXT + 2, 2 * (IMAGE + TEXT)
+    assert rows < padded
+    results = rows * (TOKEN_BYTES + log_sum_exps // 2)
+    assert both_on_host - inputs_on_host == (DEPTH - ON_DEVICE) * results
+    assert ON_DEVICE * results <= both - inputs <= ON_DEVICE * results + 64 * 8 * DEPTH  # with seeds and the like
 
 
 # What is copied, and when

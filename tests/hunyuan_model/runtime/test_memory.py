@@ -53,6 +53,7 @@ class Case:
     Attributes:
         lengths: of the captions; all full if None.
         modulation: whether that is trained too, so that gates have gradients.
+        keeps: whether checkpointing keeps the results of attention.
     """
 
     config: TransformerConfig
@@ -62,10 +63,11 @@ class Case:
     rank: int = 4
     lengths: tuple[int, ...] | None = None
     modulation: bool = False
+    keeps: bool = False
 
     def __str__(self) -> str:
         size = "x".join(map(str, (self.batch.samples, *self.batch.size, self.batch.text_tokens)))
-        how = "again" if self.checkpointing else "kept"
+        how = "again but attention" if self.keeps else "again" if self.checkpointing else "kept"
         depth = f"{self.config.double_depth}+{self.config.single_depth}of{self.config.hidden_size}and{self.config.mlp_size}"
         return f"{depth}-{size}-{str(self.dtype).removeprefix('torch.')}-{how}-rank{self.rank}{'-modulation' * self.modulation}"
 
@@ -78,6 +80,9 @@ CASES = [
     Case(config(), BatchSize(1, (2, 32, 24), 16), FP32, checkpointing=False, rank=1),
     Case(config(), BatchSize(3, (1, 16, 32), 64), BF16, checkpointing=False, rank=16, lengths=(64, 5, 30)),
     Case(config(), BatchSize(2, (1, 24, 32), 64), BF16, checkpointing=True),
+    Case(config(), BatchSize(1, (1, 32, 48), 64), BF16, checkpointing=True, keeps=True),
+    Case(config(hidden=192, doubles=4, singles=1, mlp=384), BatchSize(1, (1, 32, 32), 32), BF16, checkpointing=True, keeps=True),
+    Case(config(hidden=96, doubles=1, singles=12, mlp=576), BatchSize(2, (1, 24, 24), 48), FP32, checkpointing=True, keeps=True),
     Case(config(hidden=192, doubles=4, singles=1, mlp=384), BatchSize(1, (1, 32, 32), 32), BF16, checkpointing=True),
     Case(config(hidden=96, doubles=1, singles=5, mlp=576), BatchSize(2, (1, 24, 24), 48), FP32, checkpointing=True),
     Case(config(hidden=96, doubles=1, singles=5, mlp=576), BatchSize(2, (1, 24, 24), 48), BF16, checkpointing=False),
@@ -105,7 +110,7 @@ class Built:
 
     def predicted(self) -> ActivationBytes:
         values = sum(parameter.numel() for parameter in self.network.parameters())
-        runtime = RuntimeSettings(gradient_checkpointing=self.case.checkpointing)
+        runtime = RuntimeSettings(gradient_checkpointing=self.case.checkpointing, keep_attention=self.case.keeps)
         return training_activations(self.case.config, self.case.batch, self.case.dtype, runtime, values)
 
 
@@ -113,7 +118,7 @@ def build(case: Case) -> Built:
     torch.manual_seed(0)
     transformer = HYVideoDiffusionTransformer(case.config).to(case.dtype).requires_grad_(False).eval()
     if case.checkpointing:
-        enable_gradient_checkpointing(transformer)
+        enable_gradient_checkpointing(transformer, keep_attention=case.keeps)
     options = {"include_patterns": r"['.*mod.*']"} if case.modulation else {}
     network = create_network(1.0, case.rank, 1.0, None, None, transformer, **options)
     network.apply_to(None, transformer)
@@ -198,12 +203,17 @@ def test_sizes_of_a_batch() -> None:
     assert loss_bytes(FULL, picture) == 8 * 4 * 2 * 16 * 68 * 120
 
 
-def test_block_inputs_on_the_host_leave_the_device() -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_is_offloaded_leaves_the_device(keeps: bool) -> None:
+    runtime = replace(CHECKPOINTING, keep_attention=keeps)
     clip = BatchSize(1, (9, 68, 120), 256)
-    on_device = training_activations(FULL, clip, BF16, CHECKPOINTING)
-    on_host = training_activations(FULL, clip, BF16, replace(CHECKPOINTING, gradient_checkpointing_cpu_offload=True))
-    assert on_host.host_inputs == 60 * 2 * 3072 * clip.tokens(FULL)
+    on_device = training_activations(FULL, clip, BF16, runtime)
+    on_host = training_activations(FULL, clip, BF16, replace(runtime, gradient_checkpointing_cpu_offload=True))
+    inputs, log_sum_exps = 60 * 2 * 3072 * clip.tokens(FULL), 60 * 4 * 24 * clip.tokens(FULL)
+    assert on_host.host_inputs == inputs + (inputs + log_sum_exps if keeps else 0)
     assert on_device.host_inputs == 0
+    assert on_device.attention == pytest.approx(6.9e9 if keeps else 0, rel=0.02)
+    assert on_host.attention < 0.03 * inputs
     assert on_host.inputs < 0.1 * on_device.inputs
     assert (on_host.kept, on_host.working) == (on_device.kept, on_device.working)
 

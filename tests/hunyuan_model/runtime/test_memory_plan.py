@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.gpu_table import gpu_table, training_plan
 from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory, plan_table, verdict
@@ -58,6 +59,27 @@ def test_auto_swaps_as_few_blocks_as_fit(picture: MemoryPlan, gigabytes: int) ->
     count = plan.runtime.blocks_to_swap
     assert plan.need().on_device <= gigabytes * GB
     assert count == 0 or plan.with_blocks(count - 1).need().on_device > gigabytes * GB
+
+
+def test_attention_is_kept_where_memory_is_left(clip: MemoryPlan) -> None:
+    plan = clip.changed(gradient_checkpointing=True, weights=WeightFormat.INT8, keep_attention="auto")
+
+    def kept(plan: MemoryPlan, free: int | None, free_main: int | None = None) -> bool:
+        return plan.resolved(free, free_main).runtime.keep_attention
+
+    need = plan.changed(keep_attention=True).need()
+    assert need.attention == need.on_device - plan.need().on_device - (need.kernels - plan.need().kernels)
+    assert kept(plan, PLENTY) and kept(plan, need.on_device * 5 // 4)
+    assert not kept(plan, need.on_device) and not kept(plan, None)
+    offloaded = plan.changed(gradient_checkpointing_cpu_offload=True)
+    assert kept(offloaded, PLENTY, PLENTY) and not kept(offloaded, PLENTY, 10 * GB) and not kept(offloaded, PLENTY)
+    on_cpu = replace(offloaded, device=torch.device("cpu"))
+    assert kept(on_cpu, PLENTY) and not kept(on_cpu, need.on_device)
+    assert not kept(plan.changed(compile=CompileSettings()), PLENTY)
+    assert not kept(plan.changed(gradient_checkpointing=False), PLENTY)
+    # What swapping leaves: it takes what it needs first.
+    assert not kept(plan.changed(blocks_to_swap="auto"), 16 * GB)
+    assert advice(plan.resolved(PLENTY)).startswith("give --keep_attention off next, which saves about 7.")
 
 
 @pytest.mark.parametrize(("device", "free", "count"), [("cuda", GB, 58), ("cuda", PLENTY, 0), ("cuda", None, 0), ("cpu", GB, 0)])

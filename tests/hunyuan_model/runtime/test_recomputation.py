@@ -1,15 +1,18 @@
-"""What a recomputation leaves out: the last matmul of each block where nothing asks for its result, and never a gradient."""
+"""What a recomputation leaves out: the last matmul of a block where nothing asks for it, kept attention, and never a gradient."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from allocations import saved_bytes
-from small_transformer import CPU, DEPTH, add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
+from small_transformer import CPU, DEPTH, MOST, add_lora, blocks_of, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hunyuan_model.quantization.formats import is_quantized_name, quantize_groups
@@ -17,6 +20,7 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.transformer.attention import OPERATORS, make_attention
 
 LAST = ("img_mlp.fc2", "linear2")
 
@@ -70,16 +74,64 @@ def as_int8(transformer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("weights", ["float32", "float8", "int8"])
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
-def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool) -> None:
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])  # the counter knows no attention on the CPU
+def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool, keep: bool) -> None:
     def made() -> nn.Module:
         transformer = make_transformer(weights == "float8")
         return as_int8(transformer) if weights == "int8" else transformer
 
     whole, less = made(), made()
     wholly(whole)
-    enable_gradient_checkpointing(less, make_offloader(4, torch.device("cpu"), pinned=False) if offload else None)
+    enable_gradient_checkpointing(less, make_offloader(4, CPU, pinned=False) if offload else None, keep_attention=keep)
     wanted = backward_flops(whole, add_lora(whole)) - flops_of_last_products(whole)
     assert backward_flops(less, add_lora(less)) == wanted
+
+
+def keep_attention(transformer: nn.Module) -> None:
+    enable_gradient_checkpointing(transformer, keep_attention=True)
+
+
+def keep_attention_on_the_host(transformer: nn.Module) -> None:
+    enable_gradient_checkpointing(transformer, make_offloader(DEPTH, CPU, pinned=False), keep_attention=True)
+
+
+class AttentionCalls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.forward += func.name() in OPERATORS
+        self.backward += func.name().endswith("_backward") and func.name().removesuffix("_backward") in OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+def attention_calls(enable: Callable[[nn.Module], None], *, split: bool = False) -> tuple[int, int]:
+    """Forward and backward, in the backward pass of one sample or, with ``split``, of two."""
+    transformer = make_transformer()
+    for block in blocks_of(transformer):
+        block.attention = make_attention(split=split)
+    enable(transformer)
+    network = add_lora(transformer)
+    loss = transformer(*make_inputs(lengths=(5, 2) if split else (5,))).square().mean()
+    with AttentionCalls() as calls:
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    return calls.forward, calls.backward
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["", "split"])
+@pytest.mark.parametrize(
+    ("enable", "times"), [(enable_gradient_checkpointing, 1), (keep_attention, 0), (keep_attention_on_the_host, 0)]
+)
+def test_kept_attention_is_not_computed_again(enable, times: int, split: bool) -> None:
+    blocks = DEPTH * (2 if split else 1)
+    assert attention_calls(enable, split=split) == (times * blocks, blocks)
+
+
+def test_attention_that_torch_puts_together_is_computed_again() -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_calls(keep_attention) == (0, 0)
 
 
 NETWORKS = {
@@ -95,25 +147,29 @@ NETWORKS = {
     ("kind", "network_args"),
     [
         pytest.param(kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" else pytest.mark.slow)
-        for kind in ("plain", "float8", "swapped")
+        for kind in ("plain", "float8", "int8", "swapped")
         for name, network_args in NETWORKS.items()
     ],
 )
-def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, kind: str, network_args: dict[str, str]) -> None:
+@pytest.mark.parametrize("checkpointed", [enable_gradient_checkpointing, keep_attention, keep_attention_on_the_host])
+def test_outputs_and_gradients_are_the_same_to_the_bit(wholly, checkpointed, kind: str, network_args: dict[str, str]) -> None:
     def life(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
         transformer = make_transformer(kind == "float8")
+        if kind == "int8":
+            as_int8(transformer)
         if kind == "swapped":
-            enable_block_swap(transformer, SwapSettings(2, recomputed=True), torch.device("cpu"))
+            enable_block_swap(transformer, SwapSettings(MOST, recomputed=True), CPU)
         enable(transformer)
         network = add_lora(transformer, **network_args)
         torch.manual_seed(3)
         return [tensor for tensor in train_and_sample(transformer, network) if tensor is not None]  # of modules that are left out
 
-    assert same(life(enable_gradient_checkpointing), life(wholly))
+    assert same(life(checkpointed), life(wholly))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_under_autocast(wholly, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("checkpointed", [enable_gradient_checkpointing, keep_attention, keep_attention_on_the_host])
+def test_under_autocast(wholly, checkpointed, dtype: torch.dtype) -> None:
     def gradients(enable: Callable[[nn.Module], None]) -> list[torch.Tensor]:
         transformer = make_transformer().to(dtype)
         enable(transformer)
@@ -122,7 +178,7 @@ def test_under_autocast(wholly, dtype: torch.dtype) -> None:
             transformer(*make_inputs()).float().square().mean().backward()
         return [parameter.grad for parameter in network.parameters()]
 
-    assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
+    assert same(gradients(checkpointed), gradients(wholly))
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
@@ -151,9 +207,10 @@ def test_layers_that_learn_themselves_get_their_gradients(wholly, trained: str) 
     assert same(gradients(enable_gradient_checkpointing), gradients(wholly))
 
 
-def test_a_graph_that_is_kept_is_recomputed_each_time() -> None:
+@pytest.mark.parametrize("checkpointed", [enable_gradient_checkpointing, keep_attention])
+def test_a_graph_that_is_kept_is_recomputed_each_time(checkpointed) -> None:
     transformer = make_transformer()
-    enable_gradient_checkpointing(transformer)
+    checkpointed(transformer)
     network = add_lora(transformer)
     loss = transformer(*make_inputs()).square().mean()
     loss.backward(retain_graph=True)

@@ -62,6 +62,8 @@ def test_flags_that_miss_or_exclude_each_other(script, flags, sentence):
         ({"fp8_fast": True}, "stored in float8"),
         ({"fp8_fast": True, "weights": WeightFormat.INT8}, "stored in float8"),
         ({"gradient_checkpointing_cpu_offload": True}, "give --gradient_checkpointing as well"),
+        ({"keep_attention": True}, "give --gradient_checkpointing as well"),
+        ({"keep_attention": True, "gradient_checkpointing": True, "compile": CompileSettings()}, "--compile exclude each other"),
     ],
 )
 def test_wrong_combinations_are_refused_while_settings_are_made(settings, sentence):
@@ -87,8 +89,11 @@ def test_what_cannot_work_here_is_refused_before_and_while_loading(tiny_model, s
         load_transformer(tiny_model.dit, runtime=runtime, **options)
 
 
-def test_a_number_of_blocks_that_is_not_known_yet_passes_the_check_and_is_refused_while_loading(tiny_model):
-    runtime = RuntimeSettings(blocks_to_swap="auto")
+@pytest.mark.parametrize(
+    "settings", [{"blocks_to_swap": "auto"}, {"keep_attention": "auto", "gradient_checkpointing": True}], ids=str
+)
+def test_what_is_not_known_yet_passes_the_check_and_is_refused_while_loading(tiny_model, settings):
+    runtime = RuntimeSettings(**settings)
     runtime.check(CPU, torch.float32, check_transformer_file(tiny_model.dit))
     with pytest.raises(UserError, match='still "auto"'):
         load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32, runtime=runtime)

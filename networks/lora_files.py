@@ -107,9 +107,14 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False, values: bo
     Raises:
         UserError: no whole safetensors file; not a LoRA for this model, or only in part; factors that do not belong together.
     """
-    path = next((file for name in (PEFT_FILE, DIFFUSERS_FILE) if (file := Path(path, name)).is_file()), path)
+    path = lora_path(path)
     file = read_tensors(path, "LoRA file", (lambda name: True) if values else (lambda name: name.endswith(_NUMBERS)))
-    return lora_of(file.tensors, file.metadata, str(path), partial=partial, peft=peft_config(Path(path), file.metadata))
+    return lora_of(file.tensors, file.metadata, str(path), partial=partial, peft=peft_config(path, file.metadata))
+
+
+def lora_path(path: str | os.PathLike[str]) -> Path:
+    """The file itself: that inside ``path`` if it is a folder that PEFT or diffusers saved."""
+    return next((file for name in (PEFT_FILE, DIFFUSERS_FILE) if (file := Path(path, name)).is_file()), Path(path))
 
 
 def lora_of(

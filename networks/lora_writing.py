@@ -22,6 +22,7 @@ from utils.safetensors_io import save_tensors
 
 logger = logging.getLogger(__name__)
 
+_OF_TENSORS = (PEFT_METADATA, "modelspec.hash_sha256")  # metadata that other names or factors make untrue
 MLP_RATIO = 4  # width of the model's MLPs: the rows of a part that a file leaves out
 
 
@@ -46,7 +47,7 @@ def to_layout(lora: LoraFile, target: str) -> dict[str, Tensor]:
                 for index, update in _as_stored(placed, layout)
             ]
         except CannotConvert as reason:
-            raise UserError(f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}.") from None
+            raise UserError(f"{lora.source} cannot be written in the layout {target}: of {parameter}, {reason}.") from reason
         written += [(index, parameter, update) for index, update in updates]
     rank = max((update.rank for *_, update in written if isinstance(update, LowRank)), default=0)
     for index, parameter, update in written:
@@ -129,7 +130,7 @@ def _fused(updates: Mapping[int, LowRank], parts: int) -> LowRank:
     if len({lora.scale for lora in loras}) > 1:
         loras = [_scale_in_up(lora) for lora in loras]
     down = loras[0].down
-    shared = all(lora.down.shape == down.shape and torch.equal(lora.down, down) for lora in loras)
+    shared = not down.is_meta and all(lora.down.shape == down.shape and torch.equal(lora.down, down) for lora in loras)
     if not shared:
         down = torch.cat([lora.down.flatten(1) for lora in loras])
     up = loras[0].up.new_zeros(sum(rows), len(down))
@@ -149,6 +150,8 @@ def _computable(lora: LowRank) -> LowRank:
 
 def _times(factor: Tensor, number: float) -> Tensor:
     """In the dtype of ``factor``, or float32 where it would be too large for that."""
+    if factor.is_meta:  # of a file of which only the header was read
+        return factor
     product = factor.float() * number
     rounded = product.to(factor.dtype)
     if rounded.isfinite().all():
@@ -246,11 +249,14 @@ def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def save_lora(path: str | os.PathLike[str], lora: LoraFile, target: str) -> None:
-    """Save ``lora`` in the layout ``target``, with its metadata, of which only the hashes change. Errors as in ``to_layout``.
+    """Save ``lora`` in the layout ``target``, with its metadata. Errors as in ``to_layout``.
 
-    The alphas in the configuration of PEFT are left out: they are in the tensors now, and would count twice.
+    Hashes are computed anew. What describes the tensors that were read is left out, which is logged: the alphas in the
+    configuration of PEFT are in the tensors now, and would count twice. How the LoRA was trained (ss_*) stays.
     """
     tensors = to_layout(lora, target)
     hashes = tensor_hashes(tensors, lora.metadata)
-    metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items() if key != PEFT_METADATA}
+    metadata = {key: hashes.get(key, value) for key, value in lora.metadata.items() if key not in _OF_TENSORS}
+    if gone := sorted(lora.metadata.keys() - metadata.keys()):
+        logger.info("%s: the metadata %s is left out, since it describes the tensors of %s", path, name_some(gone), lora.source)
     save_tensors(path, tensors, metadata or None)

@@ -26,11 +26,12 @@ Effect = Callable[["Run", "Run"], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A flag with a value, its effect, and the flags that both runs are given besides."""
+    """A flag with a value, its effect, the flags that both runs are given besides, and those in place of the base of the table."""
 
     given: str
     effect: Effect
     beside: str = ""
+    base: str | None = None
 
     @property
     def flag(self) -> str:
@@ -53,16 +54,17 @@ class Bench:
         self.script, self.base, self.folder, self.prepare, self.places = script, base, folder, prepare, places
         self.runs: dict[str, Run] = {}
 
-    def run(self, flags: str) -> Run:
-        flags = " ".join(flags.split())
+    def run(self, flags: str, base: str | None = None) -> Run:
+        """The run with these flags beside those of all runs, or beside ``base``."""
+        flags = " ".join(f"{self.base if base is None else base} {flags}".split())
         if flags not in self.runs:
             self.runs[flags] = Run(self, flags, self.folder / f"{len(self.runs):03d}")
         return self.runs[flags]
 
     def check(self, row: Row) -> None:
         """The flag does what its row says, and the row would notice if the script ignored it: two runs without it do not pass."""
-        without = self.run(row.beside)
-        row.effect(self.run(f"{row.beside} {row.given}"), without)
+        without = self.run(row.beside, row.base)
+        row.effect(self.run(f"{row.beside} {row.given}", row.base), without)
         with pytest.raises((AssertionError, Refused)):
             row.effect(without, without)
 
@@ -75,8 +77,7 @@ class Run:
 
     @cached_property
     def words(self) -> list[str]:
-        text = f"{self.bench.base} {self.flags}"
-        return [word.format(out=self.out, **self.bench.places) for word in text.split()]
+        return [word.format(out=self.out, **self.bench.places) for word in self.flags.split()]
 
     @cached_property
     def ended(self) -> Ended:

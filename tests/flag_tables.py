@@ -395,6 +395,7 @@ GENERATION = (
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
 )
 
+CHECK = "--check {data}/rank3.safetensors"
 CONVERSION = (
     Row("--input {data}/one_module.safetensors", becomes(lambda run: len(run.tensors("converted.safetensors")), 2)),
     Row("--output {out}/other.safetensors", both(writes("other.safetensors"), removes("converted.safetensors"))),
@@ -403,6 +404,11 @@ CONVERSION = (
         becomes(lambda run: {name[:10] for name in run.tensors("converted.safetensors")}, {"lora_unet_"}),
         beside="--input {data}/converted.safetensors",
     ),
+    Row("--lora_partial", works, beside="--input {data}/in_part.safetensors"),
+    Row("--check {data}/rank3.safetensors", prints("rank"), base=""),
+    Row("--dit {model}/dit.safetensors", prints("all modules match"), base=CHECK),
+    Row("--norms", prints("norm, double blocks"), base=CHECK),
+    Row("--json", prints('"ranks": ['), base=CHECK),
 )
 
 

@@ -30,6 +30,8 @@ def bench(tiny_model, tmp_path_factory) -> Callable[[str], Bench]:
     save_file({**load_file(data / "rank3.safetensors"), "other.model": torch.ones(1)}, data / "partly.safetensors")
     one_module = {"include_patterns": "['double_blocks.0.img_attn_qkv']", "exclude_patterns": "['.*']"}
     write_lora(tiny_model.dit, data / "one_module.safetensors", **one_module)
+    strange = load_file(data / "one_module.safetensors") | {"strange.weight": torch.ones(1)}
+    save_file(strange, data / "in_part.safetensors")
     places = {"data": data, "model": tiny_model.dit.parent}
     benches = {script: Bench(script, TABLES[script].base, tmp_path_factory.mktemp(script), **places) for script in TABLES}
     ready: set[str] = set()

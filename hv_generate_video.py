@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser("Generate a video, or a picture with --video_length 1, with HunyuanVideo and LoRA.")
     models = parser.add_argument_group("models")
     add_config_file_argument(models)
-    models.add_argument("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
+    models.add_argument("--dit", metavar="PATH", help="transformer: a .safetensors, .pt or .gguf file, or a folder")
     models.add_argument(
         "--dit_dtype", metavar="DTYPE", help="precision of the transformer (default: bfloat16 on CUDA, float32 on the CPU)"
     )

@@ -146,8 +146,8 @@ def open_transformer(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoin
         raise UserError(f"{flag} {path}: {error}") from None
     if config.in_channels != config.out_channels:
         raise UserError(
-            f"{flag} {path} takes {config.in_channels} channels and predicts {config.out_channels}: it needs more than noise and "
-            "text, which is not supported. Give the text-to-video model."
+            f"{flag} {path} takes {config.in_channels} channels and predicts {config.out_channels}; models that are given more "
+            "than noise and text are not supported. Use the text-to-video model."
         )
     return checkpoint, config
 

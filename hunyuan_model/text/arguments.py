@@ -37,7 +37,7 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
         "--text_encoder1",
         metavar="PATH",
         required=required,
-        help="Llama-type text encoder: a Hugging Face folder or one .safetensors file",
+        help="Llama-type text encoder: a Hugging Face folder (also of LLaVA), or one .safetensors or .gguf file",
     )
     group.add_argument(
         "--text_encoder2",

@@ -64,7 +64,7 @@ def transformer_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Tra
     if missing:
         raise UserError(
             f"this is not a whole HunyuanVideo transformer: it has no {', '.join(missing)}. "
-            "Give the official checkpoint (mp_rank_00_model_states.pt or a .safetensors file with the same names)."
+            "Copy or download it again, or give the right file."
         )
     for name, dimensions in _NEEDED.items():
         if len(shapes[name]) != dimensions or 0 in shapes[name]:

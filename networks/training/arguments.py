@@ -60,7 +60,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     add_config_file_argument(group)
     add = group.add_argument
     add("--dataset_config", metavar="TOML", help="the dataset configuration that the caches were made with")
-    add("--dit", metavar="PATH", help="transformer checkpoint: .safetensors or .pt")
+    add("--dit", metavar="PATH", help="transformer: a .safetensors, .pt or .gguf file, or a folder")
     default = "that of --mixed_precision; without it bfloat16 on CUDA, float32 on the CPU"
     add("--dit_dtype", metavar="DTYPE", help=f"precision of the transformer (default: {default})")
 

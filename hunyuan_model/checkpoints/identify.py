@@ -27,7 +27,7 @@ class Kind(Enum):
     """
 
     LORA_AB = ("a LoRA with lora_A/lora_B keys", r"\.lora_A\.(\w+\.)?weight$")
-    LYCORIS = ("a LyCORIS network", r"\.(lokr_w[12](_[ab])?|hada_w[12]_[ab]|oft_blocks)$")
+    LYCORIS = ("a LyCORIS network", r"\.(lokr_w[12](_[ab])?|hada_w[12]_[ab]|oft_blocks|diff(_b)?)$")
     LORA_SD_SCRIPTS = ("a LoRA in the layout of sd-scripts", r"\.lora_down\.weight$")
     LATENT_CACHE = ("a latent cache", r"^latents_\d+x\d+x\d+_\w+$")
     TEXT_CACHE = ("a text encoder output cache", r"^llm_\w+$", r"^(llm_mask|clipL_\w+)$")
@@ -75,6 +75,11 @@ class Kind(Enum):
     )
     VAE_WAN = ("a Wan VAE, which is not supported", r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$")
     VAE_OTHER = ("a VAE of another model", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
+    QWEN = (
+        "a Qwen language model, which is not supported (use the Llama of HunyuanVideo 1.0)",
+        r"^(?!.*encoder).*\b(layers\.\d+\.self_attn\.(k_proj\.bias|k_norm\.weight)|blk\.\d+\.attn_k(\.bias|_norm\.weight))$",
+        r"(^|\.)(embed_tokens|token_embd)\.weight$",
+    )
     LLAMA = (
         "a Llama language model",
         r"(^|\.)(layers\.\d+\.self_attn\.q_proj|blk\.\d+\.attn_q)\.weight$",

@@ -41,6 +41,10 @@ EXAMPLES = [
     (Kind.VAE_TINY, named("encoder.0.weight", "encoder.12.conv.0.weight", "decoder.1.weight", "decoder.22.bias")),
     (Kind.VAE_WAN, named("encoder.conv1.weight", "decoder.middle.0.residual.0.gamma")),
     (Kind.VAE_OTHER, named("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")),
+    (
+        Kind.LYCORIS,
+        named("diffusion_model.double_blocks.0.img_attn_qkv.diff", "diffusion_model.double_blocks.0.img_attn_qkv.diff_b"),
+    ),
     (Kind.LLAMA, named("token_embd.weight", "blk.0.attn_q.weight", "output_norm.weight")),
     (Kind.OPEN_CLIP, named("transformer.resblocks.0.attn.in_proj_weight")),
     (Kind.T5, named("encoder.block.0.layer.0.SelfAttention.q.weight")),
@@ -86,6 +90,8 @@ def test_kinds_of_the_models_of_transformers():
         t5 = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=8)
         models = [
             (Kind.LLAMA, transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_key_value_heads=2))),
+            (Kind.QWEN, transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small, num_key_value_heads=2))),
+            (Kind.QWEN, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**small, num_key_value_heads=2))),
             (Kind.CLIP_TEXT, transformers.CLIPTextModel(transformers.CLIPTextConfig(**small))),
             (Kind.T5, transformers.T5EncoderModel(t5)),
         ]

@@ -244,6 +244,8 @@ def main() -> None:
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
         decode_stored(args, device)
     else:
+        if not args.lora_weight:
+            warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"})
         settings = generation_settings(args, device)
         warn_of_cpu(args.device, device)
         generate(settings, device)

@@ -377,8 +377,12 @@ def _some(placed: Iterable[PlacedUpdate]) -> str:
 def check_lora_file(
     path: str | os.PathLike[str], weight_shapes: Mapping[str, tuple[int, ...]] | None = None, *, partial: bool = False
 ) -> LoraFile:
-    """Check a LoRA file by its header alone, also against a model's weights if given. Errors as above."""
-    lora = read_lora(path, partial=partial, values=False)
-    if weight_shapes is not None:
-        fit_to_model(lora, weight_shapes, partial=partial)
-    return lora
+    """Check a LoRA file by its header alone, also against a model's weights if given. Errors as above; logs nothing."""
+    logger.disabled = True  # what is left out is logged when the file is read for use
+    try:
+        lora = read_lora(path, partial=partial, values=False)
+        if weight_shapes is not None:
+            fit_to_model(lora, weight_shapes, partial=partial)
+        return lora
+    finally:
+        logger.disabled = False

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.toy import scoring, world
 from examples.toy.model_files import FOLDER, files_in
@@ -18,6 +19,7 @@ from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.settings import RuntimeSettings
 from networks.lora import create_network
+from tiny.variants import write_lora_of_every_kind
 
 LARGEST = 30e6  # bytes of the whole model
 NUMBER = 24
@@ -136,3 +138,31 @@ def test_a_lora_gives_the_same_merged_injected_and_converted_there_and_back(lora
         assert np.abs(generated(model, some, **settings) - reference).max() <= 2, way
     # The merged file is stored in bfloat16, as the transformer it was made from: its pictures differ, but hardly.
     assert np.abs(generated(ToyModel.load(merged.parent), some, **settings) - reference).mean() < 1.0
+
+
+@pytest.mark.slow
+def test_every_kind_of_lora_gives_the_same_picture_merged_and_injected(call_script, tmp_path):
+    files, lora = files_in(FOLDER), tmp_path / "kinds.safetensors"
+    write_lora_of_every_kind(files.dit, lora)
+    models = (
+        "--dit",
+        files.dit,
+        "--vae",
+        files.vae,
+        "--text_encoder1",
+        files.text_encoder1,
+        "--text_encoder2",
+        files.text_encoder2,
+    )
+    picture = ("--video_size", 64, 64, "--video_length", 1, "--infer_steps", 6, "--seed", 1, "--output_type", "images")
+
+    def pixels(name: str, *flags: object) -> np.ndarray:
+        prompt = ("--prompt", "a yellow cross on a green background")
+        ended = call_script("hv_generate_video", *models, *picture, *prompt, "--save_path", tmp_path / name, *flags)
+        assert ended.status == 0, ended.stderr
+        (path,) = (tmp_path / name).glob("*/00000.png")
+        return np.asarray(Image.open(path)).astype(int)
+
+    merged = pixels("merged", "--lora_weight", lora)
+    assert np.abs(pixels("base") - merged).max() > 30
+    assert np.abs(pixels("injected", "--lora_weight", lora, "--lora_mode", "inject") - merged).max() <= 1

@@ -21,8 +21,8 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
 from networks.lora import LoRAModule, create_network, create_network_from_weights
-from networks.lora_files import read_lora
-from networks.lora_merging import complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
+from networks.lora_files import lora_of, read_lora
+from networks.lora_merging import LoraToMerge, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -428,6 +428,15 @@ def test_multipliers_fill_up_with_one():
     assert [lora.multiplier for lora in read_lora_files([LORA, LORA], [0.5])] == [0.5, 1.0]
     with pytest.raises(UserError, match=r"--lora_multiplier has more values .2. than --lora_weight"):
         complete_multipliers([LORA], [0.5, 1.0], "--lora_weight", "--lora_multiplier")
+
+
+def test_merging_twice_is_the_same():
+    """No tensor of a file is written to."""
+    name = "double_blocks.0.img_attn_proj.weight"
+    tensors = {"diffusion_model.double_blocks.0.img_attn_proj.diff": torch.ones(48, 48)}
+    patch = merge_patch([LoraToMerge(lora_of(tensors, {}, "difference"), 0.5)], DIT)
+    for _ in range(2):
+        assert torch.equal(patch(name, torch.zeros(48, 48)), torch.full((48, 48), 0.5))
 
 
 def test_merge_patch_leaves_its_input_alone():

@@ -73,7 +73,7 @@ ROWS = [
     (GENERATE, ["--latent_path", "x.safetensors", "--output_type", "both"], ["--output_type both", "use video or images"]),
     (GENERATE, ["--save_merged_model", "x.safetensors"], ["--save_merged_model needs --lora_weight"]),
     (GENERATE, ["--lora_weight", LORA, "--save_merged_model", "x.pt"], [".safetensors file", "x.pt"]),
-    (CONVERT, ["--target", "comfy"], ["--target", "'comfy'", "other"]),
+    (CONVERT, ["--target", "comfi"], ["--target", "'comfi'", "other"]),
     (CONVERT, ["--input", GOLDENS], ["must be a file", "is a folder"]),
     (CONVERT, ["--input", GOLDENS / "dit.pt"], ["dit.pt is not a readable safetensors file", "Save it as safetensors"]),
 ]

@@ -122,11 +122,14 @@ def test_a_text_encoder_with_an_impossible_config(bench, name):
 
 LORAS = {
     "ranks differ": (lambda t: t.update({DOWN: torch.ones(3, 128)}), [DOWN, "not the factors of one update"]),
-    "down missing": (lambda t: t.pop(DOWN), ["a factor is missing", "double_blocks_0_img_attn_qkv"]),
-    "foreign keys": (lambda t: t.update({"text_model.weight": torch.ones(1)}), ["keys are unknown", "text_model.weight"]),
-    "LyCORIS": (lambda t: t.update({f"{MODULE}.hada_w1_a": torch.ones(1)}), ["not a plain LoRA", "hada_w1_a", "lycoris"]),
+    "down missing": (lambda t: t.pop(DOWN), ["incomplete", "down is missing", UP]),
+    "foreign keys": (
+        lambda t: t.update({"text_model.weight": torch.ones(1)}),
+        ["only in part: 1 of its 4 keys", "text_model.weight", "--lora_partial"],
+    ),
+    "two kinds": (lambda t: t.update({f"{MODULE}.hada_w1_a": torch.ones(1)}), ["hada_w1_a", "factors of one kind are expected"]),
     "NaN": (lambda t: t[UP].view(-1)[0:1].fill_(torch.nan), ["NaN or infinity", UP, "earlier save"]),
-    "alpha NaN": (lambda t: t.update({ALPHA: torch.tensor(torch.nan)}), ["alpha of double_blocks_0_img_attn_qkv", "finite"]),
+    "alpha NaN": (lambda t: t.update({ALPHA: torch.tensor(torch.nan)}), [ALPHA, "one finite number"]),
     "whole numbers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), ["int8", "floating point"]),
     "size of another model": (lambda t: t.update({DOWN: torch.ones(4, 99)}), ["do not match the model", "another size"]),
 }

@@ -53,6 +53,13 @@ def test_quantized_weights_and_swapping_save_what_they_promise(picture: MemoryPl
     assert quantized.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
 
 
+def test_a_lora_beside_the_weights_is_counted(picture: MemoryPlan) -> None:
+    sampling = replace(picture, trains=False, network_values=None)
+    merged, injected = sampling.need(), replace(sampling, injected_bytes=3 * GB).need()
+    assert injected.network - merged.network == 3 * GB
+    assert injected.on_device - merged.on_device >= 3 * GB  # and what it computes
+
+
 @pytest.mark.parametrize("gigabytes", [8, 16, 24])
 def test_auto_swaps_as_few_blocks_as_fit(picture: MemoryPlan, gigabytes: int) -> None:
     plan = picture.changed(gradient_checkpointing=True, weights=WeightFormat.INT8, blocks_to_swap="auto").resolved(gigabytes * GB)

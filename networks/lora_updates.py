@@ -207,12 +207,9 @@ class DoRA:
         return changed.mul_(self.magnitude.to(weight.device, torch.float32) / length) - weight
 
     def with_rows(self, take: Rows) -> DoRA:
-        direction = self.direction.with_rows(take)
-        if self.per_output:
-            return DoRA(direction, take(self.magnitude))
-        if direction.shape[0] < self.shape[0]:
+        if not self.per_output:
             raise CannotConvert("DoRA with a magnitude for each input needs all rows of the weight at once")
-        return DoRA(direction, self.magnitude)
+        return DoRA(self.direction.with_rows(take), take(self.magnitude))
 
 
 def with_rows_permuted(update: Update, permute: Rows) -> Update:

@@ -23,6 +23,8 @@ def fingerprint_weights(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {checkpoint.dtypes[name]} {list(checkpoint.shapes[name])}\n".encode())
         for piece in checkpoint.pieces(name):  # as stored: nothing is dequantized
             digest.update(_sample(piece))
+        if name in checkpoint.scales:
+            digest.update(_sample(checkpoint.scales[name]))
     return digest.hexdigest()
 
 

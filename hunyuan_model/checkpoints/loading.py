@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -65,19 +66,24 @@ def load_weights(
     """
     device = torch.device(device)
     require_same_tensors(module, checkpoint)
+    scratch = _Scratch()
     sizes = {name: math.prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()}
     total = sum(sizes.values())
     description = progress or f"loading {checkpoint.what}"
     units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": total < PROGRESS_FROM_BYTES}
     with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(checkpoint.shapes, checkpoint.pieces) as coming:
         for name, pieces in coming:
-            stored = checkpoint.assemble(name, pieces)
-            dtype = dtype_of(name) if stored.is_floating_point() else stored.dtype
+            stored_dtype, scale = checkpoint.dtypes[name], checkpoint.scales.get(name)
+            dtype = dtype_of(name) if stored_dtype.is_floating_point else stored_dtype
             on_host = host is not None and host.wants(name)
-            place = torch.device("cpu") if on_host and patch is None and stored.dtype == dtype else device
-            tensor, scale = _converted(name, stored, checkpoint.scales.get(name), place, dtype, quantize, patch)
+            place = torch.device("cpu") if on_host and patch is None and stored_dtype == dtype else device
+            as_it_ends = (
+                place.type == "cpu" and patch is None and (dtype == stored_dtype or (scale is None and dtype not in FP8_DTYPES))
+            )
+            stored = checkpoint.assemble(name, pieces, partial(_empty_of, dtype) if as_it_ends else scratch.take)
+            tensor, scale = _converted(name, stored, scale, place, dtype, quantize, patch)
             del stored
-            if any(_share_memory(tensor, piece) for piece in pieces):
+            if any(_share_memory(tensor, other) for other in (*pieces, scratch.memory)):
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             parts = {name: tensor} if scale is None else {name: tensor, name + SCALE_SUFFIX: scale}
             for part, value in parts.items():
@@ -90,6 +96,23 @@ def load_weights(
             raise RuntimeError(f"buffer {name} is neither in the checkpoint nor computed: build it outside the meta device")
         if buffer.device != device:
             _assign(module, name, buffer.to(device))
+
+
+class _Scratch:
+    """Memory for one tensor at a time that is converted afterwards: new memory for each takes longer than the conversion."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(shape)
+
+
+def _empty_of(final: torch.dtype, shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=final)
 
 
 def _converted(

@@ -120,24 +120,22 @@ def _fused(checkpoint: Checkpoint, names: Sequence[str], place: Place) -> Stored
             f"{checkpoint.what} {checkpoint.path} holds {names[0]} with the shape {entry.shape}, which it cannot have. "
             "Check that it is the right file."
         ) from error
-    return replace(entry, shape=shape, assemble=lambda pieces: reorder(before.made_of(pieces)))
+    return replace(entry, shape=shape, assemble=lambda pieces, out: out.copy_(reorder(before.made_of(pieces))))
 
 
 def _rows_of(parts: Sequence[StoredTensor]) -> StoredTensor:
-    """The rows of all parts, one part after the other, in one new tensor."""
+    """The rows of all parts, one part after the other, in one tensor."""
     first = parts[0]
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
 
     def pieces() -> tuple[Tensor, ...]:
         return tuple(piece for part in parts for piece in part.pieces())
 
-    def assemble(pieces: Sequence[Tensor]) -> Tensor:
-        rows = torch.empty(shape, dtype=first.dtype)
+    def assemble(pieces: Sequence[Tensor], out: Tensor) -> None:
         row = start = 0
         for part in parts:
-            rows[row : row + part.shape[0]] = part.made_of(pieces[start : start + part.count])
+            part.write(pieces[start : start + part.count], out[row : row + part.shape[0]])
             row, start = row + part.shape[0], start + part.count
-        return rows
 
     return StoredTensor(shape, first.dtype, pieces, assemble, sum(part.count for part in parts), first.quantized)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_model.checkpoints.gguf_files import MAGIC, gguf_entries
 from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_only
-from hunyuan_model.checkpoints.stored_tensor import StoredTensor
+from hunyuan_model.checkpoints.stored_tensor import Allocate, StoredTensor
 from utils.errors import UserError, first_line, name_some
 from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, require_file, require_there
 from utils.safetensors_io import SAFETENSORS_DTYPES
@@ -206,9 +206,9 @@ class Checkpoint:
         """What ``get`` reads of the file: cheap, nothing is read yet."""
         return self.entries[name].pieces()
 
-    def assemble(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensor ``name``, as ``get`` gives it, from its pieces."""
-        return self.entries[name].made_of(pieces)
+    def assemble(self, name: str, pieces: Sequence[torch.Tensor], allocate: Allocate = torch.empty) -> torch.Tensor:
+        """The tensor ``name``, as ``get`` gives it, from its pieces; what is made of several lies in memory from ``allocate``."""
+        return self.entries[name].made_of(pieces, allocate)
 
     def is_quantized(self, name: str) -> bool:
         """Whether the file holds codes in place of the values: what is computed from them fits in no file of that dtype."""

@@ -134,8 +134,8 @@ def test_a_fingerprint_dequantizes_nothing(tmp_path, monkeypatch):
         write(tmp_path / f"{name}.gguf", {"a.weight": (random(*seed_shape).reshape(4, 64), "Q8_0")})
     monkeypatch.setattr(gguf.quants, "dequantize", None)
     monkeypatch.setattr("hunyuan_model.checkpoints.gguf_files._require_dequantizable", lambda *_: None)
-    first, other = (fingerprint_weights(tmp_path / f"{name}.gguf", "m") for name in "ab")
-    assert first == fingerprint_weights(tmp_path / "a.gguf", "m") != other
+    first, other = (fingerprint_weights(opened(tmp_path / f"{name}.gguf")) for name in "ab")
+    assert first == fingerprint_weights(opened(tmp_path / "a.gguf")) != other
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):

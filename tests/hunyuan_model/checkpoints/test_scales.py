@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.checkpoints.loading import load_weights, true_value
 from hunyuan_model.checkpoints.reading import Checkpoint, open_checkpoint
 from hunyuan_model.checkpoints.scales import require_scales, take_scales
@@ -180,6 +181,13 @@ def test_scales_that_cannot_be_right_are_refused(tmp_path, says):
 def test_a_layer_that_is_merely_cast_needs_no_scale(tmp_path):
     stored = FILES["ComfyUI"][0] | {"blocks.0.mod.weight": weight(FIRST).to(FP8_DTYPE)}
     assert set(opened(tmp_path, stored).scales) == {f"{layer}.weight" for layer in LAYERS}
+
+
+def test_scales_count_in_the_fingerprint(tmp_path):
+    stored, _ = FILES["ComfyUI"]
+    first = fingerprint_weights(opened(tmp_path, stored))
+    assert first == fingerprint_weights(opened(tmp_path, stored))
+    assert first != fingerprint_weights(opened(tmp_path, stored | {f"{FIRST}.scale_weight": torch.tensor(0.5)}))
 
 
 def cast_or_scaled(path: Path, dtype: torch.dtype, scaled: bool) -> dict[str, Tensor]:

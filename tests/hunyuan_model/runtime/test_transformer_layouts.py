@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_writing import as_stored, write_gguf
 from safetensors.torch import load_file, save_file
 from small_transformer import CONFIG
 from torch import Tensor
@@ -170,19 +171,10 @@ def test_models_of_other_kinds_are_named(tmp_path, weights, name, layout):
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_gguf(tmp_path, arch, prefix):
     """The values that its codes mean, under official names; what is not quantized keeps its bits."""
-    gguf = pytest.importorskip("gguf")
     torch.manual_seed(0)
     state = HYVideoDiffusionTransformer(CONFIG).state_dict()
-    writer, kind, values = gguf.GGUFWriter(tmp_path / "m.gguf", arch), gguf.GGMLQuantizationType.Q8_0, dict(state)
-    for name, tensor in state.items():
-        quantized = is_quantized_name(name)
-        codes = gguf.quants.quantize(tensor.numpy(), kind) if quantized else tensor.numpy()
-        writer.add_tensor(prefix + name, codes, raw_dtype=kind if quantized else None)
-        if quantized:
-            values[name] = torch.from_numpy(gguf.quants.dequantize(codes, kind))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    quantized = {prefix + name for name in state if is_quantized_name(name)}
+    write_gguf(tmp_path / "m.gguf", arch, {prefix + name: tensor for name, tensor in state.items()}, quantized, "Q8_0")
     assert check_transformer_file(tmp_path / "m.gguf").hidden_size == 64
-    require_same(load(tmp_path / "m.gguf"), values)
+    expected = {name: as_stored(tensor, "Q8_0") if prefix + name in quantized else tensor for name, tensor in state.items()}
+    require_same(load(tmp_path / "m.gguf"), expected)

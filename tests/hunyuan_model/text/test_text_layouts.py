@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_writing import as_stored, write_gguf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -240,52 +241,47 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf_llama(path: Path, tensors: dict[str, Tensor], sizes: dict[str, float], kind: str) -> dict[str, Tensor]:
-    """As llama.cpp's converter writes it: other names, and other rows of the queries and keys. Returns the values that it means."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(sizes["num_hidden_layers"])
-    writer.add_embedding_length(sizes["hidden_size"])
-    writer.add_head_count(sizes["num_attention_heads"])
-    writer.add_head_count_kv(sizes["num_key_value_heads"])
-    writer.add_key_length(sizes["head_dim"])
-    writer.add_layer_norm_rms_eps(sizes["rms_norm_eps"])
-    writer.add_rope_freq_base(sizes["rope_theta"])
-    kind, values = gguf.GGMLQuantizationType[kind], {}
+def to_llama_cpp(tensors: dict[str, Tensor], heads: dict[str, int]) -> dict[str, Tensor]:
+    """Names, and rows of queries and keys, as llama.cpp's converter writes them; ``heads``: of attn_q and attn_k."""
+    names = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
+    converted = {}
     for name, tensor in tensors.items():
-        theirs = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}.get(
-            name
-        )
+        theirs = names.get(name)
         if theirs is None:
             _, _, index, module = name.removesuffix(".weight").split(".", 3)
             theirs = f"blk.{index}.{GGUF_NAMES[module]}"
-        array, quantized = tensor.numpy(), tensor.ndim == 2
-        heads = {"attn_q": sizes["num_attention_heads"], "attn_k": sizes["num_key_value_heads"]}.get(theirs.rpartition(".")[2])
-        permuted = array
-        if heads:
-            permuted = array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        codes = gguf.quants.quantize(permuted, kind) if quantized else permuted
-        writer.add_tensor(f"{theirs}.weight", codes, raw_dtype=kind if quantized else None)
-        values[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)) if quantized else tensor
-    writer.add_tensor("rope_freqs.weight", tensors["model.norm.weight"][:4].numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
+        count = heads.get(theirs.rpartition(".")[2])
+        if count:
+            tensor = tensor.reshape(count, 2, len(tensor) // count // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        converted[f"{theirs}.weight"] = tensor
+    return converted | {"rope_freqs.weight": torch.ones(4)}
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("head_dim, heads", [(128, 2), (16, 4)])
+@pytest.mark.parametrize("head_dim, heads", [(128, 2), (16, 4), (32, 2)])
 def test_gguf_llama(llama, tmp_path, kind, head_dim, heads):
     """Its rows are in the order of transformers again, whatever its heads, which its metadata tells."""
     torch.manual_seed(2)
     sizes = LLAMA | {"head_dim": head_dim, "num_attention_heads": heads, "rope_theta": 20000.0, "rms_norm_eps": 2**-13}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
-    values = write_gguf_llama(tmp_path / "m.gguf", model.state_dict(), sizes, kind)
+    stored = to_llama_cpp(model.state_dict(), {"attn_q": heads, "attn_k": 1})
+    metadata = {"embedding_length": 64, "attention__head_count": heads, "attention__head_count_kv": 1}
+    metadata |= {"attention__layer_norm_rms_epsilon": 2**-13, "rope__freq_base": 20000.0}
+    if head_dim * heads != 64:  # llama.cpp writes it only where the width does not tell it
+        metadata["attention__key_length"] = head_dim
+    matrices = [name for name, tensor in stored.items() if tensor.ndim == 2]
+    write_gguf(tmp_path / "m.gguf", "llama", stored, matrices, kind, **metadata)
+    values = {name: as_stored(tensor, kind) if tensor.ndim == 2 else tensor for name, tensor in model.state_dict().items()}
     encoder = load_text_encoder_1(tmp_path / "m.gguf", device="cpu", dtype=torch.float32, tokenizer=llama)
     assert all(torch.equal(tensor, values[f"model.{name}"]) for name, tensor in encoder.model.state_dict().items())
     model.load_state_dict(values)
     model.save_pretrained(tmp_path / "plain")
     plain = load_text_encoder_1(tmp_path / "plain", device="cpu", dtype=torch.float32, tokenizer=llama)
     assert torch.equal(encoder.encode(["A cat"])[0], plain.encode(["A cat"])[0])
+
+
+def test_gguf_llama_with_impossible_heads(llama, tmp_path):
+    stored = to_llama_cpp(weights_of(llama), {})
+    write_gguf(tmp_path / "m.gguf", "llama", stored, (), "F16", attention__key_length=7)
+    with pytest.raises(UserError, match=r"--text_encoder1 .*m\.gguf has heads of 7 according to its metadata"):
+        load_llama(tmp_path / "m.gguf", llama)

@@ -13,7 +13,7 @@ from torch import Tensor
 def write_gguf(
     path: Path, arch: str, tensors: Mapping[str, Tensor], quantized: Collection[str], kind: str, **metadata: float
 ) -> None:
-    """Stores those of ``quantized`` as ``kind``, the others as float32. ``metadata``: below the architecture's name, __ for a dot."""
+    """Stores those of ``quantized`` as ``kind``, the others as float32. Keys of ``metadata`` follow ``arch``, with __ for a dot."""
     gguf = pytest.importorskip("gguf")
     writer, code = gguf.GGUFWriter(path, arch), gguf.GGMLQuantizationType[kind]
     for key, value in metadata.items():

@@ -64,7 +64,7 @@ def to_layout(lora: LoraFile, target: str) -> dict[str, Tensor]:
 
 def _warn_of_diffusers(parameters: Iterable[str]) -> None:
     """Log what diffusers cannot read of the layout ``other``; ComfyUI reads all of it."""
-    outside = [name for name in parameters if not name.startswith(("double_blocks.", "single_blocks."))]
+    outside = sorted(name for name in parameters if not name.startswith(("double_blocks.", "single_blocks.")))
     if outside:
         logger.warning("diffusers reads %s wrongly in the layout other; use the layout diffusers there", name_some(outside, 3))
     elif not any("img_attn_qkv" in name for name in parameters):

@@ -29,6 +29,7 @@ from networks.training.loop import run_training
 from networks.training.loss.timestep_preview import show_timesteps
 from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.preflight import find_beginning, inspect_model, preflight
+from networks.training.saving.models import add_missing_copies
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import hide_secrets
 from utils.cli.config_files import parse_with_config
@@ -89,6 +90,8 @@ def main() -> int:
     data = open_training_data(settings, model.config, beginning.seed, accelerator)
     plan = preflight(settings, model, beginning, data, accelerator)
     if plan.complete:
+        if accelerator.is_main_process:
+            add_missing_copies(settings.resuming.final_model, settings.saving)
         logger.info("%s is complete: it was trained for %d steps", settings.resuming.final_model, plan.steps)
         return 0
     if accelerator.device.type == "cpu":

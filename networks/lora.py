@@ -302,6 +302,17 @@ class LoRANetwork(nn.Module):
                 unet.get_parameter(name).copy_(patch(name, unet.get_parameter(name)))
 
     @torch.no_grad()
+    def update_norms(self) -> torch.Tensor:
+        """The Frobenius norm of each module's update (modules,), in the order of ``loras``."""
+        norms = []
+        for lora in self.loras():
+            down, up = lora.lora_down.weight, lora.lora_up.weight
+            # |up @ down|^2 = sum((up^T up) * (down down^T)): rank x rank instead of a full weight.
+            squared = ((up.T @ up) * (down @ down.T)).sum()
+            norms.append(squared.clamp(min=0).sqrt() * abs(lora.scale))
+        return torch.stack(norms)
+
+    @torch.no_grad()
     def apply_max_norm_regularization(
         self, max_norm_value: float, device: torch.device | str | None = None
     ) -> tuple[int, float, float]:
@@ -309,13 +320,7 @@ class LoRANetwork(nn.Module):
 
         Returns how many modules were scaled, and the mean and the largest norm afterwards.
         """
-        norms = []
-        for lora in self.loras():
-            down, up = lora.lora_down.weight, lora.lora_up.weight
-            # |up @ down|^2 = sum((up^T up) * (down down^T)): rank x rank instead of a full weight.
-            squared = ((up.T @ up) * (down @ down.T)).sum()
-            norms.append(squared.clamp(min=0).sqrt() * abs(lora.scale))
-        norms = torch.stack(norms)
+        norms = self.update_norms()
         ratios = (max_norm_value / norms.clamp(min=1e-12)).clamp(max=1.0)
         for lora, root in zip(self.loras(), ratios.sqrt()):
             lora.lora_down.weight.mul_(root)

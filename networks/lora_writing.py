@@ -57,8 +57,6 @@ def to_layout(lora: LoraFile, target: str) -> dict[str, Tensor]:
         for part, tensor in _parts(update, name).items():
             if not (part == "alpha" and layout.scale_in_factors):
                 tensors[layout.keys(module, part)[index]] = tensor
-    if target == OTHER:
-        _warn_of_diffusers(modules)
     return tensors
 
 
@@ -260,3 +258,5 @@ def save_lora(path: str | os.PathLike[str], lora: LoraFile, target: str) -> None
     if gone := sorted(lora.metadata.keys() - metadata.keys()):
         logger.info("%s: the metadata %s is left out, since it describes the tensors of %s", path, name_some(gone), lora.source)
     save_tensors(path, tensors, metadata or None)
+    if target == OTHER:
+        _warn_of_diffusers({placed.parameter for placed in lora.updates})

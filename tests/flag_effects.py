@@ -20,6 +20,7 @@ from pytest import approx
 from safetensors.torch import load_file
 
 from dataset.cache.files import read_latents, read_text
+from networks.lora_files import read_lora
 from utils.safetensors_io import read_header
 
 
@@ -200,6 +201,10 @@ def alphas(run: Run) -> set[float]:
 
 def lora_dtypes(run: Run) -> set[torch.dtype]:
     return {value.dtype for name, value in lora(run).items() if name.endswith("weight")}
+
+
+def lora_layout(run: Run) -> str:
+    return read_lora(run.file("lora.safetensors")).layout
 
 
 def blocks(run: Run) -> set[str]:

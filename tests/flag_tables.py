@@ -39,6 +39,7 @@ from flag_effects import (
     logs,
     lora,
     lora_dtypes,
+    lora_layout,
     narrower,
     numbers,
     offloads,
@@ -215,6 +216,8 @@ TRAINING = (
     Row("--save_state_on_train_end", writes("lora-state")),
     Row("--resume {data}/state", both(becomes(column("step"), ["3"]), same_lora), beside="--max_train_steps 3"),
     Row("--save_precision bf16", becomes(lora_dtypes, {torch.bfloat16})),
+    Row("--save_format other diffusers", both(becomes(lora_layout, "other"), writes("lora_diffusers.safetensors"))),
+    Row("--no_comfyui", removes("lora_comfyui.safetensors")),
     Row("--loss_log {out}/other.csv", writes("other.csv")),
     # Samples while training
     Row("--sample_prompts {data}/prompts.txt", writes("sample/lora_000000_00_*_7.png"), beside=f"{MODELS} --sample_at_first"),
@@ -234,7 +237,7 @@ TRAINING = (
     Row("--fp8_llm", keeps_float8("text encoder 1"), beside=SAMPLES),
     # Logs
     Row("--logging_dir {out}/logs", becomes(logged_steps, [1, 2])),
-    Row("--log_with wandb", becomes(told_to_wandb("steps"), [1, 2])),
+    Row("--log_with wandb", becomes(told_to_wandb("steps"), [1, 2, 2])),  # the size of the updates is logged with the last
     Row("--log_prefix night-", writes("logs/night-*/network_train"), beside=TENSORBOARD),
     Row("--log_tracker_name zorp", writes("logs/*/zorp"), beside=TENSORBOARD),
     Row(
@@ -256,11 +259,13 @@ TRAINING = (
     Row("--metadata_license CC0", becomes(about("modelspec.license"), "CC0")),
     Row("--metadata_tags red,round", becomes(about("modelspec.tags"), "red,round")),
     # Hugging Face hub
-    Row("--huggingface_repo_id me/loras", becomes(asked_of_the_hub("upload_file", "repo_id"), ["me/loras"])),
-    Row("--huggingface_repo_type dataset", becomes(asked_of_the_hub("upload_file", "repo_type"), ["dataset"]), beside=REPOSITORY),
+    Row("--huggingface_repo_id me/loras", becomes(asked_of_the_hub("upload_file", "repo_id"), ["me/loras"] * 2)),
+    Row(
+        "--huggingface_repo_type dataset", becomes(asked_of_the_hub("upload_file", "repo_type"), ["dataset"] * 2), beside=REPOSITORY
+    ),
     Row(
         "--huggingface_path_in_repo faces",
-        becomes(asked_of_the_hub("upload_file", "path_in_repo"), ["faces/lora.safetensors"]),
+        becomes(asked_of_the_hub("upload_file", "path_in_repo"), ["faces/lora.safetensors", "faces/lora_comfyui.safetensors"]),
         beside=REPOSITORY,
     ),
     Row(
@@ -279,7 +284,7 @@ TRAINING = (
         both(becomes(column("step"), ["3"]), becomes(asked_of_the_hub("snapshot_download", "allow_patterns"), ["state/*"])),
         beside="--resume me/loras/state --max_train_steps 3",
     ),
-    Row("--async_upload", logs("waiting for 1 uploads"), beside=REPOSITORY),
+    Row("--async_upload", logs("waiting for 1 uploads"), beside=f"{REPOSITORY} --no_comfyui"),
     # Several processes
     Row("--ddp_timeout 7", becomes(process_timeout, [timedelta(minutes=7)])),
     Row("--ddp_gradient_as_bucket_view", logs("--ddp_gradient_as_bucket_view: no effect")),

@@ -13,6 +13,7 @@ from hunyuan_model.runtime.arguments import (
     runtime_settings,
 )
 from hunyuan_model.transformer.attention import ATTENTION_MODES
+from networks.lora_layouts import DEFAULT, TARGETS
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import DISTRIBUTIONS, WEIGHTING_SCHEMES, TimestepSettings
@@ -203,6 +204,10 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--resume", metavar="FOLDER", help=text)
     text = "precision of saved models (default: that of --mixed_precision, float32 without it)"
     add("--save_precision", choices=("float", "fp16", "bf16"), help=text)
+    text = "layouts of saved models: the first as NAME.safetensors, others as NAME_LAYOUT.safetensors (default: default)"
+    add("--save_format", nargs="+", choices=TARGETS, default=[DEFAULT], metavar="LAYOUT", help=text)
+    text = "at the end do not write NAME_comfyui.safetensors, which ComfyUI and diffusers read (default: off)"
+    add("--no_comfyui", action="store_true", help=text)
     text = "write the loss and the learning rate of every step to this CSV file (default: no log)"
     add("--loss_log", metavar="FILE", help=text)
 

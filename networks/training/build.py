@@ -17,6 +17,7 @@ from networks.lora import DEFAULT_RANK
 from networks.lora_merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
 from networks.training.logging.logs import TrainingLogs, open_logs
+from networks.training.logging.update_size import measure_changed_weights
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
@@ -96,6 +97,7 @@ def build_training(
         progress=Progress(started_at=time.time(), session_id=new_session_id()),
         samples=samples,
         logs=logs,
+        changed=measure_changed_weights(network, transformer, accelerator.device) if accelerator.is_main_process else None,
         uploads=uploads,
     )
     if (resumed := plan.beginning.resumed) is not None:

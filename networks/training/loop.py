@@ -76,7 +76,7 @@ def train(training: Training) -> int:
         require_finite_weights(training)
         if settings.saving.state_at_end:  # before the model, whose presence says that everything is done
             save_training_state(training, final_name(training.name))
-        save_model(training, final_name(training.name), progress.epoch)
+        save_model(training, final_name(training.name), progress.epoch, at_end=True)
         make_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.data.reader))
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from hunyuan_model.runtime.memory_report import plan_table, sample_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import DEFAULT_RANK
-from networks.lora_files import check_lora_file, read_lora
+from networks.lora_files import LoraFile, check_lora_file, read_lora
 from networks.lora_writing import plain_network
 from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
@@ -37,6 +37,7 @@ from networks.training.optim.optimizers import (
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
+from networks.training.saving.models import check_formats, copied_values, planned_lora
 from networks.training.saving.resume import Resumed, check_steps_left, find_resumed, is_complete, require_fitting
 from networks.training.saving.state import check_state_can_be_saved, recover_state
 from networks.training.settings import TrainingSettings
@@ -56,6 +57,9 @@ class ModelPlan:
         config: the sizes of the transformer in --dit.
         module: of the network.
         network: the network without its values; None where its module does not make it without the transformer's weights.
+        lora: what it will be saved as, see ``planned_lora``.
+        sizes: ranks and alphas of our LoRA; empty for other networks.
+        highest_rate: of the learning rates of the network.
         optimizer: over scratch parameters, after one step.
         prompts: of the samples.
     """
@@ -63,6 +67,9 @@ class ModelPlan:
     config: TransformerConfig
     module: ModuleType
     network: nn.Module | None
+    lora: LoraFile | None
+    sizes: Collection[tuple[int, float]]
+    highest_rate: float
     precision: Precision
     optimizer: torch.optim.Optimizer
     prompts: Sequence[SamplePrompt]
@@ -132,9 +139,10 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
             "leave --fp8_base and --int8_base out."
         )
     module = import_network_module(network.network_module)
-    ours, rank = module is networks.lora, network.network_dim or DEFAULT_RANK
+    ours, rank, sizes = module is networks.lora, network.network_dim or DEFAULT_RANK, set()
     if ours and network.network_weights:
-        ranks = {lora.rank for lora in plain_network(read_lora(network.network_weights)).values()}
+        sizes = {(lora.rank, lora.alpha) for lora in plain_network(read_lora(network.network_weights)).values()}
+        ranks = {rank for rank, _ in sizes}
         check_lora_file(network.network_weights, shapes)
         if not network.dim_from_weights and ranks != {rank}:
             raise UserError(
@@ -144,13 +152,15 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     elif network.network_weights:
         require_file(network.network_weights, "--network_weights")
     planned = _network_without_values(settings, module, transformer)
+    if ours and not sizes:
+        sizes = {(lora.rank, lora.scale * lora.rank) for lora in planned.loras()}
     rates = [group["lr"] for group in parameter_groups(planned, rate)[0]] if ours else [rate]
     optimizer = check_optimizer(settings.optimizer, accelerator.device, rates)
     for sentence in (*settings.without_effect(), *_guidance_without_effect(settings, config, prompts)):
         logger.warning("%s", sentence)
-    if ours and not network.dim_from_weights:
-        warn_of_low_learning_rate(settings.optimizer, rank, network.network_alpha)
-    return ModelPlan(config, module, planned, precision, optimizer, prompts)
+    lora = planned_lora(planned)
+    check_formats(settings.saving, lora, network.arguments, network.is_lycoris)
+    return ModelPlan(config, module, planned, lora, sizes, max(rates), precision, optimizer, prompts)
 
 
 def _guidance_without_effect(settings: TrainingSettings, config: TransformerConfig, prompts: Sequence[SamplePrompt]) -> list[str]:
@@ -215,12 +225,28 @@ def preflight(
     if resumed is not None:
         check_steps_left(settings.resuming, resumed, steps)
     complete = settings.resuming.latest and is_complete(settings.resuming, steps, resumed)
+    if model.sizes and not complete:
+        _report_scale(settings, model, steps)
     if accelerator.is_main_process and not complete:
         if model.values is not None:
-            require_room_for_save(saving, model.values, model.precision.saved, state_bytes_per_value(model.optimizer))
+            copied, state_bytes = copied_values(saving, model.lora), state_bytes_per_value(model.optimizer)
+            require_room_for_save(saving, model.values, copied, model.precision.saved, state_bytes)
         remove_leftovers(saving.folder, saving.output_name)
     memory = _plan_memory(settings, model, data, accelerator, shown=accelerator.is_main_process and not complete)
     return TrainingPlan(model, beginning, steps, memory, complete)
+
+
+def _report_scale(settings: TrainingSettings, model: ModelPlan, steps: int) -> None:
+    """Log by how much the updates of the LoRA are scaled, with a warning where they cannot grow with that."""
+    ordered = sorted(model.sizes)
+    scales = sorted(alpha / rank for rank, alpha in ordered)
+    if len(ordered) == 1:
+        logger.info("LoRA of rank %d, alpha %g: its update is scaled by alpha / rank = %.3g", *ordered[0], scales[0])
+    else:
+        ranks = ordered[0][0], ordered[-1][0]
+        logger.info("LoRA of ranks %d to %d: updates are scaled by alpha / rank, %.3g to %.3g", *ranks, scales[0], scales[-1])
+    strongest = max(ordered, key=lambda size: size[1] / size[0] ** 0.5)
+    warn_of_low_learning_rate(settings.optimizer, model.highest_rate, steps, *strongest)
 
 
 def _plan_memory(

@@ -12,13 +12,15 @@ from torch import nn
 
 from networks.training.data import BatchReader, TrainingData
 from networks.training.logging.logs import TrainingLogs
+from networks.training.logging.update_size import ChangedWeights, log_size
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights
 from networks.training.preflight import TrainingPlan
 from networks.training.samples.sampling import TrainingSamples
-from networks.training.saving.files import remove_outdated, save_network, state_name
+from networks.training.saving.files import remove_outdated, state_name
 from networks.training.saving.metadata import finished_metadata
+from networks.training.saving.models import save_network
 from networks.training.saving.state import Progress, Restorable, StateFile, save_state
 from networks.training.settings import TrainingSettings
 from utils.errors import UserError
@@ -33,7 +35,10 @@ class TrainingBroken(Exception):
 
 @dataclass
 class Training:
-    """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are."""
+    """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are.
+
+    ``changed`` is there on the main process, for networks whose updates can be measured.
+    """
 
     settings: TrainingSettings
     plan: TrainingPlan
@@ -48,6 +53,7 @@ class Training:
     progress: Progress
     samples: TrainingSamples
     logs: TrainingLogs
+    changed: ChangedWeights | None = None
     uploads: HubUploads | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -85,16 +91,22 @@ def save(training: Training, file_name: str, epoch: int, with_state: bool) -> No
         save_training_state(training, file_name)
 
 
-def save_model(training: Training, file_name: str, epoch: int) -> None:
-    """Save the network under the output folder, on the main process only."""
+def save_model(training: Training, file_name: str, epoch: int, at_end: bool = False) -> None:
+    """Save the network under the output folder, on the main process only, with copies in other layouts; log how large it is."""
     if not training.accelerator.is_main_process:
         return
-    path = training.settings.saving.folder / file_name
-    metadata = finished_metadata(training.metadata, steps=training.progress.step, epoch=epoch, now=time.time())
+    saving, step = training.settings.saving, training.progress.step
+    metadata = finished_metadata(training.metadata, steps=step, epoch=epoch, now=time.time())
     with evaluation_weights(training.optimizer):
-        save_network(training.network, path, training.plan.model.precision.saved, metadata)
+        precision = training.plan.model.precision.saved
+        files = save_network(training.network, saving.folder / file_name, precision, metadata, saving, at_end)
+        size = training.changed.share(training.network) if training.changed is not None else None
+    if size is not None:
+        log_size(size, at_end)
+        training.logs.values(step, {"update/relative_norm": size})
     if training.uploads is not None:
-        training.uploads.upload(path)
+        for path in files:
+            training.uploads.upload(path)
 
 
 def save_training_state(training: Training, model_name: str) -> None:

@@ -114,8 +114,11 @@ class TrainingLogs:
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
         if self.trackers and self.device is not None and self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        known = {name: float(value) for name, value in values.items() if value is not None}
-        self._attempt(lambda tracker: tracker.log(known, step=step))
+        self.values(step, {name: float(value) for name, value in values.items() if value is not None})
+
+    def values(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of ``step`` by their names."""
+        self._attempt(lambda tracker: tracker.log(dict(values), step=step))
 
     def samples(self, samples: Sequence[SavedSample], step: int) -> None:
         """Pictures and videos of ``step``. One that fails is a warning, and its tracker continues."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ NAMED = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor",
 }
-LOW_LORA_RATE = 1e-6  # learning rate times alpha / rank
+LOW_CHANGE = 3e-3  # of weights, if all steps go the same way; a LoRA that works changes them by about 1e-2
 SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimizers
 
 
@@ -41,14 +42,24 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
 
 
-def warn_of_low_learning_rate(settings: OptimizerSettings, rank: int, alpha: float) -> None:
-    """Warn of a LoRA that will hardly learn: its update is scaled by alpha / rank, which comes on top of the learning rate."""
-    scale = alpha / rank if alpha else 1.0  # alpha 0 means the rank
-    if settings.learning_rate * scale < LOW_LORA_RATE and not settings.optimizer_type.lower().endswith("adafactor"):
+def warn_of_low_learning_rate(settings: OptimizerSettings, rate: float, steps: int, rank: int, alpha: float) -> None:
+    """Warn of a LoRA that will hardly learn: its update is scaled by alpha / rank, which comes on top of the learning rate.
+
+    Optimizers like Adam move a value by ``rate`` in a step at most. The up factor begins at 0, so its norm stays below
+    steps * rate * sqrt(out * rank); the down factor begins with singular values of about 1 / sqrt(3). A weight (out, in) has the
+    norm sqrt(out) or so.
+
+    Args:
+        rate: the highest learning rate of the network.
+    """
+    scale = alpha / rank
+    change = scale * steps * rate * math.sqrt(rank / 3)
+    if change < LOW_CHANGE and not settings.optimizer_type.lower().endswith("adafactor"):
         logger.warning(
-            "--learning_rate %g hardly changes a LoRA of rank %d with --network_alpha %g: its update is scaled by alpha / rank, "
-            "which is %.3g. Most LoRA are trained with --learning_rate between 1e-4 and 1e-3.",
-            *(settings.learning_rate, rank, alpha, scale),
+            "--learning_rate %g hardly changes a LoRA of rank %d with alpha %g: its update is scaled by alpha / rank, which is "
+            "%.3g, so that %d steps change the weights by %.1g of their size at most. Most LoRA are trained for 1000 steps or more "
+            "with --learning_rate between 1e-4 and 1e-3; --network_alpha %d makes the scale 1.",
+            *(settings.learning_rate, rank, alpha, scale, steps, change, rank),
         )
 
 

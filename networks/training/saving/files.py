@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from networks.lora_layouts import DEFAULT, OTHER, TARGETS
 from utils.disk_space import require_room
 from utils.errors import UserError
-from utils.files import atomic_path, final_of_temporary, remove_folder
+from utils.files import final_of_temporary, remove_folder
 
 logger = logging.getLogger(__name__)
 
 STATE_SUFFIX = "-state"
 MODEL_SUFFIX = ".safetensors"
+COMFYUI = "comfyui"  # the copy that ends a training
+COPIES = (*TARGETS, COMFYUI)
 
 
 def final_name(name: str) -> str:
@@ -43,21 +45,23 @@ def state_name(model_name: str) -> str:
     return model_name.removesuffix(MODEL_SUFFIX) + STATE_SUFFIX
 
 
+def copy_name(model_name: str, copy: str) -> str:
+    """The file beside a model with the same LoRA in another layout; ``copy``: one of ``COPIES``."""
+    return f"{model_name.removesuffix(MODEL_SUFFIX)}_{copy}{MODEL_SUFFIX}"
+
+
 def output_names(name: str) -> re.Pattern[str]:
-    """Matches all names of models and states of the run ``name``; its groups are the step and the epoch."""
-    return re.compile(re.escape(name) + r"(?:-step(\d{8,})|-(\d{6,}))?(?:-state|\.safetensors)")
-
-
-def save_network(network: nn.Module, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Save ``network`` by its own ``save_weights``, which may write in place, under ``path``, which appears only when whole."""
-    with atomic_path(path, keep_name=True) as temporary:
-        network.save_weights(str(temporary), dtype, metadata)
-    logger.info("saved %s", path)
+    """Matches all names of models, their copies and states of the run ``name``; its groups are the step and the epoch."""
+    step, copy = r"(?:-step(\d{8,})|-(\d{6,}))?", rf"(?:_(?:{'|'.join(COPIES)}))?"
+    return re.compile(rf"{re.escape(name)}{step}(?:{STATE_SUFFIX}|{copy}{re.escape(MODEL_SUFFIX)})")
 
 
 @dataclass(frozen=True)
 class SaveSettings:
     """Where models and states are saved, when, and which older ones are kept. Fields have the names of their flags.
+
+    Attributes:
+        save_format: layouts, of ``TARGETS``; the first is that of the model, the others those of copies beside it.
 
     Raises:
         UserError: a limit for what is never saved.
@@ -73,6 +77,8 @@ class SaveSettings:
     save_last_n_steps_state: int | None = None
     save_state: bool = False
     save_state_on_train_end: bool = False
+    save_format: tuple[str, ...] = (DEFAULT,)
+    no_comfyui: bool = False
 
     def __post_init__(self) -> None:
         for unit in ("steps", "epochs"):
@@ -88,6 +94,11 @@ class SaveSettings:
     @property
     def state_at_end(self) -> bool:
         return self.save_state or self.save_state_on_train_end
+
+    def copies(self, at_end: bool = True) -> tuple[str, ...]:
+        """Of ``COPIES``, those that are saved beside a model."""
+        first, *others = self.save_format
+        return (*others, COMFYUI) if at_end and not self.no_comfyui and first != OTHER else tuple(others)
 
     def due_after_step(self, step: int) -> bool:
         return self.save_every_n_steps is not None and step % self.save_every_n_steps == 0
@@ -134,21 +145,24 @@ def remove_outdated(
             logger.warning("cannot remove the old %s: %s", path, error.strerror or error)
 
 
-def require_room_for_save(settings: SaveSettings, values: int, dtype: torch.dtype, optimizer_bytes: float) -> None:
+def require_room_for_save(settings: SaveSettings, values: int, copied: int, dtype: torch.dtype, optimizer_bytes: float) -> None:
     """Refuse a disk without room for one save, before a model is loaded.
 
     Args:
         values: numbers in the network.
+        copied: numbers in the copies of the model.
         dtype: of the saved model. A state holds the network in float32.
         optimizer_bytes: what a state holds of the optimizer for each value.
 
     Raises:
         UserError: with the sizes.
     """
-    size, what = values * dtype.itemsize, "one model takes"
+    size, what = (values + copied) * dtype.itemsize, "one model"
+    if copied:
+        what = f"{what} in {1 + len(settings.copies())} layouts"
     if settings.state_at_end:
-        size, what = size + round(values * (4 + optimizer_bytes)), "one model with its state takes"
-    require_room(settings.folder, size, what, "give another --output_dir")
+        size, what = size + round(values * (4 + optimizer_bytes)), f"{what} with its state"
+    require_room(settings.folder, size, f"{what} takes", "give another --output_dir")
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

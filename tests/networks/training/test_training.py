@@ -137,7 +137,8 @@ def test_what_is_saved_and_when(train, tmp_path):
     flags = ("--max_train_epochs", 3, "--gradient_accumulation_steps", 2, "--save_every_n_epochs", 1, "--save_every_n_steps", 3)
     assert train(*flags, "--network_dim", 2, "--training_comment", "a côté").status == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["lora-000001.safetensors", "lora-000002.safetensors", "lora-step00000003.safetensors", "lora.safetensors"]
+    saved = ["lora-000001", "lora-000002", "lora-step00000003", "lora", "lora_comfyui"]
+    assert names == [f"{name}.safetensors" for name in saved]
     metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
     expected = {
         "ss_base_model_version": "hunyuan_video",
@@ -200,7 +201,8 @@ def test_command_of_the_readme_trains(tiny_model, cached, tmp_path):
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lora-000001.safetensors", "lora.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["lora-000001.safetensors", "lora.safetensors", "lora_comfyui.safetensors"]
     assert "--discrete_flow_shift" not in ended.stderr  # 1.0 is the default: nothing to warn about
     read_lora(tmp_path / "out" / "lora.safetensors")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from networks.lora import LoRAModule
 from networks.training.optim.lr_schedules import ScheduleSettings, make_lr_scheduler
 from networks.training.optim.optimizers import (
     NAMED,
@@ -152,9 +154,32 @@ def test_adafactor_with_its_own_schedule_is_logged_with_the_rate_it_uses(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("rate", "rank", "alpha", "warned"),
-    [(2e-6, 4, 1, True), (2e-6, 4, 0, False), (2e-6, 16, 16, False), (1e-4, 32, 1, False), (2e-5, 64, 1, True)],
+    ("rate", "steps", "rank", "alpha", "warned"),
+    [
+        (2e-6, 1600, 32, 1, True),  # every default but the rank
+        (2e-6, 1600, 4, 1, True),
+        (2e-6, 1600, 4, 4, False),
+        (2e-6, 1600, 16, 16, False),
+        (1e-4, 1600, 32, 1, False),
+        (1e-4, 20, 32, 1, True),
+        (2e-5, 1600, 64, 1, True),
+    ],
 )
-def test_a_learning_rate_too_low_for_a_lora_is_warned_of(caplog, rate: float, rank: int, alpha: float, warned: bool) -> None:
-    warn_of_low_learning_rate(OptimizerSettings(learning_rate=rate), rank, alpha)
+def test_a_learning_rate_too_low_for_a_lora_is_warned_of(caplog, rate, steps: int, rank: int, alpha: float, warned: bool) -> None:
+    warn_of_low_learning_rate(OptimizerSettings(learning_rate=rate), rate, steps, rank, alpha)
     assert ("hardly changes a LoRA" in caplog.text) == warned
+
+
+def test_what_a_training_can_change_at_most_is_what_adam_changes_where_all_gradients_agree(caplog) -> None:
+    """The warning's number, for a LoRA that learns one direction, beside a weight as a layer begins with."""
+    rate, steps, rank, size = 1e-5, 40, 16, 512
+    torch.manual_seed(0)
+    lora, weight = LoRAModule(size, size, rank, alpha=4.0), torch.randn(size, size) / size**0.5
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=rate, weight_decay=0.0)
+    for _ in range(steps):
+        lora.lora_up.weight.grad = -torch.linalg.svd(lora.lora_down.weight, full_matrices=False)[0][:, 0].sign().expand(size, -1)
+        optimizer.step()
+    change = (lora.scale * lora.lora_up.weight @ lora.lora_down.weight).norm() / weight.norm()
+    warn_of_low_learning_rate(OptimizerSettings(learning_rate=rate), rate, steps, rank, 4.0)
+    promised = float(re.search(r"change the weights by (\S+) of", caplog.text)[1])
+    assert 0.5 * promised < change < 1.5 * promised

@@ -76,7 +76,7 @@ def test_the_last_step_is_sampled_after_the_last_model_is_saved(sampled, tmp_pat
     )
     sampled("--max_train_steps", 2, "--save_every_n_steps", 1, "--sample_every_n_steps", 1)
     step_1 = "lora-step00000001.safetensors"
-    assert seen == [[step_1], [step_1, "lora.safetensors"]]
+    assert seen == [[step_1], [step_1, "lora.safetensors", "lora_comfyui.safetensors"]]
 
 
 def test_samples_show_what_is_learnt(sampled, tmp_path: Path) -> None:

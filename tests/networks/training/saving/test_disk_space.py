@@ -46,12 +46,28 @@ def test_training_knows_how_large_its_files_will_be(train, tmp_path, monkeypatch
     monkeypatch.setattr(files, "require_room", lambda folder, size, *_: expected.append(size))
     flags = ("--max_train_steps", 1, "--network_dim", 256, "--save_precision", "bf16")
     assert train(*flags).status == 0 and train(*flags, "--save_state").status == 0
-    model = (tmp_path / "out" / "lora.safetensors").stat().st_size
+    models = sum(path.stat().st_size for path in (tmp_path / "out").glob("lora*.safetensors"))
     state = sum(path.stat().st_size for path in (tmp_path / "out" / "lora-state").iterdir())
-    assert expected == pytest.approx([model, model + state], rel=0.05)
+    assert expected == pytest.approx([models, models + state], rel=0.05)
 
 
-@pytest.mark.parametrize(("state", "what"), [((), "one model takes"), (("--save_state",), "one model with its state takes")])
+def test_copies_in_layouts_with_more_numbers_are_counted(train, tmp_path, monkeypatch):
+    """diffusers has the down factor of q, k and v three times."""
+    expected = []
+    monkeypatch.setattr(files, "require_room", lambda folder, size, *_: expected.append(size))
+    assert train("--max_train_steps", 1, "--network_dim", 64, "--save_format", "default", "diffusers").status == 0
+    sizes = {path.stem: path.stat().st_size for path in (tmp_path / "out").glob("lora*.safetensors")}
+    assert sizes["lora_diffusers"] > 1.1 * sizes["lora"] and expected == pytest.approx([sum(sizes.values())], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        (("--no_comfyui",), "one model takes"),
+        ((), "one model in 2 layouts takes"),
+        (("--save_state",), "one model in 2 layouts with its state takes"),
+    ],
+)
 def test_a_disk_without_room_is_refused_before_anything_loads(train, monkeypatch, tmp_path, free, state, what):
     free(5000)
     monkeypatch.setattr("hunyuan_model.load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"))

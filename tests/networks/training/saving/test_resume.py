@@ -371,9 +371,15 @@ def test_leftovers_of_a_killed_save_are_removed_by_the_next_run(train, out: Path
     out.mkdir(parents=True)
     (out / ".0123abcd.tmp.lora-step00000004-state").mkdir()
     (out / ".0123abcd.tmp.lora.safetensors").touch()
+    (out / ".0123abcd.tmp.lora-000002_other.safetensors").touch()
+    (out / ".0123abcd.tmp.lora_comfyui.safetensors").touch()
     (out / ".0123abcd.tmp.another.safetensors").touch()
     assert train("--max_train_steps", 1).status == 0
-    assert sorted(path.name for path in out.iterdir()) == [".0123abcd.tmp.another.safetensors", "lora.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".0123abcd.tmp.another.safetensors",
+        "lora.safetensors",
+        "lora_comfyui.safetensors",
+    ]
 
 
 def test_a_kill_while_a_state_replaces_another_loses_neither(train, out: Path, whole: Path) -> None:

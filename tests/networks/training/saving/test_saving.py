@@ -14,6 +14,8 @@ from networks.training.loss.flow_matching import FlowMatching
 from networks.training.saving.state import read_state_file
 from networks.training.step import MAX_SKIPPED_IN_A_ROW
 
+FINAL = ("lora.safetensors", "lora_comfyui.safetensors")
+
 
 def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -43,14 +45,14 @@ def steps(numbers: list[int], suffix: str = ".safetensors") -> list[str]:
 )
 def test_what_is_saved_and_kept(train, tmp_path: Path, flags: tuple, expected: list[str]) -> None:
     assert train("--max_train_steps", 6, *flags).status == 0
-    assert saved(tmp_path / "out") == sorted([*expected, "lora.safetensors"])
+    assert saved(tmp_path / "out") == sorted([*expected, *FINAL])
 
 
 def test_of_epochs_the_last_ones_stay(train, tmp_path: Path) -> None:
     rules = ("--save_every_n_epochs", 1, "--save_last_n_epochs", 2, "--save_state", "--save_last_n_epochs_state", 1)
     assert train("--max_train_epochs", 5, *rules).status == 0
     models, states = ["lora-000003.safetensors", "lora-000004.safetensors"], ["lora-000004-state"]
-    assert saved(tmp_path / "out") == sorted([*models, *states, "lora.safetensors", "lora-state"])
+    assert saved(tmp_path / "out") == sorted([*models, *states, *FINAL, "lora-state"])
 
 
 def test_models_of_other_runs_and_requested_ones_stay(train, tmp_path: Path) -> None:

@@ -1,52 +1,24 @@
-"""Reading and converting LoRA files, and convert_lora.py as a user runs it."""
+"""Reading and converting LoRA files."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_lora
 from hunyuan_model.checkpoints.layouts import OFFICIAL
 from networks.lora_files import check_lora_file, lora_of, read_lora
 from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout
 from networks.lora_updates import LowRank
 from networks.lora_writing import tensor_hashes, to_layout
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.safetensors_io import read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 LORA, LORA_OTHER, LORA_BACK = (GOLDENS / name for name in ("lora.safetensors", "lora_other.safetensors", "lora_back.safetensors"))
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """Run the script in this process, as ``python convert_lora.py`` would; returns (status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_lora.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            run_script(convert_lora.main)
-        return (exit_info.value.code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(convert):
-    """Run the script, see it refuse its arguments, and return what it says."""
-
-    def run(*arguments: object) -> str:
-        status, stdout, stderr = convert(*arguments)
-        assert status == 2 and not stdout and stderr.startswith("error: ") and stderr.count("\n") == 1
-        return stderr
-
-    return run
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -184,35 +156,3 @@ def test_hashes_are_those_that_sd_scripts_wrote():
 def test_values_that_are_no_numbers_are_user_errors(part, value, message):
     with pytest.raises(UserError, match=message):
         lora_of(pair() | {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": value}, {}, "file.safetensors")
-
-
-def test_script_converts_there_and_back(tmp_path, convert):
-    other, back = tmp_path / "new folder" / "other.safetensors", tmp_path / "back.safetensors"
-    assert convert("--input", LORA, "--output", other, "--target", "other")[:2] == (0, f"{other}\n")
-    assert_same_tensors(load_file(other), load_file(LORA_OTHER))
-    assert convert("--input", other, "--output", back, "--target", "default")[0] == 0
-    assert_same_tensors(load_file(back), load_file(LORA_BACK))
-    metadata, source = read_header(back).metadata, read_header(LORA).metadata
-    assert metadata.keys() == source.keys() and metadata["ss_network_module"] == "networks.lora"
-    assert metadata["sshs_model_hash"] == tensor_hashes(load_file(back), metadata)["sshs_model_hash"] != source["sshs_model_hash"]
-    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == ["back.safetensors", "other.safetensors"]
-
-
-def test_script_refuses_to_overwrite_its_input(tmp_path, refused):
-    copy = Path(shutil.copy(LORA, tmp_path / "lora.safetensors"))
-    assert "are the same file" in refused("--input", copy, "--output", tmp_path / "." / "lora.safetensors", "--target", "other")
-    assert copy.read_bytes() == LORA.read_bytes()
-
-
-def test_script_refuses_what_it_cannot_read(tmp_path, refused):
-    output = tmp_path / "out.safetensors"
-    assert "does not exist" in refused("--input", tmp_path / "absent.safetensors", "--output", output, "--target", "other")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(LORA.read_bytes()[:-100])
-    assert "not a readable safetensors file" in refused("--input", cut, "--output", output, "--target", "other")
-    assert "not a LoRA" in refused("--input", GOLDENS / "dit.safetensors", "--output", output, "--target", "other")
-    save_file(pair(module="middle_block_attn"), cut)
-    assert "none of its 2 keys match" in refused("--input", cut, "--output", output, "--target", "other")
-    assert "must end in .safetensors" in refused("--input", LORA, "--output", tmp_path / "out.pt", "--target", "other")
-    assert "has the layout default already" in refused("--input", LORA, "--output", output, "--target", "default")
-    assert not output.exists()

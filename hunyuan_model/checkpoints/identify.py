@@ -17,6 +17,7 @@ from hunyuan_model.checkpoints.scales import take_scales
 from utils.errors import UserError
 
 _T2V = "which is not supported (use the text-to-video model)"
+_OURS = "which is not supported (use that of HunyuanVideo)"
 
 
 class Kind(Enum):
@@ -51,11 +52,11 @@ class Kind(Enum):
         r"(^|\.)(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+\.",
     )
     FLUX = (
-        "a transformer of the Flux family, which is not supported",
+        f"a transformer of the Flux family, {_OURS}",
         r"(^|\.)(double_blocks\.\d+\.img_attn\.qkv|single_transformer_blocks\.\d+\.attn\.to_q)\.",
     )
     WAN = (
-        "a Wan transformer, which is not supported",
+        f"a Wan transformer, {_OURS}",
         r"(^|\.)blocks\.\d+\.(self_attn|attn1)\.",
         r"(^|\.)patch_embedding\.weight$",
     )
@@ -73,8 +74,8 @@ class Kind(Enum):
         r"(^|\.)encoder\.\d+\.(weight|bias|conv\.\d+\.weight)$",
         r"(^|\.)decoder\.\d+\.(weight|bias|conv\.\d+\.weight)$",
     )
-    VAE_WAN = ("a Wan VAE, which is not supported", r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$")
-    VAE_OTHER = ("a VAE of another model", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
+    VAE_WAN = (f"a Wan VAE, {_OURS}", r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$")
+    VAE_OTHER = (f"a VAE of another model, {_OURS}", r"(^|\.)encoder\.conv_in\.", r"(^|\.)decoder\.conv_in\.")
     QWEN = (
         "a Qwen language model, which is not supported (use the Llama of HunyuanVideo 1.0)",
         r"^(?!.*encoder).*\b(layers\.\d+\.self_attn\.(k_proj\.bias|k_norm\.weight)|blk\.\d+\.attn_k(\.bias|_norm\.weight))$",

@@ -102,7 +102,7 @@ def test_llava_folder_of_transformers(llama, tmp_path, shards):
     """The language model inside, without the vision tower."""
     config = LlavaConfig(text_config=LlamaConfig(**LLAMA), vision_config=CLIPVisionConfig(**VISION))
     theirs = LlavaForConditionalGeneration(config)
-    theirs.model.language_model.load_state_dict(LlamaForCausalLM.from_pretrained(llama).model.state_dict())
+    theirs.get_decoder().load_state_dict(LlamaForCausalLM.from_pretrained(llama).model.state_dict())
     theirs.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shards == "100KB")
     require_same(load_llama(tmp_path, llama), load_llama(llama, llama))

@@ -123,6 +123,20 @@ def test_the_folder_that_diffusers_writes(tmp_path, model):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("patched", [False, True])
+def test_assembled_weights_end_in_memory_of_their_own(tmp_path, model, dtype, patched):
+    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    save_file(to_diffusers(weights, 64), tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        loaded = HYVideoDiffusionTransformer(CONFIG)
+    patch = (lambda name, tensor: tensor) if patched else None
+    load_weights(loaded, view(tmp_path / "m.safetensors")[0], device="cpu", dtype_of=lambda name: dtype, patch=patch)
+    parameters = dict(loaded.named_parameters())
+    assert all(torch.equal(parameters[name].float(), tensor.to(dtype).float()) for name, tensor in weights.items())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in parameters.values()}) == len(parameters)
+
+
 def test_unknown_names_stay_as_they_are(tmp_path, model):
     extra = {"transformer_blocks.0.attn.to_q.alpha": torch.ones(1), "other": torch.ones(2)}
     save_file(to_diffusers(model.state_dict(), 64) | extra, tmp_path / "m.safetensors")

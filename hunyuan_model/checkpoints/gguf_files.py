@@ -44,7 +44,8 @@ _MOST_TEXTS = 1 << 22  # in all lists, of which the longest are vocabularies
 _MOST_DIMENSIONS = 8
 _KEPT_NUMBERS = 16  # of a list: a shape is no longer
 _DEFAULT_ALIGNMENT = 32
-_SLICE_VALUES = 1 << 18  # dequantized at once: what that takes beside the result stays in the cache
+_SLICE_VALUES = 1 << 15  # dequantized at once: they stay in the cache, and torch does not split them between threads, which
+# would wait for each other after each of the small steps
 
 Value = str | int | float | bool | list[int | float | bool] | None
 

@@ -30,7 +30,7 @@ def _lora_rows(facts: Description) -> Iterator[tuple[str, str]]:
         low, high = facts.scale
         yield "rank", _range(facts.ranks)
         yield "alpha", _range(facts.alphas) if facts.alphas else "none"
-        yield "effective scale", f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}" + " (alpha / rank)"
+        yield "effective scale", f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
     yield "modules", f"{facts.modules}: " + "; ".join(f"{group} {_layers(layers)}" for group, layers in facts.groups.items())
     for group, norms in facts.norms.items():
         yield f"norm, {group}", _norm(norms)
@@ -38,9 +38,9 @@ def _lora_rows(facts: Description) -> Iterator[tuple[str, str]]:
         fits = "all modules match" if facts.model["fits"] else facts.model["problem"]
         yield "transformer", f"{shown(facts.model['file'])[1:-1]}: {fits}"
     if facts.left_out:
-        yield "left out", f"{len(facts.left_out)} keys of text encoders or embeddings ({_names(facts.left_out)})"
+        yield "keys left out", f"{len(facts.left_out)} of text encoders or embeddings ({_names(facts.left_out)})"
     if facts.unknown:
-        yield "unknown", f"{len(facts.unknown)} keys match nothing in the transformer ({_names(facts.unknown)})"
+        yield "unknown keys", f"{len(facts.unknown)}, for nothing in the transformer ({_names(facts.unknown)})"
     for note in facts.notes:
         yield "note", note
 

@@ -256,8 +256,8 @@ def test_keys_and_odd_things_are_named(tmp_path, convert):
     save_file(load_file(LORA) | more, path, {"ss_base_model_version": "wan2.1"})
     ended = convert("--check", path)
     assert ended.status == 0 and not ended.stderr
-    assert "1 keys of text encoders or embeddings (lora_te1_x.alpha)" in ended.stdout
-    assert "1 keys match nothing in the transformer (lora_unet_strange.alpha)" in ended.stdout
+    assert "1 of text encoders or embeddings (lora_te1_x.alpha)" in ended.stdout
+    assert "1, for nothing in the transformer (lora_unet_strange.alpha)" in ended.stdout
     assert "made for another model" in ended.stdout and "for a model of width 48" in ended.stdout
     ours = describe(path).programs[-1]
     assert (ours.verdict, ours.keys, ours.of_keys) == ("part", 66, 67) and "--lora_partial" in ours.reason

@@ -80,6 +80,7 @@ RESULTS = [  # (pattern, what to look at)
     ("quickstart_output/clip/*.mp4", f"{CLIP_PROMPT}: the LoRA learned from clips of other motions on other backgrounds"),
     ("quickstart_output/loss_curve.png", "the loss of each training step; the bold line is a moving average"),
     (f"{LORA}.safetensors", "the LoRA, for hv_generate_video.py"),
+    (f"{LORA}_comfyui.safetensors", "the same LoRA for ComfyUI, which training writes beside it"),
     (f"{LORA}_other_format.safetensors", "the same LoRA with the keys that other programs read"),
 ]
 

@@ -17,7 +17,7 @@ from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings
 from networks.training.optim.optimizers import OptimizerSettings
 from networks.training.samples.sampling import SampleSettings
-from networks.training.saving.files import SaveSettings, final_name, state_name, step_name
+from networks.training.saving.files import SaveSettings, copy_name, final_name, state_name, step_name
 from networks.training.saving.resume import ResumeSettings
 from utils.errors import UserError
 from utils.files import MAX_NAME_BYTES, require_possible_file, require_writable_folder
@@ -143,8 +143,12 @@ class TrainingSettings:
             raise UserError(f"--output_name {name!r} holds a path separator; folders belong into --output_dir.")
         if not name.strip() or not name.isprintable():
             raise UserError(f"--output_name {name!r} is no file name; give one, without .safetensors.")
-        if len(os.fsencode(step_name(name, 0))) > MAX_NAME_BYTES:
-            raise UserError(f"--output_name is too long: with what is added for steps it has at most {MAX_NAME_BYTES} bytes.")
+        model = step_name(name, 0)
+        copies = [copy_name(model, copy) for copy in self.saving.copies(at_end=False)]
+        if max(len(os.fsencode(file)) for file in (model, *copies)) > MAX_NAME_BYTES:
+            raise UserError(
+                f"--output_name is too long: with what is added for steps and layouts it has at most {MAX_NAME_BYTES} bytes."
+            )
         folder = require_writable_folder(self.saving.output_dir, "--output_dir")
         require_possible_file(folder / final_name(name), "the LoRA")
         if (folder / state_name(name)).is_file():  # a state would take its place

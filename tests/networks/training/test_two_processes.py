@@ -91,11 +91,13 @@ def test_two_processes_go_on_to_the_very_same_lora(launch, tmp_path: Path) -> No
     noise = [torch.load(state / f"random-{rank}.pt", weights_only=True)["noise"] for rank in (0, 1)]
     assert not torch.equal(*noise), "each process draws its own noise"
     assert not broken(out) and not unfinished(out)
+    assert whole.stderr.count(f"saved {out / 'whole_comfyui.safetensors'}") == 1, "one process saves"
 
     again = launch("--output_name", "again", "--resume", state, "--loss_log", out / "again.csv")
     assert again.returncode == 0, again.stderr
-    first, second = (load_file(out / f"{name}.safetensors") for name in ("whole", "again"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for copy in ("", "_comfyui"):
+        first, second = (load_file(out / f"{name}{copy}.safetensors") for name in ("whole", "again"))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     lines = [(out / f"{name}.csv").read_text("utf-8").splitlines() for name in ("whole", "again")]
     assert len(lines[0]) == 5 and lines[0][3:] == lines[1][1:]
 

@@ -179,9 +179,10 @@ def test_the_copy_of_a_lycoris_network_is_one_that_comfyui_reads(train, tmp_path
         (("--network_module", "lycoris.kohya", "--network_args", "algo=loha", "--save_format", "other"), "cannot hold LoHa"),
         (("--network_module", "lycoris.kohya", "--network_args", "dora_wd=True", "--save_format", "default", "diffusers"), "DoRA"),
         (("--save_format", "default", "kohya"), "invalid choice"),
+        (("--output_name", "x" * 212, "--save_format", "default", "diffusers"), "--output_name is too long"),
     ],
 )
-def test_layouts_that_cannot_hold_the_network_are_refused_before_loading(train, monkeypatch, tmp_path, flags, says) -> None:
+def test_layouts_that_cannot_be_written_are_refused_before_loading(train, monkeypatch, tmp_path, flags, says) -> None:
     if "lycoris.kohya" in flags:
         pytest.importorskip("lycoris.kohya")
     monkeypatch.setattr("hunyuan_model.load_transformer", lambda *_a, **_k: pytest.fail("the model was loaded"))

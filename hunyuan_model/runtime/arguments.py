@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from utils.cli.arguments import count_or_auto
+from utils.cli.arguments import count_or_auto, share
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def add_compile_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_kernel_arguments(group: argparse._ArgumentGroup) -> None:
-    """--tf32 and --cudnn_benchmark."""
+    """--tf32, --cudnn_benchmark and --gpu_memory_fraction."""
     group.add_argument(
         "--tf32",
         action="store_true",
@@ -84,6 +84,13 @@ def add_kernel_arguments(group: argparse._ArgumentGroup) -> None:
         "--cudnn_benchmark",
         action="store_true",
         help="let cuDNN try its convolutions for each new size and keep the fastest; the VAE consists of them (default: off)",
+    )
+    group.add_argument(
+        "--gpu_memory_fraction",
+        type=share,
+        metavar="SHARE",
+        help="run out of memory at this share of the GPU's memory: on Windows a full GPU would go on in RAM, many times slower "
+        "(default: no limit; on Windows what is free at the start)",
     )
 
 
@@ -135,4 +142,4 @@ def kernel_settings(args: argparse.Namespace) -> KernelSettings:
     """What the flags of ``add_kernel_arguments`` say."""
     from hunyuan_model.runtime.settings import KernelSettings
 
-    return KernelSettings(args.tf32, args.cudnn_benchmark)
+    return KernelSettings(args.tf32, args.cudnn_benchmark, args.gpu_memory_fraction)

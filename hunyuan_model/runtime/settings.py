@@ -15,6 +15,7 @@ from hunyuan_model.transformer.attention import check_attention_device, check_at
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.cli.arguments import AUTO
 from utils.errors import UserError
+from utils.free_memory import limit_device_memory
 
 logger = logging.getLogger(__name__)
 
@@ -124,17 +125,19 @@ class RuntimeSettings:
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """Which kernels torch may use on a GPU, for the whole process."""
+    """What torch may use of a GPU, for the whole process: which kernels, and how much of its memory."""
 
     tf32: bool = False
     cudnn_benchmark: bool = False
+    gpu_memory_fraction: float | None = None
 
     def apply(self, device: torch.device) -> None:
         """Set them, or say that they have no effect on ``device``."""
-        given = [f"--{name}" for name in ("tf32", "cudnn_benchmark") if getattr(self, name)]
-        if given and device.type != "cuda":
-            logger.warning("%s: no effect on %s; only CUDA has a choice of such kernels.", ", ".join(given), device)
+        if device.type != "cuda":
+            if given := [f"--{name}" for name, value in vars(self).items() if value]:
+                logger.warning("%s: no effect on %s, only on CUDA devices.", ", ".join(given), device)
             return
+        limit_device_memory(device, self.gpu_memory_fraction)
         if self.tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if self.cudnn_benchmark:

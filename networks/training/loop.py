@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hunyuan_model.runtime.compilation import CompileWatch
-from hunyuan_model.runtime.memory_report import explain_batch_out_of_memory
+from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory
 from networks.network_module import call_if_there
 from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
@@ -30,6 +30,7 @@ from networks.training.run import (
 from networks.training.saving.files import epoch_name, final_name, state_name, step_name
 from networks.training.step import Step, count_skipped, train_step
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
+from utils.free_memory import SpillWatch
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("train")
@@ -59,7 +60,7 @@ def train(training: Training) -> int:
     training.network.train()
     set_optimizer_mode(training.optimizer, training=True)
     loss_log = LossLog(settings.logs.loss_log if training.accelerator.is_main_process else None, progress.step)
-    requests = TrainingRequests(settings.saving.folder, training.accelerator)
+    requests, spilling = TrainingRequests(settings.saving.folder, training.accelerator), SpillWatch(training.accelerator.device)
     shown = training.accelerator.is_local_main_process
     bar = ProgressBar(total=training.plan.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
     with loss_log, requests, bar:
@@ -70,7 +71,7 @@ def train(training: Training) -> int:
         if progress.step == 0:
             make_samples(training, requests, progress.epoch)
         while progress.step < training.plan.steps:
-            request = train_epoch(training, requests, loss_log, bar)
+            request = train_epoch(training, requests, loss_log, bar, spilling)
             if request.stops:
                 return stop(training, request)
         require_finite_weights(training)
@@ -81,7 +82,9 @@ def train(training: Training) -> int:
     return 0
 
 
-def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar) -> Request:
+def train_epoch(
+    training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar, spilling: SpillWatch
+) -> Request:
     """The rest of the current epoch, up to the last step of the training; returns early with a request to stop."""
     progress, saving, name = training.progress, training.settings.saving, training.name
     epoch = progress.epoch
@@ -98,6 +101,8 @@ def train_epoch(training: Training, requests: TrainingRequests, loss_log: LossLo
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
         compiling.report(f"step {progress.step}")
+        if slow := spilling.after_step(seconds, tuple(batch["latents"].shape for batch in group)):
+            logger.warning("step %d: %s. Close other programs, or %s.", progress.step, slow, advice(training.plan.memory))
         progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
         if step.skipped is None:
             progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]

@@ -39,7 +39,8 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
     """One optimizer step over the batches it accumulates; it is skipped where a loss or a gradient is not finite.
 
     Waits for the device once. What may wait beyond that: the loss scaler of fp16 (twice, as it looks at the gradients only
-    after the losses are known to be finite), ``--scale_weight_norms``, and optimizers that look at their own numbers.
+    after the losses are known to be finite), ``--scale_weight_norms``, optimizers that look at their own numbers, and those of
+    bitsandbytes, which wait after every parameter.
     """
     accelerator, network, optimizer = training.accelerator, training.network, training.optimizer
     call_if_there(network, "on_step_start")

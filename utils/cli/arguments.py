@@ -77,6 +77,7 @@ non_negative_int = _number("a whole number of at least 0", int, lambda number: 0
 finite_float = _number("a number that is neither NaN nor infinite", float, lambda number: abs(number) <= MAX_FLOAT)
 positive_float = _number("a finite number above 0", float, lambda number: 0 < number <= MAX_FLOAT)
 non_negative_float = _number("a finite number of at least 0", float, lambda number: 0 <= number <= MAX_FLOAT)
+share = _number("a number above 0 and up to 1", float, lambda number: 0 < number <= 1)
 seed = _number(f"a whole number from 0 to {MAX_SEED}", int, lambda number: 0 <= number <= MAX_SEED)
 
 

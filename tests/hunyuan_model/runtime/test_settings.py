@@ -128,6 +128,6 @@ def test_a_gpu_may_use_the_kernels_that_are_asked_for(tf32, cudnn_benchmark, cap
 
 def test_on_the_cpu_nothing_changes_and_that_is_said(caplog):
     before = kernels()
-    KernelSettings(tf32=True, cudnn_benchmark=True).apply(CPU)
+    KernelSettings(tf32=True, cudnn_benchmark=True, gpu_memory_fraction=0.5).apply(CPU)
     assert kernels() == before
-    assert caplog.messages == ["--tf32, --cudnn_benchmark: no effect on cpu; only CUDA has a choice of such kernels."]
+    assert caplog.messages == ["--tf32, --cudnn_benchmark, --gpu_memory_fraction: no effect on cpu, only on CUDA devices."]

@@ -26,7 +26,7 @@ from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
 from networks.lora_files import fit_to_model, lora_of, read_lora
 from networks.lora_layouts import DEFAULT_PREFIX, flat_name
 from networks.lora_merging import LoraToMerge, MergePatch
-from networks.lora_updates import LowRank, low_rank_product
+from networks.lora_updates import LowRank, add_low_rank_product, low_rank_product
 from networks.lora_writing import plain_network, tensor_hashes
 from utils.errors import UserError, first_line, name_some, shown
 from utils.key_values import nearest_name
@@ -163,19 +163,28 @@ class LoRAModule(nn.Module):
         # Random on the CPU: no wait for the device, and activation checkpointing repeats it.
         if module_dropout > 0 and not compiling and torch.rand(()).item() < module_dropout:
             return self.base_forward(x)
-        hidden = F.linear(x, self.lora_down.weight.to(x.dtype))  # (..., rank)
-        if self.training:
-            hidden = F.dropout(hidden, self.neuron_dropout)
-            if self.rank_dropout > 0:
-                shape = (hidden.shape[0], *(1,) * (hidden.dim() - 2), self.rank)
-                kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
-                hidden = hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
-            if module_dropout > 0 and compiling:  # a compiled graph cannot branch: zeros for what is left out
-                hidden = hidden * (torch.rand((), device=hidden.device) >= module_dropout)
-        update = low_rank_product(hidden, self.lora_up.weight, self.multiplier * self.scale)
-        # The base comes last: of its result no gradient depends, so a checkpointed block need not compute it once more.
-        base = self.base_forward(x)
-        return update.to(base.dtype).add_(base)  # in place: a third tensor of this size costs time and memory
+        scale = self.multiplier * self.scale
+        if not compiling:
+            device = x.device.type
+            x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+            down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
+            return add_low_rank_product(self.base_forward, x, down, up, scale, self._dropped)
+        hidden = self._dropped(F.linear(x, self.lora_down.weight.to(x.dtype)))
+        if module_dropout > 0:  # a compiled graph cannot branch: zeros for what is left out
+            hidden = hidden * (torch.rand((), device=hidden.device) >= module_dropout)
+        update, base = low_rank_product(hidden, self.lora_up.weight, scale), self.base_forward(x)
+        return update.to(base.dtype) + base
+
+    def _dropped(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., rank) with dropouts, in training."""
+        if not self.training:
+            return hidden
+        hidden = F.dropout(hidden, self.neuron_dropout)
+        if self.rank_dropout > 0:
+            shape = (hidden.shape[0], *(1,) * (hidden.dim() - 2), self.rank)
+            kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+            hidden = hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
+        return hidden
 
 
 class LoRANetwork(nn.Module):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hunyuan_model
 from hunyuan_model.checkpoints.reading import open_checkpoint
@@ -258,6 +259,76 @@ def test_bfloat16_inputs_with_float32_factors(autocast):
     assert (output.float() - exact).abs().max() < 0.02 * exact.abs().max()
     output.float().sum().backward()
     assert module.lora_up.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("needed", ["x and factors", "x", "factors", "up"])
+@pytest.mark.parametrize("shape", [(2, 3, 6), (7, 6), (6,)], ids=str)
+def test_gradients_are_those_of_the_formula(needed, shape):
+    module, linear = make_module()
+    module.multiplier = 0.5
+    linear.requires_grad_("x" in needed and "factors" in needed)
+    module.requires_grad_("factors" in needed)
+    module.lora_up.weight.requires_grad_(needed != "x")
+    x = torch.randn(shape, requires_grad="x" in needed)
+    leaves = [tensor for tensor in (x, *linear.parameters(), *module.parameters()) if tensor.requires_grad]
+    expected = F.linear(x, linear.weight + 0.5 * module.lora_up.weight @ module.lora_down.weight, linear.bias)
+    weights = torch.randn_like(expected)
+    output = linear(x)
+    torch.testing.assert_close(output, expected)
+    found = torch.autograd.grad((output * weights).sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), leaves))
+    again = torch.autograd.grad((output * weights).sum(), leaves)
+    assert all(torch.equal(one, other) for one, other in zip(found, again))
+
+
+def test_two_networks_on_one_layer_add_up():
+    first, linear = make_module()
+    second = LoRAModule(6, 5, 4, 4.0)
+    nn.init.normal_(second.lora_up.weight)
+    second.attach(linear)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    leaves = [x, *first.parameters(), *second.parameters()]
+    weight = linear.weight + sum(module.lora_up.weight @ module.lora_down.weight for module in (first, second))
+    expected = F.linear(x, weight, linear.bias)
+    torch.testing.assert_close(linear(x), expected)
+    found = torch.autograd.grad(linear(x).square().sum(), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), leaves), atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_that_needs_its_result_is_refused():
+    module, _ = make_module()
+    linear = nn.Linear(6, 5)
+    module.base_forward = lambda x: F.linear(x, linear.weight).tanh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        module(torch.randn(3, 6)).sum().backward()
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts tensors of ``rows`` rows and more than ``rank`` columns that operators make."""
+
+    def __init__(self, rows: int, rank: int) -> None:
+        super().__init__()
+        self.rows, self.rank, self.made = rows, rank, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        large = isinstance(out, torch.Tensor) and out.numel() > self.rows * self.rank and out.untyped_storage().nbytes() > 8
+        self.made += large and out.untyped_storage().data_ptr() not in given
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_large_is_made_beside_what_the_layer_makes(dtype):
+    linear = nn.Linear(64, 96).to(dtype).requires_grad_(False)
+    module = LoRAModule(64, 96, 4, 4.0)
+    module.attach(linear)
+    x, gradient = torch.randn(2, 50, 64, dtype=dtype, requires_grad=True), torch.randn(2, 50, 96, dtype=dtype)
+    with LargeTensors(100, 16) as forward:
+        out = linear(x)
+    with LargeTensors(100, 16) as backward:
+        out.backward(gradient)
+    assert (forward.made, backward.made) == (1, 1)
 
 
 def test_works_over_float8_layers():

@@ -149,8 +149,8 @@ def training_activations(
     double = (10 + (batch.samples > 1)) * hidden + 2 * mlp
     # Inputs of linear1 and linear2; the output of linear1; rotated q and k; the attention's output.
     single = 8 * hidden + 2 * mlp
-    # In a backward pass: the gradient of the widest layer's input, while its weight is dequantized, or with that of the GELU made of
-    # it; and the gradients of the block's input.
+    # In a backward pass: the gradient of the widest layer's input, while its weight is dequantized, or with the one that GELU makes
+    # of it; and the gradients of the block's input.
     widest_double, widest_single = value * mlp, value * (hidden + mlp)
     double_working = widest_double + max(widest_double, dequantized) + 2 * value * hidden
     single_working = widest_single + max(widest_single, dequantized) + value * hidden

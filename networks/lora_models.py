@@ -11,8 +11,8 @@ BLOCKS = (20, 40)
 # Patterns of keys that HunyuanVideo has not.
 _KEYS = {
     "HunyuanVideo 1.5": r"_attn_[qkv]\.|(^|[._])(vision_in|byt5_in|cond_type_embed(ding|der)?|context_embedder_2)[._]",
-    "Wan": r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._][qkvo](_img)?\.|attn[12][._]to_|ffn[._])",
     "Stable Diffusion": r"(^|[._])((input|output|down|up)_blocks[._]\d+|middle_block|mid_block)[._]",
+    "Wan": r"(^|\.|(?<!transformer)_)blocks[._]\d+[._]((self|cross)_attn[._][qkvo](_img)?\.|attn[12][._]to_|ffn[._])",
 }
 # Double and single blocks, where names and shapes are those of HunyuanVideo.
 _DEPTHS = {(19, 38): "Flux", (54, 0): "HunyuanVideo 1.5", (60, 0): "Qwen-Image"}

@@ -248,7 +248,7 @@ class _Module:
 
     def _low_rank(self) -> LowRank:
         down, up = self._value("down"), self._value("up")
-        if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1] or not len(down) or math.prod(up.shape[2:]) != 1:
+        if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1] or math.prod(up.shape[2:]) != 1:
             raise UserError(
                 f"{self.source}: {self.keys['down']} {tuple(down.shape)} and {self.keys['up']} {tuple(up.shape)} are not the "
                 "factors of one update; (rank, in) and (out, rank) are expected."
@@ -258,7 +258,7 @@ class _Module:
     def _loha(self) -> LoHa:
         factors = [self._value(part) for part in sorted(_FACTORS[LoHa])]
         for part, factor in zip(sorted(_FACTORS[LoHa]), factors):
-            if factor.dim() != 2 or 0 in factor.shape:
+            if factor.dim() != 2:
                 raise self._wrong_shape(part, "two dimensions")
         w1_a, w1_b, w2_a, w2_b = factors
         if w1_a.shape[1] != len(w1_b) or w2_a.shape[1] != len(w2_b) or len(w1_a) != len(w2_a) or w1_b.shape[1] != w2_b.shape[1]:
@@ -269,8 +269,11 @@ class _Module:
         factors = []
         for name in ("lokr_w1", "lokr_w2"):
             parts = (name,) if name in self.keys else (f"{name}_a", f"{name}_b")
-            tensors = tuple(self._value(part).flatten(1) for part in parts)
-            if any(not tensor.numel() for tensor in tensors) or (len(tensors) == 2 and tensors[0].shape[1] != len(tensors[1])):
+            tensors = tuple(self._value(part) for part in parts)
+            if any(tensor.dim() < 2 for tensor in tensors):
+                raise self._wrong_shape(parts[0], "two dimensions")
+            tensors = tuple(tensor.flatten(1) for tensor in tensors)
+            if len(tensors) == 2 and tensors[0].shape[1] != len(tensors[1]):
                 raise self._wrong_shape(parts[0], "factors of one update")
             factors.append(tensors)
         update = LoKr(*factors, None)
@@ -304,8 +307,8 @@ class _Module:
         key, value = self.keys[part], self.tensors[self.keys[part]]
         if not value.is_floating_point():
             raise UserError(f"{self.source} stores {key} as {value.dtype}. Use a file in floating point.")
-        if not value.dim():
-            raise self._wrong_shape(part, "at least one dimension")
+        if not value.dim() or not value.numel():
+            raise self._wrong_shape(part, "at least one dimension and one value")
         if not value.is_meta and not torch.isfinite(value.float()).all():
             raise UserError(f"{self.source} holds NaN or infinity in {key}: its training went wrong. Use an earlier save.")
         return value

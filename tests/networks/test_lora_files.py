@@ -118,7 +118,7 @@ def test_what_is_no_lora_is_a_user_error(names, message):
         lora_of(dict.fromkeys(names, torch.ones(4, 4)), {}, "file.safetensors")
 
 
-@pytest.mark.parametrize(("down", "up"), [((4, 8), (8, 5)), ((4, 8, 1, 1), (8, 4, 1, 2)), ((0, 8), (8, 0))])
+@pytest.mark.parametrize(("down", "up"), [((4, 8), (8, 5)), ((4, 8, 1, 1), (8, 4, 1, 2))])
 def test_factors_that_do_not_fit_are_user_errors(tmp_path, down, up):
     with pytest.raises(UserError, match="not the factors of one update"):
         lora_of(pair(down, up), {}, "file.safetensors")

@@ -120,10 +120,13 @@ def kernels() -> tuple[bool, bool, bool]:
 
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("cudnn_benchmark", [True, False])
-def test_a_gpu_may_use_the_kernels_that_are_asked_for(tf32, cudnn_benchmark, caplog):
+def test_a_gpu_may_use_what_is_asked_for(tf32, cudnn_benchmark, caplog, monkeypatch):
+    limits = []
+    monkeypatch.setattr("hunyuan_model.runtime.settings.limit_device_memory", lambda *limit: limits.append(limit))
     torch.backends.cudnn.allow_tf32 = False
-    KernelSettings(tf32, cudnn_benchmark).apply(GPU)
+    KernelSettings(tf32, cudnn_benchmark, 0.5).apply(GPU)
     assert kernels() == (tf32, tf32, cudnn_benchmark) and not caplog.messages
+    assert limits == [(GPU, 0.5)]
 
 
 def test_on_the_cpu_nothing_changes_and_that_is_said(caplog):

@@ -175,13 +175,13 @@ def training_activations(
 
 
 def sampling_activations(
-    config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0, *, network: bool = False
+    config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0, *, injected: bool = False
 ) -> int:
-    """Of one forward pass without a backward pass; ``network``: with a LoRA beside the Linear layers."""
+    """Of one forward pass without a backward pass; ``injected``: with LoRA that is computed beside what Linear layers give."""
     hidden, mlp = config.hidden_size, config.mlp_size
     # Before linear2: tokens, linear1's output, the attention's output, and linear2's input.
     single = 6 * hidden + 2 * mlp
-    if network:  # In linear1: tokens, their norm, linear1's output and the LoRA's.
+    if injected:  # In linear1: tokens, their norm, linear1's output and the LoRA's.
         single = max(single, 8 * hidden + 2 * mlp)
     # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and the kernel's work space.
     # In the MLP: tokens twice, the attention's output, their norm, fc1's output and its GELU.

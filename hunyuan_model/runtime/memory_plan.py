@@ -113,9 +113,9 @@ class MemoryPlan:
         if self.trains:
             step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
         sampled = self.sample if self.trains else self.batch
-        sampling, beside = 0, self.trains or self.injected_bytes > 0
+        sampling, injected = 0, self.injected_bytes > 0
         if sampled is not None:
-            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, network=beside)
+            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, injected=injected)
         temporary = max(step.device, sampling)
         return Need(
             weights=weights.resident,

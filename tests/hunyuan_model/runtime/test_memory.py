@@ -164,7 +164,7 @@ def test_sampling_takes_what_is_predicted(case: Case, monkeypatch) -> None:
     with torch.no_grad():
         built.loss()
         counted = peak_bytes(built.loss)
-    assert close(sampling_activations(case.config, case.batch, case.dtype, network=True), counted)
+    assert close(sampling_activations(case.config, case.batch, case.dtype), counted)
 
 
 @pytest.mark.parametrize("weights", WeightFormat)

@@ -134,6 +134,34 @@ def test_attention_that_torch_puts_together_is_computed_again() -> None:
         assert attention_calls(keep_attention) == (0, 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@pytest.mark.parametrize(
+    "backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=str
+)
+def test_kept_attention_on_a_gpu(backend: SDPBackend, offload: bool) -> None:
+    if backend == SDPBackend.CUDNN_ATTENTION and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("cuDNN has no attention for this GPU")
+    device = torch.device("cuda")
+
+    def run(keep: bool) -> tuple[tuple[int, int], list[torch.Tensor]]:
+        transformer = make_transformer().to(device, torch.bfloat16)
+        offloader = make_offloader(DEPTH, device, pinned=True) if offload else None
+        enable_gradient_checkpointing(transformer, offloader, keep_attention=keep)
+        network = add_lora(transformer).to(device)
+        with sdpa_kernel(backend):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = transformer(*make_inputs(size=(4, 32, 32), device=device)).float().square().mean()
+            with AttentionCalls() as calls:
+                loss.backward()
+        return (calls.forward, calls.backward), [parameter.grad for parameter in network.parameters()]
+
+    (again, expected), (kept, found) = run(False), run(True)
+    assert again == (again[1], again[1]) and kept == (0, again[1])
+    for one, other in zip(found, expected):  # backward passes of attention add up in any order
+        assert (one - other).norm() <= 0.02 * other.norm()
+
+
 NETWORKS = {
     "LoRA": {},
     "dropouts": {"rank_dropout": "0.5", "dropout": "0.3", "module_dropout": "0.4"},

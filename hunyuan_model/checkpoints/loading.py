@@ -12,7 +12,16 @@ from torch import nn
 
 from hunyuan_model.checkpoints.mapped_files import read_ahead
 from hunyuan_model.checkpoints.reading import Checkpoint
-from hunyuan_model.quantization.formats import FP8_DTYPE, FP8_DTYPES, SCALE_SUFFIX, Quantizer, cast, cast_to_float8, dequantize
+from hunyuan_model.quantization.formats import (
+    FP8_DTYPE,
+    FP8_DTYPES,
+    SCALE_SUFFIX,
+    Quantizer,
+    cast,
+    cast_to_float8,
+    dequantize,
+    dequantize_stored,
+)
 from utils.errors import UserError
 from utils.progress import ProgressBar
 
@@ -127,6 +136,8 @@ def _converted(
     """A tensor and its scale, if it has one, as the module is to hold them; the tensor may still be ``stored``."""
     tensor = stored.to(device)
     as_stored = dtype == FP8_DTYPE == tensor.dtype
+    if patch is None and scale is not None and dtype not in FP8_DTYPES:
+        return dequantize_stored(tensor, dtype, scale.to(device)), None
     if patch is not None or (scale is not None and not as_stored):
         value = true_value(tensor, scale)
         patched = value if patch is None else patch(name, value).to(device)

@@ -40,6 +40,8 @@ FP8_MAX = torch.finfo(FP8_DTYPE).max
 INT8_MAX = 127
 GROUP = 64  # inputs that share a scale of INT8
 SCALE_SUFFIX = "_scale"
+SMALL_SLICE_ELEMENTS = 1 << 15  # torch does not share them out to threads, whose waiting takes longer
+DEVICE_SLICE_ELEMENTS = 1 << 24  # on GPUs, where each slice costs several launches
 SLICE_ELEMENTS = 1 << 18  # what is quantized at once: its float32 copy stays in the cache
 
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
@@ -99,9 +101,22 @@ def quantize_groups(weight: torch.Tensor, group: int = GROUP) -> Quantized:
     return codes, scale
 
 
-def _row_slices(weight: torch.Tensor) -> Iterator[slice]:
-    count = max(1, SLICE_ELEMENTS // weight.shape[1])
+def _row_slices(weight: torch.Tensor, elements: int = SLICE_ELEMENTS) -> Iterator[slice]:
+    count = max(1, (elements if weight.device.type == "cpu" else DEVICE_SLICE_ELEMENTS) // weight.shape[1])
     return (slice(start, start + count) for start in range(0, len(weight), count))
+
+
+def dequantize_stored(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """As ``dequantize``, with the product in float32 whatever ``dtype`` is, and without a float32 copy of the whole weight."""
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    by_table = weight.device.type == "cpu" and weight.dtype in FP8_DTYPES  # four times as fast as the conversion
+    table = torch.arange(256, dtype=torch.uint8).view(weight.dtype).float() if by_table else None
+    for rows in _row_slices(weight, SMALL_SLICE_ELEMENTS):
+        part, scale_of_part = weight[rows], scale if len(scale) == 1 else scale[rows]
+        if by_table:
+            part = table.index_select(0, part.reshape(-1).view(torch.uint8).int()).view(part.shape)
+        values[rows] = dequantize(part.float(), torch.float32, scale_of_part)
+    return values
 
 
 def dequantize(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:

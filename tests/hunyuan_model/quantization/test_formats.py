@@ -12,6 +12,7 @@ from hunyuan_model.quantization.formats import (
     cast,
     cast_to_float8,
     dequantize,
+    dequantize_stored,
     is_quantized_name,
     quantize_channels,
     quantize_groups,
@@ -127,3 +128,14 @@ def test_errors_of_a_layer_of_full_width(spread):
         for codes, scale in (quantize(weight) for quantize in (cast_to_float8, quantize_channels, quantize_groups))
     )
     assert 0 < groups < 0.3 * channels and 0 < channels < 0.9 * plain
+
+
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scales", [(1, 1), (40, 1), (40, 3)])
+def test_stored_weights_are_dequantized_in_float32_and_rounded_once(codes, scales):
+    generator = torch.Generator().manual_seed(2)
+    weight = (100 * torch.randn(40, 1800, generator=generator)).clamp(-448, 448).to(codes)
+    scale = torch.rand(scales, generator=generator)
+    exact = weight.float() * scale.repeat_interleave(1800 // scales[1], 1)
+    assert torch.equal(dequantize_stored(weight, torch.bfloat16, scale), exact.bfloat16())
+    assert torch.equal(dequantize_stored(weight, torch.float32, scale), exact)

@@ -12,14 +12,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hunyuan_model.checkpoints.layouts import Place
 from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, OTHER_MODELS, UNSUPPORTED, split_ending
 from networks.lora_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata
 from networks.lora_peft import PEFT_FILE, PeftConfig, peft_config
-from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, with_rows_permuted
+from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, all_finite, with_rows_permuted
 from utils.errors import UserError, name_some
 from utils.safetensors_io import read_tensors
 
@@ -309,7 +308,7 @@ class _Module:
             raise UserError(f"{self.source} stores {key} as {value.dtype}. Use a file in floating point.")
         if not value.dim() or not value.numel():
             raise self._wrong_shape(part, "at least one dimension and one value")
-        if not value.is_meta and not torch.isfinite(value.float()).all():
+        if not value.is_meta and not all_finite(value):
             raise UserError(f"{self.source} holds NaN or infinity in {key}: its training went wrong. Use an earlier save.")
         return value
 

@@ -212,6 +212,13 @@ class DoRA:
         return DoRA(self.direction.with_rows(take), take(self.magnitude))
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value of ``tensor``, of any floating-point dtype, is NaN or infinite."""
+    if tensor.itemsize > 1 and tensor.sum(dtype=torch.float32).isfinite():  # the quick answer; a sum may overflow
+        return True
+    return bool(tensor.float().isfinite().all())
+
+
 def with_rows_permuted(update: Update, permute: Rows) -> Update:
     """The update of the rows in another order."""
     if isinstance(update, DoRA) and not update.per_output:  # the length of a column does not depend on it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -10,19 +11,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from networks.lora_files import LoraFile, PlacedUpdate
 from networks.lora_layouts import LAYOUTS, OTHER, LoraLayout, flat_name
 from networks.lora_peft import PEFT_METADATA
-from networks.lora_updates import CannotConvert, Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, with_rows_permuted
+from networks.lora_updates import (
+    CannotConvert,
+    Difference,
+    DoRA,
+    LoHa,
+    LoKr,
+    LowRank,
+    Replacement,
+    Update,
+    all_finite,
+    with_rows_permuted,
+)
 from utils.errors import UserError, name_some
-from utils.safetensors_io import save_tensors
+from utils.safetensors_io import SAFETENSORS_DTYPES, save_tensors
 
 logger = logging.getLogger(__name__)
 
 _OF_TENSORS = (PEFT_METADATA, "modelspec.hash_sha256")  # metadata that other names or factors make untrue
+_FILE_ORDER = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int16)
+_FILE_ORDER += (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool)
+"""In which safetensors writes the tensors of each dtype; those of one dtype by name."""
+_MIDDLE = range(0x100000, 0x110000)
+
 MLP_RATIO = 4  # width of the model's MLPs: the rows of a part that a file leaves out
 
 
@@ -152,9 +168,9 @@ def _times(factor: Tensor, number: float) -> Tensor:
         return factor
     product = factor.float() * number
     rounded = product.to(factor.dtype)
-    if rounded.isfinite().all():
+    if all_finite(rounded):
         return rounded
-    if not product.isfinite().all():
+    if not all_finite(product):
         raise CannotConvert(f"its alpha makes factors that are no numbers any more ({number:g} times)")
     return product
 
@@ -237,13 +253,23 @@ def tensor_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     ``sshs_model_hash`` is the SHA-256 of the file after its header, ``sshs_legacy_hash`` the first 8 digits of that of the
     64 KiB at 1 MiB (of nothing in a smaller file); both of the file that the tensors give with the ss_* metadata.
     """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training)
-    header = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
+    header: dict[str, object] = {"__metadata__": training}
+    end = 0
+    for name in (order := sorted(tensors, key=lambda name: (_FILE_ORDER.index(tensors[name].dtype), name))):
+        start, end = end, end + tensors[name].nbytes
+        stored = next(stored for stored, dtype in SAFETENSORS_DTYPES.items() if dtype == tensors[name].dtype)
+        header[name] = {"dtype": stored, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    position = 8 + len(encoded) + -len(encoded) % 8  # of the next tensor in the file
+    whole, middle = hashlib.sha256(), hashlib.sha256()
+    for name in order:
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        whole.update(content)
+        middle.update(content[max(0, _MIDDLE.start - position) : max(0, _MIDDLE.stop - position)])
+        position += len(content)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": middle.hexdigest()[:8]}
 
 
 def save_lora(path: str | os.PathLike[str], lora: LoraFile, target: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from hunyuan_model.checkpoints.layouts import OFFICIAL
 from networks.lora_files import check_lora_file, lora_of, read_lora
@@ -143,6 +144,21 @@ def test_hashes_are_those_that_sd_scripts_wrote():
     stored = read_header(LORA).metadata
     hashes = tensor_hashes(load_file(LORA), stored)
     assert hashes == {name: stored[name] for name in hashes} and len(hashes) == 2
+
+
+@pytest.mark.parametrize("metadata", [{}, {"ss_network_dim": "4", "ss_comment": 'a "ü" \n', "other": "x"}])
+def test_hashes_are_those_of_the_file_that_safetensors_writes(metadata):
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64]
+    tensors = {f"{number % 3}.{number}": torch.ones(100_001).mul(number).to(dtype) for number, dtype in enumerate(dtypes * 2)}
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = save(tensors, training)
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert tensor_hashes(tensors, metadata) == {
+        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+    small = {"a": torch.ones(2)}
+    assert tensor_hashes(small, metadata)["sshs_legacy_hash"] == hashlib.sha256(b"").hexdigest()[:8]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,10 @@ def test_every_model_and_state_is_uploaded(train, stand_in, tmp_path: Path, back
     ended = train(*flags, *REPO, "--huggingface_path_in_repo", "faces/", *background)
     assert ended.status == 0, ended.stderr
     # At the end the state comes first: the model says that everything is done.
-    during, end = ["lora-step00000002.safetensors", "lora-step00000002-state"], ["lora-state", "lora.safetensors"]
+    during, end = (
+        ["lora-step00000002.safetensors", "lora-step00000002-state"],
+        ["lora-state", "lora.safetensors", "lora_comfyui.safetensors"],
+    )
     assert api.uploaded() == [f"faces/{name}" for name in (*during, *end)]
     assert api.calls[0] == ("create_repo", ("me/loras",), {"repo_type": "model", "private": True, "exist_ok": True})
     assert api.token == "hf_secret"
@@ -94,7 +97,8 @@ def test_what_is_being_uploaded_is_removed_afterwards(train, stand_in, tmp_path:
     flags = ("--save_every_n_steps", 1, "--save_last_n_steps", 1, "--save_state", "--save_state_to_huggingface")
     ended = train("--max_train_steps", 5, *flags, *REPO, "--async_upload")
     assert ended.status == 0, ended.stderr
-    assert len(read) == 10 and all(there for _, there in read)
+    assert len(read) == 11  # five models with their states, and the copy for ComfyUI
+    assert all(there for _, there in read)
     assert not (tmp_path / "out" / "lora-step00000001.safetensors").exists()
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-
-from dataset.cache.files import save_latents, save_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT_SECONDS = 300
@@ -41,6 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for keyword, skip in skips:
             if keyword in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m gpu, files without such tests are not even imported."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and "mark.gpu" not in collection_path.read_text("utf-8"):
+        return True
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """With -m gpu, files whose packages are missing are skipped: machines with GPUs are lent with few of them."""
+    report = yield
+    missing = re.search(r"ModuleNotFoundError: No module named ('\S+')", str(report.longrepr))
+    if report.failed and missing and collector.config.option.markexpr == "gpu":
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+    return report
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,6 +166,8 @@ TEXT_WIDTH, POOLED_WIDTH, TEXT_ROWS = 64, 48, 32  # of the tiny model, and rows 
 
 def write_caches(folder: Path, items: dict[str, tuple[int, int, int]], seed: int = 0) -> None:
     """Caches of made-up items: name -> latent size (F, H, W); captions of different lengths."""
+    from dataset.cache.files import save_latents, save_text
+
     generator = torch.Generator().manual_seed(seed)
     for index, (stem, size) in enumerate(items.items()):
         frames = f"_00000-{4 * size[0] - 3:03d}" if size[0] > 1 else ""
@@ -190,6 +207,8 @@ target_frames = [5]
 @pytest.fixture
 def train(call_script, tiny_model, cached, tmp_path):
     """``train(*flags, name="x")`` -> how it ended; writes to tmp_path/out."""
+
+    from accelerate.state import AcceleratorState
 
     def run(*flags: object, name: str = "lora", dit: Path | None = None, dataset: Path | None = None):
         AcceleratorState._reset_state(reset_partial_state=True)  # a process trains once; this one does many times

@@ -13,15 +13,16 @@ import secrets
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from hunyuan_model.runtime.host_weights import host_memory
 from utils.errors import first_line
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def shared_host_memory(accelerator: Accelerator) -> Iterator[Callable[[int], Ten
     if accelerator.num_processes == 1:
         yield None
         return
+    from accelerate.utils import gather_object
+
     memory, reason = None, ""
     if accelerator.is_local_main_process:
         try:

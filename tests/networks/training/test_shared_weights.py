@@ -20,7 +20,6 @@ from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpo
 from hunyuan_model.runtime.host_weights import page_lock
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
-from networks.training import shared_weights
 from networks.training.shared_weights import Address, SharedMemory, shared_host_memory
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
@@ -181,7 +180,7 @@ class Processes:
             other = others.pop(0)
             return [*said, *other] if first else [*other, *said]
 
-        monkeypatch.setattr(shared_weights, "gather_object", gather)
+        monkeypatch.setattr("accelerate.utils.gather_object", gather)
 
 
 @linux

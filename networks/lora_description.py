@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hunyuan_model.checkpoints.identify import Kind, identify
 from hunyuan_model.checkpoints.loading import true_value
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.runtime.loading import open_transformer
 from networks.lora_clients import CLIENTS, HIDDEN, Client, Match, Verdict, count, match, transformer_keys
 from networks.lora_files import LoraFile, fit_to_model, lora_path, read_lora
 from networks.lora_layouts import LAYOUTS
-from networks.lora_models import model_by_metadata
+from networks.lora_models import model_by_metadata, model_itself
 from networks.lora_updates import DoRA, LowRank, Replacement, Update
 from networks.lora_writing import to_layout
 from utils.errors import UserError, shown
@@ -129,7 +128,7 @@ def describe(path: str | os.PathLike[str], dit: str | os.PathLike[str] | None = 
     try:
         lora = read_lora(path, partial=True, values=False)
     except UserError as error:
-        model = _model(shapes)
+        model = model_itself(shapes)
         programs = [] if model else [_program(client.title, match(client, shapes)) for client in CLIENTS]
         if programs:
             programs.append(replace(programs[0], name=THIS_PROJECT, verdict=Verdict.ERROR.value, keys=0, modules=0, reason=""))
@@ -242,12 +241,6 @@ def _notes(lora: LoraFile) -> Iterator[str]:
         yield "it changes the input of the model for more than 16 channels, as image-to-video models have"
 
 
-def _model(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
-    """The kind of model that a file is which is no LoRA."""
-    kind = identify(shapes)
-    return None if kind in (Kind.LORA_AB, Kind.LYCORIS, Kind.LORA_SD_SCRIPTS) else kind
-
-
 def _programs(path: str | os.PathLike[str], lora: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Program]:
     converted: dict[str, Mapping[str, tuple[int, ...]] | str] = {}
     for client in CLIENTS:
@@ -298,6 +291,10 @@ def _converted(lora: LoraFile, target: str) -> Mapping[str, tuple[int, ...]] | s
 
 def _command(path: str | os.PathLike[str], target: str, lora: LoraFile) -> str:
     source = Path(path)
+    if source.name in ("", ".."):  # of the folder that the user is in, or one above
+        source = source.resolve()
+    if str(source).startswith("-"):  # else argparse takes it for a flag
+        source = Path(os.curdir, source).absolute()
     output = source.with_name(f"{source.stem if source.suffix == '.safetensors' else source.name}_{target}.safetensors")
-    words = ["python", "convert_lora.py", "--input", str(path), "--output", str(output), "--target", target]
+    words = ["python", "convert_lora.py", "--input", str(source), "--output", str(output), "--target", target]
     return shlex.join(words + ["--lora_partial"] * bool(transformer_keys(lora.left_out)))

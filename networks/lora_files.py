@@ -12,15 +12,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hunyuan_model.checkpoints.layouts import Place
 from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, OTHER_MODELS, UNSUPPORTED, split_ending
-from networks.lora_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata
+from networks.lora_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata, model_itself
 from networks.lora_peft import PEFT_FILE, PeftConfig, peft_config
 from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, all_finite, with_rows_permuted
 from utils.errors import UserError, name_some
-from utils.safetensors_io import read_tensors
+from utils.safetensors_io import SAFETENSORS_DTYPES, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ def _instead(names: Collection[str]) -> str:
     """What a file is none of whose keys match."""
     if all(name.startswith(OTHER_MODELS) for name in names):
         return "They are of text encoders or embeddings, which are not changed here."
+    if kind := model_itself(dict.fromkeys(names, ())):
+        return f"It looks like {kind.text}, not like a LoRA."
     if model := model_by_keys(names):
         return f"It looks like a LoRA for {model}."
     return f"Keys such as {' or '.join(LAYOUTS[name].example for name in (DEFAULT, OTHER, 'diffusers'))} are expected."
@@ -290,6 +293,8 @@ class _Module:
 
     def _alpha(self, rank: int) -> float:
         alpha = self._number("alpha") if "alpha" in self.keys else self.peft.alpha_of(self._path, rank)
+        if math.isinf(torch.tensor(alpha * self._scalar(), dtype=torch.float32)):
+            raise UserError(f"{self.source}: the alpha of {self._path} is beyond what float32 holds. Copy or make the file again.")
         return alpha * self._scalar()
 
     def _scalar(self) -> float:
@@ -304,7 +309,7 @@ class _Module:
 
     def _value(self, part: str) -> Tensor:
         key, value = self.keys[part], self.tensors[self.keys[part]]
-        if not value.is_floating_point():
+        if not value.is_floating_point() or value.dtype not in SAFETENSORS_DTYPES.values():
             raise UserError(f"{self.source} stores {key} as {value.dtype}. Use a file in floating point.")
         if not value.dim() or not value.numel():
             raise self._wrong_shape(part, "at least one dimension and one value")

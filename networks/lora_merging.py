@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from hunyuan_model.checkpoints.loading import true_value
+from hunyuan_model.checkpoints.loading import require_same_tensors, true_value
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora_files import LoraFile, PlacedUpdate, fit_to_model, read_lora
 from networks.lora_updates import LowRank, strength
 from utils.errors import UserError
@@ -122,7 +123,9 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
             raise UserError(f"the merged model would overwrite {source}, which is being read; give it another name.")
     require_possible_file(output, "the merged model")
     require_writable_folder(Path(output).parent, "the folder of the merged model,")
-    checkpoint, _ = open_transformer(dit, "--dit")
+    checkpoint, config = open_transformer(dit, "--dit")
+    with torch.device("meta"):
+        require_same_tensors(HYVideoDiffusionTransformer(config), checkpoint)
     patch = MergePatch(loras, checkpoint.shapes)
     dtypes = {name: torch.bfloat16 if checkpoint.is_quantized(name) else dtype for name, dtype in checkpoint.dtypes.items()}
     merged = (

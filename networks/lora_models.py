@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from hunyuan_model.checkpoints.identify import Kind, identify
+
 BLOCKS = (20, 40)
 """The double and single blocks of HunyuanVideo."""
 
@@ -23,6 +25,12 @@ def model_by_keys(keys: Iterable[str]) -> str | None:
     """The model that a LoRA with these keys is for, if it is another one that is known."""
     text = "\n".join(keys)
     return next((model for model, pattern in _KEYS.items() if re.search(pattern, text, re.MULTILINE)), None)
+
+
+def model_itself(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
+    """The kind of model that a file with these tensors is, and no LoRA for one."""
+    kind = identify(shapes)
+    return None if kind in (Kind.LORA_AB, Kind.LYCORIS, Kind.LORA_SD_SCRIPTS) else kind
 
 
 def model_by_blocks(modules: Iterable[str]) -> str | None:

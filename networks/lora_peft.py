@@ -15,6 +15,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"
 _REPEAT = re.compile(r"[*+{]|(?<!\()\?")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_FLAGS = re.compile(r"\(\?[a-zA-Z-]*[aiLmsux]")  # with x, blanks may stand before a repeat
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class PeftConfig:
         patterns = {**self.rank_patterns, **self.alpha_patterns}
         for pattern in patterns:
             try:
-                re.compile(pattern)
+                re.compile(_ending(pattern))
             except (re.error, OverflowError, RecursionError) as error:
                 raise self._unusable(f"{shown(pattern)} is no regular expression ({error})") from None
+            if _FLAGS.search(pattern):
+                raise self._unusable(f"the regular expression {shown(pattern)} has flags, which are not read here")
             if _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > 3:
                 raise self._unusable(f"the regular expression {shown(pattern)} may take forever")
         for value in (self.rank, *self.rank_patterns.values()):
@@ -67,7 +70,12 @@ class PeftConfig:
 
     @staticmethod
     def _matching(patterns: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
+        return next((value for pattern, value in patterns.items() if re.match(_ending(pattern), module)), otherwise)
+
+
+def _ending(pattern: str) -> str:
+    """What matches a module whose path ends with what ``pattern`` matches, as PEFT looks it up."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -147,7 +148,8 @@ def _fused(updates: Mapping[int, LowRank], parts: int) -> LowRank:
     shared = not down.is_meta and all(lora.down.shape == down.shape and torch.equal(lora.down, down) for lora in loras)
     if not shared:
         down = torch.cat([lora.down.flatten(1) for lora in loras])
-    up = loras[0].up.new_zeros(sum(rows), len(down))
+    dtype = reduce(torch.promote_types, (lora.up.dtype for lora in loras))
+    up = loras[0].up.new_zeros(sum(rows), len(down), dtype=dtype)
     column = 0
     for part, lora in zip(present, loras):
         start = sum(rows[:part])

@@ -104,7 +104,8 @@ def read_tensors(
 
 def _unread(stored: Any) -> torch.Tensor:
     shape = stored.get_shape()  # one with a zero may claim sizes beyond what torch takes
-    return torch.empty((0,) if 0 in shape else shape, dtype=SAFETENSORS_DTYPES.get(stored.get_dtype()), device="meta")
+    dtype = SAFETENSORS_DTYPES.get(stored.get_dtype(), torch.uint8)  # no float for those of formats that are not read
+    return torch.empty((0,) if 0 in shape else shape, dtype=dtype, device="meta")
 
 
 def read_tensor(path: str | os.PathLike[str], name: str, what: str = "safetensors file") -> torch.Tensor | None:

@@ -162,7 +162,7 @@ def _shards_of_index(index: Path, what: str) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{what} {index} is not a readable index of shards. Copy or download it again.") from error
     missing = [name for name in names if "\0" in name or not os.path.isfile(index.parent / name)]
     if missing or not names:
@@ -268,6 +268,8 @@ def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in _files_of_folder(root, what) if root.is_dir() else [root]:
         found, described = _open_file(file, what)
+        if twice := name_some(entries.keys() & found.keys(), 1):
+            raise UserError(f"{what} {root} holds {twice} in two of its files. Keep the shards of one model in it.")
         entries |= found
         metadata |= described
     return Checkpoint(root, what, entries, metadata, {})

@@ -68,7 +68,7 @@ def _scale(checkpoint: Checkpoint, name: str, weight: str) -> Tensor:
     if scale is None or not dtype.is_floating_point:
         raise UserError(
             f"{checkpoint.what} {checkpoint.path} holds {name} {checkpoint.shapes[name]}, which is no scale of {weight} {shape} "
-            f"({str(dtype).removeprefix('torch.')}): finite numbers are expected, one for float8 weights, for each row, or for "
+            f"({str(dtype).removeprefix('torch.')}): positive numbers are expected, one for float8 weights, for each row, or for "
             "each of equal groups of a row's inputs."
         )
     return scale
@@ -80,7 +80,7 @@ def scale_of(stored: Tensor, shape: Sequence[int]) -> Tensor | None:
         return None
     rows, inputs = shape
     scale, sizes = stored.float(), tuple(stored.shape)
-    if not torch.isfinite(scale).all():
+    if not torch.isfinite(scale).all() or (scale < 0).any() or not scale.any():
         return None
     if scale.numel() in (1, rows):
         return scale.reshape(-1, 1)
@@ -115,7 +115,7 @@ def _formats(checkpoint: Checkpoint, last: Mapping[str, str]) -> Iterator[tuple[
 
 def _format(described: object) -> str:
     kind = described.get("format") if isinstance(described, dict) else None
-    return kind if isinstance(kind, str) else "unknown"
+    return kind if isinstance(kind, str) and kind.isprintable() else "unknown"
 
 
 def _from_json(text: str | bytes) -> dict[str, object]:

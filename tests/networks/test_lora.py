@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -493,6 +493,15 @@ def test_merge_into_file_refuses_to_overwrite_what_it_reads(tmp_path):
     with pytest.raises(UserError, match=r"saved as a \.safetensors file"):
         merge_lora_into_file(DIT, loras, tmp_path / "merged.pt")
     assert stored.read_bytes() == DIT.read_bytes() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_merge_into_file_refuses_a_model_that_is_not_whole(tmp_path):
+    cut = load_file(DIT)
+    del cut["double_blocks.0.txt_mlp.fc2.bias"]
+    save_file(cut, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match=r"1 tensors are missing, such as double_blocks\.0\.txt_mlp\.fc2\.bias"):
+        merge_lora_into_file(tmp_path / "cut.safetensors", read_lora_files([LORA]), tmp_path / "merged.safetensors")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_multipliers_fill_up_with_one():

@@ -263,6 +263,14 @@ def test_more_than_one_update_of_a_row_is_merged_but_not_converted():
         plain_network(lora)
 
 
+def test_parts_of_two_precisions_are_put_together_in_the_better_one():
+    names = {part: f"transformer.transformer_blocks.0.attn.to_{part}.lora_" for part in "qk"}
+    tensors = {names["q"] + "A.weight": torch.ones(1, HIDDEN).half(), names["q"] + "B.weight": torch.ones(HIDDEN, 1).half()}
+    tensors |= {names["k"] + "A.weight": torch.ones(1, HIDDEN), names["k"] + "B.weight": torch.full((HIDDEN, 1), 1e7)}
+    up = to_layout(read(tensors), "comfy")["diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight"]
+    assert up.dtype == torch.float32 and up.max() == 1e7
+
+
 def test_factors_that_leave_half_precision_become_float32():
     key = "lora_unet_double_blocks_0_img_mlp_fc1"
     tensors = {f"{key}.lora_down.weight": torch.ones(1, HIDDEN).half(), f"{key}.lora_up.weight": torch.ones(256, 1).half()}

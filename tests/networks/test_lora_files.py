@@ -106,6 +106,10 @@ OTHER_KEY = "diffusion_model.single_blocks.0.linear1.lora_A.weight"
     [
         ([], "not a LoRA that can be read here: it holds no tensors"),
         (["double_blocks.0.img_attn_qkv.weight"], "not a LoRA that can be read here: none of its 1 keys"),
+        (
+            ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.mid_block.x"],
+            "looks like a VAE of another model.*not like a LoRA",
+        ),
         ([*pair(), "extra.weight"], "only in part: 1 of its 3 keys match nothing in the transformer .extra.weight.*--lora_partial"),
         (list(pair())[:1], "incomplete.*up is missing"),
         (["lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"], "incomplete.*lokr_w2 is missing"),
@@ -167,6 +171,8 @@ def test_hashes_are_those_of_the_file_that_safetensors_writes(metadata):
         ("alpha", torch.tensor(torch.nan), "one finite number"),
         ("alpha", torch.ones(3), "one finite number"),
         ("lora_up.weight", torch.full((8, 4), torch.inf), "holds NaN or infinity"),
+        ("scalar", torch.tensor(1e300, dtype=torch.float64), "one finite number"),
+        ("lora_up.weight", torch.ones(8, 4).to(torch.float8_e8m0fnu), "stores .*lora_up.weight as torch.float8_e8m0fnu"),
     ],
 )
 def test_values_that_are_no_numbers_are_user_errors(part, value, message):

@@ -108,6 +108,9 @@ def test_bias_of_lora_is_named(tmp_path):
         ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
         ({"alpha_pattern": {"(.|.)*x": 1}}, "may take forever"),
         ({"rank_pattern": {".*.*.*.*x": 1}}, "may take forever"),
+        ({"alpha_pattern": {"(?i)to_q": 1}}, "is no regular expression"),
+        ({"alpha_pattern": {r"(?x:(\w|.) +)z": 1}}, "has flags"),
+        ({"r": 4, "lora_alpha": 1e308, "use_rslora": True}, "beyond what float32 holds"),
     ],
 )
 def test_unusable_configurations_are_user_errors(tmp_path, stored, message):

@@ -145,6 +145,19 @@ def test_a_folder_of_peft_is_converted_with_its_alphas(tmp_path, convert):
     assert describe(folder).scale == (4.0, 4.0)
 
 
+def test_commands_for_the_folder_that_the_user_is_in_and_for_names_like_flags(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.single_blocks.0.linear2.{ending}": torch.ones(2, 2) for ending in PAIR},
+        folder / "adapter_model.safetensors",
+    )
+    shutil.copy(LORA, folder / "-x.safetensors")
+    monkeypatch.chdir(folder)
+    for name, output in ((".", tmp_path / "adapter_other.safetensors"), ("-x.safetensors", folder / "-x_other.safetensors")):
+        assert str(output) in shlex.split(describe(name).programs[0].command)
+
+
 def test_metadata_that_describes_the_tensors_is_left_out(tmp_path, convert):
     source, output = tmp_path / "diffusers.safetensors", tmp_path / "out.safetensors"
     adapter = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.peft_type": "LORA"}

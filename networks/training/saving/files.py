@@ -64,7 +64,7 @@ class SaveSettings:
         save_format: layouts, of ``TARGETS``; the first is that of the model, the others those of copies beside it.
 
     Raises:
-        UserError: a limit for what is never saved.
+        UserError: a limit for what is never saved; a layout named twice.
     """
 
     output_dir: str
@@ -81,6 +81,8 @@ class SaveSettings:
     no_comfyui: bool = False
 
     def __post_init__(self) -> None:
+        if len(set(self.save_format)) < len(self.save_format):
+            raise UserError(f"--save_format {' '.join(self.save_format)} names a layout twice; name each once.")
         for unit in ("steps", "epochs"):
             limit, limit_of_states, every = f"save_last_n_{unit}", f"save_last_n_{unit}_state", f"save_every_n_{unit}"
             for flag, needed in ((limit, every), (limit_of_states, every), (limit_of_states, "save_state")):

@@ -91,13 +91,20 @@ def test_folder_with_shards_but_no_index(tmp_path):
     assert_holds(tmp_path, tensors())
 
 
+def test_shards_that_hold_the_same_tensor_are_refused(tmp_path):
+    save_shards(tmp_path)
+    save_file(tensors(), tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="in two of its files"):
+        open_checkpoint(tmp_path, "model")
+
+
 def test_folder_with_one_file_of_any_name(tmp_path):
     torch.save(tensors(), tmp_path / "my vae.pt")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert_holds(tmp_path, tensors())
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}", "[" * 100_000], ids=range(5))
 def test_broken_index(tmp_path, content):
     (tmp_path / "pytorch_model.bin.index.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="index"):

@@ -161,6 +161,8 @@ FAULTS: dict[str, dict[str, Tensor | None]] = {
     r"fc1\.scale_weight \(24, 5, 1\), which": {f"{FIRST}.scale_weight": torch.ones(24, 5, 1)},
     r"fc1\.scale_weight \(24, 0\), which": {f"{FIRST}.scale_weight": torch.ones(24, 0)},
     r"fc1\.scale_weight \(\), which is no": {f"{FIRST}.scale_weight": torch.tensor(torch.inf)},
+    r"fc1\.scale_weight \(1, 1\), which": {f"{FIRST}.scale_weight": -torch.ones(1, 1)},
+    r"fc1\.scale_weight \(24, 1\), which": {f"{FIRST}.scale_weight": torch.zeros(24, 1)},
     r"fc1\.scale_weight \(1,\), which": {f"{FIRST}.scale_weight": torch.ones(1, dtype=torch.int32)},
     r"is no scale of blocks\.0\.fc1\.weight \(24, 192\) \(int8\)": {f"{FIRST}.weight": torch.ones(ROWS, INPUTS, dtype=torch.int8)},
     r"holds other\.scale_weight without a weight": {"other.scale_weight": torch.tensor(1.0)},

@@ -179,6 +179,7 @@ def test_the_copy_of_a_lycoris_network_is_one_that_comfyui_reads(train, tmp_path
         (("--network_module", "lycoris.kohya", "--network_args", "algo=loha", "--save_format", "other"), "cannot hold LoHa"),
         (("--network_module", "lycoris.kohya", "--network_args", "dora_wd=True", "--save_format", "default", "diffusers"), "DoRA"),
         (("--save_format", "default", "kohya"), "invalid choice"),
+        (("--save_format", "comfy", "default", "comfy"), "names a layout twice"),
         (("--output_name", "x" * 212, "--save_format", "default", "diffusers"), "--output_name is too long"),
     ],
 )

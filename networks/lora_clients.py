@@ -112,6 +112,8 @@ def count(keys: Collection[str], taken: Collection[str]) -> Match:
     left = [key for key in keys if key not in taken]
     modules, broken = {module_of(key) for key in keys}, {module_of(key) for key in left}
     found = Match(Verdict.ALL, len(keys) - len(left), len(keys), len(modules - broken), len(modules))
+    if not keys:
+        return replace(found, verdict=Verdict.NONE, reason="it holds nothing for the transformer")
     if not left:
         return found
     if found.keys == 0:

@@ -281,7 +281,7 @@ def foreign_content(start: bytes) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
     if start.startswith(b"GGUF"):
-        return "is a GGUF file, which is not supported. Use a .safetensors or .pt file."
+        return "is a GGUF file. Use a .safetensors file."
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not weights: the download went wrong. Download it again."
     return None

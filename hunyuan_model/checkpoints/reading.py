@@ -44,7 +44,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 # Training frameworks put the state dict one level down, under one of these.
-WRAPPERS = ("module", "state_dict", "model_state_dict", "model")
+WRAPPERS = ("module", "state_dict", "model_state_dict", "model", "ema")
 
 
 def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -226,3 +226,6 @@ def test_keys_of_text_encoders_do_not_count():
     tensors = lora("other", LINEAR, PEFT)
     more = tensors | {f"text_encoders.llama.transformer.x.{ending}": torch.ones(2, 2) for ending in PEFT}
     assert matched("ComfyUI", more) == matched("ComfyUI", tensors)
+    only = {name: tensor for name, tensor in more.items() if name not in tensors}
+    verdicts = {client.title: matched(client.title, only).verdict for client in CLIENTS}
+    assert verdicts["ComfyUI"] is verdicts["FramePack (musubi-tuner)"] is Verdict.NONE and Verdict.ALL not in verdicts.values()

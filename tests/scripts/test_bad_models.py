@@ -53,6 +53,7 @@ SAFETENSORS = {
     "pickle of code": (pickle.dumps(Opens()), "Save it as safetensors"),
     "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+    "GGUF": (b"GGUF" + bytes(32), "it is a GGUF file. Use a .safetensors file."),
     "text": (b"a LoRA, surely", "not a readable"),
 }
 

@@ -28,7 +28,7 @@ READERS = {
     "comfy": "ComfyUI",
     "framepack": "FramePack",
 }
-LYCORIS_KINDS = {"lora": LowRank.kind, "locon": LowRank.kind, "loha": "LoHa", "lokr": "LoKr", "full": "a whole difference"}
+KINDS_OF_LYCORIS = {"lora": LowRank.kind, "locon": LowRank.kind, "loha": "LoHa", "lokr": "LoKr", "full": "a whole difference"}
 
 
 def planned_lora(network: nn.Module | None) -> LoraFile | None:
@@ -75,7 +75,7 @@ def copied_values(settings: SaveSettings, lora: LoraFile | None) -> int:
 
 def _kinds_of_lycoris(network_args: Mapping[str, str]) -> set[str]:
     """Of the updates of a LyCORIS network; empty for kinds that are not read here."""
-    kind = LYCORIS_KINDS.get(network_args.get("algo", "lora").lower())
+    kind = KINDS_OF_LYCORIS.get(network_args.get("algo", "lora").lower())
     if kind is not None and network_args.get("dora_wd", "false").lower() != "false":
         kind = "DoRA" if kind == LowRank.kind else f"DoRA on {kind}"
     return set() if kind is None else {kind}

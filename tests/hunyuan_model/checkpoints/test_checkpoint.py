@@ -45,7 +45,13 @@ def test_official_pt_and_safetensors_hold_the_same():
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda sd: sd, lambda sd: {"step": torch.tensor(5), "module": sd}, lambda sd: {"state_dict": {"model": sd}}]
+    "wrap",
+    [
+        lambda sd: sd,
+        lambda sd: {"step": torch.tensor(5), "module": sd},
+        lambda sd: {"state_dict": {"model": sd}},
+        lambda sd: {"ema": sd},
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_checkpoints(tmp_path, wrap, zipped):

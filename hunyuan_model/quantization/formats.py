@@ -11,6 +11,8 @@ from enum import Enum
 
 import torch
 
+from hunyuan_model.transformer.fused import fused
+
 
 class WeightFormat(str, Enum):
     """Storage of the Linear weights of the transformer's blocks; everything else keeps full precision.
@@ -121,8 +123,11 @@ def dequantize_stored(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Ten
 
 def dequantize(weight: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
     """A stored weight (out, in) in the ``dtype`` it is computed in; ``scale`` is (out or 1, groups of inputs) or None."""
-    if scale is None:
-        return weight.to(dtype)
+    return weight.to(dtype) if scale is None else _scaled(weight, scale, dtype)
+
+
+@fused((0,), (0,))
+def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # Scales may be too small for float16.
     exact = torch.float32 if dtype == torch.float16 else dtype
     scale = scale.to(exact)[:, :, None]

@@ -31,7 +31,7 @@ def _dequantized_gradient(gradient: torch.Tensor, weight: torch.Tensor, scale: t
 
 
 class _Path(torch.autograd.Function):
-    """The way of the gradient through ``x @ weight.T + bias``: (..., in) -> zeros (..., out) that take no memory.
+    """The way of the gradient through ``x @ weight.T + bias``: (..., in) -> any values (..., out), which take no memory.
 
     A Function of its own, before the matmul, because autograd keeps what a Function asks for after its forward: checkpointing,
     which stops a recomputation once everything is kept, then leaves the matmul out.
@@ -48,7 +48,7 @@ class _Path(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.matmuls = matmuls
-        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+        return x.new_empty(()).expand(*x.shape[:-1], len(weight))  # nobody reads it
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -50,3 +50,10 @@ def _slices(x: Tensor) -> tuple[Tensor, ...]:
 def rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """x (..., D) times its inverse root mean square (..., 1) and weight (D,), all float32: torch makes two more such tensors."""
     return (x * inverse).mul_(weight)
+
+
+def row_products(x: Tensor, other: Tensor) -> Tensor:
+    """The inner products of rows: (..., D) twice -> (..., 1). On GPUs many small matmuls are slow."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.einsum("...d,...d->...", x, other)[..., None]
+    return (x * other).sum(-1, keepdim=True)

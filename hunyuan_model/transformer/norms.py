@@ -7,21 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.transformer import cpu_kernels
+from hunyuan_model.transformer.fused import fused, usable
+from hunyuan_model.transformer.rope import apply_rope
 
 NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the head dimension (arXiv 1910.07467), in float32 whatever comes in."""
+    """Root mean square norm over the head dimension (arXiv 1910.07467), and the rotation of what comes out."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x (B, L, H, D) normed and rotated by rope (L, D/2, 2) float32: in float32, and rounded once to the dtype of x."""
         if torch.compiler.is_compiling():  # which chooses by itself what to keep
-            return _rms_norm(x, self.weight)
-        return _RMSNormKeepingInputs.apply(x, self.weight)
+            return _rotated_norm(x, self.weight, rope)
+        return _RotatedNormKeepingInputs.apply(x, self.weight, rope)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return _modulated_norm(x, shift, scale)
     dtype = torch.get_autocast_dtype(device)
     if torch.compiler.is_compiling():
-        return _modulated_norm_in_float32(dtype, x, shift, scale)
+        return _modulated_norm_in_float32(x, shift, scale, dtype)
     return _ModulatedNormKeepingInputs.apply(dtype, x, shift, scale)
 
 
@@ -45,40 +48,59 @@ class _ModulatedNormKeepingInputs(torch.autograd.Function):
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         ctx.dtype = dtype
         ctx.save_for_backward(*tensors)
-        return _modulated_norm_in_float32(dtype, *tensors)
+        return _modulated_norm_in_float32(*tensors, dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed)]
+        saved = x, _, scale = ctx.saved_tensors
+        if usable(x) and needed == (True, False, False):
+            return None, _modulated_norm_gradient(gradient, x, scale), None, None
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(saved, needed)]
         with torch.enable_grad():
-            output = _modulated_norm_in_float32(ctx.dtype, *inputs)
+            output = _modulated_norm_in_float32(*inputs, ctx.dtype)
         gradients = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
         return None, *(next(gradients) if need else None for need in needed)
 
 
-class _RMSNormKeepingInputs(torch.autograd.Function):
-    """Its backward pass by the formula, in place where it can be: autograd's own holds twice as many float32 copies at once."""
+class _RotatedNormKeepingInputs(torch.autograd.Function):
+    """Its backward pass by the formula: autograd's own holds more float32 copies at once."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _rms_norm(x, weight)
+    def forward(ctx, x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, rope)
+        return _rotated_norm(x, weight, rope)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        exact, dim = x.to(torch.float32, copy=True), x.shape[-1]
-        inverse = _inverse_rms(exact)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rope = ctx.saved_tensors
+        of_x = _rotated_norm_gradient(gradient, x, weight, rope) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * exact * inverse).flatten(0, -2).sum(0).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, of_weight
-        scaled = gradient * weight.float()
-        along = torch.einsum("...d,...d->...", scaled, exact)[..., None]
-        of_x = scaled.mul_(inverse).sub_(exact.mul_(along * inverse.pow(3) / dim))
-        return of_x.to(x.dtype), of_weight
+            exact = x.float()
+            above = _rotated_back(gradient.float(), rope)
+            of_weight = (above * exact * _inverse_rms(exact)).flatten(0, -2).sum(0).to(weight.dtype)
+        return of_x, of_weight, None
+
+
+@fused((0, 1), (), (0,))
+def _rotated_norm(x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
+    normed = _rms_norm(x, weight)
+    return (normed if rope is None else apply_rope(normed, rope)).to(x.dtype)
+
+
+@fused((0, 1), (0, 1), (), (0,))
+def _rotated_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
+    """The gradient of x from that of ``_rotated_norm``, in place where it can be."""
+    scaled = _rotated_back(gradient.float(), rope) * weight.float()
+    exact = x.to(torch.float32, copy=True)
+    inverse = _inverse_rms(exact)
+    along = cpu_kernels.row_products(scaled, exact)
+    return scaled.mul_(inverse).sub_(exact.mul_(along * inverse.pow(3) / x.shape[-1])).to(x.dtype)
+
+
+def _rotated_back(gradient: Tensor, rope: Tensor | None) -> Tensor:
+    return gradient if rope is None else apply_rope(gradient, rope, back=True)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -100,6 +122,18 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
-def _modulated_norm_in_float32(dtype: torch.dtype, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+@fused((0, 1), (0, 1), (0,))
+def _modulated_norm_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of x (B, L, hidden) from that of ``_modulated_norm_in_float32``, by the formula."""
+    exact, above = x.float(), gradient.float() * (1 + scale.float())
+    variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
+    inverse = (variance + NORM_EPS).rsqrt()
+    normed = (exact - mean) * inverse
+    centred = above - above.mean(-1, keepdim=True) - normed * (above * normed).mean(-1, keepdim=True)
+    return (centred * inverse).to(x.dtype)
+
+
+@fused((0, 1), (0,), (0,))
+def _modulated_norm_in_float32(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _modulated_norm(x.float(), shift.float(), scale.float()).to(dtype)

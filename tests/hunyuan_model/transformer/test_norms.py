@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_transformer import CONFIG, add_lora, make_transformer
 
 from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm
-from hunyuan_model.transformer.rope import rotation_table
+from hunyuan_model.transformer.rope import apply_rope, rotation_table
 
 IMAGE, TEXT = 480, 20  # tokens
 HIDDEN = CONFIG.hidden_size
@@ -25,26 +25,30 @@ def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]
     return list(torch.autograd.grad(output, inputs, gradient))
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rms_norm_is_that_of_float32_in_both_directions(dtype):
+def test_rms_norm_is_that_of_float32_in_both_directions(dtype, rotated):
     norm = RMSNorm(32).to(dtype)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 32))
+    rope = rotation_table((1, 2, 3), CONFIG.rope_dims, CONFIG.rope_theta, torch.device("cpu")) if rotated else None
     x = tokens(6, dtype=dtype).detach().unflatten(-1, (2, 32)).requires_grad_()
 
     def expected() -> torch.Tensor:
-        return F.rms_norm(x.float(), (32,), norm.weight.float(), NORM_EPS)
+        normed = F.rms_norm(x.float(), (32,), norm.weight.float(), NORM_EPS)
+        return (normed if rope is None else apply_rope(normed, rope)).to(dtype)
 
-    assert norm(x).dtype == torch.float32
-    torch.testing.assert_close(norm(x), expected(), rtol=1e-6, atol=0)
+    rounded = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
+    assert norm(x, rope).dtype == dtype
+    torch.testing.assert_close(norm(x, rope), expected(), rtol=rounded, atol=1e-6)
     with torch.no_grad():
-        without = norm(x)
-    assert torch.equal(norm(x), without)
-    for one, other in zip(gradients(norm(x), x, norm.weight), gradients(expected(), x, norm.weight)):
+        without = norm(x, rope)
+    assert torch.equal(norm(x, rope), without)
+    for one, other in zip(gradients(norm(x, rope), x, norm.weight), gradients(expected(), x, norm.weight)):
         assert one.dtype == dtype
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=max(rounded, 1e-5), atol=1e-5)
     norm.requires_grad_(False)
-    torch.testing.assert_close(gradients(norm(x), x)[0], gradients(expected(), x)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(norm(x, rope), x)[0], gradients(expected(), x)[0], rtol=max(rounded, 1e-5), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -52,7 +52,7 @@ from utils.free_memory import free_device_memory
 logger = logging.getLogger("generate")
 
 # The flags that runs without sampling read.
-GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark", "gpu_memory_fraction"}
+GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark", "gpu_memory_fraction", "no_fused_kernels"}
 MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "lora_partial", "save_merged_model"}
 VAE_FLAGS = {"vae", "vae_dtype", "vae_chunk_size", "vae_spatial_tile_sample_min_size"}
 DECODING_FLAGS = GENERAL_FLAGS | VAE_FLAGS | {"latent_path", "save_path", "output_type", "fps", "no_metadata"}

@@ -125,6 +125,7 @@ TRAINING = (
     Row("--tf32", both(logs("--tf32: no effect on cpu"), same_lora)),
     Row("--cudnn_benchmark", both(logs("--cudnn_benchmark: no effect on cpu"), same_lora)),
     Row("--gpu_memory_fraction 0.5", both(logs("--gpu_memory_fraction: no effect on cpu"), same_lora)),
+    Row("--no_fused_kernels", both(logs("--no_fused_kernels: no effect on cpu"), same_lora)),
     # Training loop; two batches make an epoch
     Row("--max_train_steps 3", becomes(column("step"), ["1", "2", "3"])),
     Row("--max_train_epochs 2", becomes(column("step"), ["1", "2", "3", "4"])),
@@ -378,6 +379,7 @@ GENERATION = (
     Row("--tf32", both(logs("--tf32: no effect on cpu"), stays(latent))),
     Row("--cudnn_benchmark", both(logs("--cudnn_benchmark: no effect on cpu"), stays(latent))),
     Row("--gpu_memory_fraction 0.5", both(logs("--gpu_memory_fraction: no effect on cpu"), stays(latent))),
+    Row("--no_fused_kernels", both(logs("--no_fused_kernels: no effect on cpu"), stays(latent))),
     # LoRA
     Row(LORA, both(becomes(setting("lora"), "rank3.safetensors"), other_latent)),
     Row("--lora_multiplier 0", as_without_any(latent), beside=LORA),

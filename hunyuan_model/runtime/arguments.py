@@ -73,7 +73,7 @@ def add_compile_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_kernel_arguments(group: argparse._ArgumentGroup) -> None:
-    """--tf32, --cudnn_benchmark and --gpu_memory_fraction."""
+    """--tf32, --cudnn_benchmark, --gpu_memory_fraction and --no_fused_kernels."""
     group.add_argument(
         "--tf32",
         action="store_true",
@@ -91,6 +91,12 @@ def add_kernel_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="SHARE",
         help="run out of memory at this share of the GPU's memory: on Windows a full GPU would go on in RAM, many times slower "
         "(default: no limit; on Windows what is free at the start)",
+    )
+    group.add_argument(
+        "--no_fused_kernels",
+        action="store_true",
+        help="do not compile norms, rotations and dequantization to one kernel each where Triton is installed: slower steps, "
+        "but the first one does not wait for the compiler (default: off)",
     )
 
 
@@ -142,4 +148,4 @@ def kernel_settings(args: argparse.Namespace) -> KernelSettings:
     """What the flags of ``add_kernel_arguments`` say."""
     from hunyuan_model.runtime.settings import KernelSettings
 
-    return KernelSettings(args.tf32, args.cudnn_benchmark, args.gpu_memory_fraction)
+    return KernelSettings(args.tf32, args.cudnn_benchmark, args.gpu_memory_fraction, args.no_fused_kernels)

@@ -11,6 +11,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
 from hunyuan_model.runtime.block_swap import SwapSettings, check_blocks_to_swap
 from hunyuan_model.runtime.compilation import CompileSettings, check_compile
+from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.attention import check_attention_device, check_attention_dtype, make_attention
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.cli.arguments import AUTO
@@ -130,6 +131,7 @@ class KernelSettings:
     tf32: bool = False
     cudnn_benchmark: bool = False
     gpu_memory_fraction: float | None = None
+    no_fused_kernels: bool = False
 
     def apply(self, device: torch.device) -> None:
         """Set them, or say that they have no effect on ``device``."""
@@ -137,6 +139,7 @@ class KernelSettings:
             if given := [f"--{name}" for name, value in vars(self).items() if value]:
                 logger.warning("%s: no effect on %s, only on CUDA devices.", ", ".join(given), device)
             return
+        fused.allow(not self.no_fused_kernels)
         limit_device_memory(device, self.gpu_memory_fraction)
         if self.tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

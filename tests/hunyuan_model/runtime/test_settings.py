@@ -124,7 +124,10 @@ def test_a_gpu_may_use_what_is_asked_for(tf32, cudnn_benchmark, caplog, monkeypa
     limits = []
     monkeypatch.setattr("hunyuan_model.runtime.settings.limit_device_memory", lambda *limit: limits.append(limit))
     torch.backends.cudnn.allow_tf32 = False
-    KernelSettings(tf32, cudnn_benchmark, 0.5).apply(GPU)
+    allowed = []
+    monkeypatch.setattr("hunyuan_model.transformer.fused.allow", allowed.append)
+    KernelSettings(tf32, cudnn_benchmark, 0.5, no_fused_kernels=tf32).apply(GPU)
+    assert allowed == [not tf32]
     assert kernels() == (tf32, tf32, cudnn_benchmark) and not caplog.messages
     assert limits == [(GPU, 0.5)]
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,41 +27,117 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
 
-CEILINGS = {"product": "bf16 product", "copy": "copy from page-locked memory"}
 RANK = 32
 TEXT_ROWS, VALID_TEXT = 256, 60
-SIZES = {"image540": (960, 544, 1), "image720": (1280, 720, 1), "clip33": (960, 544, 33), "clip65": (960, 544, 65)}
-TINY_SIZES = {"image540": (64, 32, 1), "image720": (64, 48, 1), "clip33": (64, 32, 5), "clip65": (64, 32, 9)}
-TINY = TransformerConfig(hidden_size=256, heads=2, mlp_size=1024, double_depth=2, single_depth=2, text_dim=64, pooled_dim=32)
+SIZES = {"image": (960, 544, 1), "image720": (1280, 720, 1), "clip33": (960, 544, 33), "clip65": (960, 544, 65)}
+TINY_SIZES = {"image": (64, 32, 1), "image720": (64, 48, 1), "clip33": (64, 32, 5), "clip65": (64, 32, 9)}
+TINY = TransformerConfig(hidden_size=256, heads=2, mlp_size=1024, text_dim=64, pooled_dim=32)
+SHORT = {"double_depth": 2, "single_depth": 4}
+TIMES_SHORT, TIMES_SHORT_TINY = 10, 2  # blocks of the full depth, beside the short one
+GIB, TERA = 1 << 30, 1e12
+LONGEST_NAME = 80  # of a kernel, in a profile
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured with.
+
+    Attributes:
+        steps: of which the median is taken, after one that does not count.
+    """
+
+    device: torch.device
+    tiny: bool = False
+    steps: int = 2
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """Width, height and frames."""
+        return TINY_SIZES if self.tiny else SIZES
+
+    def config(self, short: bool = False) -> TransformerConfig:
+        """The published model's or a tiny one; short with a tenth of the blocks, or half of them."""
+        times = 1 if short else self.times_short
+        return replace(TINY if self.tiny else TransformerConfig(), **{name: depth * times for name, depth in SHORT.items()})
+
+    @property
+    def times_short(self) -> int:
+        return TIMES_SHORT_TINY if self.tiny else TIMES_SHORT
+
+    def timed(self, run: Callable[[], object]) -> float:
+        """Seconds, with the work that the device does after the call."""
+        self.synchronise()
+        start = time.perf_counter()
+        run()
+        self.synchronise()
+        return time.perf_counter() - start
+
+    def repeated(self, run: Callable[[], object]) -> tuple[float, float]:
+        """Seconds, and those of the first time, which does not count."""
+        first = self.timed(run)
+        return statistics.median(self.timed(run) for _ in range(self.steps)), first
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> dict[str, float]:
+        """Of tensors, and of what torch has taken for them; empty on the CPU."""
+        if self.device.type != "cuda":
+            return {}
+        peaks = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        return {"peak_gib": peaks[0] / GIB, "reserved_gib": peaks[1] / GIB}
+
+    def profile(self, run: Callable[[], object], kernels: int = 12) -> dict[str, Any]:
+        """How many kernels ``run`` starts, and those that take longest: name, milliseconds, calls. On the CPU operators."""
+        on_gpu = self.device.type == "cuda"
+        activities = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activities.CUDA if on_gpu else activities.CPU]) as profile:
+            run()
+            self.synchronise()
+        times = [
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+            for event in profile.key_averages()
+        ]
+        longest = sorted((event for event in times if event[0] > 0), reverse=True)
+        top = [[key[:LONGEST_NAME], round(microseconds / 1e3, 3), count] for microseconds, count, key in longest[:kernels]]
+        return {"kernels": sum(count for _, count, _ in longest), "top": top}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one line of the table measures.
+    """What one line of the table measures of a transformer.
 
     Attributes:
-        work: "product" and "copy" (what the GPU does at best), "step" (a LoRA training step) or "forward" (one of sampling).
+        work: "step" (a LoRA training step) or "forward" (one of sampling).
         size: of SIZES.
         weights: bf16, fp8, fp8_scaled, int8 or fp8_fast; diffusers knows the first two.
+        short: with few blocks; the time at full depth is extrapolated.
         swap: blocks. For diffusers any number means group offloading, of every block.
+        keep: the results of attention through checkpointing.
     """
 
-    work: str
     size: str = "clip33"
-    who: str = "ours"
     weights: str = "bf16"
+    work: str = "step"
+    who: str = "ours"
+    short: bool = False
     swap: int = 0
-    compile: bool = False
     offload: bool = False
+    keep: bool = False
+    compile: bool = False
 
     @property
     def name(self) -> str:
-        if self.work in CEILINGS:
-            return CEILINGS[self.work]
-        parts = [self.size, self.work, self.who, self.weights]
+        parts = ["short" if self.short else "full", self.work, self.size, self.who, self.weights]
         if self.swap:
             parts.append(f"swap {self.swap}" if self.who == "ours" else "group offloading")
-        parts += [option for option in ("compile", "offload") if getattr(self, option)]
+        parts += [option for option in ("offload", "keep", "compile") if getattr(self, option)]
         return ", ".join(parts)
 
 
@@ -89,6 +169,8 @@ def row_flops(row: Row, config: TransformerConfig, size: tuple[int, int, int]) -
     model, done = 2 * products + 3 * attention, 3 * products + 4 * attention  # the weights have no gradients
     if row.who == "ours" and not row.compile:
         done -= last_layer_flops(config, size)
+    if row.keep:
+        done -= attention
     return model, done
 
 
@@ -102,6 +184,7 @@ def runtime_of(row: Row, config: TransformerConfig, backend: str = "inductor") -
         blocks_to_swap=min(row.swap, max_blocks_to_swap(config)),
         gradient_checkpointing=trains,
         gradient_checkpointing_cpu_offload=trains and row.offload,
+        keep_attention=trains and row.keep,
         compile=CompileSettings(backend=backend) if row.compile else None,
     )
 
@@ -172,12 +255,14 @@ def random_weight(tensor: Tensor) -> Tensor:
     return tensor.normal_(0, 0.02) if tensor.ndim > 1 else tensor.normal_(1, 0.02)
 
 
-def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -> HYVideoDiffusionTransformer:
+def our_transformer(
+    row: Row, config: TransformerConfig, device: torch.device, allocate: Callable[[int], Tensor] | None = None
+) -> HYVideoDiffusionTransformer:
     """Loaded as the scripts load it, but for where the weights come from."""
     # On the CPU only the plumbing is tried: tracing is enough for that.
     runtime = runtime_of(row, config, "inductor" if device.type == "cuda" else "eager")
     weights = RandomWeights(config, device)
-    return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime)
+    return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime, allocate=allocate)
 
 
 def their_transformer(row: Row, config: TransformerConfig, device: torch.device) -> nn.Module:
@@ -216,39 +301,106 @@ def add_adapters(model: nn.Module) -> None:
             parameter.data = parameter.data.float()  # as its training examples do
 
 
-def prepared(row: Row, config: TransformerConfig, size: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
-    """What is to be timed."""
-    inputs = make_inputs(config, size, device)
-    if row.who == "ours":
-        transformer = our_transformer(row, config, device)
-        velocity: Callable[[], Tensor] = functools.partial(transformer, **inputs)
-    else:
-        from benchmarks.diffusers_twins import run_diffusers
+class Model:
+    """A transformer as a row wants it, with its LoRA and its optimizer; for inputs of any size."""
 
-        transformer = their_transformer(row, config, device)
-        # It computes padding as well: the best that one can do for it is to leave none.
-        for name in ("text_states", "text_mask"):
-            inputs[name] = inputs[name][:, :VALID_TEXT].to(device)
-        velocity = functools.partial(run_diffusers, transformer, inputs)
-    if row.work == "forward":
-        return torch.no_grad()(velocity)
-    if row.who == "ours":
-        network = create_network(1.0, RANK, RANK, None, None, transformer)
-        network.apply_to(None, transformer)
-        network.to(device)
-        transformer.train()
-        parameters = list(network.parameters())
-    else:
-        parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    target = torch.randn_like(inputs["x"], dtype=torch.float32)
+    def __init__(self, row: Row, config: TransformerConfig, device: torch.device) -> None:
+        self._row, self._config, self._device = row, config, device
+        torch.manual_seed(0)
+        self.parameters: list[nn.Parameter] = []
+        if row.who == "diffusers":
+            self.transformer = their_transformer(row, config, device)
+            self.parameters = [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+            self._block_lists = ("transformer_blocks", "single_transformer_blocks")
+        else:
+            self.transformer = our_transformer(row, config, device)
+            if row.work == "step":
+                self.parameters = add_lora(self.transformer, device)
+            self._block_lists = ("double_blocks", "single_blocks")
+        if row.work == "step":
+            self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            out = velocity()
-        F.mse_loss(out.float(), target).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def work(self, size: tuple[int, int, int]) -> Callable[[], object]:
+        """What is to be timed: a training step, or a forward pass of sampling."""
+        inputs = make_inputs(self._config, size, self._device)
+        velocity: Callable[[], Tensor] = functools.partial(self.transformer, **inputs)
+        if self._row.who == "diffusers":
+            from benchmarks.diffusers_twins import run_diffusers
 
-    return step
+            # It computes padding as well: the best that one can do for it is to leave none.
+            for name in ("text_states", "text_mask"):
+                inputs[name] = inputs[name][:, :VALID_TEXT].to(self._device)
+            velocity = functools.partial(run_diffusers, self.transformer, inputs)
+        if self._row.work == "forward":
+            return torch.no_grad()(velocity)
+        target = torch.randn_like(inputs["x"], dtype=torch.float32)
+
+        def step() -> None:
+            with torch.autocast(self._device.type, torch.bfloat16):
+                out = velocity()
+            F.mse_loss(out.float(), target).backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    @contextmanager
+    def half_of_the_blocks(self) -> Iterator[None]:
+        """Inside, the other half is left out."""
+        whole = {name: getattr(self.transformer, name) for name in self._block_lists}
+        try:
+            for name, blocks in whole.items():
+                setattr(self.transformer, name, blocks[: len(blocks) // 2])
+            yield
+        finally:
+            for name, blocks in whole.items():
+                setattr(self.transformer, name, blocks)
+
+
+def add_lora(transformer: nn.Module, device: torch.device) -> list[nn.Parameter]:
+    network = create_network(1.0, RANK, RANK, None, None, transformer)
+    network.apply_to(None, transformer)
+    network.to(device)
+    transformer.train()
+    return list(network.parameters())
+
+
+class Models:
+    """Measures rows one after the other, with the model of the one before where only the size of the inputs is another."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.drop()
+
+    def drop(self) -> None:
+        """Free the model; after errors too."""
+        self._key = self._model = None
+        gc.collect()
+        self._bench.forget_peak()
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        bench, config = self._bench, self._bench.config(row.short)
+        size, key = bench.sizes[row.size], replace(row, size="")
+        if key != self._key:
+            self.drop()
+            self._model, self._key = Model(row, config, bench.device), key
+        bench.forget_peak()
+        work = self._model.work(size)
+        seconds, first = bench.repeated(work)
+        model, done = row_flops(row, config, size)
+        result = {"seconds": seconds, "first": first, "model_tflops": model / seconds / TERA, "done_tflops": done / seconds / TERA}
+        result |= bench.peak()
+        if row.who == "ours":
+            result["planned_gib"] = predicted_bytes(row, config, size) / GIB
+        if row.short:
+            with self._model.half_of_the_blocks():
+                half, _ = bench.repeated(work)
+            result["at_full_depth"] = extrapolated(half, seconds, bench.times_short)
+            result |= bench.profile(work)
+        return result
+
+
+def extrapolated(half: float, short: float, times_short: int) -> float:
+    """Seconds with ``times_short`` times the blocks, of those with the short depth and with half of it."""
+    return half + (short - half) * (2 * times_short - 1)

@@ -9,7 +9,6 @@ from collections import defaultdict, deque
 from collections.abc import Hashable
 from pathlib import Path
 
-import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group, if it has a limit
@@ -81,6 +80,8 @@ def _index(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Bytes of RAM that a process may still take without swapping, within the limit of its container."""
+    import psutil  # not on each machine with a GPU that is lent for minutes
+
     free = psutil.virtual_memory().available
     try:
         return min(free, _left_to_container(CGROUP))

@@ -18,7 +18,7 @@ GIB = 2**30
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with 8 GiB available, and no container."""
-    monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
     monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
     return tmp_path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ NAMED = {
     "adafactor": "transformers.optimization.Adafactor",
 }
 LOW_CHANGE = 3e-3  # of weights, if all steps go the same way; a LoRA that works changes them by about 1e-2
+FUSED_DEVICES = ("cuda",)  # where AdamW has one kernel for all parameters; on CPUs it is no faster and some torch has none
 SCRATCH_SHAPE = (64, 128)  # smaller tensors are kept in 32 bits by 8-bit optimizers
 
 
@@ -84,7 +85,28 @@ def make_optimizer(settings: OptimizerSettings, params: Iterable[Any]) -> torch.
             "Add relative_step=False to --optimizer_args to use --learning_rate."
         )
     optimizer_class = import_class(path, "--optimizer_type", torch.optim.Optimizer)
-    return construct(optimizer_class, params, options, f"the optimizer {name}", "--optimizer_args")
+    own_way = options.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    fuse = path == NAMED["adamw"] and not own_way and all(value.device.type in FUSED_DEVICES for value in _parameters(params))
+    options |= {"fused": True} if fuse else {}
+    optimizer = construct(optimizer_class, params, options, f"the optimizer {name}", "--optimizer_args")
+    if path == NAMED["adamw"]:
+        optimizer.register_load_state_dict_pre_hook(_with_own_kernel)
+    if fuse:
+        optimizer._step_supports_amp_scaling = False  # a step that fp16 skips must not be made, or it counts as made
+    return optimizer
+
+
+def _parameters(params: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in params:
+        yield from value["params"] if isinstance(value, dict) else (value,)
+
+
+def _with_own_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """``state`` as this optimizer goes on with it, which may be on another device than the one that saved it."""
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        return None  # which torch refuses
+    groups = zip(state["param_groups"], optimizer.param_groups)
+    return state | {"param_groups": [group | {"fused": own.get("fused")} for group, own in groups]}
 
 
 def check_optimizer(

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from networks.lora import LoRAModule
+from networks.training.optim import optimizers
 from networks.training.optim.lr_schedules import ScheduleSettings, make_lr_scheduler
 from networks.training.optim.optimizers import (
     NAMED,
@@ -40,6 +41,50 @@ def test_arguments_and_groups_reach_the_class():
     group = optimizer.param_groups[1]
     assert (group["betas"], group["weight_decay"], group["amsgrad"]) == ((0.8, 0.95), 0.25, True)
     assert describe_optimizer(optimizer, ["weight_decay=0.25"]) == "torch.optim.adamw.AdamW(weight_decay=0.25)"
+
+
+def trained(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (weight - torch.linspace(-1, 1, weight.numel()).view_as(weight)).square().sum().backward()
+        optimizer.step()
+    return weight.detach().clone()
+
+
+@pytest.mark.parametrize("before", [(), ("cpu",)], ids=["one by one", "fused"])
+@pytest.mark.parametrize("after", [(), ("cpu",)], ids=["one by one", "fused"])
+def test_fused_adamw_trains_the_same_and_goes_on_from_any_state(before, after, monkeypatch):
+    monkeypatch.setattr(optimizers, "FUSED_DEVICES", ())
+    weight = parameter()
+    expected = trained(made("adamw", [weight]), weight, steps=6)
+
+    def one(devices: tuple[str, ...], weight: torch.nn.Parameter) -> torch.optim.Optimizer:
+        monkeypatch.setattr(optimizers, "FUSED_DEVICES", devices)
+        optimizer = made("adamw", [{"params": [weight]}])
+        assert bool(optimizer.param_groups[0]["fused"]) == bool(devices)
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        return optimizer
+
+    weight = parameter()
+    first = one(before, weight)
+    trained(first, weight, steps=3)
+    second = one(after, weight)
+    second.load_state_dict(first.state_dict())
+    assert bool(second.param_groups[0]["fused"]) == bool(after)
+    torch.testing.assert_close(trained(second, weight, steps=3), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("word", ["foreach=True", "fused=False"])
+def test_what_the_user_says_of_the_kernel_wins(word, monkeypatch):
+    monkeypatch.setattr(optimizers, "FUSED_DEVICES", ("cpu",))
+    assert not made("adamw", words=(word,)).param_groups[0]["fused"]
+    assert made("adamw").param_groups[0]["fused"]
+
+
+def test_a_state_of_other_groups_is_refused():
+    two = made("adamw", [{"params": [parameter()]}, {"params": [parameter()]}])
+    with pytest.raises(ValueError, match="parameter groups"):
+        made("adamw").load_state_dict(two.state_dict())
 
 
 @pytest.mark.parametrize("name", [*NAMED, "AdamW", "torch.optim.SGD"])

@@ -167,6 +167,7 @@ def test_swapped_blocks_change_nothing(dit, kind):
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_the_same_and_share_a_graph(dit):
     torch._dynamo.reset()
     names = [*(f"double_blocks.{block}" for block in range(3)), *(f"single_blocks.{block}" for block in range(4))]

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from networks.lora_description import describe
-from networks.lora_files import LoraFile, check_lora_file, lora_path, read_lora
-from networks.lora_layouts import LAYOUTS, TARGETS
-from networks.lora_report import report
-from networks.lora_writing import save_lora, to_layout
+from networks.formats.description import describe
+from networks.formats.layouts import LAYOUTS, TARGETS
+from networks.formats.reading import LoraFile, check_lora_file, lora_path, read_lora
+from networks.formats.report import report
+from networks.formats.writing import save_lora, to_layout
 from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder

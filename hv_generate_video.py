@@ -39,9 +39,9 @@ from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.memory import VAESettings
-from networks.lora_files import check_lora_file
-from networks.lora_injection import InjectedLoras, injected_bytes
-from networks.lora_merging import MergePatch, complete_multipliers, merge_lora_into_file, read_lora_files
+from networks.formats.reading import check_lora_file
+from networks.injection import InjectedLoras, injected_bytes
+from networks.merging import MergePatch, complete_multipliers, merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, finite_float, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from

@@ -20,7 +20,7 @@ from pytest import approx
 from safetensors.torch import load_file
 
 from dataset.cache.files import read_latents, read_text
-from networks.lora_files import read_lora
+from networks.formats.reading import read_lora
 from utils.safetensors_io import read_header
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from networks.lora_files import LoraFile
-from networks.lora_merging import LoraToMerge, MergePatch
+from networks.formats.reading import LoraFile
+from networks.merging import LoraToMerge, MergePatch
 from tests.small_transformer import CONFIG as SMALL_CONFIG
 from tests.small_transformer import make_inputs, make_transformer
 

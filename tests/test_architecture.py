@@ -34,8 +34,9 @@ FLOORS = {
     "dataset": 21,  # the dataset config and the items that it describes
     "dataset.cache": 22,
     "dataset.batches": 23,
-    "networks": 20,
-    "networks.training": 21,
+    "networks.formats": 20,
+    "networks": 21,
+    "networks.training": 22,
 }
 SCRIPT_FLOOR = 30
 

@@ -13,7 +13,7 @@ from examples.toy.contact_sheet import Cell, save_contact_sheet
 from examples.toy.model_files import FOLDER, require_model
 from examples.toy.toy_model import STEPS, ToyModel
 from hunyuan_model.checkpoints.reading import open_checkpoint
-from networks.lora_files import check_lora_file
+from networks.formats.reading import check_lora_file
 from utils.cli.arguments import finite_float, positive_int, script_parser, seed
 from utils.errors import run_script
 from utils.files import require_writable_folder

@@ -24,8 +24,8 @@ from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
-from networks.lora_injection import InjectedLoras
-from networks.lora_merging import merge_patch, read_lora_files
+from networks.injection import InjectedLoras
+from networks.merging import merge_patch, read_lora_files
 from utils.errors import UserError
 from utils.progress import ProgressBar
 

@@ -13,7 +13,7 @@ from hunyuan_model.runtime.arguments import (
     runtime_settings,
 )
 from hunyuan_model.transformer.attention import ATTENTION_MODES
-from networks.lora_layouts import DEFAULT, TARGETS
+from networks.formats.layouts import DEFAULT, TARGETS
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import DISTRIBUTIONS, WEIGHTING_SCHEMES, TimestepSettings

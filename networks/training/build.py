@@ -14,7 +14,7 @@ from torch import nn
 import hunyuan_model
 from hunyuan_model.quantization.formats import WeightFormat
 from networks.lora import DEFAULT_RANK
-from networks.lora_merging import merge_patch, read_lora_files
+from networks.merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights

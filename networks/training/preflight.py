@@ -19,9 +19,9 @@ from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import plan_table, sample_size
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.formats.reading import LoraFile, check_lora_file, read_lora
+from networks.formats.writing import plain_network
 from networks.lora import DEFAULT_RANK
-from networks.lora_files import LoraFile, check_lora_file, read_lora
-from networks.lora_writing import plain_network
 from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
 from networks.training.data import TrainingData

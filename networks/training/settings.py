@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
-from networks.lora_merging import complete_multipliers
+from networks.merging import complete_multipliers
 from networks.training.logging.logs import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import TimestepSettings

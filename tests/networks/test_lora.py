@@ -21,9 +21,9 @@ from hunyuan_model.quantization.formats import WeightFormat, cast
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
+from networks.formats.reading import lora_of, read_lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
-from networks.lora_files import lora_of, read_lora
-from networks.lora_merging import LoraToMerge, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
+from networks.merging import LoraToMerge, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"

@@ -42,7 +42,7 @@ def test_a_place_where_nothing_can_be_written(bench, monkeypatch, name):
         pytest.skip("there is no /proc here")
     act, says = PLACES[name]
     lora = bench.lora()
-    monkeypatch.setattr("networks.lora_merging.save_tensor_stream", None)
+    monkeypatch.setattr("networks.merging.save_tensor_stream", None)
     monkeypatch.setattr("convert_lora.read_lora", None)
     monkeypatch.setattr("networks.training.loop.train", None)
     monkeypatch.setattr("hv_generate_video.sample", None)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from networks.lora_clients import Verdict
-from networks.lora_description import describe
-from networks.lora_files import lora_of, read_lora
-from networks.lora_layouts import LAYOUTS, TARGETS, flat_name
-from networks.lora_report import report
-from networks.lora_writing import tensor_hashes, to_layout
+from networks.formats.clients import Verdict
+from networks.formats.description import describe
+from networks.formats.layouts import LAYOUTS, TARGETS, flat_name
+from networks.formats.reading import lora_of, read_lora
+from networks.formats.report import report
+from networks.formats.writing import tensor_hashes, to_layout
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 

@@ -16,7 +16,7 @@ from dataset.cache.files import read_latent_header, read_latents, read_text, rea
 from dataset.config import COMMON_KEYS, SOURCE_KEYS, VIDEO_KEYS, DatasetConfig
 from dataset.items import list_items, settle_captions
 from hunyuan_model.checkpoints.reading import open_checkpoint
-from networks.lora_files import check_lora_file, read_lora
+from networks.formats.reading import check_lora_file, read_lora
 from networks.training.arguments import build_training_parser
 from utils.cli.config_files import parse_with_config
 from utils.errors import UserError

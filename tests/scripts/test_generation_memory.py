@@ -14,7 +14,7 @@ from hunyuan_model.sampling import decoding, generation
 from hunyuan_model.text import encoding as prompt_encoding
 from hunyuan_model.text import llm
 from hunyuan_model.vae import loading as vae_loading
-from networks import lora_merging
+from networks import merging
 from tiny.variants import write_lora
 
 
@@ -60,7 +60,7 @@ def test_one_network_at_a_time(generate, monkeypatch):
 def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeypatch, tmp_path):
     write_lora(tiny_model.dit, tmp_path / "lora.safetensors")
     read, found = [], []
-    plain_read, plain_sample = lora_merging.read_lora, generation.sample_latents
+    plain_read, plain_sample = merging.read_lora, generation.sample_latents
 
     def read_lora(path, **options):
         lora = plain_read(path, **options)
@@ -73,7 +73,7 @@ def test_a_lora_is_in_the_weights_and_nowhere_else(generate, tiny_model, monkeyp
         found.append({name: weight.clone() for name, weight in transformer.state_dict().items()})
         return plain_sample(transformer, *arguments, **options)
 
-    monkeypatch.setattr(lora_merging, "read_lora", read_lora)
+    monkeypatch.setattr(merging, "read_lora", read_lora)
     monkeypatch.setattr(generation, "sample_latents", sample_latents)
     generate("--lora_weight", tmp_path / "lora.safetensors")
     base = hunyuan_model.load_transformer(tiny_model.dit, device="cpu", dtype=torch.float32).state_dict()

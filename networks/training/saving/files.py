@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from networks.lora_layouts import DEFAULT, OTHER, TARGETS
+from networks.formats.layouts import DEFAULT, OTHER, TARGETS
 from utils.disk_space import require_room
 from utils.errors import UserError
 from utils.files import final_of_temporary, remove_folder

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks.lora_files import LoraFile, lora_of
-from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER
-from networks.lora_updates import LowRank
-from networks.lora_writing import save_lora, to_layout
+from networks.formats.layouts import DEFAULT, LAYOUTS, OTHER
+from networks.formats.reading import LoraFile, lora_of
+from networks.formats.updates import LowRank
+from networks.formats.writing import save_lora, to_layout
 from networks.training.saving.files import COMFYUI, SaveSettings, copy_name
 from utils.errors import UserError, first_line, name_some
 from utils.files import atomic_path

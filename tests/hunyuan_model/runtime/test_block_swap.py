@@ -44,7 +44,7 @@ from hunyuan_model.runtime.transfers import DirectTransfers
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import LoRAModule
-from networks.lora_merging import merge_patch, read_lora_files
+from networks.merging import merge_patch, read_lora_files
 from utils.errors import UserError
 
 

@@ -19,7 +19,7 @@ from hunyuan_model.quantization.linear import dequantized_weight
 from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
-from networks.lora_merging import merge_lora_into_file, merge_patch, read_lora_files
+from networks.merging import merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"

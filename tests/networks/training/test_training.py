@@ -19,9 +19,9 @@ from dataset import load_dataset_config
 from dataset.batches.batches import read_batch
 from dataset.batches.cached_items import find_cached_items
 from networks import network_module
+from networks.formats.reading import read_lora
 from networks.lora import create_network_from_weights
-from networks.lora_files import read_lora
-from networks.lora_merging import merge_patch, read_lora_files
+from networks.merging import merge_patch, read_lora_files
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
 from utils.cli.settings import settings_from

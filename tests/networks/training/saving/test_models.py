@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from networks.lora_files import LoraFile, read_lora
-from networks.lora_layouts import TARGETS
+from networks.formats.layouts import TARGETS
+from networks.formats.reading import LoraFile, read_lora
 from networks.training.saving import models
 from networks.training.saving.files import output_names
 from utils.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataset.batches.report import DataFacts
-from networks.lora_writing import tensor_hashes
+from networks.formats.writing import tensor_hashes
 from networks.training.saving.metadata import finished_metadata, new_session_id, training_metadata
 from utils.safetensors_io import read_header
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.quantization.linear import dequantized_weight
-from networks.lora_files import PlacedUpdate, fit_to_model
-from networks.lora_merging import LoraToMerge, merged_weight
-from networks.lora_updates import DoRA, LowRank, Replacement, Update, low_rank_product, strength
+from networks.formats.reading import PlacedUpdate, fit_to_model
+from networks.formats.updates import DoRA, LowRank, Replacement, Update, low_rank_product, strength
+from networks.merging import LoraToMerge, merged_weight
 
 
 class InjectedLoras:

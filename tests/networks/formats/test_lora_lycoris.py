@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.diffusers_twins import diffusers_transformer, to_diffusers
-from networks.lora_files import read_lora
-from networks.lora_layouts import TARGETS
-from networks.lora_writing import save_lora
+from networks.formats.layouts import TARGETS
+from networks.formats.reading import read_lora
+from networks.formats.writing import save_lora
 from tests.lora_samples import CONFIG, distance, merged, randomise, transformer
 from utils.errors import UserError
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.checkpoints.layouts import Place
-from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, OTHER_MODELS, UNSUPPORTED, split_ending
-from networks.lora_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata, model_itself
-from networks.lora_peft import PEFT_FILE, PeftConfig, peft_config
-from networks.lora_updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, all_finite, with_rows_permuted
+from networks.formats.layouts import DEFAULT, LAYOUTS, OTHER, OTHER_MODELS, UNSUPPORTED, split_ending
+from networks.formats.other_models import BLOCKS, model_by_blocks, model_by_keys, model_by_metadata, model_itself
+from networks.formats.peft_config import PEFT_FILE, PeftConfig, peft_config
+from networks.formats.updates import Difference, DoRA, LoHa, LoKr, LowRank, Replacement, Update, all_finite, with_rows_permuted
 from utils.errors import UserError, name_some
 from utils.safetensors_io import SAFETENSORS_DTYPES, read_tensors
 

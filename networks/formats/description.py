@@ -16,12 +16,12 @@ from torch import Tensor
 from hunyuan_model.checkpoints.loading import true_value
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.runtime.loading import open_transformer
-from networks.lora_clients import CLIENTS, HIDDEN, Client, Match, Verdict, count, match, transformer_keys
-from networks.lora_files import LoraFile, fit_to_model, lora_path, read_lora
-from networks.lora_layouts import LAYOUTS
-from networks.lora_models import model_by_metadata, model_itself
-from networks.lora_updates import DoRA, LowRank, Replacement, Update
-from networks.lora_writing import to_layout
+from networks.formats.clients import CLIENTS, HIDDEN, Client, Match, Verdict, count, match, transformer_keys
+from networks.formats.layouts import LAYOUTS
+from networks.formats.other_models import model_by_metadata, model_itself
+from networks.formats.reading import LoraFile, fit_to_model, lora_path, read_lora
+from networks.formats.updates import DoRA, LowRank, Replacement, Update
+from networks.formats.writing import to_layout
 from utils.errors import UserError, shown
 from utils.safetensors_io import read_tensors
 

@@ -14,10 +14,10 @@ import hunyuan_model
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.compilation import CompileSettings, compiled_graphs
 from hunyuan_model.runtime.settings import RuntimeSettings
+from networks.formats.reading import lora_of
+from networks.injection import InjectedLoras, injected_bytes
 from networks.lora import create_network_from_weights
-from networks.lora_files import lora_of
-from networks.lora_injection import InjectedLoras, injected_bytes
-from networks.lora_merging import LoraToMerge, MergePatch
+from networks.merging import LoraToMerge, MergePatch
 
 HIDDEN, MLP, HEAD = CONFIG.hidden_size, CONFIG.mlp_size, CONFIG.head_dim
 SHAPES = {

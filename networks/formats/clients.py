@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hunyuan_model.checkpoints.layouts import COMFYUI, DIFFUSERS, OFFICIAL, NameLayout
-from networks.lora_layouts import DEFAULT_PREFIX, OTHER_MODELS, split_ending
+from networks.formats.layouts import DEFAULT_PREFIX, OTHER_MODELS, split_ending
 
 HIDDEN = 3072  # width of HunyuanVideo, which some loaders have as a constant
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks.diffusers_twins import diffusers_model, diffusers_transformer, run_diffusers, to_diffusers
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.formats.reading import lora_of, read_lora
+from networks.formats.writing import save_lora, to_layout
 from networks.lora import create_network, create_network_from_weights
-from networks.lora_files import lora_of, read_lora
-from networks.lora_writing import save_lora, to_layout
 from tests.lora_samples import ARGUMENTS, named_inputs, sd_scripts_lora, transformer
 from tests.small_transformer import make_inputs
 

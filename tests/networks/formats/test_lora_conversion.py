@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.diffusers_twins import to_diffusers
+from networks.formats.layouts import TARGETS
+from networks.formats.reading import LoraFile, lora_of, read_lora
+from networks.formats.writing import plain_network, save_lora, to_layout
 from networks.lora import create_network, create_network_from_weights
-from networks.lora_files import LoraFile, lora_of, read_lora
-from networks.lora_layouts import TARGETS
-from networks.lora_writing import plain_network, save_lora, to_layout
 from tests.lora_samples import CONFIG, distance, merged, sd_scripts_lora, transformer
 from utils.errors import UserError
 

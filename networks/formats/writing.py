@@ -14,10 +14,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from networks.lora_files import LoraFile, PlacedUpdate
-from networks.lora_layouts import LAYOUTS, OTHER, LoraLayout, flat_name
-from networks.lora_peft import PEFT_METADATA
-from networks.lora_updates import (
+from networks.formats.layouts import LAYOUTS, OTHER, LoraLayout, flat_name
+from networks.formats.peft_config import PEFT_METADATA
+from networks.formats.reading import LoraFile, PlacedUpdate
+from networks.formats.updates import (
     CannotConvert,
     Difference,
     DoRA,

@@ -15,8 +15,8 @@ from hunyuan_model.checkpoints.loading import require_same_tensors, true_value
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
-from networks.lora_files import LoraFile, PlacedUpdate, fit_to_model, read_lora
-from networks.lora_updates import LowRank, strength
+from networks.formats.reading import LoraFile, PlacedUpdate, fit_to_model, read_lora
+from networks.formats.updates import LowRank, strength
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.progress import ProgressBar

@@ -12,9 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from benchmarks.diffusers_twins import diffusers_transformer, to_diffusers
-from networks.lora_files import read_lora
-from networks.lora_peft import PeftConfig, peft_config
-from networks.lora_writing import save_lora
+from networks.formats.peft_config import PeftConfig, peft_config
+from networks.formats.reading import read_lora
+from networks.formats.writing import save_lora
 from tests.lora_samples import CONFIG, distance, merged, randomise, transformer
 from utils.errors import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from networks.lora_clients import CLIENTS, Match, Verdict, match
-from networks.lora_layouts import LAYOUTS, flat_name
+from networks.formats.clients import CLIENTS, Match, Verdict, match
+from networks.formats.layouts import LAYOUTS, flat_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:While injecting the PEFT adapters")
 W = 3072

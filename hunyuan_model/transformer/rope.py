@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hunyuan_model.transformer import cpu_kernels
+
 
 def rotation_table(
     size: tuple[int, int, int], dims: tuple[int, int, int], theta: float, device: torch.device, text_rows: int = 0
@@ -39,12 +41,18 @@ def apply_rope(x: Tensor, table: Tensor, back: bool = False) -> Tensor:
     """
     pairs = x.unflatten(-1, (-1, 2)) if x.stride(-1) == 1 else x.contiguous().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # The compiler cannot fuse complex numbers, but fuses this into its neighbours.
-        a, b = pairs.unbind(-1)
-        cos, sin = table[:, None].unbind(-1)
+        # The compiler cannot fuse complex numbers.
+        cos, sin = table[:, None, :, :1], table[:, None, :, 1:]
         sin = -sin if back else sin
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        rotate = cpu_kernels.rotate_pairs if x.device.type == "cpu" else rotate_pairs
+        return rotate(pairs, cos, sin).flatten(-2)
     # A product of complex numbers is the same rotation in one pass: 4 to 6 times faster than the formula written out.
     rotation = torch.view_as_complex(table)[:, None]
     rotated = torch.view_as_complex(pairs) * (rotation.conj() if back else rotation)
     return torch.view_as_real(rotated).flatten(-2)
+
+
+def rotate_pairs(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (..., 2) rotated by cos and sin (..., 1), for the compiler: one pass, where it would write twice what is stacked."""
+    signs = torch.arange(2, device=pairs.device) * 2 - 1  # b is subtracted for a, and a added for b
+    return pairs * cos + pairs.flip(-1) * (sin * signs)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hunyuan_model.transformer.rope import apply_rope, rotation_table
+from hunyuan_model.transformer import cpu_kernels
+from hunyuan_model.transformer.rope import apply_rope, rotate_pairs, rotation_table
 from utils.safetensors_io import read_tensors
 
 CPU = torch.device("cpu")
@@ -26,9 +27,11 @@ def test_tables(reference, name, size, dims):
     torch.testing.assert_close(sin, reference[f"{name}.sin"], atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_rotation_and_its_gradient(reference, compiled, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+@pytest.mark.parametrize("way", ["eager", "compiled", "compiled for a GPU"])
+def test_rotation_and_its_gradient(reference, way, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way != "eager")
+    if way == "compiled for a GPU":
+        monkeypatch.setattr(cpu_kernels, "rotate_pairs", rotate_pairs)
     table = rotation_table((3, 4, 4), (4, 14, 14), 256.0, CPU)
     for name in ("q", "k"):
         x, expected = reference[f"r1.{name}"].clone().requires_grad_(), reference[f"r1.{name}_rotated"]
@@ -36,6 +39,7 @@ def test_rotation_and_its_gradient(reference, compiled, monkeypatch):
         torch.testing.assert_close(rotated, expected, atol=2e-6, rtol=0)
         (gradient,) = torch.autograd.grad(rotated, x, expected)  # of a rotation: the other way round
         torch.testing.assert_close(gradient, reference[f"r1.{name}"], atol=4e-6, rtol=0)
+        torch.testing.assert_close(apply_rope(expected, table, back=True), reference[f"r1.{name}"], atol=4e-6, rtol=0)
 
 
 def test_float64_closed_form_on_a_long_clip():

@@ -48,6 +48,7 @@ NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says it of 
 SHORT = [
     *(Row(size, weights, short=True) for weights in ("bf16", "int8", "fp8_fast", "fp8") for size in ("image", "clip33")),
     Row("clip33", "int8", short=True, keep=True),
+    Row("clip33", "int8", short=True, unfused=True),
 ]
 FULL = [
     Row("image", "int8"),

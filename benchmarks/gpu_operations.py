@@ -25,10 +25,11 @@ from hunyuan_model.quantization.scaled_mm import check_float8_matmuls, find_floa
 from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.host_weights import host_memory, page_lock
 from hunyuan_model.sampling.flow import latent_size
+from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.blocks import add_branch
 from hunyuan_model.transformer.gelu import cat_gelu
 from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
-from hunyuan_model.transformer.rope import apply_rope, rotation_table
+from hunyuan_model.transformer.rope import rotation_table
 from hunyuan_model.vae import cpu_kernels
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings, working_bytes
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
@@ -81,11 +82,15 @@ def copies(bench: Bench) -> Measured:
     size = 1 << 16 if bench.tiny else 1 << 30
     on_device, host = torch.empty(size, dtype=torch.uint8, device=bench.device), host_memory(size).fill_(1)
     found = {"pageable_gb_s": rates(bench, lambda: on_device.copy_(host), moved=size, rounds=2)["gb_s"]}
+    owner = nn.Module()
     if bench.device.type == "cuda":
-        seconds = bench.timed(lambda: page_lock(host, bench.device, owner=on_device))
-        found["locking_gb_s"] = size / seconds / GIGA
+        start = time.perf_counter()
+        if not page_lock(host, bench.device, owner):
+            return found | {"error": "the system refuses to page-lock"}
+        found["locking_gb_s"] = size / (time.perf_counter() - start) / GIGA
     found["to_device_gb_s"] = rates(bench, lambda: on_device.copy_(host, non_blocking=True), moved=size)["gb_s"]
     found["to_host_gb_s"] = rates(bench, lambda: host.copy_(on_device, non_blocking=True), moved=size)["gb_s"]
+    del owner  # before the memory
     return found
 
 
@@ -104,9 +109,9 @@ def fork(bench: Bench) -> Measured:
         owner = nn.Module()
         memory = make().fill_(1)
         if bench.device.type == "cuda" and not page_lock(memory, bench.device, owner):
-            return {"skipped": "the system refuses to page-lock"}
+            return {"error": "the system refuses to page-lock"}
         found[f"{name}_s"], found[f"{name}_child_gib"] = private_memory_of_a_child()
-        del owner, memory
+        del owner  # before the memory
     return found
 
 
@@ -196,9 +201,7 @@ def waits(bench: Bench, row: Row) -> Measured:
 # Single operations, as they occur in a training step of an image and of a clip
 
 
-def rates(
-    bench: Bench, run: Callable[[], object], operations: float = 0, moved: float = 0, rounds: int = 5, compiled: bool = False
-) -> Measured:
+def rates(bench: Bench, run: Callable[[], object], operations: float = 0, moved: float = 0, rounds: int = 5) -> Measured:
     """Milliseconds; TFLOP/s of ``operations``; GB/s of ``moved`` bytes, those that cannot be avoided."""
     first = bench.timed(run)
 
@@ -207,12 +210,12 @@ def rates(
             run()
 
     seconds = bench.timed(several) / rounds
-    found = {"ms": seconds * 1e3}
+    found = {"ms": seconds * 1e3, "first_ms": first * 1e3}
     if operations:
         found["tflops"] = operations / seconds / TERA
     if moved:
         found["gb_s"] = moved / seconds / GIGA
-    return found | ({"first_ms": first * 1e3} if compiled else {})
+    return found
 
 
 class Operations:
@@ -230,10 +233,8 @@ class Operations:
     def of_tokens(self, width: int) -> Tensor:
         return self.random(1, self.tokens, width, gradient=True)
 
-    def both_ways(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], passes: float, compiled: bool) -> Measured:
+    def both_ways(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], passes: float) -> Measured:
         """A function of tokens and the gradients of those inputs that want them; it moves ``passes`` times its output."""
-        if compiled:
-            function = compiled_for(self.bench, function)
         wanted = [x for x in inputs if x.requires_grad]
         with torch.autocast(self.bench.device.type, torch.bfloat16):
             above = torch.randn_like(function(*inputs))
@@ -241,7 +242,7 @@ class Operations:
             def run() -> None:
                 torch.autograd.grad(function(*inputs), wanted, above)
 
-            return rates(self.bench, run, moved=passes * above.nbytes, compiled=compiled)
+            return rates(self.bench, run, moved=passes * above.nbytes)
 
     def attention(self, backend: str | None) -> Measured:
         q, k, v = (self.random(1, self.tokens, self.heads, self.dim, gradient=True).transpose(1, 2) for _ in range(3))
@@ -286,31 +287,30 @@ class Operations:
             run = partial(float8_linear, x, weight, None, None, matmuls)
         return rates(self.bench, run, 2 * self.tokens * inputs * outputs) | {"scales_per_row": matmuls.per_row}
 
-    def dequantization(self, weights: WeightFormat, compiled: bool) -> Measured:
+    @torch.no_grad()
+    def dequantization(self, weights: WeightFormat) -> Measured:
         codes, scale = weights.quantizer(self.random(3 * self.hidden + self.mlp, self.hidden))
-        function = compiled_for(self.bench, dequantize) if compiled else dequantize
         moved = codes.nbytes + 2 * codes.numel() + (0 if scale is None else scale.nbytes)
-        return rates(self.bench, lambda: function(codes, torch.bfloat16, scale), moved=moved, compiled=compiled)
+        return rates(self.bench, lambda: dequantize(codes, torch.bfloat16, scale), moved=moved)
 
-    def norm(self, compiled: bool = False) -> Measured:
+    def norm(self) -> Measured:
         shift, scale = self.random(1, 1, self.hidden), self.random(1, 1, self.hidden)
-        return self.both_ways(modulated_norm, (self.of_tokens(self.hidden), shift, scale), 5, compiled)
+        return self.both_ways(modulated_norm, (self.of_tokens(self.hidden), shift, scale), 5)
 
-    def norm_and_rope(self, compiled: bool = False) -> Measured:
+    def norm_and_rope(self) -> Measured:
         norm = RMSNorm(self.dim).to(self.bench.device).requires_grad_(False)
         frames, height, width = self.latents
         size = frames, height // 2, width // 2
         table = rotation_table(size, self.config.rope_dims, self.config.rope_theta, self.bench.device, VALID_TEXT)
-        q = self.random(1, self.tokens, self.heads, self.dim, gradient=True)
-        return self.both_ways(lambda q: apply_rope(norm(q), table).to(q.dtype), (q,), 5, compiled)
+        return self.both_ways(norm, (self.random(1, self.tokens, self.heads, self.dim, gradient=True), table), 5)
 
-    def gelu_and_cat(self, compiled: bool = False) -> Measured:
+    def gelu_and_cat(self) -> Measured:
         inputs = self.of_tokens(self.hidden), self.of_tokens(self.mlp)
-        return self.both_ways(cat_gelu, inputs, 4 + self.mlp / (self.mlp + self.hidden), compiled)
+        return self.both_ways(cat_gelu, inputs, 4 + self.mlp / (self.mlp + self.hidden))
 
-    def residual(self, compiled: bool = False) -> Measured:
+    def residual(self) -> Measured:
         inputs = self.of_tokens(self.hidden), self.random(1, 1, self.hidden), self.of_tokens(self.hidden)
-        return self.both_ways(add_branch, inputs, 5, compiled)
+        return self.both_ways(add_branch, inputs, 5)
 
     def linear_and_lora(self, lora: bool) -> Measured:
         """Forward and backward of the widest layer."""
@@ -331,9 +331,15 @@ class Operations:
         return rates(self.bench, run, 4 * self.tokens * inputs * outputs)
 
 
-def compiled_for(bench: Bench, function: Callable[..., Any]) -> Callable[..., Any]:
-    # On the CPU only the plumbing is tried: tracing is enough for that.
-    return torch.compile(function, backend="inductor" if bench.device.type == "cuda" else "eager")
+def not_fused(measure: Callable[[], Measured]) -> Callable[[], Measured]:
+    def run() -> Measured:
+        fused.allow(False)
+        try:
+            return measure()
+        finally:
+            fused.allow(True)
+
+    return run
 
 
 def operations(bench: Bench) -> Rows:
@@ -344,21 +350,24 @@ def operations(bench: Bench) -> Rows:
             # Its tensors are made when it is called, and gone after.
             rows[f"{name}, {size}"] = lambda size=size: method(Operations(bench, size), *arguments)
 
+    def add_fused(name: str, method: Callable[..., Measured], *arguments: object, sizes: tuple[str, ...] = ("clip33",)) -> None:
+        """As it is, and as torch computes it operator by operator."""
+        add(name, method, *arguments, sizes=sizes)
+        for size in sizes:
+            rows[f"{name}, not fused, {size}"] = not_fused(rows[f"{name}, {size}"])
+
     hidden, mlp = bench.config().hidden_size, bench.config().mlp_size
     for backend in (None, *BACKENDS):
         add(f"attention, {backend or 'default'}", Operations.attention, backend)
     for backend in (None, "flash", "cudnn"):
         add(f"new lengths, {backend or 'default'}", Operations.new_lengths, backend, sizes=("image",))
-    for weights in (WeightFormat.INT8, WeightFormat.FP8, WeightFormat.FP8_SCALED):
-        add(f"dequantization, {weights.value}", Operations.dequantization, weights, False, sizes=("image",))
-    pointwise = {
-        "norm and modulation": Operations.norm,
-        "q norm and RoPE": Operations.norm_and_rope,
-        "GELU and cat": Operations.gelu_and_cat,
-        "gated residual": Operations.residual,
-    }
-    for name, method in pointwise.items():
-        add(name, method)
+    for weights in (WeightFormat.INT8, WeightFormat.FP8_SCALED):
+        add_fused(f"dequantization, {weights.value}", Operations.dequantization, weights, sizes=("image",))
+    add("dequantization, fp8", Operations.dequantization, WeightFormat.FP8, sizes=("image",))
+    add_fused("norm and modulation", Operations.norm)
+    add_fused("q norm and RoPE", Operations.norm_and_rope)
+    add("GELU and cat", Operations.gelu_and_cat, sizes=("clip33",))
+    add("gated residual", Operations.residual, sizes=("clip33",))
     for lora in (False, True):
         add("linear1 with LoRA" if lora else "linear1", Operations.linear_and_lora, lora)
     widths = {"qkv": (hidden, 3 * hidden), "linear1": (hidden, 3 * hidden + mlp), "linear2": (hidden + mlp, hidden)}
@@ -367,9 +376,6 @@ def operations(bench: Bench) -> Rows:
             of = f"gradient of {name}" if gradient else name
             add(f"product, {of}", Operations.product, *sides, gradient)
             add(f"float8 product, {of}", Operations.float8_product, *sides, gradient)
-    add("dequantization, int8, compiled", Operations.dequantization, WeightFormat.INT8, True, sizes=("image",))
-    for name, method in pointwise.items():
-        add(f"{name}, compiled", method, True, sizes=("clip33",))
     return rows
 
 

@@ -11,6 +11,7 @@ from benchmarks.gpu_workloads import Row, copied_bytes
 from hunyuan_model.transformer.config import TransformerConfig
 
 Results = Mapping[str, dict[str, Any]]
+WITHOUT = {"keep": "without keep", "unfused": "with fused kernels", "compile": "without compile"}
 NOT_RUN = {"not run": "out of time"}
 
 
@@ -63,7 +64,7 @@ def ratios(results: Results) -> Iterator[str]:
             others["diffusers"] = replace(row, who="diffusers")
         if row.weights == "fp8_fast":
             others["bf16"] = replace(row, weights="bf16")
-        others |= {f"without {option}": replace(row, **{option: False}) for option in ("keep", "compile") if getattr(row, option)}
+        others |= {what: replace(row, **{option: False}) for option, what in WITHOUT.items() if getattr(row, option)}
         for what, other in others.items():
             if (slower := seconds(other)) is not None:
                 yield f"- {name}: {slower / seconds(row):.2f} times as fast as {what}"
@@ -86,5 +87,5 @@ def row_called(name: str) -> Row | None:
         return None
     work, size, who, weights, *rest = parts
     swap = next((int(text.removeprefix("swap ")) for text in rest if text.startswith("swap ")), int("group offloading" in rest))
-    options = {option: option in rest for option in ("offload", "keep", "compile")}
+    options = {option: option in rest for option in ("offload", "keep", "unfused", "compile")}
     return Row(size, weights, work, who, depth == "short", swap, **options)

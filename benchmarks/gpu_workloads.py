@@ -23,6 +23,7 @@ from hunyuan_model.runtime.memory import BatchSize, weight_bytes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.flow import latent_size
+from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
@@ -120,6 +121,7 @@ class Row:
         short: with few blocks; the time at full depth is extrapolated.
         swap: blocks. For diffusers any number means group offloading, of every block.
         keep: the results of attention through checkpointing.
+        unfused: with --no_fused_kernels.
     """
 
     size: str = "clip33"
@@ -130,6 +132,7 @@ class Row:
     swap: int = 0
     offload: bool = False
     keep: bool = False
+    unfused: bool = False
     compile: bool = False
 
     @property
@@ -137,7 +140,7 @@ class Row:
         parts = ["short" if self.short else "full", self.work, self.size, self.who, self.weights]
         if self.swap:
             parts.append(f"swap {self.swap}" if self.who == "ours" else "group offloading")
-        parts += [option for option in ("offload", "keep", "compile") if getattr(self, option)]
+        parts += [option for option in ("offload", "keep", "unfused", "compile") if getattr(self, option)]
         return ", ".join(parts)
 
 
@@ -385,6 +388,7 @@ class Models:
         if key != self._key:
             self.drop()
             self._model, self._key = Model(row, config, bench.device), key
+        fused.allow(not row.unfused)
         bench.forget_peak()
         work = self._model.work(size)
         seconds, first = bench.repeated(work)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hunyuan_model.quantization import formats
 from hunyuan_model.quantization.formats import (
     FP8_DTYPE,
     GROUP,
@@ -139,3 +140,22 @@ def test_stored_weights_are_dequantized_in_float32_and_rounded_once(codes, scale
     exact = weight.float() * scale.repeat_interleave(1800 // scales[1], 1)
     assert torch.equal(dequantize_stored(weight, torch.bfloat16, scale), exact.bfloat16())
     assert torch.equal(dequantize_stored(weight, torch.float32, scale), exact)
+
+
+@pytest.mark.parametrize("quantize", WITH_SCALES)
+def test_slices_change_nothing_and_are_few_on_devices(quantize, monkeypatch):
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    expected = quantize(weight)
+    monkeypatch.setattr(formats, "_row_slices", lambda part, *_: [slice(0, 5), slice(5, 90), slice(90, len(part))])
+    for one, other in zip(quantize(weight), expected):
+        assert torch.equal(one.float(), other.float())
+
+
+def test_devices_quantize_sixteen_million_values_at_once():
+    shape = (21504, 3072)  # the largest weight of a block
+    sliced = {device: list(formats._row_slices(torch.empty(shape, device=device))) for device in ("cpu", "meta")}
+    for slices in sliced.values():
+        assert [part.start for part in slices] == [0, *(part.stop for part in slices[:-1])] and slices[-1].stop >= shape[0]
+        assert all(part.stop - part.start == slices[0].stop for part in slices)
+    assert 2**24 - 3072 < sliced["meta"][0].stop * 3072 <= 2**24 and len(sliced["meta"]) == 4
+    assert len(sliced["cpu"]) > 200

@@ -282,13 +282,13 @@ class _Down(torch.autograd.Function):
 
 
 class _UpPath(torch.autograd.Function):
-    """The way of the gradient through scale * hidden @ up.T: (..., rank) -> zeros (..., out) that take no memory."""
+    """The way of the gradient through scale * hidden @ up.T: (..., rank) -> any values (..., out), which take no memory."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(hidden, up)
         ctx.scale = scale
-        return hidden.new_zeros(()).expand(*hidden.shape[:-1], len(up))
+        return hidden.new_empty(()).expand(*hidden.shape[:-1], len(up))  # nobody reads it
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -113,8 +113,8 @@ def _fused(checkpoint: Checkpoint, names: Sequence[str], place: Place) -> Stored
     if place.reorder is None:
         return entry
     reorder, before = place.reorder, entry
-    try:
-        shape = tuple(reorder(torch.empty(entry.shape, dtype=entry.dtype, device="meta")).shape)
+    try:  # not on the meta device, where the first torch.cat imports for a second
+        shape = tuple(reorder(torch.zeros((), dtype=torch.uint8).expand(entry.shape)).shape)
     except (RuntimeError, IndexError) as error:
         raise UserError(
             f"{checkpoint.what} {checkpoint.path} holds {names[0]} with the shape {entry.shape}, which it cannot have. "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # threads only wait for each other on tensors as small as these
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; what cuBLAS wants for ``deterministic``
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and by all children too, where a shell started it with &
 
 
@@ -62,6 +64,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 def little_garbage() -> None:
     """The product collects garbage after each model; what pytest and the libraries hold is left out of that, as it takes long."""
     gc.freeze()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Equal bits on a GPU, too: else the backward pass of attention adds in any order."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

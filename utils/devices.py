@@ -48,6 +48,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pick_device(name: str | None) -> torch.device:
     """The device called ``name``, or CUDA where there is one and the CPU otherwise.
 
+    ``cuda:N`` becomes the current device: some kernels ask for that one, not for the device of their tensors.
+
     Raises:
         UserError: CUDA was asked for by name and this machine or this torch build has none.
     """
@@ -63,6 +65,8 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"only {count} CUDA devices" if count else "no CUDA device"
         raise UserError(f"--device {name} was asked for, but torch finds {found} here. Use cpu, or install a CUDA build of torch.")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -90,7 +94,12 @@ def warn_of_cpu(asked: str | None, device: torch.device) -> None:
 
 
 # Words in the messages of torch, the allocator of the CPU and CUDA's libraries, which raise no error type of their own.
-OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_WORDS = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @contextmanager

@@ -45,14 +45,16 @@ def check_float8_matmuls(device: torch.device, flag: str) -> None:
 
 
 def find_float8_matmuls(device: torch.device) -> Float8Matmuls:
-    """How ``device`` multiplies float8, found out by trying: older kernels have no scales per row."""
-    left = torch.ones(ALIGNMENT, ALIGNMENT, device=device).to(CODES)
-    ones = torch.ones(ALIGNMENT, 1, device=device)
+    """How ``device`` multiplies float8, found out by a product: older kernels have no scales per row, or fail in computing."""
+    steps = torch.arange(ALIGNMENT**2, device=device).view(ALIGNMENT, ALIGNMENT)
+    left, right = (steps % 5 - 2).float(), (steps % 7 - 3).float().t()  # small whole numbers, whose sums no dtype rounds
+    rows = torch.exp2(torch.arange(ALIGNMENT, device=device) % 4 - 2.0)[:, None]
+    columns = 1 / rows.t()
     try:
-        _multiply(left, left.t(), ones, ones.t())
+        product = _multiply(left.to(CODES), right.to(CODES), rows, columns.contiguous())
+        return Float8Matmuls(per_row=torch.equal(product.float(), (left * rows) @ (right * columns)))  # waits for the device
     except (RuntimeError, ValueError):
         return Float8Matmuls(per_row=False)
-    return Float8Matmuls(per_row=True)
 
 
 def fits_float8_matmuls(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> bool:

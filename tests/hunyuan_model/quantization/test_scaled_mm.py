@@ -4,6 +4,7 @@ A stand-in for the kernel, written from its definition, also holds callers to th
 """
 
 import copy
+import math
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -157,10 +158,17 @@ def test_a_kernel_without_scales_per_row_is_found_out(monkeypatch):
             raise RuntimeError("Only tensorwise scaling is supported")
         return stand_in(left, right, scale_a=scale_a, scale_b=scale_b, **options)
 
+    def ignoring(left, right, *, scale_a, scale_b, **options):
+        return stand_in(left, right, scale_a=scale_a[0], scale_b=scale_b[0, :1], **options)
+
+    def overflowing(left, right, **options):
+        return stand_in(left, right, **options).mul_(math.nan)
+
     monkeypatch.setattr(torch, "_scaled_mm", stand_in)
     assert find_float8_matmuls(torch.device("cpu")).per_row
-    monkeypatch.setattr(torch, "_scaled_mm", older)
-    assert not find_float8_matmuls(torch.device("cpu")).per_row
+    for kernel in (older, ignoring, overflowing):
+        monkeypatch.setattr(torch, "_scaled_mm", kernel)
+        assert not find_float8_matmuls(torch.device("cpu")).per_row, kernel.__name__
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -367,6 +367,7 @@ def test_where_pinning_fails_half_way_a_thread_waits_for_the_copies(monkeypatch,
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("swapped", [0, MOST])
 def test_on_a_gpu(pinned, swapped):

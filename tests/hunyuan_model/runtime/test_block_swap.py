@@ -405,6 +405,7 @@ def test_what_is_kept_on_the_host_is_never_copied_to_the_device():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 def test_on_a_gpu(pinned, checkpointing):

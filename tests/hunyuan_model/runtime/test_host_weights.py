@@ -15,7 +15,7 @@ from small_transformer import CPU, MOST, make_transformer
 from hunyuan_model.runtime import block_swap, host_weights
 from hunyuan_model.runtime.activation_offload import HostPool
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
-from hunyuan_model.runtime.host_weights import HostWeights, host_memory
+from hunyuan_model.runtime.host_weights import HostWeights, host_memory, page_lock
 from hunyuan_model.runtime.transfers import DirectTransfers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
@@ -51,6 +51,17 @@ def test_a_fork_neither_copies_nor_maps_the_memory():
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, "the child has it, or does not live without it"
     assert offloaded.eq(7).all()
+
+
+@linux
+@pytest.mark.gpu
+def test_a_fork_does_not_copy_page_locked_memory():
+    memory, owner = host_memory(2**30).fill_(1), torch.nn.Module()
+    assert page_lock(memory, torch.device("cuda"), owner)
+    if (child := os.fork()) == 0:
+        kilobytes = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:])
+        os._exit(int(kilobytes["Private_Dirty"].split()[0]) * 1024 < memory.nbytes // 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_systems_without_such_advice_have_the_memory_all_the_same(monkeypatch):

@@ -52,7 +52,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """With -m gpu, files whose packages are missing are skipped: machines with GPUs are lent with few of them."""
+    """With -m gpu, files whose packages are missing are skipped: rented GPUs come with few of them."""
     report = yield
     missing = re.search(r"ModuleNotFoundError: No module named ('\S+')", str(report.longrepr))
     if report.failed and missing and collector.config.option.markexpr == "gpu":

@@ -80,7 +80,7 @@ def _index(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Bytes of RAM that a process may still take without swapping, within the limit of its container."""
-    import psutil  # not on each machine with a GPU that is lent for minutes
+    import psutil  # which rented GPUs come without
 
     free = psutil.virtual_memory().available
     try:

@@ -31,6 +31,7 @@ from hunyuan_model.runtime.transfers import Transfers, make_transfers
 logger = logging.getLogger(__name__)
 
 ON_DEVICE = 2  # blocks whose inputs the device holds: of one that computes, and of one that is being copied
+MOST_TIMES = 16  # as large as what it is taken for host memory may be: log-sum-exps are not to use up that of tokens
 
 
 class HostPool:
@@ -51,10 +52,10 @@ class HostPool:
         """(at least ``size``,) uint8 of unknown content."""
         with self._lock:
             sizes = [memory.nbytes for memory in self._free]
-            if fitting := [nbytes for nbytes in sizes if nbytes >= size]:
+            if fitting := [nbytes for nbytes in sizes if size <= nbytes <= MOST_TIMES * size]:
                 return self._free.pop(sizes.index(min(fitting)))
-            if sizes:  # the largest is too small: it makes room for a larger one
-                self._free.pop(sizes.index(max(sizes)))
+            if smaller := [nbytes for nbytes in sizes if nbytes < size]:  # the largest of them makes room
+                self._free.pop(sizes.index(max(smaller)))
         return self._allocate(size)
 
     def _allocate(self, size: int) -> Tensor:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from hunyuan_model.runtime.block_swap import SwappedForward
 from hunyuan_model.transformer.attention import Attention
+from hunyuan_model.transformer.fused import allow_graphs
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
-MAX_GRAPHS = 64  # of one kind of block; torch gives up after 8
 SHOWN_CHARACTERS = 300
 TRACEABLE_MODES = ("torch", "sdpa")
 
@@ -68,10 +68,7 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
 
     Call it once, after loading (with swapped blocks or without) and before ``enable_gradient_checkpointing``.
     """
-    import torch._dynamo  # here, as it takes a second
-
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, max(MAX_GRAPHS, getattr(torch._dynamo.config, limit)))
+    allow_graphs()
     compiled: dict[type, Callable[..., Any]] = {}
     attentions: dict[int, _CompilableAttention] = {}
     for block in (*transformer.double_blocks, *transformer.single_blocks):

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 CAPABILITY = (8, 0)  # from which on Triton computes in bfloat16
 FLOAT8_CAPABILITY = (8, 9)
 SHOWN_CHARACTERS = 300
+MAX_GRAPHS = 64  # of one function: for one sample and for several, rotated or not, queries and keys; torch gives up after 8
 
 _allowed = True
 
@@ -67,7 +68,16 @@ def fused(*changing: Sequence[int]) -> Callable[[Callable[..., Any]], Callable[.
 
 def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """``function`` as torch compiles it, which takes place in its first call."""
+    allow_graphs()
     return torch.compile(function, backend=backend)
+
+
+def allow_graphs() -> None:
+    """Have torch compile any function for ``MAX_GRAPHS`` kinds of inputs, before it computes others as they are written."""
+    import torch._dynamo  # here, as it takes a second
+
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(MAX_GRAPHS, getattr(torch._dynamo.config, limit)))
 
 
 @functools.cache

@@ -99,7 +99,7 @@ def lora_step() -> dict[str, Run]:
     bare = bare_products(ours, inputs, lora=True)
     target = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(2))
 
-    enable_gradient_checkpointing(ours)
+    enable_gradient_checkpointing(ours, keep_attention=True)  # as training does where there is room
     network = create_network(1.0, RANK, RANK, None, None, ours)
     network.apply_to(None, ours)
     theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears_of_blocks(theirs)))

@@ -118,11 +118,10 @@ def test_compiled_functions_give_the_same_numbers_and_new_lengths_no_graphs(name
     assert compiled_graphs() == first
 
 
-def test_more_kinds_of_inputs_than_torch_allows_are_compiled(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    on_the_cpu()
-    graphs, double = compiled_graphs(), fused.fused()(lambda x: x * 2)
-    with torch.no_grad():
+def test_more_kinds_of_inputs_than_torch_allows_are_compiled(on_the_cpu):
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        on_the_cpu()
+        graphs, double = compiled_graphs(), fused.fused()(lambda x: x * 2)
         for dims in range(1, 7):
             assert double(torch.ones((2,) * dims)).sum() == 2 * 2**dims
     assert compiled_graphs() == graphs + 6

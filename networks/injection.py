@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.quantization.linear import dequantized_weight
 from networks.formats.reading import PlacedUpdate, fit_to_model
-from networks.formats.updates import DoRA, LowRank, Replacement, Update, low_rank_product, strength
+from networks.formats.updates import DoRA, LowRank, Replacement, Update, strength
+from networks.low_rank import low_rank_product
 from networks.merging import LoraToMerge, merged_weight
 
 

@@ -25,8 +25,9 @@ from torch import nn
 from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
 from networks.formats.layouts import DEFAULT_PREFIX, flat_name
 from networks.formats.reading import fit_to_model, lora_of, read_lora
-from networks.formats.updates import LowRank, add_low_rank_product, low_rank_product
+from networks.formats.updates import LowRank
 from networks.formats.writing import plain_network, tensor_hashes
+from networks.low_rank import add_low_rank_product, low_rank_product
 from networks.merging import LoraToMerge, MergePatch
 from utils.errors import UserError, first_line, name_some, shown
 from utils.key_values import nearest_name

@@ -74,14 +74,12 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
     )
 
 
-def main() -> int:
-    args = parse_with_config(build_parser())
-    hide_secrets(args)
-    if args.show_timesteps:
-        show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
-        return 0
-    settings = training_settings(args)
-    accelerator = make_accelerator(settings)
+def train(settings: TrainingSettings, accelerator: Accelerator) -> int:
+    """Check everything, then train. Returns the exit status.
+
+    Raises:
+        UserError: settings, files, memory or a disk that do not suffice.
+    """
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one process says what all of them do
     model = inspect_model(settings, accelerator)
@@ -101,6 +99,19 @@ def main() -> int:
         explain_out_of_memory("training", lambda: advice(plan.memory), accelerator.device),
     ):
         return run_training(build_training(settings, plan, data, logs, accelerator))
+
+
+def main() -> int:
+    args = parse_with_config(build_parser())
+    hide_secrets(args)
+    if args.show_timesteps:
+        show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
+        return 0
+    settings = training_settings(args)
+    accelerator = make_accelerator(settings)
+    status = train(settings, accelerator)
+    accelerator.end_training()  # Python must not end before the threads of the process group: they would abort the process
+    return status
 
 
 if __name__ == "__main__":

@@ -59,6 +59,20 @@ if os.environ["RANK"] == {rank!r}:
 run_script(hv_train_network.main)
 """
 
+LEFT_OPEN = """
+import atexit, sys
+
+sys.path.insert(0, {root!r})
+
+import torch.distributed
+
+import hv_train_network
+from utils.errors import run_script
+
+atexit.register(lambda: torch.distributed.is_initialized() and print("a process group is left open", file=sys.stderr))
+run_script(hv_train_network.main)
+"""
+
 
 @pytest.fixture
 def launch(tiny_model, cached: Path, tmp_path: Path):
@@ -93,8 +107,11 @@ def test_two_processes_go_on_to_the_very_same_lora(launch, tmp_path: Path) -> No
     assert not broken(out) and not unfinished(out)
     assert whole.stderr.count(f"saved {out / 'whole_comfyui.safetensors'}") == 1, "one process saves"
 
-    again = launch("--output_name", "again", "--resume", state, "--loss_log", out / "again.csv")
+    script = tmp_path / "left_open.py"
+    script.write_text(LEFT_OPEN.format(root=str(ROOT)), encoding="utf-8")
+    again = launch("--output_name", "again", "--resume", state, "--loss_log", out / "again.csv", script=script)
     assert again.returncode == 0, again.stderr
+    assert "left open" not in again.stderr, "its threads would run on while Python ends"
     for copy in ("", "_comfyui"):
         first, second = (load_file(out / f"{name}{copy}.safetensors") for name in ("whole", "again"))
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

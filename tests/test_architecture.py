@@ -36,7 +36,8 @@ FLOORS = {
     "dataset.batches": 23,
     "networks.formats": 20,
     "networks": 21,
-    "networks.training": 22,
+    "networks.generation": 22,
+    "networks.training": 23,
 }
 SCRIPT_FLOOR = 30
 

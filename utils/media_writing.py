@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import av
@@ -15,7 +15,7 @@ from utils.files import atomic_path
 VIDEO_CRF = "16"  # visually close to lossless; x264's scale runs from 0 (lossless) to 51
 
 
-def unused_stem(folder: Path, stem: str, endings: Sequence[str]) -> str:
+def unused_stem(folder: Path, stem: str, endings: Collection[str]) -> str:
     """``stem``, or with a number behind it where something with one of ``endings`` has that name: nothing is overwritten."""
     numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(name for name in numbered if not any((folder / f"{name}{ending}").exists() for ending in endings))

@@ -37,9 +37,14 @@ class OutputSettings:
     fps: int = 24
     no_metadata: bool = False
 
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the latents are a result; else their file is there only until they are decoded."""
+        return LATENT_ENDING in ENDINGS[self.output_type]
+
     def unused_stem(self, stem: str) -> str:
         """``stem``, or with a number behind it, so that nothing is overwritten."""
-        return unused_stem(Path(self.save_path), stem, ENDINGS[self.output_type])
+        return unused_stem(Path(self.save_path), stem, {*ENDINGS[self.output_type], LATENT_ENDING})
 
     def save_latents(self, stem: str, latents: Tensor, metadata: dict[str, str]) -> Path:
         """Write latents (1, 16, F, H, W), in the network's scale, as the tensor ``latent`` (16, F, H, W); returns the path."""

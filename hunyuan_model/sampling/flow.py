@@ -85,6 +85,7 @@ def sample_latents(
     device: torch.device,
     dtype: torch.dtype,
     on_step: Callable[[int], None] = lambda step: None,
+    on_estimate: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate the flow from noise to latents.
 
@@ -96,6 +97,7 @@ def sample_latents(
         guidance_scale: of the distilled guidance; ignored by networks without a guidance input.
         dtype: what the network computes in; the Euler steps are float32.
         on_step: called with the number of steps done, after each.
+        on_estimate: called before it with the same number and where the step's velocity leads: latents without noise, float32.
 
     Returns:
         latents (B, 16, F, H, W), float32, on ``device``, in the network's scale.
@@ -109,6 +111,8 @@ def sample_latents(
     for step in range(len(sigmas) - 1):
         t = (sigmas[step] * TIMESTEPS).expand(batch)
         velocity = transformer(latents.to(dtype), t, text_states, text_mask, text_states_2, guidance)
+        if on_estimate is not None:
+            on_estimate(step + 1, euler_step(latents, velocity, sigmas[step], torch.zeros_like(sigmas[step])))
         latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
         on_step(step + 1)
     return latents

@@ -95,7 +95,7 @@ def test_a_transformer_with_impossible_tensors(bench, name):
 
 
 def test_a_vae_that_is_not_whole_is_told_before_hours_of_sampling(bench, monkeypatch):
-    monkeypatch.setattr("hv_generate_video.sample", None)
+    monkeypatch.setattr("hv_generate_video.Batch", None)
     source = next(Path(bench.model.vae).glob("*.safetensors"))
     name = "decoder.conv_out.conv.bias"
     refused(bench.generate("--vae", bench.changed(source, lambda t: t.pop(name))), "--vae", name, "missing")

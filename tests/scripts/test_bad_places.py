@@ -45,7 +45,7 @@ def test_a_place_where_nothing_can_be_written(bench, monkeypatch, name):
     monkeypatch.setattr("networks.merging.save_tensor_stream", None)
     monkeypatch.setattr("convert_lora.read_lora", None)
     monkeypatch.setattr("networks.training.loop.train", None)
-    monkeypatch.setattr("hv_generate_video.sample", None)
+    monkeypatch.setattr("hv_generate_video.Batch", None)
     bench.merge = lambda output: bench.generate("--lora_weight", lora, "--save_merged_model", output)
     bench.write("file", "in the way")
     (bench.folder / "f.safetensors").mkdir()

@@ -59,7 +59,7 @@ def test_base_weights_are_the_merged_model(bench, lora, call_script, tiny_model,
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(bench, lora, monkeypatch, sampled, caplog):
-    monkeypatch.setattr(hv_generate_video, "generate", lambda *_: pytest.fail("it begins"))
+    monkeypatch.setattr(hv_generate_video, "Batch", lambda *_: pytest.fail("it begins"))
     partly = lora.with_name("partly.safetensors")
     tensors = load_file(lora)
     save_file({**tensors, "diffusion_model.double_blocks.99.img_attn_proj.diff": torch.ones(2, 2)}, partly)

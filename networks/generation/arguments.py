@@ -1,0 +1,79 @@
+"""The flags of LoRA and of what a run of generation makes."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import hunyuan_model
+from hunyuan_model.runtime.arguments import runtime_settings
+from hunyuan_model.runtime.memory import weight_shapes
+from hunyuan_model.sampling.arguments import output_settings, sampling_settings
+from hunyuan_model.text.arguments import text_encoder_settings
+from hunyuan_model.vae.arguments import vae_settings
+from networks.formats.reading import check_lora_file
+from networks.generation.requests import Request
+from networks.generation.settings import GenerationSettings
+from networks.merging import complete_multipliers
+from utils.cli.arguments import finite_float, require_flags
+from utils.cli.settings import settings_from
+from utils.devices import choose_dtype
+
+
+def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
+    """LoRA files, how strong they are, and where they are computed."""
+    group.add_argument("--lora_weight", nargs="*", default=[], metavar="PATH", help="LoRA files of any layout and kind")
+    group.add_argument(
+        "--lora_multiplier", nargs="*", type=finite_float, default=[], metavar="M", help="their multipliers (default: 1.0 each)"
+    )
+    group.add_argument(
+        "--lora_mode",
+        choices=("merge", "inject"),
+        default="merge",
+        help="merge LoRA into the weights while they load, or compute it beside them in every step (default: merge)",
+    )
+    group.add_argument("--lora_partial", action="store_true", help="use LoRA files that fit the model only in part (default: off)")
+    group.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
+
+
+def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:
+    """One for each --lora_weight."""
+    return complete_multipliers(args.lora_weight, args.lora_multiplier, "--lora_weight", "--lora_multiplier")
+
+
+def generation_settings(args: argparse.Namespace, device: torch.device) -> GenerationSettings:
+    """The models of a run that samples, checked; no weights are read.
+
+    Raises:
+        UserError: a flag that is missing, impossible, or names a file that is not what the flag expects.
+    """
+    if args.output_type != "latent":
+        require_flags(args, f"--output_type {args.output_type}", "vae")
+    settings = settings_from(
+        GenerationSettings,
+        args,
+        dit_dtype=choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16),
+        runtime=runtime_settings(args, args.attn_mode),
+        text=text_encoder_settings(args, device),
+        vae=vae_settings(args, device),
+        output=output_settings(args),
+        config=hunyuan_model.check_transformer_file(args.dit, "--dit"),
+    )
+    settings.runtime.check(device, settings.dit_dtype, settings.config)
+    for path in settings.lora_weight:
+        check_lora_file(path, weight_shapes(settings.config), partial=settings.lora_partial)
+    hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
+    if args.vae:
+        hunyuan_model.check_vae_file(args.vae)
+    return settings
+
+
+def requests_from(args: argparse.Namespace) -> list[Request]:
+    """What the flags ask for, in the order in which it is made.
+
+    Raises:
+        UserError: something that cannot be sampled.
+    """
+    require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", "prompt")
+    return [settings_from(Request, args, sampling=sampling_settings(args), lora_multiplier=lora_multipliers(args))]

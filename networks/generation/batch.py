@@ -1,0 +1,110 @@
+"""Many results from one load: all texts are encoded first, then everything is sampled, then everything is decoded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hunyuan_model
+from hunyuan_model.sampling.decoding import load_decoder
+from networks.generation.requests import Request
+from networks.generation.sampler import Sampler
+from networks.generation.settings import GenerationSettings
+from networks.merging import LoraToMerge, read_lora_files
+from utils.devices import explain_out_of_memory, free_memory
+from utils.errors import UserError, first_line
+from utils.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
+
+Metadata = Callable[[Request], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A result that waits for the VAE; ``latents`` (1, 16, F, H, W) are on disk as well."""
+
+    request: Request
+    stem: str
+    latents: Tensor
+    stored: Path
+
+
+@dataclass
+class Batch:
+    """A run: ``requests`` in, files out.
+
+    Attributes:
+        metadata: what is written into the files of a request.
+        failures: sentences on requests that were not made; a run of one request raises instead.
+    """
+
+    settings: GenerationSettings
+    requests: Sequence[Request]
+    device: torch.device
+    metadata: Metadata
+    failures: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Make everything; the networks are in memory one after the other.
+
+        Raises:
+            UserError: what concerns all results, or the only one.
+        """
+        # First, as it finds out what is wrong with the files.
+        loras = read_lora_files(self.settings.lora_weight, self.requests[0].lora_multiplier, partial=self.settings.lora_partial)
+        sampled = self._sample_all(loras)
+        if self.settings.output.output_type != "latent":
+            self._decode_all(sampled)
+
+    def _sample_all(self, loras: list[LoraToMerge]) -> list[Sampled]:
+        """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them."""
+        output, sampled = self.settings.output, []
+        texts = list(dict.fromkeys(text for request in self.requests for text in request.texts))
+        with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
+            encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, self.settings.text, self.device)))
+        sampler = Sampler(self.settings, loras, self.requests, encoded, self.device)
+        steps = sum(len(request.sampling.steps_from(request.start)) for request in self.requests)
+        with ProgressBar(total=steps, desc="sampling", unit="step") as progress:
+            for number, request in enumerate(self.requests, 1):
+                if len(self.requests) > 1:
+                    progress.set_description(f"sampling {number} of {len(self.requests)}")
+                with self._others_go_on(request):
+                    latents = sampler.sample(request, on_step=lambda _: progress.update())
+                    stem = output.unused_stem(request.stem)
+                    stored = output.save_latents(stem, latents, self.metadata(request))
+                    sampled.append(Sampled(request, stem, latents, stored))
+                    if output.keeps_latents:
+                        print(stored, flush=True)
+        sampler.close()
+        return sampled
+
+    def _decode_all(self, sampled: Sequence[Sampled]) -> None:
+        decode = load_decoder(self.settings.vae, self.device)
+        for result in sampled:
+            with self._others_go_on(result.request, kept=result.stored):
+                frames = decode(result.latents)[0]
+                print(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)), flush=True)
+                if not self.settings.output.keeps_latents:
+                    result.stored.unlink()
+
+    @contextmanager
+    def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:
+        """One result that fails costs one result."""
+        try:
+            yield
+        except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
+            latents = f" Its latents are in {kept}: --latent_path decodes them." if kept else ""
+            if len(self.requests) == 1:
+                if isinstance(error, UserError):
+                    raise UserError(f"{error}{latents}") from error
+                raise
+            self.failures.append(f"{request}: {first_line(error)}{latents}")
+            logger.error("%s was not made: %s%s", request, first_line(error), latents)
+            free_memory(self.device)

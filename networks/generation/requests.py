@@ -1,0 +1,72 @@
+"""One result of a run of generation: what is asked for, from flags, a prompt file, a comparison or a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from hunyuan_model.sampling.generation import SamplingSettings
+from utils.errors import UserError
+
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingSettings))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or picture; the fields have the names of flags, or of those of ``sampling``.
+
+    Attributes:
+        negative_prompt: None stands for the empty text.
+        lora_multiplier: one for each LoRA file of the run.
+        image_path, video_path, latent_path: what to start from; at most one of them.
+        name: the beginning of its files' names; None for the time.
+        where: line of a file or cell of a comparison, as messages name it; empty for the command line.
+    """
+
+    prompt: str
+    sampling: SamplingSettings
+    negative_prompt: str | None = None
+    lora_multiplier: tuple[float, ...] = ()
+    image_path: str | None = None
+    video_path: str | None = None
+    latent_path: str | None = None
+    name: str | None = None
+    where: str = ""
+
+    @property
+    def start(self) -> str | None:
+        """The path of what to start from."""
+        return self.image_path or self.video_path or self.latent_path
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What has to be encoded: the prompt, and the negative one where it is used."""
+        return (self.prompt, self.negative_prompt or "") if self.sampling.guided else (self.prompt,)
+
+    @property
+    def stem(self) -> str:
+        """Of its files' names, where nothing has that name yet."""
+        return f"{self.name or time.strftime('%Y%m%d-%H%M%S')}_{self.sampling.seed}"
+
+    def __str__(self) -> str:
+        return self.where or "the video"
+
+    def changed(self, values: Mapping[str, Any], where: str = "") -> Request:
+        """With other values, by the names of flags; ``height`` and ``width`` stand for the parts of ``video_size``.
+
+        Raises:
+            UserError: a video that cannot be sampled; names ``where``.
+        """
+        values, where = dict(values), where or self.where
+        height, width = self.sampling.video_size
+        if "height" in values or "width" in values:
+            values["video_size"] = (values.pop("height", height), values.pop("width", width))
+        if {"image_path", "video_path", "latent_path"} & values.keys():
+            values = {"image_path": None, "video_path": None, "latent_path": None, **values}
+        sampling = {name: values.pop(name) for name in SAMPLING_FIELDS & values.keys()}
+        try:
+            return replace(self, sampling=replace(self.sampling, **sampling), where=where, **values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error

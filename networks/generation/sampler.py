@@ -1,0 +1,124 @@
+"""The transformer with its LoRA on the device, for as many results as are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import hunyuan_model
+from hunyuan_model.runtime.compilation import CompileWatch
+from hunyuan_model.runtime.memory import BatchSize, weight_shapes
+from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_report import advice, batch_name
+from hunyuan_model.sampling.generation import generate_latents
+from hunyuan_model.text.encoding import TextConditions
+from networks.generation.requests import Request
+from networks.generation.settings import GenerationSettings
+from networks.injection import InjectedLoras, injected_bytes
+from networks.merging import LoraToMerge, MergePatch
+from utils.devices import explain_out_of_memory, free_memory
+from utils.errors import UserError
+from utils.free_memory import free_device_memory
+
+
+class Sampler:
+    """Loads the transformer, and samples with it until ``close``.
+
+    Args:
+        loras: of the run; the list is emptied where they are merged, as nobody needs their tensors any more.
+        requests: what will be sampled, for the memory plan, which is of the largest, and for the multipliers.
+        texts: of the requests.
+
+    Raises:
+        UserError: memory does not suffice; files that do not belong together.
+    """
+
+    def __init__(
+        self,
+        settings: GenerationSettings,
+        loras: list[LoraToMerge],
+        requests: Sequence[Request],
+        texts: Mapping[str, TextConditions],
+        device: torch.device,
+    ) -> None:
+        self._settings, self._device, self._texts = settings, device, dict(texts)
+        batch = largest_batch(settings, requests, texts)
+        dtype = settings.dit_dtype
+        injects = settings.lora_mode == "inject" or len({request.lora_multiplier for request in requests}) > 1
+        injected = loras if injects else []
+        beside = injected_bytes(injected)
+        plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)
+        self._plan = plan.resolved(free_device_memory(device))
+        with self._explained(batch):
+            patch = MergePatch(loras, weight_shapes(settings.config)) if loras and not injects else None
+            self._transformer = hunyuan_model.load_transformer(
+                settings.dit, device=device, dtype=dtype, runtime=self._plan.runtime, patch=patch
+            )
+            self._loras = InjectedLoras(self._transformer, injected, device)
+        self._injects = injects
+        loras.clear()
+
+    def sample(
+        self,
+        request: Request,
+        start: Tensor | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+        on_estimate: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Latents (1, 16, F, H, W), float32, on the CPU. Arguments as of ``generate_latents``.
+
+        Raises:
+            UserError: memory does not suffice, or the transformer gives NaN.
+        """
+        text, *negative = (self._texts[text] for text in request.texts)
+        compiling = CompileWatch()
+
+        def advance(step: int) -> None:
+            compiling.report(f"step {step}")
+            on_step(step)
+
+        if self._injects:
+            self._loras.set_multipliers(request.lora_multiplier)
+        with self._explained(largest_batch(self._settings, [request], self._texts)):
+            latents = generate_latents(
+                self._transformer,
+                text,
+                request.sampling,
+                device=self._device,
+                dtype=self._settings.dit_dtype,
+                negative=negative[0] if negative else None,
+                start=start,
+                on_step=advance,
+                on_estimate=on_estimate,
+            ).cpu()
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                "the transformer produced NaN or infinity; nothing was written. "
+                "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
+            )
+        return latents
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._transformer, self._loras
+        if self._settings.runtime.compile:
+            torch._dynamo.reset()  # it holds on to what it compiled, whose memory decoding needs
+        free_memory(self._device)
+
+    def _explained(self, batch: BatchSize):
+        return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), self._device)
+
+
+def largest_batch(settings: GenerationSettings, requests: Sequence[Request], texts: Mapping[str, TextConditions]) -> BatchSize:
+    """The one of all forward passes that takes most memory."""
+    batches = [
+        BatchSize(
+            2 if request.sampling.batched else 1,
+            request.sampling.latent_size,
+            max(int(texts[text].mask.sum()) for text in request.texts),
+        )
+        for request in requests
+    ]
+    return max(batches, key=lambda batch: batch.tokens(settings.config))

@@ -1,0 +1,34 @@
+"""What a run of generation keeps for all its results; what one result is stands in ``requests``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.sampling.decoding import OutputSettings
+from hunyuan_model.text.arguments import TextEncoderSettings
+from hunyuan_model.transformer.config import TransformerConfig
+from hunyuan_model.vae.memory import VAESettings
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The models of a run that samples, and where results go; the fields have the names of flags.
+
+    Attributes:
+        config: read from the header of ``dit``.
+        lora_mode: merge or inject; where results differ in their multipliers, LoRA are injected all the same.
+    """
+
+    dit: str
+    dit_dtype: torch.dtype
+    config: TransformerConfig
+    runtime: RuntimeSettings
+    lora_weight: tuple[str, ...]
+    lora_mode: str
+    lora_partial: bool
+    text: TextEncoderSettings
+    vae: VAESettings
+    output: OutputSettings

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_model.quantization.linear import dequantized_weight, replace_weight
+from hunyuan_model.quantization.linear import QuantizedForward, dequantized_weight, replace_weight
 from networks.formats.layouts import DEFAULT_PREFIX, flat_name
 from networks.formats.reading import fit_to_model, lora_of, read_lora
 from networks.formats.updates import LowRank
@@ -145,6 +145,7 @@ class LoRAModule(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.scale = alpha / rank
         self.base_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.base_is_product = False
         nn.init.kaiming_uniform_(self.lora_down.weight, a=5**0.5)
         nn.init.zeros_(self.lora_up.weight)
 
@@ -153,6 +154,7 @@ class LoRAModule(nn.Module):
         if self.base_forward is not None:
             raise RuntimeError("this LoRA module is attached already; apply a network once")
         self.base_forward = linear.forward
+        self.base_is_product = _is_product(self.base_forward)
         linear.forward = self.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,7 @@ class LoRAModule(nn.Module):
             device = x.device.type
             x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
             down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-            return add_low_rank_product(self.base_forward, x, down, up, scale, self._dropped)
+            return add_low_rank_product(self.base_forward, x, down, up, scale, self._dropped, self.base_is_product)
         hidden = self._dropped(F.linear(x, self.lora_down.weight.to(x.dtype)))
         if module_dropout > 0:  # a compiled graph cannot branch: zeros for what is left out
             hidden = hidden * (torch.rand((), device=hidden.device) >= module_dropout)
@@ -186,6 +188,14 @@ class LoRAModule(nn.Module):
             kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
             hidden = hidden * (kept.to(hidden.dtype) / (1.0 - self.rank_dropout))
         return hidden
+
+
+def _is_product(forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether ``forward`` makes its result and its gradient anew; others may give what somebody else has as well."""
+    owner = getattr(forward, "__self__", None)
+    if isinstance(owner, LoRAModule):
+        return owner.base_is_product
+    return getattr(forward, "__func__", None) in (nn.Linear.forward, QuantizedForward.forward)
 
 
 class LoRANetwork(nn.Module):

@@ -107,7 +107,7 @@ def quantized_linear(
 
 
 @dataclass(frozen=True, eq=False)
-class _QuantizedForward:
+class QuantizedForward:
     """The forward of a quantized Linear. A method: the compiler compares bound methods by their function."""
 
     linear: nn.Linear
@@ -143,7 +143,7 @@ def enable_quantized_linears(module: nn.Module, compute_dtype: torch.dtype, matm
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and is_quantized(layer)]
     for linear in linears:
         linear.weight.requires_grad_(False)
-        linear.forward = _QuantizedForward(linear, compute_dtype, matmuls).forward
+        linear.forward = QuantizedForward(linear, compute_dtype, matmuls).forward
     return len(linears)
 
 

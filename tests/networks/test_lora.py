@@ -295,12 +295,34 @@ def test_two_networks_on_one_layer_add_up():
     torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), leaves), atol=1e-4, rtol=1e-4)
 
 
-def test_a_base_that_needs_its_result_is_refused():
-    module, _ = make_module()
-    linear = nn.Linear(6, 5)
-    module.base_forward = lambda x: F.linear(x, linear.weight).tanh()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        module(torch.randn(3, 6)).sum().backward()
+BASES = {
+    "needs its result": lambda x, shift: (x + shift).tanh(),
+    "gives what it gets": lambda x, shift: x,
+    "gives one gradient twice": lambda x, shift: (x + shift) * 2,
+}
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+@pytest.mark.parametrize("name", BASES)
+def test_what_others_hold_as_well_stays_as_it_is(name, networks):
+    """Of a base that is no product: its result, its gradient, and the gradient above, which an addition outside gets too."""
+    torch.manual_seed(0)
+    shift, x, above = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True), torch.randn(3, 6)
+    layer, modules = nn.Linear(6, 6), [LoRAModule(6, 6, 4, 4.0) for _ in range(networks)]
+    layer.forward = lambda x: BASES[name](x, shift)
+    for module in modules:
+        nn.init.normal_(module.lora_up.weight)
+        module.attach(layer)
+    delta = sum(module.lora_up.weight @ module.lora_down.weight for module in modules)
+    given, given_above = x.detach().clone(), above.clone()
+    with torch.no_grad():
+        out = layer(x)
+    torch.testing.assert_close(out, BASES[name](given, shift) + given @ delta.T)
+    leaves = [x] if name == "gives what it gets" else [x, shift]
+    expected = torch.autograd.grad(x + BASES[name](x, shift) + x @ delta.T, leaves, above.clone(), retain_graph=True)
+    found = torch.autograd.grad(x + layer(x), leaves, above)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(x, given) and torch.equal(above, given_above)
 
 
 class LargeTensors(TorchDispatchMode):

@@ -27,6 +27,7 @@ from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network
+from networks.training.optim.optimizers import OptimizerSettings, make_optimizer
 
 RANK = 32
 TEXT_ROWS, VALID_TEXT = 256, 60
@@ -321,7 +322,7 @@ class Model:
                 self.parameters = add_lora(self.transformer, device)
             self._block_lists = ("double_blocks", "single_blocks")
         if row.work == "step":
-            self._optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+            self._optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-4), self.parameters)
 
     def work(self, size: tuple[int, int, int]) -> Callable[[], object]:
         """What is to be timed: a training step, or a forward pass of sampling."""

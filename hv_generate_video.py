@@ -28,7 +28,7 @@ from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
-from networks.generation.arguments import add_lora_arguments, generation_settings, lora_multipliers, requests_from
+from networks.generation.arguments import add_lora_arguments, block_strengths, generation_settings, lora_multipliers, requests_from
 from networks.generation.batch import Batch
 from networks.generation.requests import Request
 from networks.merging import merge_lora_into_file, read_lora_files
@@ -41,7 +41,8 @@ logger = logging.getLogger("generate")
 
 # The flags that runs without sampling read.
 GENERAL_FLAGS = {"config_file", "device", "tf32", "cudnn_benchmark", "gpu_memory_fraction", "no_fused_kernels"}
-MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "lora_partial", "save_merged_model"}
+BLOCK_FLAGS = {"lora_block_multiplier", "exclude_single_blocks"}
+MERGING_FLAGS = GENERAL_FLAGS | {"dit", "lora_weight", "lora_multiplier", "lora_partial", "save_merged_model"} | BLOCK_FLAGS
 VAE_FLAGS = {"vae", "vae_dtype", "vae_chunk_size", "vae_spatial_tile_sample_min_size"}
 DECODING_FLAGS = GENERAL_FLAGS | VAE_FLAGS | {"latent_path", "save_path", "output_type", "fps", "no_metadata"}
 
@@ -82,7 +83,8 @@ def save_merged(args: argparse.Namespace) -> None:
     require_flags(args, "--save_merged_model", "dit")
     if not args.lora_weight:
         raise UserError("--save_merged_model needs --lora_weight: without it there is nothing to merge.")
-    loras = read_lora_files(args.lora_weight, lora_multipliers(args), partial=args.lora_partial)
+    blocks = block_strengths(args, hunyuan_model.check_transformer_file(args.dit, "--dit"))
+    loras = read_lora_files(args.lora_weight, lora_multipliers(args), partial=args.lora_partial, blocks=blocks)
     merge_lora_into_file(args.dit, loras, args.save_merged_model)
     print(args.save_merged_model)
 
@@ -133,7 +135,7 @@ def main() -> int | None:
         decode_stored(args, device)
     else:
         if not args.lora_weight:
-            warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"})
+            warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
         return generate(args, device)
     return None
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.quantization.linear import dequantized_weight
-from networks.formats.reading import PlacedUpdate, fit_to_model
+from networks.formats.reading import PlacedUpdate
 from networks.formats.updates import DoRA, LowRank, Replacement, Update, strength
 from networks.low_rank import low_rank_product
 from networks.merging import LoraToMerge, merged_weight
@@ -37,10 +37,10 @@ class InjectedLoras:
     def __init__(self, transformer: nn.Module, loras: Sequence[LoraToMerge], device: torch.device) -> None:
         self._multipliers = [lora.multiplier for lora in loras]
         shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-        found: dict[str, list[tuple[int, PlacedUpdate]]] = {}
+        found: dict[str, list[tuple[int, PlacedUpdate, float]]] = {}
         for index, lora in enumerate(loras):
-            for name, updates in fit_to_model(lora.file, shapes, partial=lora.partial).items():
-                found.setdefault(name, []).extend((index, _on_device(placed, device)) for placed in updates)
+            for name, placed, factor in lora.placed(shapes):
+                found.setdefault(name, []).append((index, _on_device(placed, device), factor))
         for name, updates in found.items():
             path, _, parameter = name.rpartition(".")
             module, of_parameter = transformer.get_submodule(path), _Updates(self._multipliers, tuple(updates))
@@ -59,14 +59,14 @@ class InjectedLoras:
 
 @dataclass(frozen=True, eq=False)
 class _Updates:
-    """Of one parameter: each update with the number of its LoRA, and the multipliers of all LoRAs, which change."""
+    """Of one parameter: each update with the number of its LoRA and a factor of its multiplier; those of all LoRAs change."""
 
     multipliers: list[float]
-    numbered: tuple[tuple[int, PlacedUpdate], ...]
+    numbered: tuple[tuple[int, PlacedUpdate, float], ...]
 
     def active(self) -> list[tuple[PlacedUpdate, float]]:
         """Those that change something, with their multipliers."""
-        return [(placed, self.multipliers[index]) for index, placed in self.numbered if self.multipliers[index] != 0]
+        return [(placed, self.multipliers[at] * factor) for at, placed, factor in self.numbered if self.multipliers[at] != 0]
 
 
 @dataclass(frozen=True, eq=False)

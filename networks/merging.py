@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hunyuan_model.checkpoints.loading import require_same_tensors, true_value
 from hunyuan_model.quantization.formats import cast
 from hunyuan_model.runtime.loading import open_transformer
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
+from networks.block_strengths import EVERYWHERE, BlockStrengths
 from networks.formats.reading import LoraFile, PlacedUpdate, fit_to_model, read_lora
 from networks.formats.updates import LowRank, strength
 from utils.errors import UserError
@@ -27,11 +28,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraToMerge:
-    """A LoRA, how strongly to add it, and whether what does not fit the model is left out instead of refused."""
+    """A LoRA, how strongly to add it, also by block, and whether what does not fit the model is left out instead of refused."""
 
     file: LoraFile
     multiplier: float
     partial: bool = False
+    blocks: BlockStrengths = EVERYWHERE
+
+    def placed(self, weight_shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, PlacedUpdate, float]]:
+        """(parameter, update, factor of the multiplier) of everything that fits the model; what has the factor 0 is left out.
+
+        Raises:
+            UserError: as ``fit_to_model``; or nothing is left of the LoRA.
+        """
+        fitting = fit_to_model(self.file, weight_shapes, partial=self.partial)
+        factors = {name: self.blocks.of(name) for name in fitting}
+        left = {name for name, factor in factors.items() if factor}
+        if len(left) < len(fitting):
+            out = len(fitting) - len(left)
+            logger.info("%s: %d of %d parameters are left out by block", self.file.source, out, len(fitting))
+        if not left:
+            raise UserError(
+                f"nothing is left of {self.file.source}: every block that it changes is excluded, or has the multiplier 0."
+            )
+        for name in left:
+            yield from ((name, update, factors[name]) for update in fitting[name])
 
 
 class MergePatch:
@@ -47,8 +68,8 @@ class MergePatch:
     def __init__(self, loras: Sequence[LoraToMerge], weight_shapes: Mapping[str, tuple[int, ...]]):
         self._updates: dict[str, list[tuple[PlacedUpdate, float]]] = {}
         for lora in loras:
-            for name, updates in fit_to_model(lora.file, weight_shapes, partial=lora.partial).items():
-                self._updates.setdefault(name, []).extend((placed, lora.multiplier) for placed in updates)
+            for name, update, factor in lora.placed(weight_shapes):
+                self._updates.setdefault(name, []).append((update, lora.multiplier * factor))
         self.names = tuple(self._updates)
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -94,11 +115,15 @@ def complete_multipliers(
 
 
 def read_lora_files(
-    paths: Sequence[str | os.PathLike[str]], multipliers: Sequence[float] = (), *, partial: bool = False
+    paths: Sequence[str | os.PathLike[str]],
+    multipliers: Sequence[float] = (),
+    *,
+    partial: bool = False,
+    blocks: BlockStrengths = EVERYWHERE,
 ) -> list[LoraToMerge]:
     """Read LoRA files, with 1.0 for multipliers that are missing at the end; ``partial`` as in ``read_lora``."""
     pairs = itertools.zip_longest(paths, multipliers, fillvalue=1.0)
-    return [LoraToMerge(read_lora(path, partial=partial), multiplier, partial) for path, multiplier in pairs]
+    return [LoraToMerge(read_lora(path, partial=partial), multiplier, partial, blocks) for path, multiplier in pairs]
 
 
 def merge_patch(loras: Sequence[LoraToMerge], dit: str | os.PathLike[str]) -> MergePatch:

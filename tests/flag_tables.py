@@ -385,6 +385,8 @@ GENERATION = (
     Row("--lora_multiplier 0", as_without_any(latent), beside=LORA),
     Row("--lora_mode inject", both(becomes(seen("injected"), True), stays(latent, within=1e-4)), beside=LORA),
     Row("--lora_partial", both(works, logs("is used in part")), beside="--lora_weight {data}/partly.safetensors"),
+    Row("--lora_block_multiplier double=0.5 single.0-1=2", other_latent, beside=LORA),
+    Row("--exclude_single_blocks", other_latent, beside=LORA),
     Row("--save_merged_model {out}/merged.safetensors", both(writes("merged.safetensors"), removes("*_latent.*")), beside=LORA),
     # What to draw
     Row("--prompt another", both(becomes(setting("prompt"), "another"), other_latent)),

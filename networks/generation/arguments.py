@@ -11,7 +11,10 @@ from hunyuan_model.runtime.arguments import runtime_settings
 from hunyuan_model.runtime.memory import weight_shapes
 from hunyuan_model.sampling.arguments import output_settings, sampling_settings
 from hunyuan_model.text.arguments import text_encoder_settings
+from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.arguments import vae_settings
+from networks.block_strengths import FLAG as BLOCK_FLAG
+from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
 from networks.generation.requests import Request
 from networks.generation.settings import GenerationSettings
@@ -34,12 +37,25 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
         help="merge LoRA into the weights while they load, or compute it beside them in every step (default: merge)",
     )
     group.add_argument("--lora_partial", action="store_true", help="use LoRA files that fit the model only in part (default: off)")
+    group.add_argument(
+        BLOCK_FLAG,
+        nargs="*",
+        default=[],
+        metavar="PLACE=M",
+        help="factors of the multipliers by block: double=M, single=M, other=M, single.0-9,12=M; the last counts (default: 1)",
+    )
+    group.add_argument("--exclude_single_blocks", action="store_true", help="use no LoRA in single blocks (default: off)")
     group.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
 
 
 def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:
     """One for each --lora_weight."""
     return complete_multipliers(args.lora_weight, args.lora_multiplier, "--lora_weight", "--lora_multiplier")
+
+
+def block_strengths(args: argparse.Namespace, config: TransformerConfig) -> BlockStrengths:
+    """As the flags say; errors as of ``BlockStrengths.parse``."""
+    return BlockStrengths.parse(args.lora_block_multiplier, config, args.exclude_single_blocks)
 
 
 def generation_settings(args: argparse.Namespace, device: torch.device) -> GenerationSettings:
@@ -50,6 +66,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
     """
     if args.output_type != "latent":
         require_flags(args, f"--output_type {args.output_type}", "vae")
+    config = hunyuan_model.check_transformer_file(args.dit, "--dit")
     settings = settings_from(
         GenerationSettings,
         args,
@@ -58,7 +75,8 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
         text=text_encoder_settings(args, device),
         vae=vae_settings(args, device),
         output=output_settings(args),
-        config=hunyuan_model.check_transformer_file(args.dit, "--dit"),
+        config=config,
+        lora_blocks=block_strengths(args, config),
     )
     settings.runtime.check(device, settings.dit_dtype, settings.config)
     for path in settings.lora_weight:

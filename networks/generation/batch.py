@@ -58,7 +58,8 @@ class Batch:
             UserError: what concerns all results, or the only one.
         """
         # First, as it finds out what is wrong with the files.
-        loras = read_lora_files(self.settings.lora_weight, self.requests[0].lora_multiplier, partial=self.settings.lora_partial)
+        settings, multipliers = self.settings, self.requests[0].lora_multiplier
+        loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
         sampled = self._sample_all(loras)
         if self.settings.output.output_type != "latent":
             self._decode_all(sampled)

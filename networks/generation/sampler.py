@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from networks.merging import LoraToMerge, MergePatch
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError
 from utils.free_memory import free_device_memory
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -46,7 +49,10 @@ class Sampler:
         self._settings, self._device, self._texts = settings, device, dict(texts)
         batch = largest_batch(settings, requests, texts)
         dtype = settings.dit_dtype
-        injects = settings.lora_mode == "inject" or len({request.lora_multiplier for request in requests}) > 1
+        differ = len({request.lora_multiplier for request in requests}) > 1
+        if differ and settings.lora_mode == "merge":
+            logger.info("LoRA are computed beside the weights, as their multipliers change from result to result")
+        injects = settings.lora_mode == "inject" or differ
         injected = loras if injects else []
         beside = injected_bytes(injected)
         plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)

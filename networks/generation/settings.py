@@ -11,6 +11,7 @@ from hunyuan_model.sampling.decoding import OutputSettings
 from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.memory import VAESettings
+from networks.block_strengths import BlockStrengths
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class GenerationSettings:
     lora_weight: tuple[str, ...]
     lora_mode: str
     lora_partial: bool
+    lora_blocks: BlockStrengths
     text: TextEncoderSettings
     vae: VAESettings
     output: OutputSettings

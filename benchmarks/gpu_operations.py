@@ -28,7 +28,7 @@ from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.blocks import add_branch
 from hunyuan_model.transformer.gelu import cat_gelu
-from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
+from hunyuan_model.transformer.norms import RMSNorm, modulated_norm, rotated_norms
 from hunyuan_model.transformer.rope import rotation_table
 from hunyuan_model.vae import cpu_kernels
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings, working_bytes
@@ -233,16 +233,17 @@ class Operations:
     def of_tokens(self, width: int) -> Tensor:
         return self.random(1, self.tokens, width, gradient=True)
 
-    def both_ways(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], passes: float) -> Measured:
-        """A function of tokens and the gradients of those inputs that want them; it moves ``passes`` times its output."""
-        wanted = [x for x in inputs if x.requires_grad]
+    def both_ways(self, function: Callable[..., Any], inputs: tuple[Any, ...], passes: float) -> Measured:
+        """A function of tokens and the gradients of those inputs that want them; it moves ``passes`` times its outputs."""
+        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
         with torch.autocast(self.bench.device.type, torch.bfloat16):
-            above = torch.randn_like(function(*inputs))
+            outputs = function(*inputs)
+            above = [torch.randn_like(out) for out in (outputs if isinstance(outputs, tuple) else [outputs])]
 
             def run() -> None:
                 torch.autograd.grad(function(*inputs), wanted, above)
 
-            return rates(self.bench, run, moved=passes * above.nbytes)
+            return rates(self.bench, run, moved=passes * sum(gradient.nbytes for gradient in above))
 
     def attention(self, backend: str | None) -> Measured:
         q, k, v = (self.random(1, self.tokens, self.heads, self.dim, gradient=True).transpose(1, 2) for _ in range(3))
@@ -302,7 +303,8 @@ class Operations:
         frames, height, width = self.latents
         size = frames, height // 2, width // 2
         table = rotation_table(size, self.config.rope_dims, self.config.rope_theta, self.bench.device, VALID_TEXT)
-        return self.both_ways(norm, (self.random(1, self.tokens, self.heads, self.dim, gradient=True), table), 5)
+        queries, keys = self.random(2, 1, self.tokens, self.heads, self.dim, gradient=True)
+        return self.both_ways(rotated_norms, (queries, keys, norm, norm, table), 5)
 
     def gelu_and_cat(self) -> Measured:
         inputs = self.of_tokens(self.hidden), self.of_tokens(self.mlp)
@@ -365,7 +367,7 @@ def operations(bench: Bench) -> Rows:
         add_fused(f"dequantization, {weights.value}", Operations.dequantization, weights, sizes=("image",))
     add("dequantization, fp8", Operations.dequantization, WeightFormat.FP8, sizes=("image",))
     add_fused("norm and modulation", Operations.norm)
-    add_fused("q norm and RoPE", Operations.norm_and_rope)
+    add_fused("q and k norms and RoPE", Operations.norm_and_rope)
     add("GELU and cat", Operations.gelu_and_cat, sizes=("clip33",))
     add("gated residual", Operations.residual, sizes=("clip33",))
     for lora in (False, True):

@@ -21,7 +21,7 @@ from hunyuan_model.transformer.attention import Attention
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.embedders import MLP
 from hunyuan_model.transformer.gelu import cat_gelu
-from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
+from hunyuan_model.transformer.norms import RMSNorm, modulated_norm, rotated_norms
 
 Branch = tuple[Tensor, Tensor | None, Tensor | None]
 """Tokens, and the gate and the branch that are to be added to them; both None where that was done."""
@@ -90,11 +90,11 @@ class MMDoubleStreamBlock(nn.Module):
 
         img_qkv = self.img_attn_qkv(modulated_norm(img, img_shift1, img_scale1))
         img_q, img_k, img_v = img_qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, D)
-        img_q, img_k = self.img_attn_q_norm(img_q, rope), self.img_attn_k_norm(img_k, rope)
+        img_q, img_k = rotated_norms(img_q, img_k, self.img_attn_q_norm, self.img_attn_k_norm, rope)
 
         txt_qkv = self.txt_attn_qkv(modulated_norm(txt, txt_shift1, txt_scale1))
         txt_q, txt_k, txt_v = txt_qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        txt_q, txt_k = self.txt_attn_q_norm(txt_q), self.txt_attn_k_norm(txt_k)
+        txt_q, txt_k = rotated_norms(txt_q, txt_k, self.txt_attn_q_norm, self.txt_attn_k_norm)
 
         attended = self.attention(
             torch.cat((img_q, txt_q), dim=1), torch.cat((img_k, txt_k), dim=1), torch.cat((img_v, txt_v), dim=1), lengths
@@ -147,7 +147,7 @@ class MMSingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.split_sizes, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, D)
-        q, k = self.q_norm(q, rope), self.k_norm(k, rope)
+        q, k = rotated_norms(q, k, self.q_norm, self.k_norm, rope)
         attended = self.attention(q, k, v, lengths)
         del q, k, v
         joined = cat_gelu(attended, mlp)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CAPABILITY = (8, 0)  # from which on Triton computes in bfloat16
 FLOAT8_CAPABILITY = (8, 9)
 SHOWN_CHARACTERS = 300
-MAX_GRAPHS = 64  # of one function: for one sample and for several, rotated or not, queries and keys; torch gives up after 8
+MAX_GRAPHS = 64  # of one function: for one sample and for several, rotated or not, in views of any kind; torch gives up after 8
 
 _allowed = True
 

@@ -14,17 +14,21 @@ NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the head dimension (arXiv 1910.07467), and the rotation of what comes out."""
+    """The weight (D,) of a root mean square norm over the head dimension (arXiv 1910.07467), see ``rotated_norms``."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, H, D) normed and rotated by rope (L, D/2, 2) float32: in float32, and rounded once to the dtype of x."""
-        if torch.compiler.is_compiling():  # which chooses by itself what to keep
-            return _rotated_norm(x, self.weight, rope)
-        return _RotatedNormKeepingInputs.apply(x, self.weight, rope)
+
+def rotated_norms(
+    queries: Tensor, keys: Tensor, query_norm: RMSNorm, key_norm: RMSNorm, rope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both (B, L, H, D) normed and rotated by rope (L, D/2, 2) float32: in float32, and rounded once to their dtype."""
+    inputs = queries, keys, query_norm.weight, key_norm.weight, rope
+    if torch.compiler.is_compiling():  # which chooses by itself what to keep
+        return _rotated_norms(*inputs)
+    return _RotatedNormsKeepingInputs.apply(*inputs)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -63,33 +67,43 @@ class _ModulatedNormKeepingInputs(torch.autograd.Function):
         return None, *(next(gradients) if need else None for need in needed)
 
 
-class _RotatedNormKeepingInputs(torch.autograd.Function):
+class _RotatedNormsKeepingInputs(torch.autograd.Function):
     """Its backward pass by the formula: autograd's own holds more float32 copies at once."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, rope)
-        return _rotated_norm(x, weight, rope)
+    def forward(ctx, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, q_weight, k_weight, rope)
+        return _rotated_norms(q, k, q_weight, k_weight, rope)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, rope = ctx.saved_tensors
-        of_x = _rotated_norm_gradient(gradient, x, weight, rope) if ctx.needs_input_grad[0] else None
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            exact = x.float()
-            above = _rotated_back(gradient.float(), rope)
-            of_weight = (above * exact * _inverse_rms(exact)).flatten(0, -2).sum(0).to(weight.dtype)
-        return of_x, of_weight, None
+    def backward(ctx, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, *weights, rope = ctx.saved_tensors
+        of_inputs = of_weights = (None, None)
+        if any(ctx.needs_input_grad[:2]):
+            of_inputs = _rotated_norms_gradient(of_q, of_k, q, k, *weights, rope)
+        if any(ctx.needs_input_grad[2:]):
+            of_weights = (_weight_gradient(of, x, rope).to(w.dtype) for of, x, w in zip((of_q, of_k), (q, k), weights))
+        return *of_inputs, *of_weights, None
 
 
-@fused((0, 1), (), (0,))
+# Queries and keys in one call: views of one tensor at two places would be two graphs.
+@fused((0, 1), (0, 1), (), (), (0,))
+def _rotated_norms(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _rotated_norm(q, q_weight, rope), _rotated_norm(k, k_weight, rope)
+
+
+@fused((0, 1), (0, 1), (0, 1), (0, 1), (), (), (0,))
+def _rotated_norms_gradient(
+    of_q: Tensor, of_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _rotated_norm_gradient(of_q, q, q_weight, rope), _rotated_norm_gradient(of_k, k, k_weight, rope)
+
+
 def _rotated_norm(x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
     normed = _rms_norm(x, weight)
     return (normed if rope is None else apply_rope(normed, rope)).to(x.dtype)
 
 
-@fused((0, 1), (0, 1), (), (0,))
 def _rotated_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
     """The gradient of x from that of ``_rotated_norm``, in place where it can be."""
     scaled = _rotated_back(gradient.float(), rope) * weight.float()
@@ -97,6 +111,11 @@ def _rotated_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rope: Te
     inverse = _inverse_rms(exact)
     along = cpu_kernels.row_products(scaled, exact)
     return scaled.mul_(inverse).sub_(exact.mul_(along * inverse.pow(3) / x.shape[-1])).to(x.dtype)
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, rope: Tensor | None) -> Tensor:
+    exact = x.float()
+    return (_rotated_back(gradient.float(), rope) * exact * _inverse_rms(exact)).flatten(0, -2).sum(0)
 
 
 def _rotated_back(gradient: Tensor, rope: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from benchmarks.gpu_report import NOT_RUN, line_of, ratios, report, row_called
 from benchmarks.gpu_workloads import (
     VALID_TEXT,
     Bench,
+    Model,
     Models,
     Row,
     block_flops,
@@ -25,6 +26,7 @@ from benchmarks.gpu_workloads import (
     tokens_of,
 )
 from hunyuan_model.transformer.config import TransformerConfig
+from networks.training.optim import optimizers
 
 ROOT = Path(gpu.__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -81,6 +83,13 @@ def test_a_group_is_measured(group):
     assert all(name.startswith(("float8 product", "waits", "attention, cudnn", "attention, efficient", "new")) for name in skipped)
     if group.name == "hardware":
         assert results[MATMUL]["tflops"] > 0 and results[COPY]["to_device_gb_s"] > 0
+
+
+def test_it_trains_with_the_optimizer_of_training(monkeypatch):
+    monkeypatch.setattr(optimizers, "FUSED_DEVICES", ("cpu",))
+    for who in ("ours", "diffusers"):
+        model = Model(Row("image", short=True, who=who), BENCH.config(short=True), CPU)
+        assert model._optimizer.defaults["fused"]
 
 
 def test_rows_of_one_model_use_it_again():

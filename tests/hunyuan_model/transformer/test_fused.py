@@ -12,7 +12,7 @@ from hunyuan_model.quantization import scaled_mm
 from hunyuan_model.quantization.formats import cast_to_float8, dequantize, quantize_channels, quantize_groups
 from hunyuan_model.runtime.compilation import compiled_graphs
 from hunyuan_model.transformer import cpu_kernels, fused, norms
-from hunyuan_model.transformer.norms import RMSNorm, modulated_norm
+from hunyuan_model.transformer.norms import RMSNorm, modulated_norm, rotated_norms
 from hunyuan_model.transformer.rope import rotate_pairs, rotation_table
 
 HIDDEN, HEADS = 48, 3
@@ -53,13 +53,14 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> torch.Tens
 
 
 def normed(rows: int, rotated: bool) -> list[torch.Tensor]:
-    """Norm and gradient of queries that are part of a larger tensor."""
+    """Norms and gradient of queries and keys that are parts of a larger tensor."""
     norm = RMSNorm(sum(DIMS)).to(DTYPE).requires_grad_(False)
     norm.weight.copy_(torch.linspace(0.5, 2, sum(DIMS)))
     rope = rotation_table((1, rows, 1), DIMS, 256.0, torch.device("cpu"), 1) if rotated else None
     joined = values(1, rows + 1, 3 * HEADS * sum(DIMS)).requires_grad_()
-    out = norm(joined.unflatten(-1, (3, HEADS, -1))[:, :, 0], rope)
-    return [out, *torch.autograd.grad(out, joined, values(*out.shape, seed=1))]
+    queries, keys, _ = joined.unflatten(-1, (3, HEADS, -1)).unbind(2)
+    outputs = rotated_norms(queries, keys, norm, norm, rope)
+    return [*outputs, *torch.autograd.grad(outputs, joined, [values(*out.shape, seed=1) for out in outputs])]
 
 
 def modulated(rows: int, samples: int = 1, trained: bool = False) -> list[torch.Tensor]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_transformer import CONFIG, add_lora, make_transformer
+from torch import nn
 
-from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm
+from hunyuan_model.transformer.norms import NORM_EPS, RMSNorm, modulated_norm, rotated_norms
 from hunyuan_model.transformer.rope import apply_rope, rotation_table
 
 IMAGE, TEXT = 480, 20  # tokens
@@ -27,28 +28,34 @@ def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rms_norm_is_that_of_float32_in_both_directions(dtype, rotated):
-    norm = RMSNorm(32).to(dtype)
+def test_rms_norms_are_those_of_float32_in_both_directions(dtype, rotated):
+    norms = nn.ModuleList(RMSNorm(32) for _ in range(2)).to(dtype)
     with torch.no_grad():
-        norm.weight.copy_(torch.linspace(0.5, 2, 32))
+        for norm, lowest in zip(norms, (0.5, 0.7)):
+            norm.weight.copy_(torch.linspace(lowest, 2, 32))
     rope = rotation_table((1, 2, 3), CONFIG.rope_dims, CONFIG.rope_theta, torch.device("cpu")) if rotated else None
-    x = tokens(6, dtype=dtype).detach().unflatten(-1, (2, 32)).requires_grad_()
+    inputs = [tokens(6, seed, dtype).detach().unflatten(-1, (2, 32)).requires_grad_() for seed in range(2)]
 
     def expected() -> torch.Tensor:
-        normed = F.rms_norm(x.float(), (32,), norm.weight.float(), NORM_EPS)
-        return (normed if rope is None else apply_rope(normed, rope)).to(dtype)
+        normed = [F.rms_norm(x.float(), (32,), norm.weight.float(), NORM_EPS) for x, norm in zip(inputs, norms)]
+        return torch.stack([(x if rope is None else apply_rope(x, rope)).to(dtype) for x in normed])
+
+    def found() -> torch.Tensor:
+        return torch.stack(rotated_norms(*inputs, *norms, rope))
 
     rounded = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
-    assert norm(x, rope).dtype == dtype
-    torch.testing.assert_close(norm(x, rope), expected(), rtol=rounded, atol=1e-6)
+    assert found().dtype == dtype
+    torch.testing.assert_close(found(), expected(), rtol=rounded, atol=1e-6)
     with torch.no_grad():
-        without = norm(x, rope)
-    assert torch.equal(norm(x, rope), without)
-    for one, other in zip(gradients(norm(x, rope), x, norm.weight), gradients(expected(), x, norm.weight)):
+        without = found()
+    assert torch.equal(found(), without)
+    wanted = [*inputs, *norms.parameters()]
+    for one, other in zip(gradients(found(), *wanted), gradients(expected(), *wanted), strict=True):
         assert one.dtype == dtype
         torch.testing.assert_close(one, other, rtol=max(rounded, 1e-5), atol=1e-5)
-    norm.requires_grad_(False)
-    torch.testing.assert_close(gradients(norm(x, rope), x)[0], gradients(expected(), x)[0], rtol=max(rounded, 1e-5), atol=1e-5)
+    norms.requires_grad_(False)
+    for one, other in zip(gradients(found(), *inputs), gradients(expected(), *inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=max(rounded, 1e-5), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -23,14 +23,10 @@ from dataset.cache.files import NonFiniteError, save_text
 from dataset.cache.freshness import judge_text
 from dataset.cache.names import list_caches, text_cache_path
 from dataset.cache.preparation import Failure
-from dataset.cache.records import TEXT_ENCODERS, TOKENIZERS
 from dataset.cache.report import CachingOutcome, format_table
 from dataset.items import Item
-from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
-from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
-from hunyuan_model.text.encoding import cut_texts
-from hunyuan_model.text.tokenizers import fingerprint_tokenizer
+from hunyuan_model.text.encoding import cut_texts, fingerprints
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
@@ -59,15 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_text_encoder_arguments(model, required=True)
     add_device_argument(model)
     return parser
-
-
-def fingerprints(encoders: TextEncoderSettings, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
-    """What distinguishes these encoders and tokenizers from others, by the keys of the records."""
-    given = ((Kind.LLAMA, encoders.text_encoder1), (Kind.CLIP_TEXT, encoders.text_encoder2))
-    opened = (open_checkpoint_of(kind, path, f"--{key}") for key, (kind, path) in zip(TEXT_ENCODERS, given))
-    return dict(zip(TEXT_ENCODERS, map(fingerprint_weights, opened))) | dict(
-        zip(TOKENIZERS, map(fingerprint_tokenizer, tokenizers))
-    )
 
 
 def make_batches(items: Sequence[Item], batch_size: int | None) -> list[list[Item]]:

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_weight_format_arguments(models, "--fp8", "--int8")
     add_swap_arguments(models)
     add_vae_arguments(models, required=False, tiling_switch=False)
-    add_text_encoder_arguments(models, required=False)
+    add_text_encoder_arguments(models, required=False, cache=True)
     add_device_argument(models)
     models.add_argument(
         "--attn_mode", choices=ATTENTION_MODES, default="torch", help="attention kernel; sdpa is the same as torch (default: torch)"

@@ -237,6 +237,7 @@ TRAINING = (
     Row("--tokenizer2 {data}/tokenizer2", other_sample, beside=SAMPLES),
     Row("--text_encoder_dtype bfloat16", computes_in(torch.bfloat16, "text encoder 1", "text encoder 2"), beside=SAMPLES),
     Row("--fp8_llm", keeps_float8("text encoder 1"), beside=SAMPLES),
+    Row("--text_cache {out}/texts", writes("texts/*.safetensors"), beside=SAMPLES),
     # Logs
     Row("--logging_dir {out}/logs", becomes(logged_steps, [1, 2])),
     Row("--log_with wandb", becomes(told_to_wandb("steps"), [1, 2, 2])),  # the size of the updates is logged with the last
@@ -364,6 +365,7 @@ GENERATION = (
     Row("--tokenizer2 {data}/tokenizer2", other_latent),
     Row("--text_encoder_dtype bfloat16", both(computes_in(torch.bfloat16, "text encoder 1", "text encoder 2"), other_latent)),
     Row("--fp8_llm", both(keeps_float8("text encoder 1"), differs(latent, by_at_most=0.2))),
+    Row("--text_cache {out}/texts", both(writes("texts/*.safetensors"), stays(latent))),
     Row("--device cpu", both(becomes(warns_of_the_cpu, False), stays(latent))),
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--attn_mode sdpa", works, beside="--attn_mode flash"),  # of two, the last one counts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from utils.cli.settings import settings_from
+from utils.files import require_writable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ class TextEncoderSettings:
         tokenizer1, tokenizer2: folders or hub ids; None for the tokenizer beside the weights.
         text_encoder_dtype: of the weights and the states.
         fp8_llm: store the weights of text encoder 1 as float8_e4m3fn.
+        text_cache: folder for the states of prompts; None keeps none.
     """
 
     text_encoder1: str | None
@@ -29,10 +31,11 @@ class TextEncoderSettings:
     tokenizer1: str | None = None
     tokenizer2: str | None = None
     fp8_llm: bool = False
+    text_cache: str | None = None
 
 
-def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool) -> None:
-    """--text_encoder1/2 with their tokenizers and precision."""
+def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool, cache: bool = False) -> None:
+    """--text_encoder1/2 with their tokenizers and precision, and --text_cache where there is a ``cache``."""
     group.add_argument(
         "--text_encoder1",
         metavar="PATH",
@@ -59,17 +62,25 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
     group.add_argument(
         "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: 7.6 GB in place of 14.1 GB (default: off)"
     )
+    if cache:
+        group.add_argument(
+            "--text_cache",
+            metavar="FOLDER",
+            help="keep the states of prompts here; the text encoders are not loaded for those that are known (default: none)",
+        )
 
 
 def text_encoder_settings(args: argparse.Namespace, device: torch.device) -> TextEncoderSettings:
     """As the flags of ``add_text_encoder_arguments`` say.
 
     Raises:
-        UserError: an unknown dtype.
+        UserError: an unknown dtype, or a --text_cache that cannot be written to.
     """
     import torch  # here, as parsing alone does not need it
 
     from utils.devices import choose_dtype
 
+    if getattr(args, "text_cache", None) is not None:
+        require_writable_folder(args.text_cache, "--text_cache")
     dtype = choose_dtype(args.text_encoder_dtype, "--text_encoder_dtype", device, torch.float16)
     return settings_from(TextEncoderSettings, args, text_encoder_dtype=dtype)

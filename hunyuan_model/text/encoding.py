@@ -8,16 +8,18 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.text import clip, llm
 from hunyuan_model.text.arguments import TextEncoderSettings
+from hunyuan_model.text.cache import TextCache
 from hunyuan_model.text.clip import check_text_encoder_2, load_text_encoder_2
+from hunyuan_model.text.conditions import TextConditions
 from hunyuan_model.text.llm import check_text_encoder_1, load_text_encoder_1
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEXT_LENGTH, apply_prompt_template
-from hunyuan_model.text.tokenizers import load_tokenizer, token_ids
+from hunyuan_model.text.tokenizers import fingerprint_tokenizer, load_tokenizer, token_ids
 from utils.devices import free_memory
 from utils.errors import shown
 
@@ -26,12 +28,12 @@ logger = logging.getLogger(__name__)
 CLIP_LENGTH = 77  # tokens that text encoder 2 reads, with begin and end
 
 
-class TextConditions(NamedTuple):
-    """One prompt, in the order in which ``sampling.sample_latents`` takes it; on the CPU, in the encoders' dtype."""
-
-    states: Tensor  # (1, 256, D)
-    mask: Tensor  # (1, 256)
-    pooled: Tensor  # (1, P)
+def fingerprints(settings: TextEncoderSettings, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
+    """What distinguishes these encoders and tokenizers from others, by the flags that name them."""
+    given = ((Kind.LLAMA, settings.text_encoder1, llm.FLAG), (Kind.CLIP_TEXT, settings.text_encoder2, clip.FLAG))
+    weights = (fingerprint_weights(open_checkpoint_of(*checkpoint)) for checkpoint in given)
+    names = ("text_encoder1", "text_encoder2", "tokenizer1", "tokenizer2")
+    return dict(zip(names, (*weights, *map(fingerprint_tokenizer, tokenizers))))
 
 
 def load_tokenizers(settings: TextEncoderSettings) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
@@ -74,7 +76,7 @@ def cut_texts(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase
 
 def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> list[TextConditions]:
     """Encode every prompt, each distinct text once, with a warning for those that are cut. Both encoders are gone from ``device``
-    afterwards.
+    afterwards; where all texts are in the text cache, none is loaded.
 
     Raises:
         UserError: as ``load_text_encoder_1`` and ``load_text_encoder_2``; tokenizers are found before weights are read.
@@ -84,14 +86,25 @@ def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device
     texts = dict.fromkeys(prompts)
     for text, cut in cut_texts(texts, (llama_tokenizer, clip_tokenizer)).items():
         logger.warning("the end of a prompt is not read, it has %s: %s", cut, shown(text))
-    encoder = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
-    pooled = {text: encoder.encode([text]).cpu() for text in texts}
-    del encoder
-    free_memory(device)
-    encoder = load_text_encoder_1(
-        settings.text_encoder1, device=device, dtype=dtype, fp8=settings.fp8_llm, tokenizer=llama_tokenizer
-    )
-    states = {text: [output.cpu() for output in encoder.encode([text])] for text in texts}
-    del encoder
-    free_memory(device)
-    return [TextConditions(*states[text], pooled[text]) for text in prompts]
+    cache, found = None, {}
+    if settings.text_cache is not None:
+        made_by = fingerprints(settings, (llama_tokenizer, clip_tokenizer))
+        cache = TextCache(settings.text_cache, settings, made_by, device)
+        found = {text: conditions for text in texts if (conditions := cache.read(text)) is not None}
+        logger.info("%d of %d texts are in --text_cache", len(found), len(texts))
+    if missing := [text for text in texts if text not in found]:
+        encoder = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
+        pooled = {text: encoder.encode([text]).cpu() for text in missing}
+        del encoder
+        free_memory(device)
+        encoder = load_text_encoder_1(
+            settings.text_encoder1, device=device, dtype=dtype, fp8=settings.fp8_llm, tokenizer=llama_tokenizer
+        )
+        for text in missing:
+            states, mask = (output.cpu() for output in encoder.encode([text]))
+            found[text] = TextConditions(states, mask, pooled[text])
+            if cache is not None:
+                cache.write(text, found[text])
+        del encoder
+        free_memory(device)
+    return [found[text] for text in prompts]

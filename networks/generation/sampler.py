@@ -14,7 +14,7 @@ from hunyuan_model.runtime.memory import BatchSize, weight_shapes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, batch_name
 from hunyuan_model.sampling.generation import generate_latents
-from hunyuan_model.text.encoding import TextConditions
+from hunyuan_model.text.conditions import TextConditions
 from networks.generation.requests import Request
 from networks.generation.settings import GenerationSettings
 from networks.injection import InjectedLoras, injected_bytes

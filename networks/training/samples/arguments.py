@@ -26,7 +26,7 @@ def add_sample_arguments(group: argparse._ArgumentGroup) -> None:
         "--sample_every_n_epochs", type=positive_int, metavar="N", help="make samples after every N epochs (default: never)"
     )
     add_vae_arguments(group, required=False)
-    add_text_encoder_arguments(group, required=False)
+    add_text_encoder_arguments(group, required=False, cache=True)
 
 
 def sample_settings(args: argparse.Namespace, device: torch.device) -> SampleSettings:

@@ -33,7 +33,7 @@ from utils.media_writing import save_picture, save_video, unused_stem
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from hunyuan_model.text.encoding import TextConditions
+    from hunyuan_model.text.conditions import TextConditions
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_lines, documents, script_command, script_commands
 
-from networks.training.samples.prompts import PROMPT_OPTIONS
+from hunyuan_model.sampling.prompts import PROMPT_OPTIONS
 
 # The flags of programs that are not ours.
 DOWNLOAD_FLAG = "--local-dir"

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import hunyuan_model
 from hunyuan_model.sampling.decoding import load_decoder
 from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.prompts import shortened
 from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import VAESettings
 from networks.training.pause import kept_random_state, paused_training
-from networks.training.samples.prompts import SamplePrompt, read_sample_prompts, shortened
+from networks.training.samples.prompts import SamplePrompt, read_sample_prompts
 from utils.cli.arguments import MAX_SEED
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line

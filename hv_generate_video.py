@@ -28,7 +28,14 @@ from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
-from networks.generation.arguments import add_lora_arguments, block_strengths, generation_settings, lora_multipliers, requests_from
+from networks.generation.arguments import (
+    add_lora_arguments,
+    add_request_arguments,
+    block_strengths,
+    generation_settings,
+    lora_multipliers,
+    requests_from,
+)
 from networks.generation.batch import Batch
 from networks.generation.requests import Request
 from networks.merging import merge_lora_into_file, read_lora_files
@@ -71,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_lora_arguments(parser.add_argument_group("LoRA"))
     video = parser.add_argument_group("what to sample")
-    video.add_argument("--prompt", metavar="TEXT", help="what the video shows")
+    add_request_arguments(video)
     add_sampling_arguments(video)
 
     add_output_arguments(parser.add_argument_group("output"))

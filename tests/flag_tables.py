@@ -339,9 +339,14 @@ TEXTS = (
     Row("--device cuda", refused("torch finds no CUDA device")),
 )
 
+ENCODERS = "--text_encoder1 {model}/text_encoder --text_encoder2 {model}/text_encoder_2"
 other_latent, other_frame = differs(latent), differs(frame)
 LORA = "--lora_weight {data}/rank3.safetensors"
 IMAGES = "--output_type images"
+PROMPTLESS = (
+    "--dit {model}/dit.safetensors --vae {model}/vae --save_path {out} --output_type latent --seed 5 --video_size 32 64 "
+    "--video_length 1 --infer_steps 2 " + ENCODERS
+)
 
 GENERATION = (
     # Models
@@ -391,7 +396,8 @@ GENERATION = (
     Row("--exclude_single_blocks", other_latent, beside=LORA),
     Row("--save_merged_model {out}/merged.safetensors", both(writes("merged.safetensors"), removes("*_latent.*")), beside=LORA),
     # What to draw
-    Row("--prompt another", both(becomes(setting("prompt"), "another"), other_latent)),
+    Row("--prompt another", becomes(setting("prompt"), "another"), base=PROMPTLESS),
+    Row("--from_file {data}/prompts.txt", both(works, becomes(setting("prompt"), "a red ball")), base=PROMPTLESS),
     Row("--video_size 48 32", becomes(shape, (16, 1, 6, 4))),
     Row("--video_length 5", becomes(shape, (16, 2, 4, 8))),
     Row("--fps 12", becomes(frames_per_second, 12), beside="--output_type video"),
@@ -433,7 +439,6 @@ class Table:
     rows: tuple[Row, ...]
 
 
-ENCODERS = "--text_encoder1 {model}/text_encoder --text_encoder2 {model}/text_encoder_2"
 TABLES = {
     "hv_train_network": Table(
         "--dataset_config {data}/dataset.toml --dit {model}/dit.safetensors --output_dir {out} --output_name lora --seed 3 "
@@ -443,8 +448,7 @@ TABLES = {
     "cache_latents": Table("--dataset_config {out}/dataset.toml --num_workers 2 --vae {model}/vae", LATENTS),
     "cache_text_encoder_outputs": Table("--dataset_config {out}/dataset.toml --num_workers 2 " + ENCODERS, TEXTS),
     "hv_generate_video": Table(
-        "--dit {model}/dit.safetensors --vae {model}/vae --save_path {out} --output_type latent "
-        "--prompt ball --seed 5 --video_size 32 64 --video_length 1 --infer_steps 2 " + ENCODERS,
+        f"--prompt ball {PROMPTLESS}",
         GENERATION,
     ),
     "convert_lora": Table("--input {data}/rank3.safetensors --output {out}/converted.safetensors --target other", CONVERSION),

@@ -10,18 +10,22 @@ import hunyuan_model
 from hunyuan_model.runtime.arguments import runtime_settings
 from hunyuan_model.runtime.memory import weight_shapes
 from hunyuan_model.sampling.arguments import output_settings, sampling_settings
+from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.text.arguments import text_encoder_settings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.arguments import vae_settings
 from networks.block_strengths import FLAG as BLOCK_FLAG
 from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
+from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
+from networks.generation.prompts import check_prompt, requests_of_file, warn_of_negative_prompts
 from networks.generation.requests import Request
 from networks.generation.settings import GenerationSettings
 from networks.merging import complete_multipliers
-from utils.cli.arguments import finite_float, require_flags
+from utils.cli.arguments import StoreOnce, finite_float, require_flags
 from utils.cli.settings import settings_from
 from utils.devices import choose_dtype
+from utils.errors import UserError
 
 
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
@@ -87,11 +91,40 @@ def generation_settings(args: argparse.Namespace, device: torch.device) -> Gener
     return settings
 
 
+def add_request_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the results show."""
+    group.add_argument(
+        "--prompt",
+        action=StoreOnce,
+        instead=f"{PROMPT_FILE_FLAG} with a prompt a line",
+        metavar="TEXT",
+        help="what the video shows",
+    )
+    group.add_argument(
+        PROMPT_FILE_FLAG,
+        metavar="FILE",
+        help="one result for each prompt of a .txt (a line each), .toml or .json file, all from one load; the flags say what the "
+        "prompts leave out, and the seeds count up from --seed (default: none)",
+    )
+
+
 def requests_from(args: argparse.Namespace) -> list[Request]:
     """What the flags ask for, in the order in which it is made.
 
     Raises:
         UserError: something that cannot be sampled.
     """
-    require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", "prompt")
-    return [settings_from(Request, args, sampling=sampling_settings(args), lora_multiplier=lora_multipliers(args))]
+    if args.prompt is not None and args.from_file is not None:
+        raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
+    prompt = [] if args.from_file else ["prompt"]
+    require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", *prompt)
+    multipliers = lora_multipliers(args)
+    if args.from_file:
+        sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
+        base = settings_from(Request, args, prompt="", sampling=sampling, lora_multiplier=multipliers)
+        requests = requests_of_file(args.from_file, base, args.lora_weight, args.seed)
+    else:
+        check_prompt(args.prompt)
+        requests = [settings_from(Request, args, sampling=sampling_settings(args), lora_multiplier=multipliers)]
+    warn_of_negative_prompts(requests)
+    return requests

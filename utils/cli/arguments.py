@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import STATUS_USER_ERROR, UserError, shown
 from utils.key_values import nearest_name
@@ -42,6 +42,30 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(STATUS_USER_ERROR, f"{self.prog}: error: {message}; see --help\n")
+
+
+class StoreOnce(argparse._StoreAction):
+    """Refuses a flag that stands twice on one command line, where the first value would be lost.
+
+    Args:
+        instead: what takes several values.
+    """
+
+    def __init__(self, *arguments: Any, instead: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._filled, self._instead = None, instead
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if self._filled is namespace:
+            parser.error(f"{option_string} is given twice, and only one would count: keep one of them, or use {self._instead}")
+        self._filled = namespace
+        super().__call__(parser, namespace, values, option_string)
 
 
 def script_parser(description: str) -> argparse.ArgumentParser:

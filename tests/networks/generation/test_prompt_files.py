@@ -21,10 +21,11 @@ a blue cube
 a red ball --f 5 --s 3 --g 3 --fs 5 --am 0
 """
 OFF = ("--lora_multiplier", 0)
+SHIFT = ("--flow_shift", 5)
 BY_FLAGS = (
     ("a red ball", "--seed", 7, "--video_size", 32, 48, "--lora_multiplier", 0.5),
     ("a blue cube", "--seed", 21),
-    ("a red ball", "--seed", 22, "--video_length", 5, *"--infer_steps 3 --embedded_cfg_scale 3 --flow_shift 5".split(), *OFF),
+    ("a red ball", "--seed", 22, "--video_length", 5, "--infer_steps", 3, "--embedded_cfg_scale", 3, *SHIFT, *OFF),
 )
 
 

@@ -120,7 +120,8 @@ def generate(args: argparse.Namespace, device: torch.device) -> int:
     files = ", ".join(Path(path).name for path in settings.lora_weight)
 
     def metadata(request: Request) -> dict[str, str]:
-        return {"prompt": request.prompt, **request.sampling.metadata(), "lora": files}
+        negative = {"negative_prompt": request.negative_prompt or ""} if request.sampling.guided else {}
+        return {"prompt": request.prompt, **negative, **request.sampling.metadata(), "lora": files}
 
     batch = Batch(settings, requests, device, metadata)
     batch.run()

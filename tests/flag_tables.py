@@ -347,6 +347,7 @@ PROMPTLESS = (
     "--dit {model}/dit.safetensors --vae {model}/vae --save_path {out} --output_type latent --seed 5 --video_size 32 64 "
     "--video_length 1 --infer_steps 2 " + ENCODERS
 )
+GUIDED = "--guidance_scale 4"
 
 GENERATION = (
     # Models
@@ -404,6 +405,10 @@ GENERATION = (
     Row("--infer_steps 3", both(becomes(computed_steps, 3), other_latent)),
     Row("--seed 6", both(becomes(setting("seed"), "6"), other_latent)),
     Row("--embedded_cfg_scale 1", both(becomes(seen("guidance"), {1000.0}), other_latent)),
+    Row("--guidance_scale 4", both(becomes(seen("samples"), {2}), other_latent)),
+    Row("--negative_prompt cubes", both(becomes(setting("negative_prompt"), "cubes"), other_latent), beside=GUIDED),
+    Row("--guidance_range 0 0.5", both(becomes(computed_steps, 3), other_latent), beside=GUIDED),  # two of one step, one of another
+    Row("--split_uncond", both(becomes(seen("samples"), {1}), stays(latent, within=1e-5)), beside=GUIDED),
     Row("--flow_shift 1", both(becomes(seen("timesteps"), [1000.0, 500.0]), other_latent)),
     Row("--step_cache 1000", both(becomes(computed_steps, 3), other_latent), beside="--infer_steps 5"),
     Row("--step_cache_check", both(becomes(computed_steps, 3 + 5), stays(latent)), beside="--infer_steps 5 --step_cache 1000"),

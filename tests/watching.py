@@ -35,6 +35,7 @@ class Seen:
     """What a run did inside."""
 
     timesteps: list[float] = field(default_factory=list)  # that the transformer was given
+    samples: set[int] = field(default_factory=set)  # sizes of the batches that it was given
     guidance: set[float] = field(default_factory=set)
     weights: dict[str, set[torch.dtype]] = field(default_factory=dict)  # of each part of the model when it computed
     scaled: set[str] = field(default_factory=set)  # parts of the model with scales beside some weights
@@ -84,6 +85,7 @@ def watched() -> Iterator[tuple[Seen, pytest.MonkeyPatch]]:
         seen.in_one_piece |= set(in_one_piece(transformer))
         seen.injected |= any(isinstance(layer, torch.nn.Linear) and "forward" in vars(layer) for layer in transformer.modules())
         seen.timesteps += t.tolist()
+        seen.samples.add(len(t))
         seen.guidance |= set(texts_and_guidance[-1].tolist())
 
     def encode(vae: torch.nn.Module, x: torch.Tensor) -> None:

@@ -186,6 +186,8 @@ class MemoryPlan:
             yield "--gradient_checkpointing", self.changed(gradient_checkpointing=True)
         if self.trains and runtime.keep_attention is True:
             yield "--keep_attention off", self.changed(keep_attention=False)
+        if not self.trains and self.batch.samples > 1:
+            yield "--split_uncond", replace(self, batch=replace(self.batch, samples=1))
         if self.may_quantize and not runtime.quantized:
             yield "--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8)
         if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:

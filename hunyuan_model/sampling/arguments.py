@@ -36,6 +36,26 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         "--embedded_cfg_scale", type=finite_float, default=6.0, metavar="G", help="distilled guidance (default: 6.0)"
     )
     group.add_argument(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=1.0,
+        metavar="G",
+        help="classifier-free guidance away from --negative_prompt, which takes two passes a step; 1 is off (default: 1.0)",
+    )
+    group.add_argument(
+        "--guidance_range",
+        nargs=2,
+        type=finite_float,
+        default=[0.0, 1.0],
+        metavar=("START", "END"),
+        help="shares of the steps between which --guidance_scale applies (default: 0 1)",
+    )
+    group.add_argument(
+        "--split_uncond",
+        action="store_true",
+        help="compute prompt and negative prompt one after the other, not as a batch of two: less memory (default: off)",
+    )
+    group.add_argument(
         "--flow_shift", type=positive_float, default=7.0, metavar="S", help="shift of the schedule towards noise (default: 7.0)"
     )
     group.add_argument(

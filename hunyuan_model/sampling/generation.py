@@ -71,8 +71,9 @@ class SamplingSettings:
 
     @property
     def guided_steps(self) -> range:
-        """Those of all steps, from 0, in which classifier-free guidance applies."""
+        """Those of all steps, from 0, in which classifier-free guidance applies; at least one where ``guided``."""
         first, end = (round(share * self.infer_steps) for share in self.guidance_range)
+        first = min(first, self.infer_steps - 1)
         return range(first, max(end, first + 1)) if self.guided else range(0)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 import torch
 
@@ -18,14 +19,16 @@ from networks.block_strengths import FLAG as BLOCK_FLAG
 from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
-from networks.generation.prompts import check_prompt, requests_of_file, warn_of_negative_prompts
-from networks.generation.requests import Request
+from networks.generation.prompts import check_prompt, requests_of_file
+from networks.generation.requests import Request, without_effect
 from networks.generation.settings import GenerationSettings
 from networks.merging import complete_multipliers
 from utils.cli.arguments import StoreOnce, finite_float, require_flags
 from utils.cli.settings import settings_from
 from utils.devices import choose_dtype
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
@@ -100,6 +103,7 @@ def add_request_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="TEXT",
         help="what the video shows",
     )
+    group.add_argument("--negative_prompt", metavar="TEXT", help="what --guidance_scale leads away from (default: the empty text)")
     group.add_argument(
         PROMPT_FILE_FLAG,
         metavar="FILE",
@@ -126,5 +130,6 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
     else:
         check_prompt(args.prompt)
         requests = [settings_from(Request, args, sampling=sampling_settings(args), lora_multiplier=multipliers)]
-    warn_of_negative_prompts(requests)
+    for sentence in without_effect(requests):
+        logger.warning(sentence)
     return requests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,7 @@ from hunyuan_model.sampling.prompts import ENDINGS, PromptEntry, options_within,
 from networks.generation.requests import Request
 from networks.merging import complete_multipliers
 from utils.cli.arguments import MAX_SEED, random_seed
-from utils.errors import UserError, name_some
-
-logger = logging.getLogger(__name__)
+from utils.errors import UserError
 
 FLAG = "--from_file"
 
@@ -66,11 +63,3 @@ def changed_by(entry: PromptEntry, base: Request, files: Sequence[str]) -> Reque
         given = values["lora_multiplier"]
         values["lora_multiplier"] = complete_multipliers(files, given, "--lora_weight", f"{entry.where}: --am")
     return base.changed(values, entry.where)
-
-
-def warn_of_negative_prompts(requests: Sequence[Request]) -> None:
-    """Log those that are not used."""
-    if unused := [request for request in requests if request.negative_prompt and not request.sampling.guided]:
-        logger.warning(
-            "the negative prompt has no effect without --guidance_scale (--l in a prompt line): %s", name_some(map(str, unused))
-        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hunyuan_model.sampling.generation import SamplingSettings
-from utils.errors import UserError
+from utils.errors import UserError, name_some
 
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingSettings))
 
@@ -70,3 +70,20 @@ class Request:
             return replace(self, sampling=replace(self.sampling, **sampling), where=where, **values)
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+
+def without_effect(requests: Sequence[Request]) -> list[str]:
+    """A sentence on each setting of guidance that some of the requests have and do not use."""
+    default, found = SamplingSettings(seed=0), []
+    given = {
+        "--negative_prompt": lambda request: request.negative_prompt is not None,
+        "--guidance_range": lambda request: request.sampling.guidance_range != default.guidance_range,
+        "--split_uncond": lambda request: request.sampling.split_uncond,
+    }
+    for flag, is_given in given.items():
+        if unused := [request.where for request in requests if is_given(request) and not request.sampling.guided]:
+            where = f"{name_some(unused)}: " if all(unused) else ""
+            found.append(
+                f"{where}{flag} has no effect, as --guidance_scale (--l in a prompt line) is 1; give a larger one, 4 for example."
+            )
+    return found

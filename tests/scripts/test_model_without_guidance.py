@@ -29,6 +29,8 @@ def test_a_model_without_guidance_embedding(bench, plain, caplog):
     assert not any("guidance" in name for name in load_file(lora))
     generated = bench.generate("--dit", plain, "--lora_weight", lora, "--embedded_cfg_scale", 2, "--output_type", "latent")
     assert generated.status == 0, generated.stderr
+    guided = bench.generate("--dit", plain, "--guidance_scale", 3, "--negative_prompt", "blue", "--output_type", "latent")
+    assert guided.status == 0, guided.stderr
     assert caplog.text.count("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.") == 1
 
 

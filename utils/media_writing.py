@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import av
@@ -30,15 +30,17 @@ def save_picture(path: Path, picture: np.ndarray, metadata: dict[str, str] | Non
         Image.fromarray(np.ascontiguousarray(picture)).save(temporary, format="PNG", pnginfo=text)
 
 
-def save_video(path: Path, frames: np.ndarray, fps: int, metadata: dict[str, str] | None = None) -> None:
+def save_video(path: Path, frames: Iterable[np.ndarray], fps: int, metadata: dict[str, str] | None = None) -> None:
     """Write uint8 RGB frames (T, H, W, 3) with even sides as H.264 in MP4; ``metadata`` becomes the comment tag."""
-    height, width = frames.shape[1:3]
+    frames = iter(frames)
+    first = next(frames)
     with atomic_path(path) as temporary, av.open(str(temporary), mode="w", format="mp4") as container:
         if metadata:
             container.metadata["comment"] = "; ".join(f"{key}: {value}" for key, value in metadata.items())
         stream = container.add_stream("libx264", rate=fps, options={"crf": VIDEO_CRF})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in itertools.chain([first], frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             for packet in stream.encode(picture):
                 container.mux(packet)

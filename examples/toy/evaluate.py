@@ -21,7 +21,6 @@ import torch
 from dataset.media.pictures import IMAGE_EXTENSIONS, read_image
 from dataset.media.resizing import fit_to_bucket
 from examples.toy import world, zorp
-from examples.toy.contact_sheet import Cell, film_strip, save_contact_sheet
 from examples.toy.reading import read
 from examples.toy.scoring import (
     NO_ZORP,
@@ -53,8 +52,10 @@ from utils.cli.arguments import (
 from utils.devices import choose_dtype, explain_out_of_memory, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder
+from utils.media_writing import save_picture
+from utils.sheets.contact_sheet import Cell, ContactSheet
 
-SHEET_COLUMNS, SHEET_PROMPTS, SHEET_ZORPS = 4, 24, 8
+SHEET_COLUMNS, SHEET_PROMPTS, SHEET_ZORPS, SHEET_SIDE = 4, 24, 8, 400
 
 
 def count(text: str) -> int:
@@ -137,6 +138,14 @@ def read_photographs(folder: Path) -> np.ndarray:
 # The contact sheet
 
 
+def film_strip(clip: np.ndarray) -> np.ndarray:
+    """The first, middle and last frame of a clip (T, H, W, 3) side by side, a single picture alone: (H, W', 3) uint8."""
+    if len(clip) == 1:
+        return clip[0]
+    gap = np.full((clip.shape[1], 2, 3), 255, np.uint8)
+    return np.concatenate([clip[0], gap, clip[len(clip) // 2], gap, clip[-1]], axis=1)
+
+
 def sheet_rows(groups: Sequence[Generated], numbers: Sequence[int]) -> list[list[Cell]]:
     """Film strips of the first clips of each group with their prompts.
 
@@ -147,7 +156,7 @@ def sheet_rows(groups: Sequence[Generated], numbers: Sequence[int]) -> list[list
         for prompt, clip, reading in list(zip(group.prompts, group.clips, group.read))[:number]:
             right = reading.zorp if prompt.attributes.shape == zorp.NAME else all(reading.right(prompt.attributes).values())
             caption = prompt.text if right else f"{prompt.text}\nread: {in_words(reading)}"
-            cells.append(Cell(film_strip(clip), caption, wrong=not right))
+            cells.append(Cell(film_strip(clip)[None], caption, failed=not right))
     return [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
 
 
@@ -192,7 +201,7 @@ def evaluate(args: argparse.Namespace, model: ToyModel, photographs: np.ndarray 
     times = {"per_clip": held_out.seconds / args.prompts, "clip_alone": alone, "total": time.perf_counter() - started}
 
     rows = sheet_rows(list(groups.values()), (SHEET_PROMPTS, SHEET_ZORPS // 2, SHEET_ZORPS // 2))
-    save_contact_sheet(args.output / "contact_sheet.png", rows)
+    save_picture(args.output / "contact_sheet.png", ContactSheet(rows, SHEET_SIDE).picture())
     write_scores(args, groups, tables, times)
     for table in tables.values():
         print(table.markdown())

@@ -12,6 +12,7 @@ from dataset.cache.preparation import Failure, Finished, Prepared, Result, Targe
 from dataset.cache.records import VAE
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
+from hunyuan_model.sampling.encoding import pixels_to_input
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, DiagonalGaussian
@@ -70,7 +71,7 @@ class LatentEncoder:
         lighter = " and ".join(filter(None, (self.settings.lighter_flags, "--batch_size 1" if len(batch) > 1 else "")))
         advice = f"use {lighter or 'a smaller resolution or fewer target_frames'}"
         with explain_out_of_memory(f"encoding {len(batch)} x {frames} frame(s) of {width}x{height}", advice, weight.device):
-            x = torch.stack([pixels_to_input(prepared, weight.device, weight.dtype) for prepared in batch])
+            x = torch.stack([pixels_to_input(prepared.pixels, weight.device, weight.dtype) for prepared in batch])
             with torch.inference_mode():
                 posterior = self.vae.encode(x)
         samples = []
@@ -91,12 +92,3 @@ class LatentEncoder:
                 yield Failure(target.item, f"{target.label}: {error}")
             else:
                 yield target
-
-
-def pixels_to_input(prepared: Prepared, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Pixels (F, H, W, 3) uint8 -> (3, F, H, W) in [-1, 1]; scaled in float32, then cast, frame by frame."""
-    pixels = torch.from_numpy(prepared.pixels).to(device).permute(3, 0, 1, 2)
-    out = torch.empty(pixels.shape, dtype=dtype, device=device)
-    for frame, place in zip(pixels.unbind(1), out.unbind(1)):
-        place.copy_(frame.float().div_(127.5).sub_(1))
-    return out

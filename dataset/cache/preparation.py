@@ -19,16 +19,14 @@ import numpy as np
 from dataset.cache.names import CacheKey, latent_cache_path
 from dataset.cache.records import PIXELS, source_record, target_record
 from dataset.items import Item
-from dataset.media.decoding import frame_times, probe_video, read_clip_windows
-from dataset.media.frame_rate import EVERY_FRAME, Resampling, resample
+from dataset.media.decoding import frames_at_rate, probe_video, read_clip_windows
+from dataset.media.frame_rate import EVERY_FRAME, Resampling
 from dataset.media.frames import Window, frames_needed
 from dataset.media.pictures import probe_image, read_image
 from dataset.media.resizing import fit_to_bucket
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-RATE_SECONDS = 1.0  # of a video, at least, are needed to measure its frame rate; single gaps between frames vary
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,9 @@ def plan_targets(item: Item) -> tuple[Target, ...]:
     else:
         info = probe_video(item.path)
         size, done = (info.width, info.height), info.done
-        fps, given = dataset.source_fps or info.fps, dataset.source_fps is not None
-        limit = None
         needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
-        if needed is not None:
-            limit = needed, max(needed / dataset.target_fps, RATE_SECONDS) if dataset.target_fps else 0.0
-        times = frame_times(item.path, fps, not given, limit)
-        resampling = resample(times, fps, dataset.target_fps, given)
-        windows = list(dataset.windows_of(len(times if resampling is None else resampling.indices)))
+        count, resampling = frames_at_rate(item.path, info.fps, dataset.target_fps, needed, dataset.source_fps)
+        windows = list(dataset.windows_of(count))
     bucket = dataset.bucket_for(size)
     return tuple(Target(item, window, size, bucket, resampling, done) for window in windows)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.media.errors import MediaError
-from dataset.media.frame_rate import MODEL_FPS
+from dataset.media.frame_rate import MODEL_FPS, Resampling, resample
 from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
 from dataset.media.videos import Frame, open_video
@@ -21,6 +21,7 @@ VIDEO_EXTENSIONS = frozenset(
     | {".gif", ".webp"}
 )
 
+RATE_SECONDS = 1.0  # of a video, at least, are needed to measure its frame rate; single gaps between frames vary
 LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is taken for a fault
 
 
@@ -73,6 +74,24 @@ def frame_times(
     if times[-1] == 0:  # all of them at one moment
         return [index * usual for index in range(len(times))]
     return times
+
+
+def frames_at_rate(
+    path: Path, fps: float | None, target_fps: float, needed: int | None = None, source_fps: float | None = None
+) -> tuple[int, Resampling | None]:
+    """How many frames a video has at ``target_fps`` (0: at its own rate), and which of the file they are; None: every frame.
+
+    Args:
+        fps: what the file states.
+        needed: counting may stop once there are so many.
+        source_fps: the rate that counts in place of what the file holds.
+    """
+    limit = None
+    if needed is not None:
+        limit = needed, max(needed / target_fps, RATE_SECONDS) if target_fps else 0.0
+    times = frame_times(path, source_fps or fps, source_fps is None, limit)
+    resampling = resample(times, source_fps or fps, target_fps, given=source_fps is not None)
+    return len(times if resampling is None else resampling.indices), resampling
 
 
 def iterate_frames(path: Path) -> Iterator[np.ndarray]:

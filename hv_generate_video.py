@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import hunyuan_model
+from dataset.media.starts import find_starts, read_start
 from hunyuan_model.runtime.arguments import (
     add_compile_arguments,
     add_kernel_arguments,
@@ -22,7 +23,12 @@ from hunyuan_model.runtime.arguments import (
     add_weight_format_arguments,
     kernel_settings,
 )
-from hunyuan_model.sampling.arguments import add_output_arguments, add_sampling_arguments, output_settings
+from hunyuan_model.sampling.arguments import (
+    add_output_arguments,
+    add_sampling_arguments,
+    add_start_arguments,
+    output_settings,
+)
 from hunyuan_model.sampling.decoding import load_decoder, read_latents
 from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.text.arguments import add_text_encoder_arguments
@@ -38,6 +44,7 @@ from networks.generation.arguments import (
 )
 from networks.generation.batch import Batch
 from networks.generation.requests import Request
+from networks.generation.starts import expand_starts
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
@@ -80,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     video = parser.add_argument_group("what to sample")
     add_request_arguments(video)
     add_sampling_arguments(video)
+    add_start_arguments(parser.add_argument_group("what to start from"))
 
     add_output_arguments(parser.add_argument_group("output"))
     return parser
@@ -112,8 +120,8 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
 
 def generate(args: argparse.Namespace, device: torch.device) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
-    requests = requests_from(args)
-    settings = generation_settings(args, device)
+    requests = expand_starts(requests_from(args), find_starts)
+    settings = generation_settings(args, device, requests)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
@@ -123,7 +131,7 @@ def generate(args: argparse.Namespace, device: torch.device) -> int:
         negative = {"negative_prompt": request.negative_prompt or ""} if request.sampling.guided else {}
         return {"prompt": request.prompt, **negative, **request.sampling.metadata(), "lora": files}
 
-    batch = Batch(settings, requests, device, metadata)
+    batch = Batch(settings, requests, device, metadata, read_start)
     batch.run()
     if batch.failures:
         logger.error("%d of %d were not made: %s", len(batch.failures), len(requests), "; ".join(batch.failures))
@@ -138,7 +146,7 @@ def main() -> int | None:
     if args.save_merged_model:
         warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
         save_merged(args)
-    elif args.latent_path:
+    elif args.latent_path and args.prompt is None and args.from_file is None:
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
         decode_stored(args, device)
     else:

@@ -412,10 +412,15 @@ GENERATION = (
     Row("--flow_shift 1", both(becomes(seen("timesteps"), [1000.0, 500.0]), other_latent)),
     Row("--step_cache 1000", both(becomes(computed_steps, 3), other_latent), beside="--infer_steps 5"),
     Row("--step_cache_check", both(becomes(computed_steps, 3 + 5), stays(latent)), beside="--infer_steps 5 --step_cache 1000"),
+    # What to start from
+    Row("--image_path {data}/media/a.png", other_latent, beside="--strength 0.5"),
+    Row("--video_path {data}/media", other_latent, beside="--strength 0.5"),
+    Row("--latent_path {data}/x_latent.safetensors", other_latent, beside="--strength 0.5"),
+    Row("--strength 0", becomes(seen("timesteps"), []), beside="--latent_path {data}/x_latent.safetensors"),
     # Output
     Row("--save_path {out}/elsewhere", writes("elsewhere/*_latent.safetensors")),
     Row("--output_type images", both(writes("*/00000.png"), removes("*_latent.safetensors"))),
-    Row("--latent_path {data}/x_latent.safetensors", both(becomes(seen("timesteps"), []), writes("x/00000.png")), beside=IMAGES),
+    Row("--preview_every 1", both(logs("preview, until the result is there"), stays(latent))),
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
 )
 

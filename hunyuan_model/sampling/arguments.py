@@ -7,7 +7,16 @@ import logging
 
 from hunyuan_model.sampling.decoding import ENDINGS, OutputSettings
 from hunyuan_model.sampling.generation import SamplingSettings
-from utils.cli.arguments import finite_float, int_up_to, non_negative_float, positive_float, random_seed, seed, whole_number
+from utils.cli.arguments import (
+    finite_float,
+    int_up_to,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    random_seed,
+    seed,
+    whole_number,
+)
 from utils.cli.settings import settings_from
 from utils.files import require_writable_folder
 
@@ -73,6 +82,32 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_start_arguments(group: argparse._ArgumentGroup) -> None:
+    """What a video starts from, in place of noise alone."""
+    group.add_argument(
+        "--image_path", metavar="PATH", help="start from this picture, or make one result from each of a folder (default: none)"
+    )
+    group.add_argument(
+        "--video_path",
+        metavar="PATH",
+        help="start from this clip, or from each clip of a folder; a folder of pictures is one clip (default: none)",
+    )
+    group.add_argument(
+        "--latent_path",
+        nargs="*",
+        default=[],
+        metavar="PATH",
+        help="start from these latents; without a prompt only decode them, which needs no --dit",
+    )
+    group.add_argument(
+        "--strength",
+        type=non_negative_float,
+        default=0.75,
+        metavar="S",
+        help="share of the steps made from a start: 0 keeps it as it is, 1 ignores it (default: 0.75)",
+    )
+
+
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     """Where results go, and in which form."""
     group.add_argument("--save_path", metavar="FOLDER", help="folder for what is generated")
@@ -86,7 +121,11 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="an MP4, PNG frames, the latent for a later --latent_path, or latent and MP4 (default: video)",
     )
     group.add_argument(
-        "--latent_path", nargs="*", default=[], metavar="PATH", help="only decode these latents; no --dit and no --prompt"
+        "--preview_every",
+        type=positive_int,
+        metavar="N",
+        help="write a small picture of what the latents would become after every N steps, beside the results, and remove it when "
+        "the result is there; needs --vae (default: none)",
     )
     group.add_argument("--no_metadata", action="store_true", help="do not write prompt and settings into the files (default: off)")
 

@@ -19,6 +19,7 @@ from utils.media_writing import save_picture, save_video, unused_stem
 from utils.safetensors_io import read_tensors, save_tensors
 
 LATENT_ENDING = "_latent.safetensors"
+PREVIEW_ENDING = "_preview.png"
 ENDINGS = {"video": (".mp4",), "images": ("",), "latent": (LATENT_ENDING,), "both": (".mp4", LATENT_ENDING)}
 
 
@@ -30,12 +31,14 @@ class OutputSettings:
         save_path: folder.
         output_type: video (MP4), images (a folder of PNG), latent, or both (latent and MP4).
         no_metadata: leave prompt and settings out of the files.
+        preview_every: write a preview after so many steps; None for none.
     """
 
     save_path: str
     output_type: str = "video"
     fps: int = 24
     no_metadata: bool = False
+    preview_every: int | None = None
 
     @property
     def keeps_latents(self) -> bool:
@@ -45,6 +48,10 @@ class OutputSettings:
     def unused_stem(self, stem: str) -> str:
         """``stem``, or with a number behind it, so that nothing is overwritten."""
         return unused_stem(Path(self.save_path), stem, {*ENDINGS[self.output_type], LATENT_ENDING})
+
+    def preview_path(self, stem: str) -> Path:
+        """Where previews of a result are written, over what a killed run left."""
+        return Path(self.save_path) / f"{stem}{PREVIEW_ENDING}"
 
     def save_latents(self, stem: str, latents: Tensor, metadata: dict[str, str]) -> Path:
         """Write latents (1, 16, F, H, W), in the network's scale, as the tensor ``latent`` (16, F, H, W); returns the path."""

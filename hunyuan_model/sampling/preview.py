@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,10 @@ from torch import Tensor
 
 from hunyuan_model.sampling.encoding import FrameEncoder
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION
+from utils.files import explain_failed_writing
 from utils.media_writing import save_picture
+
+logger = logging.getLogger(__name__)
 
 FITTED_PICTURES, FITTED_SIDE = 16, 64
 PATCHES = (2, 3, 4, 5, 6)  # along a side of a picture
@@ -63,6 +69,24 @@ class Preview:
     def __call__(self, step: int, latents: Tensor) -> None:
         if step % self.every == 0:
             save_picture(self.path, preview_picture(self.colours.frames(latents)))
+            if step == self.every:
+                logger.info("preview, until the result is there: %s", self.path)
+
+    def remove(self) -> None:
+        """The result is there, or there will be none."""
+        with explain_failed_writing(self.path):
+            self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def removed_on_failure(preview: Preview | None) -> Iterator[None]:
+    """Also where the sampling is interrupted."""
+    try:
+        yield
+    except BaseException:
+        if preview is not None:
+            preview.remove()
+        raise
 
 
 def preview_picture(frames: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,7 @@ from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
 from networks.generation.requests import Request, without_effect
 from networks.generation.settings import GenerationSettings
+from networks.generation.starts import one_for_each
 from networks.merging import complete_multipliers
 from utils.cli.arguments import StoreOnce, finite_float, require_flags
 from utils.cli.settings import settings_from
@@ -65,14 +68,18 @@ def block_strengths(args: argparse.Namespace, config: TransformerConfig) -> Bloc
     return BlockStrengths.parse(args.lora_block_multiplier, config, args.exclude_single_blocks)
 
 
-def generation_settings(args: argparse.Namespace, device: torch.device) -> GenerationSettings:
-    """The models of a run that samples, checked; no weights are read.
+def generation_settings(args: argparse.Namespace, device: torch.device, requests: Sequence[Request]) -> GenerationSettings:
+    """The models of a run that samples ``requests``, checked; no weights are read.
 
     Raises:
         UserError: a flag that is missing, impossible, or names a file that is not what the flag expects.
     """
     if args.output_type != "latent":
         require_flags(args, f"--output_type {args.output_type}", "vae")
+    if args.preview_every is not None:
+        require_flags(args, "--preview_every", "vae")
+    if any(request.image_path or request.video_path for request in requests):
+        require_flags(args, "starting from a picture or clip", "vae")
     config = hunyuan_model.check_transformer_file(args.dit, "--dit")
     settings = settings_from(
         GenerationSettings,
@@ -122,14 +129,17 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
         raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
     prompt = [] if args.from_file else ["prompt"]
     require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", *prompt)
-    multipliers = lora_multipliers(args)
+    given = {"lora_multiplier": lora_multipliers(args), "latent_path": args.latent_path[0] if args.latent_path else None}
     if args.from_file:
         sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
-        base = settings_from(Request, args, prompt="", sampling=sampling, lora_multiplier=multipliers)
+        base = settings_from(Request, args, prompt="", sampling=sampling, **given)
         requests = requests_of_file(args.from_file, base, args.lora_weight, args.seed)
     else:
         check_prompt(args.prompt)
-        requests = [settings_from(Request, args, sampling=sampling_settings(args), lora_multiplier=multipliers)]
+        requests = [settings_from(Request, args, sampling=sampling_settings(args), **given)]
     for sentence in without_effect(requests):
         logger.warning(sentence)
-    return requests
+    if len(args.latent_path) < 2:
+        return requests
+    paths = [Path(path) for path in args.latent_path]
+    return [one for request in requests for one in (one_for_each(request, "latent", paths) if request.latent_path else [request])]

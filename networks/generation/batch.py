@@ -13,9 +13,11 @@ from torch import Tensor
 
 import hunyuan_model
 from hunyuan_model.sampling.decoding import load_decoder
+from hunyuan_model.sampling.preview import Preview, removed_on_failure
 from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
+from networks.generation.starts import ReadStart, prepare_with_vae, start_of
 from networks.merging import LoraToMerge, read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
@@ -34,6 +36,7 @@ class Sampled:
     stem: str
     latents: Tensor
     stored: Path
+    preview: Preview | None
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Batch:
 
     Attributes:
         metadata: what is written into the files of a request.
+        read_start: reads pictures and clips to start from.
         failures: sentences on requests that were not made; a run of one request raises instead.
     """
 
@@ -49,6 +53,7 @@ class Batch:
     requests: Sequence[Request]
     device: torch.device
     metadata: Metadata
+    read_start: ReadStart
     failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -70,6 +75,7 @@ class Batch:
         texts = list(dict.fromkeys(text for request in self.requests for text in request.texts))
         with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
             encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, self.settings.text, self.device)))
+        starts, colours = prepare_with_vae(self.settings, self.requests, self.read_start, self.device)
         sampler = Sampler(self.settings, loras, self.requests, encoded, self.device)
         steps = sum(len(request.sampling.steps_from(request.start)) for request in self.requests)
         with ProgressBar(total=steps, desc="sampling", unit="step") as progress:
@@ -77,12 +83,17 @@ class Batch:
                 if len(self.requests) > 1:
                     progress.set_description(f"sampling {number} of {len(self.requests)}")
                 with self._others_go_on(request):
-                    latents = sampler.sample(request, on_step=lambda _: progress.update())
-                    stem = output.unused_stem(request.stem)
+                    stem = request.stem
+                    preview = Preview(colours, output.preview_path(stem), output.preview_every) if colours else None
+                    with removed_on_failure(preview):
+                        latents = sampler.sample(request, starts.get(start_of(request)), lambda _: progress.update(), preview)
+                    stem = output.unused_stem(stem)
                     stored = output.save_latents(stem, latents, self.metadata(request))
-                    sampled.append(Sampled(request, stem, latents, stored))
+                    sampled.append(Sampled(request, stem, latents, stored, preview))
                     if output.keeps_latents:
                         print(stored, flush=True)
+                    if preview and output.output_type == "latent":
+                        preview.remove()
         sampler.close()
         return sampled
 
@@ -94,6 +105,8 @@ class Batch:
                 print(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)), flush=True)
                 if not self.settings.output.keeps_latents:
                     result.stored.unlink()
+                if result.preview:
+                    result.preview.remove()
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:

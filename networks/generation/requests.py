@@ -10,6 +10,7 @@ from typing import Any
 from hunyuan_model.sampling.generation import SamplingSettings
 from utils.errors import UserError, name_some
 
+START_FIELDS = ("image_path", "video_path", "latent_path")
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingSettings))
 
 
@@ -34,6 +35,11 @@ class Request:
     latent_path: str | None = None
     name: str | None = None
     where: str = ""
+
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in START_FIELDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are both what to start from; give one of them.")
 
     @property
     def start(self) -> str | None:
@@ -63,8 +69,8 @@ class Request:
         height, width = self.sampling.video_size
         if "height" in values or "width" in values:
             values["video_size"] = (values.pop("height", height), values.pop("width", width))
-        if {"image_path", "video_path", "latent_path"} & values.keys():
-            values = {"image_path": None, "video_path": None, "latent_path": None, **values}
+        if not values.keys().isdisjoint(START_FIELDS):
+            values = {**dict.fromkeys(START_FIELDS), **values}
         sampling = {name: values.pop(name) for name in SAMPLING_FIELDS & values.keys()}
         try:
             return replace(self, sampling=replace(self.sampling, **sampling), where=where, **values)
@@ -73,7 +79,7 @@ class Request:
 
 
 def without_effect(requests: Sequence[Request]) -> list[str]:
-    """A sentence on each setting of guidance that some of the requests have and do not use."""
+    """A sentence on each setting of guidance, and on strengths, that some of the requests have and do not use."""
     default, found = SamplingSettings(seed=0), []
     given = {
         "--negative_prompt": lambda request: request.negative_prompt is not None,
@@ -86,4 +92,8 @@ def without_effect(requests: Sequence[Request]) -> list[str]:
             found.append(
                 f"{where}{flag} has no effect, as --guidance_scale (--l in a prompt line) is 1; give a larger one, 4 for example."
             )
+    unused = [request.where for request in requests if request.sampling.strength != default.strength and not request.start]
+    if unused:
+        where = f"{name_some(unused)}: " if all(unused) else ""
+        found.append(f"{where}--strength has no effect without --image_path, --video_path or --latent_path.")
     return found

@@ -19,13 +19,15 @@ and the gradients of the activations; the base is frozen), "done" that with what
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +38,11 @@ import utils.startup  # noqa: E402, F401  # isort: skip
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_operations import decode, equality, hardware, operations  # noqa: E402
+from benchmarks.gpu_operations import decode, equality, hardware, operations, versions  # noqa: E402
 from benchmarks.gpu_report import NOT_RUN, line_of, report  # noqa: E402
 from benchmarks.gpu_workloads import Bench, Models, Row  # noqa: E402
+from utils.cli.arguments import non_negative_float, positive_int  # noqa: E402
+from utils.devices import pick_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 MINUTES = 9.5
@@ -84,15 +88,15 @@ class Group(NamedTuple):
 
 
 def of_models(rows: list[Row], bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
-    models = Models(bench)
+    models = lru_cache(partial(Models, bench))  # made with the first row: who only asks for names may have no GPU
     return {row.name: partial(measured_or_dropped, models, row) for row in rows}
 
 
-def measured_or_dropped(models: Models, row: Row) -> dict[str, Any]:
+def measured_or_dropped(models: Callable[[], Models], row: Row) -> dict[str, Any]:
     try:
-        return models.measure(row)
+        return models().measure(row)
     except BaseException:
-        models.drop()
+        models().drop()
         raise
 
 
@@ -130,10 +134,10 @@ def measured(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_group(group: Group, bench: Bench, path: Path, ends: float) -> None:
-    """The rows of ``group`` that are missing in ``path``, until ``time.monotonic()`` is ``ends``."""
-    rows, results = group.make(bench), read_results(path)
+    """The rows of ``group`` that are missing in ``path``, until ``time.monotonic()`` is ``ends`` or whoever waits is gone."""
+    rows, results, parent = group.make(bench), read_results(path), os.getppid()
     for name in missing(rows, results):
-        if time.monotonic() > ends:
+        if time.monotonic() > ends or os.getppid() != parent:
             return
         append(path, name, ENDED)  # the last line counts
         result = measured(rows[name])
@@ -150,14 +154,13 @@ def measure_group(group: Group, bench: Bench, path: Path, ends: float) -> None:
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """By row name; the last line of each counts, and a line that was cut off does not."""
+    """By row name; the last line of each counts, and a line that was cut off or is damaged does not."""
     results = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        results[entry["name"]] = entry["result"]
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            match json.loads(line):
+                case {"name": str(name), "result": dict(result)}:
+                    results[name] = result
     return results
 
 
@@ -186,9 +189,10 @@ def run_groups(groups: list[Group], args: argparse.Namespace, bench: Bench) -> N
     forget_ended(args.output)
     for group in (*groups, *groups):  # what did not fit into its share has what is left in the end
         share = min(ends, time.monotonic() + 60 * args.minutes * group.seconds / whole)
-        while missing(group.make(bench), read_results(args.output)) and time.monotonic() < share:
-            if finished(group, args, share):
-                break  # a process that ended early is followed by another one, for the rows after
+        while (left := missing(group.make(bench), read_results(args.output))) and time.monotonic() < share:
+            # A process that ended early is followed by another one, for the rows after; not one that began none.
+            if finished(group, args, share) or missing(left, read_results(args.output)) == left:
+                break
 
 
 def finished(group: Group, args: argparse.Namespace, ends: float) -> bool:
@@ -213,11 +217,13 @@ def forget_ended(path: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu.jsonl"), help="lines of JSON; the table is beside it (gpu.jsonl)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all that is asked for ({MINUTES})")
+    parser.add_argument("--minutes", type=non_negative_float, default=MINUTES, help=f"for all that is asked for ({MINUTES})")
     names = [group.name for group in GROUPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="GROUP", help=", ".join(names))
     parser.add_argument("--report", action="store_true", help="print the table of what the file holds, ratios and profiles")
-    parser.add_argument("--steps", type=int, default=2, help="of which the median is taken, after one that does not count (2)")
+    parser.add_argument(
+        "--steps", type=positive_int, default=2, help="of which the median is taken, after one that does not count (2)"
+    )
     parser.add_argument("--device", default="cuda", help="(cuda)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself; also with --device cpu")
     parser.add_argument("--group", help=argparse.SUPPRESS)
@@ -225,15 +231,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def checked(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Bench]:
+    """The flags, and what is measured with. Ends with a sentence where one of them cannot be."""
+    args = parser.parse_args()
+    if args.output.suffix == ".md":
+        parser.error(f"--output {args.output} would be replaced by the table; use a name that ends with .jsonl")
+    if args.report:
+        if not args.output.is_file():
+            parser.error(f"--output {args.output} is no file; give the one that a benchmark wrote")
+        return args, Bench(torch.device("cpu"), args.tiny)
+    try:
+        bench = Bench(pick_device(args.device), args.tiny, args.steps)
+        open(args.output, "a", encoding="utf-8").close()
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    return args, bench
+
+
+def same_machine(parser: argparse.ArgumentParser, path: Path, bench: Bench) -> None:
+    """Ends where ``path`` holds results of another GPU or of a rehearsal, which would stand for those of this one."""
+    found, earlier = versions(bench), read_results(path).get("versions", {})
+    if "device" not in earlier:
+        append(path, "versions", found)
+    elif differing := [key for key in ("device", "model") if found.get(key) != earlier.get(key)]:
+        parser.error(
+            f"--output {path} holds results of {earlier['device']}{', of a tiny model' if 'model' in earlier else ''}: "
+            f"another {' and '.join(differing)} than here; give another file"
+        )
+
+
 def main() -> None:
     started, parser = time.monotonic(), build_parser()
-    args = parser.parse_args()
-    bench = Bench(torch.device(args.device), args.tiny, args.steps)
+    args, bench = checked(parser)
     if args.report:
         print(report(all_names(bench), read_results(args.output)))
         return
-    if bench.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here")
     if bench.device.type == "cpu" and not args.tiny:
         parser.error("the published size takes a GPU; use --tiny to try the benchmark itself on the CPU")
     if args.tiny and bench.device.type == "cpu":
@@ -242,6 +274,7 @@ def main() -> None:
         group = next(group for group in GROUPS if group.name == args.group)
         measure_group(group, bench, args.output, started + args.group_seconds)
         return
+    same_machine(parser, args.output, bench)
     run_groups([group for group in GROUPS if group.name in args.only], args, bench)
     left = missing([name for names in all_names(bench).values() for name in names], read_results(args.output))
     print(f"\n{len(left)} rows were not run. The table: {args.output.with_suffix('.md')}")

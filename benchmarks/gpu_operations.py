@@ -60,7 +60,7 @@ def hardware(bench: Bench) -> Rows:
 
 
 def versions(bench: Bench) -> Measured:
-    found: Measured = {"python": platform.python_version()}
+    found: Measured = {"python": platform.python_version()} | ({"model": "tiny"} if bench.tiny else {})
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

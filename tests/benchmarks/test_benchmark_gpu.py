@@ -219,8 +219,76 @@ def test_processes_that_end_are_followed_by_others(run, tmp_path, monkeypatch):
 
 def test_the_time_that_is_given_is_kept(run, tmp_path):
     whole = sum(map(len, all_names(BENCH).values()))
-    assert f"{whole} rows were not run" in run("--tiny", "--output", tmp_path / "gpu.jsonl", "--minutes", 0)
-    assert not read_results(tmp_path / "gpu.jsonl")
+    assert f"{whole - 1} rows were not run" in run("--tiny", "--output", tmp_path / "gpu.jsonl", "--minutes", 0)
+    assert list(read_results(tmp_path / "gpu.jsonl")) == ["versions"]
+
+
+def test_a_process_that_begins_no_row_is_not_started_for_ever(run, tmp_path, monkeypatch):
+    commands = []
+
+    def process(command: list[str], timeout: float) -> subprocess.CompletedProcess:
+        assert len(commands) < 2, "once, and once in the end"
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(gpu.subprocess, "run", process)
+    run("--tiny", "--output", tmp_path / "gpu.jsonl", "--only", "decode", "--minutes", 1)
+    assert len(commands) == 2
+
+
+def test_a_group_ends_with_the_process_that_waits_for_it(tmp_path, monkeypatch):
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(gpu.os, "getppid", lambda: next(parents))
+    group = gpu.Group("one", 1, lambda bench: dict.fromkeys(("first", "second"), dict))
+    gpu.measure_group(group, BENCH, tmp_path / "gpu.jsonl", float("inf"))
+    assert read_results(tmp_path / "gpu.jsonl") == {"first": {}}
+
+
+def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    assert read_results(path) == {}
+    path.write_bytes(b"")
+    assert read_results(path) == {}
+    entry = json.dumps({"name": "a", "result": {"ms": 1.0}}).encode()
+    path.write_bytes(
+        b"\n".join([b"\xff\x00", b"7", b"null", b"{}", b"[]", b'{"name": 1, "result": {}}', entry, b'{"name": "b", "result": 2}'])
+    )
+    assert read_results(path) == {"a": {"ms": 1.0}}
+
+
+def test_the_table_is_printed_where_there_is_no_gpu(run, tmp_path):
+    write(tmp_path / "gpu.jsonl", {"versions": {"device": "GPU of a kind"}})
+    assert "GPU: GPU of a kind\n" in run("--device", "cuda", "--report", "--output", tmp_path / "gpu.jsonl")
+
+
+def test_results_of_a_rehearsal_do_not_stand_for_those_of_a_gpu(run, tmp_path, capsys):
+    path = tmp_path / "gpu.jsonl"
+    run("--tiny", "--output", path, "--minutes", 0)
+    run("--tiny", "--output", path, "--minutes", 0)  # goes on
+    write(path, read_results(path) | {"versions": {"device": "GPU of a kind"}})
+    with pytest.raises(SystemExit, match="2"):
+        run("--tiny", "--output", path, "--minutes", 0)
+    assert "results of GPU of a kind: another device and model than here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--steps", "0"], "at least 1"),
+        (["--minutes", "nan"], "finite"),
+        (["--output", "gpu.md"], "replaced by the table"),
+        (["--output", "."], "Is a directory"),
+        (["--output", "gone/gpu.jsonl"], "gone/gpu.jsonl"),
+        (["--output", "gone.jsonl", "--report"], "is no file"),
+        (["--device", "gpu"], "use cpu, cuda"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_flags_that_cannot_be_are_a_sentence(flags, words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run("--tiny", *flags)
+    assert words in capsys.readouterr().err
 
 
 def test_the_published_size_is_refused_on_the_cpu(run, capsys):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from utils.checksums import tensors_checksum
 from utils.devices import dtype_name
 from utils.errors import UserError
-from utils.safetensors_io import read_header, read_tensor, read_tensors, save_tensors
+from utils.safetensors_io import SafetensorsFile, read_header, read_tensor, read_tensors, save_tensors
 
 ARCHITECTURE = "hunyuan_video"
 COMMON_METADATA = {"architecture": ARCHITECTURE, "format_version": "1.0.0"}
 CAPTION = "caption1"
+CHECKSUM = "checksum"  # of the tensors; files of other tools and earlier versions have none
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 
@@ -67,7 +69,7 @@ def save_latents(
     if frame_count is not None:
         metadata["frame_count"] = str(frame_count)
     name = f"latents_{frames}x{height}x{width}_{dtype_name(latents.dtype)}"
-    save_tensors(path, {name: latents}, {**(record or {}), **COMMON_METADATA, **metadata})
+    _save(path, {name: latents}, {**(record or {}), **metadata})
 
 
 def save_text(
@@ -86,7 +88,20 @@ def save_text(
         "llm_mask": llm_mask.to(torch.int64),
         f"clipL_{dtype_name(clip.dtype)}": clip,
     }
-    save_tensors(path, tensors, {**(record or {}), **COMMON_METADATA, CAPTION: caption})
+    _save(path, tensors, {**(record or {}), CAPTION: caption})
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    save_tensors(path, tensors, {**metadata, **COMMON_METADATA, CHECKSUM: tensors_checksum(tensors)})
+
+
+def _read(path: Path, what: str, script: str) -> SafetensorsFile:
+    """All of a file, which must hold what was saved."""
+    file = read_tensors(path, what)
+    if file.metadata.get(CHECKSUM) not in (None, tensors_checksum(file.tensors)):
+        raise _wrong(path, "is damaged: it does not hold what was saved", script)
+    return file
 
 
 def _require_finite(tensor: torch.Tensor, what: str, flag: str) -> None:
@@ -102,7 +117,7 @@ def read_latent_header(path: Path) -> tuple[LatentShape, dict[str, str]]:
 
 def read_latents(path: Path) -> torch.Tensor:
     """The latents (C, F, H, W), in the dtype stored; a UserError also for NaN or infinity in them."""
-    file = read_tensors(path, LATENT_FILE)
+    file = _read(path, LATENT_FILE, LATENT_SCRIPT)
     latents = file.tensors[_latents_name(path, _shapes(file.tensors), file.metadata)]
     _check_values(path, latents, LATENT_SCRIPT)
     return latents
@@ -117,7 +132,7 @@ def read_text_header(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
 
 def read_text(path: Path) -> TextStates:
     """The outputs of both text encoders; a UserError also for NaN or infinity in rows that count."""
-    file = read_tensors(path, TEXT_FILE)
+    file = _read(path, TEXT_FILE, TEXT_SCRIPT)
     llm, clip = (file.tensors[name] for name in _text_names(path, _shapes(file.tensors), file.metadata))
     mask = file.tensors["llm_mask"].to(torch.int64)
     _check_values(path, llm[mask.bool()], TEXT_SCRIPT)

@@ -37,9 +37,10 @@ from networks.training.optim.optimizers import (
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
+from networks.training.saving.latest import next_lineage, recover_state
 from networks.training.saving.models import check_formats, copied_values, planned_lora
 from networks.training.saving.resume import Resumed, check_steps_left, find_resumed, is_complete, require_fitting
-from networks.training.saving.state import check_state_can_be_saved, recover_state
+from networks.training.saving.state import check_state_can_be_saved
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import random_seed
 from utils.errors import UserError, first_line
@@ -86,11 +87,13 @@ class Beginning:
 
     Attributes:
         flags: of the training, with the seed, and with what the state keeps in place of what was given.
+        lineage: of the states that it will save, see ``StateFile``.
     """
 
     resumed: Resumed | None
     seed: int
     flags: Mapping[str, Any]
+    lineage: int
 
     @property
     def given_flags(self) -> dict[str, Any]:
@@ -207,7 +210,8 @@ def find_beginning(settings: TrainingSettings, model: ModelPlan, accelerator: Ac
     elif (seed := settings.resuming.seed) is None:
         seed = int(broadcast_object_list([random_seed()])[0])
         logger.info("seed %d", seed)
-    return Beginning(resumed, seed, {**flags, "seed": seed})
+    lineage = next_lineage(settings.saving.folder, settings.saving.output_name)
+    return Beginning(resumed, seed, {**flags, "seed": seed}, lineage)
 
 
 def preflight(

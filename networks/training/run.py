@@ -118,6 +118,7 @@ def save_training_state(training: Training, model_name: str) -> None:
         order=batch_order(training.settings, training.data.reader, training.accelerator),
         flags=training.plan.beginning.given_flags,
         saved_at=time.time(),
+        lineage=training.plan.beginning.lineage,
     )
     folder = training.settings.saving.folder / state_name(model_name)
     save_state(folder, training.restorable, state)

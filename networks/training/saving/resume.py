@@ -10,7 +10,8 @@ from typing import Any
 
 from networks.lora import DEFAULT_RANK
 from networks.training.saving.files import final_name
-from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, find_latest_state, load_state, read_state_file
+from networks.training.saving.latest import find_latest_state
+from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, load_state, read_state_file, verify_state
 from utils.errors import UserError, first_line
 from utils.hub import download_state
 from utils.safetensors_io import read_header
@@ -75,6 +76,8 @@ def find_resumed(settings: ResumeSettings) -> Resumed | None:
     else:
         folder = Path(settings.resume)
     state = read_state_file(folder)
+    if not settings.latest:  # that one was verified
+        verify_state(folder, state)
     if settings.seed not in (None, state.seed):
         raise UserError(
             f"--seed {settings.seed} is not that of the state {folder}, {state.seed}; leave --seed out or give that one."

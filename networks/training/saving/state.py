@@ -13,13 +13,12 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
+import math
 import random
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from networks.training.loss.timestep_sampling import TimestepSampler
-from networks.training.saving.files import STATE_SUFFIX, output_names
-from utils.errors import UserError, first_line
-from utils.files import atomic_folder, explain_failed_writing, final_of_temporary
+from utils.checksums import file_checksum
+from utils.errors import UserError, first_line, shown
+from utils.files import atomic_folder, explain_failed_writing, read_text
 from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -38,6 +37,12 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
 LATEST = "latest"
+REMEDY = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to start over."
+MAX_COUNT = 2**53
+# What optimizers keep of each number of a parameter.
+WHOLE_STATES = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "prev", "z"}
+)
 
 
 @dataclass
@@ -74,7 +79,9 @@ class StateFile:
         order: what the order of the batches depends on.
         flags: the flags of the run that saved it.
         saved_at: seconds since 1970.
+        lineage: how many trainings of this name began in the folder, or went on from a state, before this one.
         files: the other files of the state and their sizes in bytes.
+        checksums: of the files, by ``utils.checksums``; states of earlier versions have none.
     """
 
     progress: Progress
@@ -83,7 +90,9 @@ class StateFile:
     order: dict[str, Any]
     flags: dict[str, Any]
     saved_at: float
+    lineage: int = 0
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,7 +144,9 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     _save_plain(states, folder / OPTIMIZER_FILE)
-    content = {"format": FORMAT} | asdict(state) | {"files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
+    files = sorted(folder.iterdir())
+    sizes, checksums = {path.name: path.stat().st_size for path in files}, {path.name: file_checksum(path) for path in files}
+    content = {"format": FORMAT} | asdict(state) | {"files": sizes, "checksums": checksums}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
@@ -196,109 +207,137 @@ def _random_state(parts: Restorable) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding and reading
-
-
-def find_latest_state(folder: Path, name: str) -> Path | None:
-    """The newest whole state of the run ``name`` in ``folder``, or None. A state that is not whole is skipped, with a warning.
-
-    Raises:
-        UserError: there are states, but not one that can be used: a training that started over would replace what was trained.
-    """
-    whole: list[tuple[float, Path]] = []
-    unusable: list[UserError] = []
-    for path in _states_in(folder, name):
-        if final_of_temporary(path) is None:
-            try:
-                whole.append((read_state_file(path).saved_at, path))
-            except UserError as error:
-                unusable.append(error)
-    if unusable and not whole:
-        raise UserError(
-            f"no state of {name} in {folder} can be used. Move its states away to start over. The first one: {unusable[0]}"
-        )
-    for error in unusable:
-        logger.warning("%s", error)
-    return max(whole)[1] if whole else None
-
-
-def recover_state(folder: Path, name: str) -> None:
-    """Give a state its name again if a kill came while it replaced an older one of that name; the newer of the two wins."""
-    whole: list[tuple[float, Path]] = []
-    for path in _states_in(folder, name):
-        if final_of_temporary(path) is not None:
-            with suppress(UserError):  # not whole: its writing was interrupted
-                whole.append((read_state_file(path).saved_at, path))
-    for _, path in sorted(whole, reverse=True):
-        final = folder / final_of_temporary(path)
-        if not final.exists():
-            os.replace(path, final)
-            logger.warning("recovered the state %s, which was being replaced when the training was killed", final)
-
-
-def _states_in(folder: Path, name: str) -> list[Path]:
-    """The states of the run ``name``, under their own and under temporary names."""
-    ours = output_names(name)
-    return [
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.name.endswith(STATE_SUFFIX) and path.is_dir() and ours.fullmatch(final_of_temporary(path) or path.name)
-    ]
+# Reading
 
 
 def read_state_file(folder: Path) -> StateFile:
     """What the state.json in ``folder`` holds.
 
     Raises:
-        UserError: no state there, or one whose files are missing or cut short.
+        UserError: no state there, values in it that cannot be, or files that are missing or cut short.
     """
-    remedy = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to start over."
     if not folder.is_dir():
-        raise UserError(f"--resume {folder} is not a folder. {remedy}")
+        raise UserError(f"--resume {folder} is not a folder. {REMEDY}")
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / STATE_FILE, "the file of a state"))
         if (version := content.pop("format", None)) != FORMAT:
             raise ValueError(f"its format is {version!r}, and this version reads {FORMAT}")
         progress = _of_types(Progress, content.pop("progress"))
         state = _of_types(StateFile, content | {"progress": progress})
-        if min(progress.step, progress.epoch - 1, progress.batches, progress.skipped) < 0:
-            raise ValueError("a number in it is too small")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        counts = (progress.step, progress.epoch - 1, progress.batches, progress.skipped, state.lineage, state.seed)
+        if min(counts) < 0 or max(counts) > MAX_COUNT or not all(map(math.isfinite, (state.saved_at, progress.started_at))):
+            raise ValueError("a number in it is too small or too large")
+        if strange := [name for name in (*state.files, *state.checksums) if Path(name).name != name or name in ("", ".", "..")]:
+            raise ValueError(f"{shown(strange[0])} is no name of a file")
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{folder} is not a state of this trainer ({reason}). {remedy}") from error
+        raise UserError(f"{folder} is not a state of this trainer ({reason}). {REMEDY}") from error
     for name, size in state.files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {remedy}")
+            raise UserError(f"the state {folder} is damaged: {name} is missing or cut short. {REMEDY}")
     return state
+
+
+def verify_state(folder: Path, state: StateFile) -> None:
+    """Raise a UserError if a file of the state does not hold the bytes that were saved. States without checksums pass."""
+    for name, saved in state.checksums.items():
+        try:
+            found = file_checksum(folder / name)
+        except OSError as error:
+            raise UserError(f"cannot read {folder / name}: {error.strerror or error}. {REMEDY}") from error
+        if found != saved:
+            raise UserError(f"the state {folder} is damaged: {name} is not what was saved. {REMEDY}")
 
 
 def _of_types(kind: type, values: dict[str, Any]) -> Any:
     """``kind(**values)``; a TypeError names a value that has not the type of its field."""
     for name, hint in get_type_hints(kind).items():
-        wanted = get_origin(hint) or hint
-        if name in values and not isinstance(values[name], (int, float) if wanted is float else wanted):
-            raise TypeError(f"{name} is {values[name]!r}")
+        if name in values and not _is(values[name], hint):
+            raise TypeError(f"{name} is {shown(values[name])}")
     return kind(**values)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is what a type hint says: a class, or a list or dict of such."""
+    kind, of = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, kind):
+        return False
+    parts = [value] if kind is list else [value.keys(), value.values()] if kind is dict else []
+    return all(_is(each, part_hint) for part, part_hint in zip(parts, of) for each in part)
 
 
 def load_state(folder: Path, parts: Restorable) -> None:
     """Put the network, the optimizer, the schedule and the random generators of this process where ``save_state`` found them.
 
+    Everything is compared with what is there before anything is changed.
+
     Raises:
         UserError: a file cannot be read, or its content does not fit.
     """
     try:
-        parts.network.load_state_dict(read_tensors(folder / NETWORK_FILE).tensors)
+        tensors = read_tensors(folder / NETWORK_FILE).tensors
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        scaler = parts.accelerator.scaler
+        require_alike("network", tensors, dict(parts.network.state_dict()))
+        schedule = plain_state(parts.lr_scheduler.state_dict())
+        require_alike("lr_scheduler", states["lr_scheduler"], schedule)
+        _require_optimizer_state(states["optimizer"], parts.optimizer)
+        if scaler is not None and states["scaler"] is not None:
+            require_alike("scaler", states["scaler"], scaler.state_dict())
+        parts.network.load_state_dict(tensors)
         parts.optimizer.load_state_dict(states["optimizer"])
-        parts.lr_scheduler.load_state_dict(states["lr_scheduler"])
-        if parts.accelerator.scaler is not None and states["scaler"] is not None:
-            parts.accelerator.scaler.load_state_dict(states["scaler"])
+        # Schedules make attributes of whatever they get.
+        parts.lr_scheduler.load_state_dict({key: value for key, value in states["lr_scheduler"].items() if key in schedule})
+        if scaler is not None and states["scaler"] is not None:
+            scaler.load_state_dict(states["scaler"])
         _load_random_state(folder, parts)
     except UserError:
         raise
     except Exception as error:  # third-party optimizers fail in ways of their own
         raise UserError(f"the state {folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
+
+
+def require_alike(where: str, given: Any, own: Any) -> None:
+    """Raise a ValueError that names the place where a saved value is of another kind than the one that it replaces.
+
+    Numbers may be of any kind, what is None may be anything plain, and what either side lacks is passed over, as other releases of
+    torch have more or fewer values; tensors have the same shapes.
+    """
+    number = (int, float, torch.Tensor)
+    if isinstance(own, torch.Tensor) and not (isinstance(given, number) and own.numel() == 1):
+        if not isinstance(given, torch.Tensor) or given.shape != own.shape:
+            raise ValueError(f"{where} is {shown(getattr(given, 'shape', given))}, not of the shape {tuple(own.shape)}")
+    elif isinstance(own, Mapping):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where} is {shown(given)}")
+        for key in own.keys() & given.keys():
+            require_alike(f"{where}.{key}", given[key], own[key])
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(given, (list, tuple)) or len(given) != len(own):
+            raise ValueError(f"{where} is {shown(given)}")
+        for index, (one, other) in enumerate(zip(given, own)):
+            require_alike(f"{where}.{index}", one, other)
+    elif own is not None and not isinstance(given, number if isinstance(own, number) else type(own)):
+        raise ValueError(f"{where} is {shown(given)}")
+
+
+def _require_optimizer_state(given: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if what was saved cannot be the state of this optimizer."""
+    own = optimizer.state_dict()
+    require_alike("optimizer.param_groups", given["param_groups"], own["param_groups"])
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    for number, state in given["state"].items():
+        if number not in parameters or not isinstance(state, Mapping):
+            raise ValueError(f"optimizer.state.{shown(number)} is of no parameter")
+        for key in WHOLE_STATES & state.keys():
+            if isinstance(state[key], torch.Tensor):
+                require_alike(f"optimizer.state.{number}.{key}", state[key], parameters[number])
+        if "step" in state:
+            require_alike(f"optimizer.state.{number}.step", state["step"], 0)
 
 
 def _load_random_state(folder: Path, parts: Restorable) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dataset.cache.files import (
+    CHECKSUM,
     NonFiniteError,
     bucket_of,
     read_latent_header,
@@ -80,13 +81,39 @@ def test_unfinished_files_and_doubles_of_macos_are_no_caches(tmp_path):
     assert set(listing.latents) == {("a", None), (".01234567.tmp", None)}
 
 
+def without_checksum(metadata: dict[str, str]) -> dict[str, str]:
+    assert len(metadata[CHECKSUM]) == 16
+    return {key: value for key, value in metadata.items() if key != CHECKSUM}
+
+
+def test_flipped_and_lost_bytes_are_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    texts = torch.randn(256, 64).half(), torch.ones(256, dtype=torch.int64), torch.randn(768).half(), "a caption"
+    for save, read in (
+        (lambda: save_latents(path, torch.randn(16, 7, 16, 16).half(), (128, 128), 25), read_latents),
+        (lambda: save_text(path, *texts), read_text),
+    ):
+        save()
+        whole = path.read_bytes()
+        read(path)
+        for place, value in ((-1, 1), (len(whole) // 2, 1), (-5000, None)):
+            damaged = bytearray(whole)
+            if value is None:
+                damaged[place : place + 4096] = bytes(4096)
+            else:
+                damaged[place] ^= value
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"a.safetensors is damaged: .* Delete it and run cache_"):
+                read(path)
+
+
 def test_layout_of_latents_matches_reference(tmp_path):
     expected = GOLDEN["cache_file_layout"]["latent"]
     path = tmp_path / "a.safetensors"
     latents = torch.randn(16, 7, 68, 120).half()
     save_latents(path, latents, (960, 544), 25)
     header = read_header(path)
-    assert header.metadata == expected["metadata"]
+    assert without_checksum(header.metadata) == expected["metadata"]
     assert {name: list(shape) for name, shape in header.shapes.items()} == {
         name: entry["shape"] for name, entry in expected["tensors"].items()
     }
@@ -100,12 +127,13 @@ def test_layout_of_text_matches_reference(tmp_path):
     path = tmp_path / "a.safetensors"
     save_text(path, torch.randn(256, 4096).half(), torch.ones(256, dtype=torch.int64), torch.randn(768).half(), "a caption")
     stored = load_file(path)
-    assert read_header(path).metadata == expected["metadata"]
+    assert without_checksum(read_header(path).metadata) == expected["metadata"]
     # the reference also stores a mask of encoder 2 that nothing reads
     for name in set(expected["tensors"]) - {"clipL_mask"}:
         assert list(stored[name].shape) == expected["tensors"][name]["shape"]
         assert str(stored[name].dtype) == expected["tensors"][name]["dtype"]
-    assert read_text_header(path) == ((4096, 768), expected["metadata"])
+    sizes, metadata = read_text_header(path)
+    assert sizes == (4096, 768) and without_checksum(metadata) == expected["metadata"]
 
 
 def test_text_of_other_tools_is_read(tmp_path):

@@ -215,7 +215,7 @@ def test_text_is_made_again_for_another_caption_encoder_or_tokenizer(cache_text,
     media = tiny_dataset.parent
     assert outcomes(cache_text("--skip_existing").stdout)[0] == "6 made, 0 kept, 0 redone, 0 skipped, 0 orphans"
     metadata = read_header(media / "image_cache" / "red_circle_hv_te.safetensors").metadata
-    assert set(metadata) == {"architecture", "format_version", "caption1", *TEXT_ENCODERS, *TOKENIZERS}
+    assert set(metadata) == {"architecture", "format_version", "caption1", "checksum", *TEXT_ENCODERS, *TOKENIZERS}
     (media / "images" / "red_circle.txt").write_text("something else", encoding="utf-8")
     before = texts(media)
     changed = cache_text("--skip_existing")

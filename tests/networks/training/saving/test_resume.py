@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from networks.training import loop
 from networks.training.saving import state as training_state
-from networks.training.saving.state import find_latest_state, plain_state, read_state_file, recover_state
+from networks.training.saving.latest import find_latest_state, recover_state
+from networks.training.saving.state import plain_state, read_state_file
+from utils.checksums import file_checksum
 from utils.errors import UserError
 from utils.safetensors_io import read_header
 
@@ -209,11 +211,11 @@ def test_a_state_that_holds_code_is_refused(train, whole: Path) -> None:
         def __reduce__(self):
             return (os.mkdir, (str(whole / "harm"),))
 
-    path, state_file = state / "optimizer.pt", state / "state.json"
-    before = path.stat().st_size
-    torch.save({"optimizer": Harmful()}, path)
-    sizes = state_file.read_text("utf-8").replace(f'"optimizer.pt": {before}', f'"optimizer.pt": {path.stat().st_size}')
-    state_file.write_text(sizes, encoding="utf-8")
+    torch.save({"optimizer": Harmful()}, state / "optimizer.pt")
+    content = json.loads((state / "state.json").read_text("utf-8"))
+    content["files"]["optimizer.pt"] = (state / "optimizer.pt").stat().st_size
+    content["checksums"]["optimizer.pt"] = file_checksum(state / "optimizer.pt")
+    (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
     ended = train(*FLAGS, "--resume", state, name="other")
     assert ended.status == 2 and "cannot be loaded" in ended.stderr
     assert not (whole / "harm").exists()

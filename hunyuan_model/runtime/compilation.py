@@ -68,7 +68,6 @@ def enable_compile(transformer: nn.Module, settings: CompileSettings) -> None:
 
     Call it once, after loading (with swapped blocks or without) and before ``enable_gradient_checkpointing``.
     """
-    allow_graphs()
     compiled: dict[type, Callable[..., Any]] = {}
     attentions: dict[int, _CompilableAttention] = {}
     for block in (*transformer.double_blocks, *transformer.single_blocks):
@@ -98,6 +97,7 @@ class CompiledForward:
     def __call__(self, *inputs: Any) -> Any:
         """``inputs`` as a block takes them: tokens (B, L, hidden), once or twice, vec, rope and lengths."""
         *tokens, vec, rope, lengths = inputs
+        allow_graphs()  # each time: torch's settings are those of a thread, and a GPU's backward pass has one of its own
         if not torch.is_grad_enabled():
             # The first block is given a view, the others are not: that would be another graph.
             tokens = [part.clone() if part._is_view() else part for part in tokens]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from hunyuan_model.runtime.compilation import (
     enable_compile,
 )
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.transformer.fused import MAX_GRAPHS
 from networks.network_module import network_off
 from utils.errors import UserError
 
@@ -129,6 +131,16 @@ def test_outputs_and_gradients_are_those_of_eager_blocks(swapped: int, checkpoin
     if swapped:
         assert same(run(LOWERED, swapped), found)
         assert compiled_graphs() == graphs + made, "it is not seen by the compiler"
+
+
+def test_recomputations_in_the_thread_of_a_gpu_may_have_as_many_graphs() -> None:
+    """Autograd computes backward passes of a GPU in a thread of its own."""
+    seen: list[int] = []
+    forward = compilation.CompiledForward(nn.Identity(), lambda *_: seen.append(torch._dynamo.config.recompile_limit))
+    thread = threading.Thread(target=forward, args=(torch.ones(1, 2, 3), torch.ones(1, 3), torch.ones(2, 2), None))
+    thread.start()
+    thread.join()
+    assert seen == [MAX_GRAPHS]
 
 
 def test_offloaded_activations_and_a_network_that_is_off_go_together_with_it() -> None:

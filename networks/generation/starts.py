@@ -116,7 +116,7 @@ def _find(start: Start, find_starts: FindStarts) -> list[Path]:
     length, size = (frames - 1) * TIME_COMPRESSION + 1, (height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION)
     if (length, size) != (start.length, start.size):
         raise UserError(
-            f"--latent_path {start.path} holds {length} frames of {size[0]} x {size[1]} pixels (height x width), but "
+            f"--latent_path {start.path} holds {length} frame(s) of {size[0]} x {size[1]} pixels (height x width), but "
             f"{start.length} of {start.size[0]} x {start.size[1]} are asked for. "
             f"Give --video_length {length} --video_size {size[0]} {size[1]}."
         )

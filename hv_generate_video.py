@@ -128,8 +128,7 @@ def generate(args: argparse.Namespace, device: torch.device) -> int:
     files = ", ".join(Path(path).name for path in settings.lora_weight)
 
     def metadata(request: Request) -> dict[str, str]:
-        negative = {"negative_prompt": request.negative_prompt or ""} if request.sampling.guided else {}
-        return {"prompt": request.prompt, **negative, **request.sampling.metadata(), "lora": files}
+        return {**request.metadata(), "lora": files}
 
     batch = Batch(settings, requests, device, metadata, read_start)
     batch.run()

@@ -20,9 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hunyuan_model.runtime.memory import BatchSize  # noqa: E402
 from hunyuan_model.runtime.memory_plan import MemoryPlan  # noqa: E402
-from hunyuan_model.runtime.memory_report import MAX_TEXT_TOKENS, sample_size  # noqa: E402
+from hunyuan_model.runtime.memory_report import MAX_TEXT_TOKENS  # noqa: E402
 from hunyuan_model.runtime.settings import RuntimeSettings  # noqa: E402
+from hunyuan_model.sampling.flow import latent_size  # noqa: E402
 from hunyuan_model.transformer.config import TransformerConfig  # noqa: E402
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer  # noqa: E402
 from networks.lora import create_network  # noqa: E402
@@ -39,8 +41,9 @@ def training_plan(size: tuple[int, int, int], rank: int = 32, mixed_precision: b
     with torch.device("meta"):
         network = create_network(1.0, rank, 1.0, None, None, HYVideoDiffusionTransformer(config))
     values = sum(parameter.numel() for parameter in network.parameters())
+    batch = BatchSize(1, latent_size(*size), MAX_TEXT_TOKENS)
     dtype, compute_dtype = torch.bfloat16, torch.bfloat16 if mixed_precision else torch.float32
-    return MemoryPlan(config, torch.device("cuda"), RuntimeSettings(), sample_size(*size), dtype, compute_dtype, values, ADAM_BYTES)
+    return MemoryPlan(config, torch.device("cuda"), RuntimeSettings(), batch, dtype, compute_dtype, values, ADAM_BYTES)
 
 
 def gpu_table(plan: MemoryPlan, gpus: tuple[int, ...] = GPUS) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
-from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.devices import explain_out_of_memory
 from utils.disk_space import readable
@@ -95,11 +94,6 @@ def size_of(batch: Mapping[str, Any]) -> BatchSize:
     """Of a training batch: ``latents`` (B, C, F, H, W) and ``text_states`` (B, L, width)."""
     samples, _, *size = batch["latents"].shape
     return BatchSize(samples, tuple(size), batch["text_states"].shape[1])
-
-
-def sample_size(height: int, width: int, frames: int) -> BatchSize:
-    """Of one sample in pixels, whose caption may have any length."""
-    return BatchSize(1, latent_size(height, width, frames), MAX_TEXT_TOKENS)
 
 
 def explain_batch_out_of_memory(plan: MemoryPlan, batches: Sequence[Mapping[str, Any]], doing: str) -> AbstractContextManager[None]:

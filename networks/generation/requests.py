@@ -56,6 +56,11 @@ class Request:
         """Of its files' names, where nothing has that name yet."""
         return f"{self.name or time.strftime('%Y%m%d-%H%M%S')}_{self.sampling.seed}"
 
+    def metadata(self) -> dict[str, str]:
+        """Texts and settings for the metadata of files."""
+        negative = {"negative_prompt": self.negative_prompt or ""} if self.sampling.guided else {}
+        return {"prompt": self.prompt, **negative, **self.sampling.metadata()}
+
     def __str__(self) -> str:
         return self.where or "the video"
 
@@ -88,10 +93,8 @@ def without_effect(requests: Sequence[Request]) -> list[str]:
     }
     for flag, is_given in given.items():
         if unused := [request.where for request in requests if is_given(request) and not request.sampling.guided]:
-            where = f"{name_some(unused)}: " if all(unused) else ""
-            found.append(
-                f"{where}{flag} has no effect, as --guidance_scale (--l in a prompt line) is 1; give a larger one, 4 for example."
-            )
+            where, how = (f"{name_some(unused)}: ", "--l") if all(unused) else ("", "--guidance_scale")
+            found.append(f"{where}{flag} has no effect without classifier-free guidance; give {how} 4, for example.")
     unused = [request.where for request in requests if request.sampling.strength != default.strength and not request.start]
     if unused:
         where = f"{name_some(unused)}: " if all(unused) else ""

@@ -15,12 +15,14 @@ from torch import nn
 
 import networks.lora
 from hunyuan_model.runtime.loading import check_transformer_file
+from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
-from hunyuan_model.runtime.memory_report import plan_table, sample_size
+from hunyuan_model.runtime.memory_report import MAX_TEXT_TOKENS, plan_table
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.formats.reading import LoraFile, check_lora_file, read_lora
 from networks.formats.writing import plain_network
+from networks.generation.requests import without_effect
 from networks.lora import DEFAULT_RANK
 from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
@@ -34,7 +36,7 @@ from networks.training.optim.optimizers import (
     state_bytes_per_value,
     warn_of_low_learning_rate,
 )
-from networks.training.samples.prompts import SamplePrompt
+from networks.training.samples.prompts import DEFAULTS, SamplePrompt
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
 from networks.training.saving.latest import next_lineage, recover_state
@@ -159,7 +161,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
         sizes = {(lora.rank, lora.scale * lora.rank) for lora in planned.loras()}
     rates = [group["lr"] for group in parameter_groups(planned, rate)[0]] if ours else [rate]
     optimizer = check_optimizer(settings.optimizer, accelerator.device, rates)
-    for sentence in (*settings.without_effect(), *_guidance_without_effect(settings, config, prompts)):
+    for sentence in (*settings.without_effect(), *_guidance_without_effect(settings, config, prompts), *without_effect(prompts)):
         logger.warning("%s", sentence)
     lora = planned_lora(planned)
     check_formats(settings.saving, lora, network.arguments, network.is_lycoris)
@@ -169,7 +171,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
 def _guidance_without_effect(settings: TrainingSettings, config: TransformerConfig, prompts: Sequence[SamplePrompt]) -> list[str]:
     """A sentence on guidance for a transformer that takes none."""
     given = ["--guidance_scale"] if settings.flow != FlowSettings() else []
-    if any(prompt.guidance_scale != SamplePrompt.guidance_scale for prompt in prompts):
+    if any(prompt.sampling.embedded_cfg_scale != DEFAULTS.embedded_cfg_scale for prompt in prompts):
         given.append("the guidance of sample prompts")
     if config.guidance or not given:
         return []
@@ -257,7 +259,8 @@ def _plan_memory(
     settings: TrainingSettings, model: ModelPlan, data: TrainingData, accelerator: Accelerator, shown: bool
 ) -> MemoryPlan:
     """The memory plan, with the same number of swapped blocks in all processes."""
-    sizes = [sample_size(prompt.height, prompt.width, prompt.frame_count) for prompt in model.prompts]
+    samplings = [prompt.sampling for prompt in model.prompts]
+    sizes = [BatchSize(2 if each.batched else 1, each.latent_size, MAX_TEXT_TOKENS) for each in samplings]
     free = free_device_memory(accelerator.device)
     memory = MemoryPlan(
         model.config,

@@ -156,7 +156,7 @@ class WandB(WandBTracker):
     def log_sample(self, sample: SavedSample, step: int) -> None:
         import wandb
 
-        caption = f"{sample.prompt.prompt} (seed {sample.prompt.seed})"
+        caption = f"{sample.prompt.prompt} (seed {sample.prompt.sampling.seed})"
         if sample.path.suffix == ".png":
             media = wandb.Image(str(sample.path), caption=caption)
         else:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hunyuan_model
 from hunyuan_model.sampling.decoding import load_decoder
-from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, latent_size, sample_latents
+from hunyuan_model.sampling.generation import generate_latents
 from hunyuan_model.sampling.prompts import shortened
 from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
@@ -102,11 +102,12 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt, its place in its file from 0, and its text as the transformer takes it, on the CPU."""
+    """A prompt, its place in its file from 0, and its texts as the transformer takes them, on the CPU."""
 
     index: int
     prompt: SamplePrompt
     text: TextConditions
+    negative: TextConditions | None
 
     def __str__(self) -> str:
         return f"{self.index:02d} ({self.prompt.where}: {shortened(self.prompt.prompt)})"
@@ -158,16 +159,19 @@ def prepare_samples(
     if prompts and accelerator.is_main_process:
         device = accelerator.device
         with kept_random_state(device), explain_out_of_memory("encoding the sample prompts", "use --fp8_llm"):
-            texts = hunyuan_model.encode_prompts([prompt.prompt for prompt in prompts], settings.text_settings, device)
-        for number, given, width in ((1, texts[0].states, config.text_dim), (2, texts[0].pooled, config.pooled_dim)):
+            texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.texts))
+            conditions = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text_settings, device)))
+        first = conditions[texts[0]]
+        for number, given, width in ((1, first.states, config.text_dim), (2, first.pooled, config.pooled_dim)):
             if given.shape[-1] != width:
                 raise UserError(
                     f"--text_encoder{number} gives vectors of {given.shape[-1]} numbers, the transformer in --dit takes {width}: "
                     "they do not belong together."
                 )
-        for index, (prompt, text) in enumerate(zip(prompts, texts)):
-            own_seed = (seed + index) % (MAX_SEED + 1) if prompt.seed is None else prompt.seed
-            encoded.append(EncodedPrompt(index, replace(prompt, seed=own_seed), text))
+        for index, prompt in enumerate(prompts):
+            seeded = prompt if prompt.has_seed else prompt.changed({"seed": (seed + index) % (MAX_SEED + 1)})
+            text, *negative = (conditions[text] for text in prompt.texts)
+            encoded.append(EncodedPrompt(index, seeded, text, negative[0] if negative else None))
     if prompts:
         accelerator.wait_for_everyone()
     return TrainingSamples(settings, accelerator, encoded)
@@ -247,7 +251,7 @@ class SampleRound:
         started = time.monotonic()
         sampled: list[tuple[EncodedPrompt, Tensor]] = []
         saved: list[SavedSample] = []
-        steps = sum(entry.prompt.sample_steps for entry in prompts)
+        steps = sum(entry.prompt.sampling.infer_steps for entry in prompts)
         try:
             with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
                 for entry in prompts:
@@ -269,18 +273,15 @@ class SampleRound:
             progress.update()
             self._stop_if_asked()
 
-        prompt = entry.prompt
-        size = latent_size(prompt.height, prompt.width, prompt.frame_count)
         smaller = explain_out_of_memory("sampling", "make it smaller or shorter", self.accelerator.device)
         with smaller, self.accelerator.autocast():  # as in training
-            latents = sample_latents(
+            latents = generate_latents(
                 self.transformer,
-                initial_noise(size, torch.Generator().manual_seed(prompt.seed)),
-                *entry.text,
-                sigmas=flow_sigmas(prompt.sample_steps, prompt.discrete_flow_shift),
-                guidance_scale=prompt.guidance_scale,
+                entry.text,
+                entry.prompt.sampling,
                 device=self.accelerator.device,
                 dtype=self.dtype,
+                negative=entry.negative,
                 on_step=advance,
             )
         if not torch.isfinite(latents).all():
@@ -298,11 +299,9 @@ class SampleRound:
 
     def _save(self, entry: EncodedPrompt, frames: np.ndarray) -> Path:
         """Frames (T, H, W, 3), as a picture or a clip under a name that is free."""
-        folder, values = self.settings.folder, asdict(entry.prompt) | {"training_steps": self.step}
-        del values["where"]
-        metadata = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
-        metadata = {} if self.settings.no_metadata else metadata
-        stem = _stem(self.settings.output_name, self.name, entry.index, entry.prompt.seed)
+        folder = self.settings.folder
+        metadata = {} if self.settings.no_metadata else {**entry.prompt.metadata(), "training_steps": str(self.step)}
+        stem = _stem(self.settings.output_name, self.name, entry.index, entry.prompt.sampling.seed)
         stem = unused_stem(folder, stem, endings=(".png", ".mp4"))
         if len(frames) == 1:
             path = folder / f"{stem}.png"

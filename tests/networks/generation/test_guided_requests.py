@@ -55,7 +55,7 @@ def test_running_out_of_memory_with_a_batch_of_two_names_the_flag(tiny_model):
 def test_what_has_no_effect_is_said():
     assert without_effect([PLAIN, GUIDED, GUIDED.changed({"guidance_range": (0.2, 1.0), "split_uncond": True})]) == []
     assert without_effect([PLAIN, replace(PLAIN, negative_prompt="")]) == [
-        "--negative_prompt has no effect, as --guidance_scale (--l in a prompt line) is 1; give a larger one, 4 for example."
+        "--negative_prompt has no effect without classifier-free guidance; give --guidance_scale 4, for example."
     ]
     lines = [replace(PLAIN, negative_prompt="x", where=f"p.txt, line {number}") for number in (3, 5)]
     (sentence,) = without_effect([PLAIN, *lines])
@@ -67,4 +67,4 @@ def test_what_has_no_effect_is_said():
 def test_the_script_says_it_before_it_samples(bench, caplog):
     ended = bench.generate("--negative_prompt", "blue", "--output_type", "latent")
     assert ended.status == 0, ended.stderr
-    assert caplog.text.count("--negative_prompt has no effect, as --guidance_scale (--l in a prompt line) is 1") == 1
+    assert caplog.text.count("--negative_prompt has no effect without classifier-free guidance") == 1

@@ -147,7 +147,7 @@ def test_prompts_with_dashes_are_prompts(generate):
 def test_a_negative_prompt_without_guidance_is_said(generate, write, caplog):
     path = write("p.txt", "a cat\na dog --n dark\na cow --n dark --l 2\n")
     assert generate("--from_file", path, "--output_type", "latent", "--infer_steps", 1).status == 0
-    assert f"{path}, line 2: --negative_prompt has no effect, as --guidance_scale (--l in a prompt line) is 1" in caplog.text
+    assert f"{path}, line 2: --negative_prompt has no effect without classifier-free guidance; give --l 4" in caplog.text
     assert "line 3" not in caplog.text
 
 

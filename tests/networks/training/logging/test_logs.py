@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hunyuan_model.sampling.generation import SamplingSettings
 from networks.training.logging.logs import LogSettings, TrainingLogs, check_logs, open_logs
 from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import SavedSample
@@ -89,7 +90,7 @@ def samples(tmp_path) -> list[SavedSample]:
     frames = np.stack([np.full((64, 704, 3), 40 * index, dtype=np.uint8) for index in range(5)])
     save_picture(tmp_path / "s.png", frames[3])
     save_video(tmp_path / "s.mp4", frames, 24)
-    prompt = SamplePrompt("a ball", "here", seed=7)
+    prompt = SamplePrompt("a ball", SamplingSettings(seed=7))
     return [SavedSample(tmp_path / "s.png", 0, prompt), SavedSample(tmp_path / "s.mp4", 1, prompt)]
 
 

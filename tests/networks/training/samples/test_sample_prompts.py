@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from networks.training.samples.prompts import SAMPLE_OPTIONS, SamplePrompt, read_sample_prompts
+from networks.training.samples.prompts import DEFAULTS, SAMPLE_OPTIONS, read_sample_prompts
 from utils.errors import UserError
 
-DEFAULTS = {
-    "width": 256,
-    "height": 256,
-    "frame_count": 1,
-    "seed": None,
-    "sample_steps": 20,
-    "guidance_scale": 6.0,
-    "discrete_flow_shift": 14.5,
+SHOWN_DEFAULTS = {  # by the keys of prompts
+    "width": DEFAULTS.video_size[1],
+    "height": DEFAULTS.video_size[0],
+    "frame_count": DEFAULTS.video_length,
+    "sample_steps": DEFAULTS.infer_steps,
+    "guidance_scale": DEFAULTS.embedded_cfg_scale,
+    "discrete_flow_shift": DEFAULTS.flow_shift,
+    "negative_prompt": "the empty text",
+    "scale": DEFAULTS.guidance_scale,
+    "step_cache": DEFAULTS.step_cache,
 }
 
 
@@ -27,17 +29,13 @@ def write(folder: Path, name: str, content: str) -> Path:
     return folder / name
 
 
-def values(prompt: SamplePrompt) -> dict:
-    found = asdict(prompt)
-    del found["where"]
-    return found
-
-
 def test_a_prompt_alone_and_one_with_every_option(tmp_path):
-    lines = "a red ball\na red ball --w 512 --h 320 --f 25 --d 7 --s 30 --g 4.5 --fs 7"
+    lines = "a red ball\na blue ball --w 512 --h 320 --f 25 --d 7 --s 30 --g 4.5 --fs 7 --n red, dark --l 3 --step_cache 0.1"
     first, second = read_sample_prompts(write(tmp_path, "p.txt", lines))
-    assert values(first) == {"prompt": "a red ball", **DEFAULTS}
-    assert values(second) == dict(zip(["prompt", *DEFAULTS], ["a red ball", 512, 320, 25, 7, 30, 4.5, 7.0]))
+    assert (first.prompt, first.negative_prompt, first.has_seed, first.sampling) == ("a red ball", None, False, DEFAULTS)
+    assert (second.prompt, second.negative_prompt, second.has_seed) == ("a blue ball", "red, dark", True)
+    given = {"seed": 7, "video_size": (320, 512), "video_length": 25, "infer_steps": 30, "embedded_cfg_scale": 4.5}
+    assert second.sampling == replace(DEFAULTS, **given, flow_shift=7.0, guidance_scale=3.0, step_cache=0.1)
     assert second.where.endswith("p.txt, line 2")
 
 
@@ -68,8 +66,9 @@ def test_the_prompts_that_documentation_shows(tmp_path):
     names = {"text": "p.txt", "toml": "p.toml", "json": "p.json"}
     read = {kind: read_sample_prompts(write(tmp_path, names[kind], content)) for kind, content in shown.items()}
     assert {kind: len(prompts) for kind, prompts in read.items()} == {"text": 3, "toml": 2, "json": 2}
-    assert [(prompt.prompt, prompt.seed) for prompt in read["toml"]] == [(prompt.prompt, prompt.seed) for prompt in read["json"]]
+    asked = [[(prompt.prompt, prompt.sampling.seed) for prompt in read[kind]] for kind in ("toml", "json")]
+    assert asked[0] == asked[1]
     rows = re.findall(r"^\| `(--\w+)` \| `(\w+)` \| .* \| (.*?) \|$", text, re.MULTILINE)
     assert tuple(option for option, _, _ in rows) == SAMPLE_OPTIONS
     shown_defaults = {key: default.strip("`") for _, key, default in rows if key != "seed"}
-    assert shown_defaults == {key: str(value) for key, value in DEFAULTS.items() if value is not None}
+    assert shown_defaults == {key: str(value) for key, value in SHOWN_DEFAULTS.items()}

@@ -181,22 +181,30 @@ def test_names_of_epochs_and_of_a_second_round(sampling, tiny_model, monkeypatch
         assert not file.text
 
 
-def test_a_sample_is_what_generation_makes_with_the_same_network(sampling, tiny_model, call_script, tmp_path):
-    training = TinyTraining(tiny_model.dit)
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [("", ()), ("--n blue and dark --l 4", ("--negative_prompt", "blue and dark", "--guidance_scale", 4))],
+    ids=["plain", "guided"],
+)
+def test_a_sample_is_what_generation_makes_with_the_same_network(sampling, tiny_model, call_script, tmp_path, options, flags):
+    training, given = TinyTraining(tiny_model.dit), sampling()
+    (tmp_path / "prompts.txt").write_text(f"a red ball --w 48 --h 32 --d 7 --s 2 {options}", encoding="utf-8")
     for _ in range(2):
         training.step()
     lora = tmp_path / "lora.safetensors"
     training.network.save_weights(lora, torch.float32, None)
-    picture, _ = training.sample(training.samples(sampling()))
+    (picture,) = training.sample(training.samples(given))
     encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
     models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae, *encoders, "--prompt", "a red ball", "--seed", 7)
     size = ("--video_size", 32, 48, "--video_length", 1, "--infer_steps", 2, "--flow_shift", 14.5, "--output_type", "images")
-    for folder, flags in (("with", ("--lora_weight", lora)), ("without", ())):
-        ended = call_script("hv_generate_video", *models, *size, "--save_path", tmp_path / folder, *flags)
+    for folder, network in (("with", ("--lora_weight", lora)), ("without", ())):
+        ended = call_script("hv_generate_video", *models, *size, "--save_path", tmp_path / folder, *network, *flags)
         assert ended.status == 0, ended.stderr
     found = [np.asarray(Image.open(path)).astype(int) for path in (picture.path, *sorted(tmp_path.glob("with*/*/*.png")))]
     assert np.abs(found[0] - found[1]).max() <= 1, "the network is merged there and hooked in here"
     assert np.abs(found[0] - found[2]).max() > 1, "the network changes the picture"
+    with Image.open(picture.path) as file:
+        assert file.text.get("negative_prompt") == ("blue and dark" if options else None)
 
 
 class TestFailures:
@@ -223,7 +231,7 @@ class TestFailures:
         ],
     )
     def test_a_prompt_that_cannot_be_sampled(self, training, sampling, caplog, monkeypatch, error, says):
-        plain, calls = training_samples.sample_latents, []
+        plain, calls = training_samples.generate_latents, []
 
         def first_fails(*args, **kwargs):
             calls.append(1)
@@ -232,7 +240,7 @@ class TestFailures:
                 raise error
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(training_samples, "sample_latents", first_fails)
+        monkeypatch.setattr(training_samples, "generate_latents", first_fails)
         saved, warnings = self.sampled(training, sampling(), caplog)
         assert [sample.index for sample in saved] == [1]
         (warning,) = warnings

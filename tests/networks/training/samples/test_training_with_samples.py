@@ -89,13 +89,13 @@ def test_samples_show_what_is_learnt(sampled, tmp_path: Path) -> None:
 
 
 def test_a_signal_gives_samples_up_and_stops_after_the_next_step(train, sampled, tmp_path: Path, monkeypatch) -> None:
-    flow_sigmas = training_samples.flow_sigmas
+    generate = training_samples.generate_latents
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGTERM)
-        return flow_sigmas(*arguments)
+        return generate(*arguments, **options)
 
-    monkeypatch.setattr(training_samples, "flow_sigmas", interrupted)
+    monkeypatch.setattr(training_samples, "generate_latents", interrupted)
     with pytest.raises(AssertionError):
         sampled("--max_train_steps", 5, "--sample_every_n_steps", 2)
     out = tmp_path / "out"

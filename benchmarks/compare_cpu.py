@@ -1,4 +1,4 @@
-"""Seconds and memory on the CPU beside those of diffusers and peft: Markdown tables.
+"""Seconds and memory on the CPU beside those of diffusers and peft, and of quantized weights beside bfloat16: Markdown tables.
 
 Both sides have the same weights and the same inputs, in one process, and take turns; a ratio is the median of the ratios of
 the rounds. "bare" is the time of nothing but the matrix products and the attention that the work consists of, so that what
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.diffusers_twins import diffusers_transformer, linears_of_blocks, run_diffusers  # noqa: E402
+from benchmarks.gpu_workloads import SIZES, Bench, Model, Row  # noqa: E402
 from benchmarks.memory_watch import MemoryWatch, in_new_process  # noqa: E402
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing  # noqa: E402
 from hunyuan_model.text.llm import LlamaTextEncoder  # noqa: E402
@@ -123,6 +124,14 @@ def lora_step() -> dict[str, Run]:
         "diffusers": step(adapters, lambda: run_diffusers(theirs, inputs)),
         "bare": bare,
     }
+
+
+def quantized_step(weights: str) -> dict[str, Run]:
+    """The step that ``gpu.py`` measures, of few and small blocks under bfloat16 autocast: with quantized weights and without."""
+    cpu = torch.device("cpu")
+    config, formats = Bench(cpu, tiny=True).config(short=True), {"ours": weights, "bf16": "bf16"}
+    models = {name: Model(Row(weights=stored, keep=True), config, cpu) for name, stored in formats.items()}
+    return {name: model.work(SIZES["image"]) for name, model in models.items()}
 
 
 def bare_products(transformer: HYVideoDiffusionTransformer, inputs: dict[str, torch.Tensor], lora: bool) -> Run:
@@ -311,6 +320,9 @@ def peak_of(direction: str, whose: str) -> int:
 TIMED: dict[str, tuple[str, Callable[[], dict[str, Run]]]] = {
     "transformer": ("transformer forward, 960x544 image", transformer_forward),
     "step": (f"LoRA step, rank {RANK}, checkpointing", lora_step),
+    "int8": ("LoRA step, int8 weights", lambda: quantized_step("int8")),
+    "fp8": ("LoRA step, float8 weights", lambda: quantized_step("fp8")),
+    "fp8_scaled": ("LoRA step, scaled float8 weights", lambda: quantized_step("fp8_scaled")),
     "encode": ("VAE encode, 17 frames of 256x256", lambda: vae_runs(17, 256, "encode")),
     "decode": ("VAE decode, 17 frames of 256x256", lambda: vae_runs(17, 256, "decode")),
     "image_encode": ("VAE encode, one image of 512x512", lambda: vae_runs(1, 512, "encode")),

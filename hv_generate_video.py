@@ -37,14 +37,13 @@ from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from networks.generation.arguments import (
     add_lora_arguments,
     add_request_arguments,
+    asked_for,
     block_strengths,
     generation_settings,
     lora_multipliers,
-    requests_from,
 )
 from networks.generation.batch import Batch
 from networks.generation.requests import Request
-from networks.generation.starts import expand_starts
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
@@ -120,7 +119,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
 
 def generate(args: argparse.Namespace, device: torch.device) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
-    requests = expand_starts(requests_from(args), find_starts)
+    requests, sheet = asked_for(args, find_starts)
     settings = generation_settings(args, device, requests)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
@@ -130,7 +129,7 @@ def generate(args: argparse.Namespace, device: torch.device) -> int:
     def metadata(request: Request) -> dict[str, str]:
         return {**request.metadata(), "lora": files}
 
-    batch = Batch(settings, requests, device, metadata, read_start)
+    batch = Batch(settings, requests, device, metadata, read_start, sheet)
     batch.run()
     if batch.failures:
         logger.error("%d of %d were not made: %s", len(batch.failures), len(requests), "; ".join(batch.failures))
@@ -145,11 +144,11 @@ def main() -> int | None:
     if args.save_merged_model:
         warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
         save_merged(args)
-    elif args.latent_path and args.prompt is None and args.from_file is None:
+    elif args.latent_path and args.prompt is None and args.from_file is None and args.xy is None:
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
         decode_stored(args, device)
     else:
-        if not args.lora_weight:
+        if not (args.lora_weight or args.xy):
             warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
         return generate(args, device)
     return None

@@ -62,7 +62,9 @@ STAGES = [
     ),
     (
         "Pictures before and after",
-        f"python -m examples.toy.before_after --lora_weight {LORA}.safetensors --output quickstart_output/before_after.png",
+        f"python hv_generate_video.py {TOY} {VAE} {ENCODERS} --xy prompt=@examples/toy/zorp_prompts.txt multiplier=0,1 "
+        f"--lora_weight {LORA}.safetensors --video_size 64 64 --video_length 1 --infer_steps 20 --seed 1 --output_type images "
+        "--sheet quickstart_output/before_after.png --save_path quickstart_output/before_after --device cpu",
     ),
     (
         "Stage 4 of 5: generate a clip with the LoRA",

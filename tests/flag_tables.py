@@ -343,6 +343,7 @@ ENCODERS = "--text_encoder1 {model}/text_encoder --text_encoder2 {model}/text_en
 other_latent, other_frame = differs(latent), differs(frame)
 LORA = "--lora_weight {data}/rank3.safetensors"
 IMAGES = "--output_type images"
+COMPARISON = "--xy embedded_cfg_scale=1,6 steps=1,2"
 PROMPTLESS = (
     "--dit {model}/dit.safetensors --vae {model}/vae --save_path {out} --output_type latent --seed 5 --video_size 32 64 "
     "--video_length 1 --infer_steps 2 " + ENCODERS
@@ -399,6 +400,7 @@ GENERATION = (
     # What to draw
     Row("--prompt another", becomes(setting("prompt"), "another"), base=PROMPTLESS),
     Row("--from_file {data}/prompts.txt", both(works, becomes(setting("prompt"), "a red ball")), base=PROMPTLESS),
+    Row(COMPARISON, both(writes("xy_2_1_5/00000.png"), writes("xy_*.png")), beside=IMAGES),
     Row("--video_size 48 32", becomes(shape, (16, 1, 6, 4))),
     Row("--video_length 5", becomes(shape, (16, 2, 4, 8))),
     Row("--fps 12", becomes(frames_per_second, 12), beside="--output_type video"),
@@ -419,6 +421,7 @@ GENERATION = (
     Row("--strength 0", becomes(seen("timesteps"), []), beside="--latent_path {data}/x_latent.safetensors"),
     # Output
     Row("--save_path {out}/elsewhere", writes("elsewhere/*_latent.safetensors")),
+    Row("--sheet {out}/all.png", both(writes("all.png"), removes("xy_*.png")), beside=f"{IMAGES} {COMPARISON}"),
     Row("--output_type images", both(writes("*/00000.png"), removes("*_latent.safetensors"))),
     Row("--preview_every 1", both(logs("preview, until the result is there"), stays(latent))),
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,18 +22,27 @@ from hunyuan_model.vae.arguments import vae_settings
 from networks.block_strengths import FLAG as BLOCK_FLAG
 from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
+from networks.generation.comparison import AXES, Comparison
+from networks.generation.comparison import FLAG as COMPARISON_FLAG
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
 from networks.generation.requests import Request, without_effect
 from networks.generation.settings import GenerationSettings
-from networks.generation.starts import one_for_each
+from networks.generation.sheets import BatchSheet
+from networks.generation.starts import FindStarts, expand_starts, one_for_each
 from networks.merging import complete_multipliers
 from utils.cli.arguments import StoreOnce, finite_float, require_flags
 from utils.cli.settings import settings_from
 from utils.devices import choose_dtype
 from utils.errors import UserError
+from utils.files import require_possible_file, require_writable_folder
+from utils.media_writing import unused_stem
 
 logger = logging.getLogger(__name__)
+
+MODEL_FLAGS = ("save_path", "dit", "text_encoder1", "text_encoder2")  # that sampling needs
+SHEET_ENDINGS = (".png", ".mp4")
+TIME = "%Y%m%d-%H%M%S"  # in names
 
 
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
@@ -118,9 +129,93 @@ def add_request_arguments(group: argparse._ArgumentGroup) -> None:
         "prompts leave out, and the seeds count up from --seed (default: none)",
     )
 
+    group.add_argument(
+        COMPARISON_FLAG,
+        nargs=2,
+        metavar=("COLUMNS", "ROWS"),
+        help=f"compare: one result for each pair of values, and a sheet of all with labels. Each is NAME=VALUE,VALUE; names are "
+        f"{', '.join(AXES)}; lora takes patterns and none, prompt=@FILE reads prompts (default: none)",
+    )
+    group.add_argument(
+        "--sheet",
+        metavar="PATH",
+        help="PNG for the contact sheet of several results (default: in --save_path, xy_TIME.png or FILE_sheet.png)",
+    )
+
+
+def asked_for(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Request], BatchSheet | None]:
+    """What the flags ask for, in the order in which it is made, and the sheet that shows it. LoRA of --xy join --lora_weight.
+
+    Raises:
+        UserError: something that cannot be sampled, or a sheet that cannot be written.
+    """
+    if args.output_type == "latent" and (args.xy or args.sheet):
+        flag = COMPARISON_FLAG if args.xy else "--sheet"
+        raise UserError(f"{flag} shows what is decoded, and --output_type latent decodes nothing; use video, images or both.")
+    if args.xy:
+        return compared(args, find_starts)
+    requests = expand_starts(requests_from(args), find_starts)
+    if len(requests) == 1 and args.sheet:
+        logger.warning("--sheet: no effect with a single result.")
+    if len(requests) == 1 or args.output_type == "latent":
+        return requests, None
+    columns = math.ceil(math.sqrt(len(requests)))
+    grid = [requests[start : start + columns] for start in range(0, len(requests), columns)]
+    stem = Path(args.from_file).stem if args.from_file else time.strftime(TIME)
+    return requests, BatchSheet(sheet_path(args, f"{stem}_sheet"), grid, args.fps, args.lora_weight)
+
+
+def compared(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Request], BatchSheet]:
+    """What --xy asks for, as of ``asked_for``."""
+    if args.from_file is not None:
+        raise UserError(f"{COMPARISON_FLAG} and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
+    comparison = Comparison.read(args.xy)
+    compares = {axis.name for axis in comparison.axes}
+    require_flags(args, COMPARISON_FLAG, *MODEL_FLAGS, *({"prompt"} - compares))
+    for name in {"prompt", "seed"} & compares:
+        if getattr(args, name) is not None:
+            logger.warning("--%s: no effect, as %s compares it.", name, COMPARISON_FLAG)
+    check_prompt(args.prompt or "")
+    own = ["the LoRA of --xy"] if "lora" in compares else []
+    base = settings_from(
+        Request,
+        args,
+        prompt=args.prompt or "",
+        sampling=settings_from(SamplingSettings, args, seed=0) if "seed" in compares else sampling_settings(args),
+        lora_multiplier=complete_multipliers([*args.lora_weight, *own], args.lora_multiplier, "--lora_weight", "--lora_multiplier"),
+        latent_path=args.latent_path[0] if args.latent_path else None,
+    )
+    grid = comparison.grid(base)
+    requests = list(dict.fromkeys(request for row in grid for request in row))
+    warn_of_no_effect(requests)
+    started = expand_starts(requests, find_starts)
+    if len(started) > len(requests) or len(args.latent_path) > 1:
+        raise UserError(f"{COMPARISON_FLAG} starts all its results from one file; name it in place of several or of their folder.")
+    found = dict(zip(requests, started))
+    args.lora_weight = [*args.lora_weight, *comparison.lora_files]
+    labels = [[value.label for value in axis.values] for axis in comparison.axes]
+    path = sheet_path(args, f"xy_{time.strftime(TIME)}")
+    return started, BatchSheet(path, [[found[request] for request in row] for row in grid], args.fps, args.lora_weight, *labels)
+
+
+def sheet_path(args: argparse.Namespace, stem: str) -> Path:
+    """Where the contact sheet goes: --sheet, or ``stem`` in --save_path.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    if args.sheet is None:
+        return Path(args.save_path) / f"{unused_stem(Path(args.save_path), stem, SHEET_ENDINGS)}.png"
+    path = Path(args.sheet)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--sheet {path} must end in .png; clips become an .mp4 beside it.")
+    require_possible_file(path, "--sheet")
+    require_writable_folder(path.parent, "the folder of --sheet,")
+    return path
+
 
 def requests_from(args: argparse.Namespace) -> list[Request]:
-    """What the flags ask for, in the order in which it is made.
+    """What --prompt or --from_file asks for, in the order in which it is made.
 
     Raises:
         UserError: something that cannot be sampled.
@@ -128,7 +223,7 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
     if args.prompt is not None and args.from_file is not None:
         raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
     prompt = [] if args.from_file else ["prompt"]
-    require_flags(args, "generation", "save_path", "dit", "text_encoder1", "text_encoder2", *prompt)
+    require_flags(args, "generation", *MODEL_FLAGS, *prompt)
     given = {"lora_multiplier": lora_multipliers(args), "latent_path": args.latent_path[0] if args.latent_path else None}
     if args.from_file:
         sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
@@ -137,9 +232,14 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
     else:
         check_prompt(args.prompt)
         requests = [settings_from(Request, args, sampling=sampling_settings(args), **given)]
-    for sentence in without_effect(requests):
-        logger.warning(sentence)
+    warn_of_no_effect(requests)
     if len(args.latent_path) < 2:
         return requests
     paths = [Path(path) for path in args.latent_path]
     return [one for request in requests for one in (one_for_each(request, "latent", paths) if request.latent_path else [request])]
+
+
+def warn_of_no_effect(requests: Sequence[Request]) -> None:
+    """Log what the requests ask for and do not get."""
+    for sentence in without_effect(requests):
+        logger.warning(sentence)

@@ -17,6 +17,7 @@ from hunyuan_model.sampling.preview import Preview, removed_on_failure
 from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
+from networks.generation.sheets import BatchSheet
 from networks.generation.starts import ReadStart, prepare_with_vae, start_of
 from networks.merging import LoraToMerge, read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
@@ -46,6 +47,7 @@ class Batch:
     Attributes:
         metadata: what is written into the files of a request.
         read_start: reads pictures and clips to start from.
+        sheet: shows them all, and is written at the end.
         failures: sentences on requests that were not made; a run of one request raises instead.
     """
 
@@ -54,6 +56,7 @@ class Batch:
     device: torch.device
     metadata: Metadata
     read_start: ReadStart
+    sheet: BatchSheet | None = None
     failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -68,6 +71,14 @@ class Batch:
         sampled = self._sample_all(loras)
         if self.settings.output.output_type != "latent":
             self._decode_all(sampled)
+        if self.sheet is not None:
+            print(*self.sheet.save(self._shared_metadata()), sep="\n", flush=True)
+
+    def _shared_metadata(self) -> dict[str, str]:
+        """What all requests have in common."""
+        first, *others = map(self.metadata, self.requests)
+        shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        return {} if self.settings.output.no_metadata else shared
 
     def _sample_all(self, loras: list[LoraToMerge]) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them."""
@@ -102,6 +113,8 @@ class Batch:
         for result in sampled:
             with self._others_go_on(result.request, kept=result.stored):
                 frames = decode(result.latents)[0]
+                if self.sheet is not None:
+                    self.sheet.add(result.request, frames.numpy())
                 print(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)), flush=True)
                 if not self.settings.output.keeps_latents:
                     result.stored.unlink()
@@ -121,4 +134,6 @@ class Batch:
                 raise
             self.failures.append(f"{request}: {first_line(error)}{latents}")
             logger.error("%s was not made: %s%s", request, first_line(error), latents)
+            if self.sheet is not None:
+                self.sheet.add_failure(request, first_line(error))
             free_memory(self.device)

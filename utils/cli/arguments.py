@@ -105,6 +105,14 @@ share = _number("a number above 0 and up to 1", float, lambda number: 0 < number
 seed = _number(f"a whole number from 0 to {MAX_SEED}", int, lambda number: 0 <= number <= MAX_SEED)
 
 
+def parsed(parse: Callable[[str], N], text: str, where: str) -> N:
+    """What an argparse type makes of a text that stands elsewhere; a UserError begins with ``where``."""
+    try:
+        return parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where}: {error}.") from None
+
+
 def count_or_auto(text: str) -> int | str:
     """argparse type: a whole number of at least 0, or auto."""
     return AUTO if text == AUTO else non_negative_int(text)

@@ -165,7 +165,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def append(path: Path, name: str, result: dict[str, Any]) -> None:
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # which is a line of its own
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # which is a line of its own
     with open(path, "a", encoding="utf-8") as file:
         file.write(("\n" if cut_off else "") + json.dumps({"name": name, "result": result}) + "\n")
 

@@ -220,7 +220,8 @@ def test_processes_that_end_are_followed_by_others(run, tmp_path, monkeypatch):
 def test_the_time_that_is_given_is_kept(run, tmp_path):
     whole = sum(map(len, all_names(BENCH).values()))
     assert f"{whole - 1} rows were not run" in run("--tiny", "--output", tmp_path / "gpu.jsonl", "--minutes", 0)
-    assert list(read_results(tmp_path / "gpu.jsonl")) == ["versions"]
+    (line,) = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "versions"
 
 
 def test_a_process_that_begins_no_row_is_not_started_for_ever(run, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def _check_picture(path: Path, length: int) -> str:
 def _check_video(path: Path, length: int) -> str:
     if path.is_dir():
         pictures = _frames_in(path)
-        sizes = {read_image(picture).shape[1::-1] for picture in pictures}
+        sizes = {read_image(picture).shape[1::-1] for picture in pictures[:length]}
         size, changes, count = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)), [], len(pictures)
     else:
         if path.suffix.lower() in STILLS:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 
@@ -22,16 +22,11 @@ def pixels_to_input(pixels: np.ndarray, device: torch.device, dtype: torch.dtype
 
 
 class FrameEncoder:
-    """A loaded VAE that encodes clips one by one; chunks and tiles are those of the settings, or what free memory demands.
+    """Encodes clips one by one with a VAE that is loaded; chunks and tiles are those of the settings, or what free memory demands."""
 
-    Raises:
-        UserError: as ``load_vae``.
-    """
-
-    def __init__(self, settings: VAESettings, device: torch.device) -> None:
-        self._vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
-        self._fit = VAEFit(self._vae, settings, encode=True)
-        self._settings, self._device = settings, device
+    def __init__(self, vae: AutoencoderKLCausal3D, settings: VAESettings, device: torch.device) -> None:
+        self._vae, self._settings, self._device = vae, settings, device
+        self._fit = VAEFit(vae, settings, encode=True)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:

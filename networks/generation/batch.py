@@ -94,17 +94,17 @@ class Batch:
                 if len(self.requests) > 1:
                     progress.set_description(f"sampling {number} of {len(self.requests)}")
                 with self._others_go_on(request):
-                    stem = request.stem
+                    stem = output.unused_stem(request.stem)
                     preview = Preview(colours, output.preview_path(stem), output.preview_every) if colours else None
                     with removed_on_failure(preview):
                         latents = sampler.sample(request, starts.get(start_of(request)), lambda _: progress.update(), preview)
-                    stem = output.unused_stem(stem)
+                    stem = output.unused_stem(stem)  # another process may have made one of that name
+                    if preview and output.output_type == "latent":
+                        preview.remove()
                     stored = output.save_latents(stem, latents, self.metadata(request))
                     sampled.append(Sampled(request, stem, latents, stored, preview))
                     if output.keeps_latents:
                         print(stored, flush=True)
-                    if preview and output.output_type == "latent":
-                        preview.remove()
         sampler.close()
         return sampled
 
@@ -115,11 +115,11 @@ class Batch:
                 frames = decode(result.latents)[0]
                 if self.sheet is not None:
                     self.sheet.add(result.request, frames.numpy())
+                if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
+                    result.preview.remove()
                 print(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)), flush=True)
                 if not self.settings.output.keeps_latents:
                     result.stored.unlink()
-                if result.preview:
-                    result.preview.remove()
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from hunyuan_model.sampling.decoding import read_latents
 from hunyuan_model.sampling.encoding import FrameEncoder
 from hunyuan_model.sampling.preview import ColourMap, fit_colour_map
-from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
+from hunyuan_model.vae.loading import load_vae
+from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION, AutoencoderKLCausal3D
 from networks.generation.requests import START_FIELDS, Request
 from networks.generation.settings import GenerationSettings
 from utils.devices import free_memory
@@ -84,11 +85,15 @@ def one_for_each(request: Request, kind: str, paths: Sequence[Path]) -> Iterator
 
 
 def prepare_with_vae(
-    settings: GenerationSettings, requests: Sequence[Request], read_start: ReadStart, device: torch.device
+    settings: GenerationSettings,
+    requests: Sequence[Request],
+    read_start: ReadStart,
+    device: torch.device,
+    vae: AutoencoderKLCausal3D | None = None,
 ) -> tuple[dict[Start, Tensor], ColourMap | None]:
     """Latents (1, 16, F, H, W), float32, in the network's scale, of each start, and what previews need, if they are wanted.
 
-    The VAE is loaded where it is needed, and gone afterwards.
+    Without a ``vae`` that is loaded it is loaded where it is needed, and gone afterwards.
 
     Raises:
         UserError: a file that cannot be read any more, memory that does not suffice, or a VAE that gives NaN.
@@ -97,14 +102,16 @@ def prepare_with_vae(
     previews = settings.output.preview_every is not None
     if not previews and not any(start.is_encoded for start in starts):
         return {start: read_latents(start.path, "--latent_path")[0] for start in starts}, None
-    encoder, latents = FrameEncoder(settings.vae, device), {}
+    if vae is None:
+        vae = load_vae(settings.vae.vae, device=device, dtype=settings.vae.vae_dtype)
+    encoder, latents = FrameEncoder(vae, settings.vae, device), {}
     for start in starts:
         if start.is_encoded:
             latents[start] = encoder.encode(read_start(start.kind, start.path, start.size, start.length))
         else:
             latents[start] = read_latents(start.path, "--latent_path")[0]
     colours = fit_colour_map(encoder) if previews else None
-    del encoder
+    del encoder, vae
     free_memory(device)
     return latents, colours
 

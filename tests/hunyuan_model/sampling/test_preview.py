@@ -11,6 +11,7 @@ from PIL import Image
 
 from hunyuan_model.sampling.encoding import FrameEncoder
 from hunyuan_model.sampling.preview import ColourMap, Preview, fit_colour_map, preview_picture, removed_on_failure
+from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import VAESettings
 
 TOY_VAE = Path(__file__).resolve().parents[3] / "examples" / "toy" / "vae"
@@ -19,7 +20,9 @@ POSITIONS = 16
 
 @pytest.fixture(scope="module")
 def encoder() -> FrameEncoder:
-    return FrameEncoder(VAESettings(TOY_VAE, torch.float32), torch.device("cpu"))
+    device = torch.device("cpu")
+    settings = VAESettings(TOY_VAE, torch.float32)
+    return FrameEncoder(load_vae(TOY_VAE, device=device, dtype=torch.float32), settings, device)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def pixels_to_input(pixels: np.ndarray, device: torch.device, dtype: torch.dtype
 
 
 class FrameEncoder:
-    """Encodes clips one by one with a VAE that is loaded; chunks and tiles are those of the settings, or what free memory demands."""
+    """Encodes clips one by one with a loaded VAE; chunks and tiles are those of the settings, or what free memory demands."""
 
     def __init__(self, vae: AutoencoderKLCausal3D, settings: VAESettings, device: torch.device) -> None:
         self._vae, self._settings, self._device = vae, settings, device

@@ -94,12 +94,15 @@ def quantize_groups(weight: torch.Tensor, group: int = GROUP) -> Quantized:
     groups = weight.shape[1] // group if weight.shape[1] % group == 0 else 1
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), groups, dtype=torch.bfloat16, device=weight.device)
+    values, magnitudes = (torch.empty(0, device=weight.device) for _ in range(2))  # which every slice uses again
     for rows in _row_slices(weight):
-        part = weight[rows].float().unflatten(1, (groups, -1))
-        scale[rows] = (part.abs().amax(2) / INT8_MAX).to(scale.dtype)
+        stored = weight.detach()[rows].unflatten(1, (groups, -1))
+        values.resize_(stored.shape).copy_(stored)
+        torch.abs(values, out=magnitudes.resize_(stored.shape))
+        scale[rows] = magnitudes.amax(2).div_(INT8_MAX).to(scale.dtype)
         steps = scale[rows].float()[:, :, None]
         steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
-        codes[rows] = (part / steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
+        codes[rows] = values.div_(steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
     return codes, scale
 
 

@@ -242,6 +242,8 @@ def checked(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Bench]
         return args, Bench(torch.device("cpu"), args.tiny)
     try:
         bench = Bench(pick_device(args.device), args.tiny, args.steps)
+        if bench.device.type == "cpu" and not args.tiny:
+            parser.error("the published size takes a GPU; use --tiny to try the benchmark itself on the CPU")
         open(args.output, "a", encoding="utf-8").close()
     except (UserError, OSError) as error:
         parser.error(str(error))
@@ -266,8 +268,6 @@ def main() -> None:
     if args.report:
         print(report(all_names(bench), read_results(args.output)))
         return
-    if bench.device.type == "cpu" and not args.tiny:
-        parser.error("the published size takes a GPU; use --tiny to try the benchmark itself on the CPU")
     if args.tiny and bench.device.type == "cpu":
         torch.set_num_threads(1)  # which only wait for each other on tensors as small as these
     if args.group:

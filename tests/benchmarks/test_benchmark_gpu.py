@@ -292,10 +292,10 @@ def test_flags_that_cannot_be_are_a_sentence(flags, words, run, tmp_path, monkey
     assert words in capsys.readouterr().err
 
 
-def test_the_published_size_is_refused_on_the_cpu(run, capsys):
+def test_the_published_size_is_refused_on_the_cpu(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run()
-    assert "--tiny" in capsys.readouterr().err
+        run("--output", tmp_path / "gpu.jsonl")
+    assert "--tiny" in capsys.readouterr().err and not (tmp_path / "gpu.jsonl").exists()
 
 
 FEW_PACKAGES = """

@@ -25,6 +25,7 @@ from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
+from utils.output import show
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
@@ -136,7 +137,7 @@ def main() -> int:
     failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
 
     reports = [job.report for job in jobs]
-    print(format_table(reports), flush=True)
+    show(format_table(reports))
     status = print_failures(failures)
     require_batches(reports)
     return status

@@ -32,6 +32,7 @@ from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory, free_memory, pick_device, warn_of_cpu
 from utils.errors import name_some, run_script
+from utils.output import show
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -164,9 +165,9 @@ def main() -> int:
 
     for job, reasons in zip(jobs, judged):
         count_outcome(job, reasons, failures, settings)
-    print(format_table([job.report for job in jobs]))
+    show(format_table([job.report for job in jobs]))
     found = sum(map(len, judged))
-    print(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")
+    show(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")
     return print_failures(failures)
 
 

@@ -20,6 +20,7 @@ from networks.formats.writing import save_lora, to_layout
 from utils.cli.arguments import script_parser
 from utils.errors import UserError, run_script
 from utils.files import require_possible_file, require_writable_folder
+from utils.output import show
 from utils.safetensors_io import read_header
 
 CONVERSION = ("input", "output", "target", "lora_partial")
@@ -100,7 +101,7 @@ def without_warnings() -> Iterator[None]:
 def print_description(args: argparse.Namespace) -> None:
     with without_warnings():
         facts = describe(args.check, args.dit, norms=args.norms)
-    print(json.dumps(facts.as_json(), indent=1) if args.json else report(facts))
+    show(json.dumps(facts.as_json(), indent=1) if args.json else report(facts))
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def main() -> None:
         return
     check_conversion(args)
     save_lora(args.output, read_lora(args.input, partial=args.lora_partial), args.target)
-    print(args.output)
+    show(args.output)
 
 
 if __name__ == "__main__":

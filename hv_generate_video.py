@@ -49,6 +49,7 @@ from utils.cli.arguments import add_device_argument, require_flags, script_parse
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
+from utils.output import show
 
 logger = logging.getLogger("generate")
 
@@ -100,7 +101,7 @@ def save_merged(args: argparse.Namespace) -> None:
     blocks = block_strengths(args, hunyuan_model.check_transformer_file(args.dit, "--dit"))
     loras = read_lora_files(args.lora_weight, lora_multipliers(args), partial=args.lora_partial, blocks=blocks)
     merge_lora_into_file(args.dit, loras, args.save_merged_model)
-    print(args.save_merged_model)
+    show(args.save_merged_model)
 
 
 def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
@@ -114,7 +115,7 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
     warn_of_cpu(args.device, device)
     decode = load_decoder(vae, device)
     for stem, latents, metadata in stored:
-        print(output.save_frames(output.unused_stem(stem), decode(latents)[0], metadata))
+        show(output.save_frames(output.unused_stem(stem), decode(latents)[0], metadata))
 
 
 def generate(args: argparse.Namespace, device: torch.device) -> int:

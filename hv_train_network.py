@@ -36,6 +36,7 @@ from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
 from utils.errors import name_some, run_script
+from utils.output import show
 
 logger = logging.getLogger("train")
 
@@ -57,7 +58,7 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
     groups = find_cached_items(load_dataset_config(settings.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
     if accelerator.is_main_process:
-        print(format_table(reports), flush=True)
+        show(format_table(reports))
     require_batches(reports)
     require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
     loop, held_out = settings.loop, []

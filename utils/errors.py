@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable
+
+from utils.output import VisibleFormatter, show, visible, with_names_of_invisible
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 5
@@ -23,21 +24,6 @@ class UserError(Exception):
 
     The message is a full sentence: what is wrong, where (file, line, key, item), and what to do about it.
     """
-
-
-def with_visible_characters(text: str) -> str:
-    """The text with every character that nobody sees, or that moves others, as its code point, such as <U+202A>; and their names.
-
-    They come with paths that are copied from file managers, chats and web pages.
-    """
-    hidden = {character for character in text if character not in " \n" and not character.isprintable()}
-    hidden = {
-        character for character in hidden if unicodedata.category(character)[0] in "CZ" and not "\ud800" <= character <= "\udfff"
-    }
-    for character in hidden:
-        text = text.replace(character, f"<U+{ord(character):04X}>")
-    names = sorted(f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})" for character in hidden)
-    return f"{text} It has invisible characters: {', '.join(names)}." if names else text
 
 
 def first_line(error: BaseException) -> str:
@@ -56,7 +42,7 @@ def shown(value: object) -> str:
 
 def name_some(names: Iterable[object], count: int = SHOWN_NAMES) -> str:
     """``"a, b, c and 7 more"``: at most ``count`` names, for a sentence."""
-    listed = [str(name) for name in names]
+    listed = [visible(str(name)) for name in names]
     rest = len(listed) - count
     return ", ".join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -67,7 +53,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     ``main`` returns None or 0 for success, or an exit status. A ``UserError`` is printed as one line on stderr and
     ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     # transformers imports peft, and that bitsandbytes, which warns of a package for products in 4 bits. Nothing here uses them.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the pipe's encoding lacks must not end a run
@@ -75,7 +63,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        print(f"error: {with_visible_characters(str(error))}", file=sys.stderr)
+        show(f"error: {with_names_of_invisible(str(error))}", error=True)
         sys.exit(STATUS_USER_ERROR)
     except UnicodeEncodeError as error:
         if error.encoding.replace("-", "") in ("utf8", "utf"):  # a fault of ours

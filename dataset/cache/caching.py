@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,8 +14,9 @@ from dataset.cache.report import DatasetReport, format_table, require_items
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.items import Item, list_items, settle_captions
 from utils.disk_space import require_room
-from utils.errors import STATUS_FAILED, with_visible_characters
+from utils.errors import STATUS_FAILED
 from utils.files import is_temporary, require_writable_folder
+from utils.output import show, with_names_of_invisible
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def open_jobs(path: str, writes: bool = True) -> list[Job]:
     for job in jobs:
         job.report.count_items(job.items)
         job.report.count_caches()
-    print(format_table([job.report for job in jobs]), flush=True)
+    show(format_table([job.report for job in jobs]))
     require_items(job.report for job in jobs)
     for job in jobs if writes else ():
         folder = require_writable_folder(job.dataset.cache_directory, f"cache_directory of {job.dataset.label}")
@@ -108,7 +108,7 @@ def close_job(
             except OSError as error:
                 logger.warning("cannot delete %s: %s.", path, error.strerror or error)
         report.outcome.removed += removed
-        print(f"    {'removed' if removed else 'orphan'}: {path.name}")
+        show(f"    {'removed' if removed else 'orphan'}: {path.name}")
     report.count_caches()
 
 
@@ -125,7 +125,7 @@ def _file_numbers(paths: Iterable[Path]) -> set[tuple[int, int]]:
 def print_failures(failures: Sequence[Failure]) -> int:
     """Name on stderr what failed; returns the exit status."""
     if failures:
-        print(f"{len(failures)} failure(s):", file=sys.stderr)
+        show(f"{len(failures)} failure(s):", error=True)
     for failure in failures:
-        print(f"  {with_visible_characters(failure.message)}", file=sys.stderr)
+        show(f"  {with_names_of_invisible(failure.message)}", error=True)
     return STATUS_FAILED if failures else 0

@@ -15,6 +15,7 @@ from dataset.cache.preparation import Failure, Prepared, prepare
 from dataset.items import Item
 from dataset.media.frame_rate import MODEL_FPS
 from utils.media_writing import save_picture, save_video
+from utils.output import show
 
 SHEET_FRAMES = 16  # frames of a clip shown on its sheet
 SHADES = " .:-=+*#%@"  # from dark to bright
@@ -41,14 +42,14 @@ def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> l
         if isinstance(result, Failure):
             failures.append(result)
         elif isinstance(result, Prepared):
-            print(describe(result))
+            show(describe(result))
             if view.debug_mode == "console":
                 print(console_picture(result.pixels, view.console_width or CONSOLE_WIDTH, view.console_back, colours))
                 shown += 1
                 if shown == view.console_num_images:
                     break
             else:
-                print(f"    {save_view(result, as_video=view.debug_mode == 'video')}")
+                show(f"    {save_view(result, as_video=view.debug_mode == 'video')}")
     return failures
 
 

@@ -22,6 +22,7 @@ from networks.generation.starts import ReadStart, prepare_with_vae, start_of
 from networks.merging import LoraToMerge, read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
+from utils.output import show
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Batch:
         if self.settings.output.output_type != "latent":
             self._decode_all(sampled)
         if self.sheet is not None:
-            print(*self.sheet.save(self._shared_metadata()), sep="\n", flush=True)
+            for path in self.sheet.save(self._shared_metadata()):
+                show(path)
 
     def _shared_metadata(self) -> dict[str, str]:
         """What all requests have in common."""
@@ -104,7 +106,7 @@ class Batch:
                     stored = output.save_latents(stem, latents, self.metadata(request))
                     sampled.append(Sampled(request, stem, latents, stored, preview))
                     if output.keeps_latents:
-                        print(stored, flush=True)
+                        show(stored)
         sampler.close()
         return sampled
 
@@ -117,7 +119,7 @@ class Batch:
                     self.sheet.add(result.request, frames.numpy())
                 if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
                     result.preview.remove()
-                print(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)), flush=True)
+                show(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)))
                 if not self.settings.output.keeps_latents:
                     result.stored.unlink()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,6 +30,7 @@ from networks.training.saving.files import epoch_name, final_name, state_name, s
 from networks.training.step import Step, count_skipped, train_step
 from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
 from utils.free_memory import SpillWatch
+from utils.output import show
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("train")
@@ -45,7 +45,7 @@ def run_training(training: Training) -> int:
     try:
         status = train(training)
     except TrainingBroken as error:
-        print(f"error: {error}", file=sys.stderr)
+        show(f"error: {error}", error=True)
         return STATUS_FAILED
     except RuntimeError as error:
         raise training.data.reader.explain(error) from error

@@ -48,6 +48,7 @@ from utils.cli.arguments import random_seed
 from utils.errors import UserError, first_line
 from utils.files import require_file
 from utils.free_memory import free_device_memory, free_host_memory
+from utils.output import show
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ def _plan_memory(
         may_quantize=not settings.network.is_lycoris,
     ).resolved(free, free_host_memory() // accelerator.num_processes)
     if shown:
-        print(plan_table(memory, free, free_host_memory()), flush=True)
+        show(plan_table(memory, free, free_host_memory()))
     # auto goes by the GPU of each process
     if (most := max(gather_object([memory.runtime.blocks_to_swap]))) > memory.runtime.blocks_to_swap:
         logger.info("--blocks_to_swap auto: %d, for the GPU with the least free memory", most)

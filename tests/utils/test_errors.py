@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from utils.errors import run_script, with_visible_characters
+from utils.errors import run_script
 
 
 def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses(caplog):
@@ -19,24 +19,6 @@ def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses(caplog):
     with pytest.raises(SystemExit):
         run_script(main)
     assert "something else" in caplog.text and "gemm_4bit_forward" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("\u202adata/pics does not exist.", "<U+202A>data/pics does not exist. It has invisible characters: U+202A (left-to-right"),
-        ("data/pics\u00a0 is no folder.", "data/pics<U+00A0> is no folder."),
-        ("a\u200bb", "a<U+200B>b"),
-        ("a\x1b[31mb", "a<U+001B>[31mb"),
-    ],
-)
-def test_invisible_characters_are_shown(text, says):
-    assert with_visible_characters(text).startswith(says)
-
-
-def test_what_people_can_see_stays():
-    text = "C:\\Bilder\\Zoë 猫.png does not exist.\nGive another."
-    assert with_visible_characters(text) == text
 
 
 def test_a_locale_that_lacks_a_character_is_named(capsys):

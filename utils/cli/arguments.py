@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from utils.errors import STATUS_USER_ERROR, UserError, shown
 from utils.key_values import nearest_name
+from utils.output import visible
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(STATUS_USER_ERROR, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(STATUS_USER_ERROR, f"{self.prog}: error: {visible(message)}; see --help\n")
 
 
 class StoreOnce(argparse._StoreAction):

@@ -11,6 +11,7 @@ from hunyuan_model.sampling.flow import TIMESTEPS
 from networks.training.loss.timestep_sampling import TimestepSettings, loss_weights, timesteps_from_uniform
 from utils.errors import UserError
 from utils.files import atomic_path, require_writable_folder
+from utils.output import show
 
 SAMPLES = 100_000
 
@@ -18,11 +19,11 @@ SAMPLES = 100_000
 def show_timesteps(how: str, settings: TimestepSettings, folder: str | os.PathLike[str] | None) -> None:
     """Print the distribution (``console``), or save it as timesteps.png in ``folder`` (``image``)."""
     if how == "console":
-        print(timestep_chart(settings))
+        show(timestep_chart(settings))
     else:
         path = require_writable_folder(folder or ".", "--output_dir") / "timesteps.png"
         save_timestep_image(settings, path)
-        print(path)
+        show(path)
 
 
 def timestep_shares(settings: TimestepSettings, bins: int) -> tuple[torch.Tensor, torch.Tensor]:

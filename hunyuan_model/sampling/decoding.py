@@ -15,12 +15,20 @@ from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
-from utils.media_writing import save_picture, save_video, unused_stem
+from utils.files import atomic_folder
+from utils.media_writing import save_animation, save_picture, save_video, unused_stem
 from utils.safetensors_io import read_tensors, save_tensors
 
 LATENT_ENDING = "_latent.safetensors"
 PREVIEW_ENDING = "_preview.png"
-ENDINGS = {"video": (".mp4",), "images": ("",), "latent": (LATENT_ENDING,), "both": (".mp4", LATENT_ENDING)}
+ENDINGS = {
+    "video": (".mp4",),
+    "images": ("",),
+    "latent": (LATENT_ENDING,),
+    "both": (".mp4", LATENT_ENDING),
+    "webp": (".webp",),
+    "gif": (".gif",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class OutputSettings:
 
     Attributes:
         save_path: folder.
-        output_type: video (MP4), images (a folder of PNG), latent, or both (latent and MP4).
+        output_type: video (MP4), images (a folder of PNG), latent, both (latent and MP4), webp or gif (animated).
         no_metadata: leave prompt and settings out of the files.
         preview_every: write a preview after so many steps; None for none.
     """
@@ -60,14 +68,16 @@ class OutputSettings:
         return path
 
     def save_frames(self, stem: str, frames: Tensor, metadata: dict[str, str]) -> Path:
-        """Write uint8 RGB frames (T, H, W, 3) as a folder with 00000.png and on, or as MP4; returns its path."""
+        """Write uint8 RGB frames (T, H, W, 3) as a folder with 00000.png and on, MP4, WebP or GIF; returns its path."""
         path, pictures, metadata = Path(self.save_path) / stem, frames.numpy(), {} if self.no_metadata else metadata
         if self.output_type == "images":
-            for index, picture in enumerate(pictures):
-                save_picture(path / f"{index:05d}.png", picture, metadata)
+            with atomic_folder(path) as temporary:
+                for index, picture in enumerate(pictures):
+                    save_picture(temporary / f"{index:05d}.png", picture, metadata)
             return path
-        path = path.with_name(f"{stem}.mp4")
-        save_video(path, pictures, self.fps, metadata)
+        path = path.with_name(stem + ENDINGS[self.output_type][0])
+        save = save_video if path.suffix == ".mp4" else save_animation
+        save(path, pictures, self.fps, metadata)
         return path
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.media_writing import save_picture, save_video
+from utils.media_writing import save_animation, save_picture, save_video
 
 
 @pytest.fixture
@@ -36,3 +36,29 @@ def test_video_has_every_frame_rate_and_metadata(tmp_path, frames, count):
     assert decoded.shape == (count, 32, 48, 3)
     assert np.abs(decoded.astype(int) - frames[:count]).mean() < 12  # chroma subsampling blurs the bar's edges
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(("ending", "within"), [("webp", 8), ("gif", 12)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_an_animation_has_every_frame_and_takes_its_time(tmp_path, frames, ending, within, count):
+    path = tmp_path / f"clip.{ending}"
+    save_animation(path, frames[:count], 24)
+    with Image.open(path) as animation:
+        assert animation.n_frames == count
+        decoded, milliseconds = [], 0
+        for index in range(count):
+            animation.seek(index)
+            animation.load()
+            decoded.append(np.asarray(animation.convert("RGB")).astype(int))
+            milliseconds += animation.info.get("duration", 0)
+    assert np.abs(np.stack(decoded) - frames[:count]).mean() < within
+    if count > 1:
+        assert milliseconds == pytest.approx(1000 * count / 24, abs=5)
+    assert [file.name for file in tmp_path.iterdir()] == [f"clip.{ending}"]
+
+
+def test_a_gif_is_no_faster_than_players_show_it(tmp_path, frames, caplog):
+    save_animation(tmp_path / "a.gif", frames, 60)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.info["duration"] == 20
+    assert "a GIF holds at most 50" in caplog.text

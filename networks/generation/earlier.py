@@ -1,0 +1,153 @@
+"""What an earlier run has left of a batch (--skip_existing): results, and latents that were not decoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hunyuan_model.sampling.decoding import ENDINGS, LATENT_ENDING, OutputSettings, read_latents
+from networks.generation.record import identity, settings_of
+from networks.generation.requests import Request
+from utils.errors import UserError
+from utils.files import is_temporary
+from utils.media_metadata import PICTURE, read_media_metadata
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--skip_existing"
+_NUMBERS = re.compile(r"[_\d]+$")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A result that waits for the VAE.
+
+    Attributes:
+        stored: its latents.
+        disposable: whether their file goes when they are decoded.
+        metadata: of its files.
+    """
+
+    request: Request
+    stem: str
+    stored: Path
+    disposable: bool
+    metadata: Mapping[str, str]
+
+
+@dataclass
+class Earlier:
+    """What is there of a batch.
+
+    Attributes:
+        done: requests with the stems of their files.
+        waiting: latents to decode.
+        wanted: requests that are to be sampled.
+    """
+
+    done: list[tuple[Request, str]] = field(default_factory=list)
+    waiting: list[Sampled] = field(default_factory=list)
+    wanted: list[Request] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The files of one stem by their endings, and what each says of itself, where that is read."""
+
+    files: Mapping[str, Path]
+    metadata: Mapping[str, Mapping[str, str]]
+
+    def identity(self, ending: str) -> str | None:
+        return identity(self.metadata[ending]) if ending in self.metadata else None
+
+
+def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: Callable[[Request], Mapping[str, str]]) -> Earlier:
+    """Sort ``requests`` by what the output folder holds of them already; each file counts for one request.
+
+    A file is that of a request if its metadata say that it was made as the request would be, random seeds aside, and its name
+    begins as that of the batch, in which numbers may have changed. Without metadata the name decides. Latents that nobody asked
+    for, left by a run that ended before it removed them, are removed.
+    """
+    by_name = output.no_metadata
+    left, found, used = _files_left(output, read=not by_name), Earlier(), set()
+    wanted = ENDINGS[output.output_type]
+    for request in requests:
+        own = None if by_name else identity(metadata(request))
+        stems = [stem for stem in _candidates(left, request, by_name) if stem not in used]
+
+        def same(stem: str, ending: str, own: str | None = own) -> bool:
+            return ending in left[stem].files and (by_name or (own is not None and left[stem].identity(ending) == own))
+
+        done = next((stem for stem in stems if all(same(stem, ending) for ending in wanted)), None)
+        if done is not None:
+            used.add(done)
+            found.done.append((request, done))
+            if LATENT_ENDING not in wanted and not by_name and same(done, LATENT_ENDING) and _disposable(left[done]):
+                left[done].files[LATENT_ENDING].unlink()
+            continue
+        waiting = next((stem for stem in stems if same(stem, LATENT_ENDING) and _readable(left[stem])), None)
+        if waiting is None:
+            found.wanted.append(request)
+            continue
+        used.add(waiting)
+        of_stem = left[waiting]
+        disposable = not output.keeps_latents and not by_name and _disposable(of_stem)
+        known = of_stem.metadata.get(LATENT_ENDING, {})
+        found.waiting.append(Sampled(request, waiting, of_stem.files[LATENT_ENDING], disposable, known))
+    counts = f"{len(found.done)} of {len(requests)} are there already"
+    latents = f", {len(found.waiting)} are sampled and only decoded" if found.waiting else ""
+    logger.info("%s%s: %s%s", FLAG, " by name, as there is no metadata" if by_name else "", counts, latents)
+    return found
+
+
+def _files_left(output: OutputSettings, read: bool) -> dict[str, _Left]:
+    """By stem, in the order of names."""
+    files: dict[str, dict[str, Path]] = {}
+    folder = Path(output.save_path)
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for path in (folder / name for name in names):
+        for ending in {*ENDINGS[output.output_type], LATENT_ENDING}:
+            fits = path.name.endswith(ending) if ending else (path / PICTURE).is_file()
+            if fits and not is_temporary(path):
+                files.setdefault(path.name[: len(path.name) - len(ending)], {})[ending] = path
+    return {stem: _Left(found, dict(_read(found)) if read else {}) for stem, found in files.items()}
+
+
+def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    for ending, path in files.items():
+        try:
+            yield ending, read_media_metadata(path, FLAG)
+        except UserError:
+            pass  # some other file, which is not in the way
+
+
+def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> list[str]:
+    """Stems that may be the request's, the likeliest first."""
+    if request.name is None:
+        return [] if by_name else list(left)
+    seed = str(request.sampling.seed) if request.seed_given else r"\d+"
+    own = re.compile(rf"{re.escape(request.name)}_{seed}(-\d+)?")
+    if by_name:
+        return [stem for stem in left if own.fullmatch(stem)]
+    batch = _NUMBERS.sub("", request.name)
+    return sorted((stem for stem in left if stem.startswith(batch)), key=lambda stem: own.fullmatch(stem) is None)
+
+
+def _disposable(left: _Left) -> bool:
+    """Whether its latents were made to be decoded, and not to be kept."""
+    settings = settings_of(left.metadata.get(LATENT_ENDING, {}))
+    kind = settings["flags"].get("output_type", OutputSettings.output_type) if settings else None
+    return kind in ENDINGS and LATENT_ENDING not in ENDINGS[kind]
+
+
+def _readable(left: _Left) -> bool:
+    try:
+        read_latents(left.files[LATENT_ENDING], FLAG)
+    except UserError as error:
+        logger.warning("%s Its video is sampled again.", error)
+        return False
+    return True

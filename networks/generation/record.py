@@ -1,0 +1,138 @@
+"""What made a result, in its metadata: for people by key, and for programs as JSON under ``settings``.
+
+The JSON holds ``flags``, with which the result is made again; ``lora`` and ``start``, files with their SHA-256; and ``versions``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from networks.formats.reading import lora_path
+from networks.generation.requests import SAMPLING_FIELDS, Request
+from utils.errors import UserError
+from utils.media_metadata import SETTINGS
+
+START_FLAGS = ("image_path", "video_path", "latent_path")
+LORA_FLAGS = ("lora_weight", "lora_multiplier", "lora_mode")
+# Flags that change a result by rounding at most: one of an earlier run counts as the same.
+WITHOUT_EFFECT = frozenset(
+    "output_type device blocks_to_swap img_in_txt_in_offloading no_pinned_swap_memory compile compile_mode tf32 cudnn_benchmark "
+    "gpu_memory_fraction no_fused_kernels vae_chunk_size vae_spatial_tile_sample_min_size split_uncond split_attn text_cache".split()
+)
+_OF_REQUESTS = {entry.name for entry in fields(Request)} - {"sampling", "name", "where", "seed_given"}
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Writes the metadata of a run's results. Files are read once, when the first result that they made is recorded.
+
+    Attributes:
+        flags: those of the run that were given, by name, with their values.
+        lora_weight, lora_mode: of the run; the mode is the one that is used.
+        versions: of what computes.
+    """
+
+    flags: Mapping[str, Any]
+    lora_weight: tuple[str, ...]
+    lora_mode: str
+    versions: Mapping[str, str]
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self, request: Request) -> dict[str, str]:
+        """Of one result, all as text."""
+        loras = self._loras(request)
+        negative = {"negative_prompt": request.negative_prompt or ""} if request.sampling.guided else {}
+        settings = {
+            "flags": self._flags(request, loras),
+            "lora": [{"file": path, "sha256": self._digest(lora_path(path)), "multiplier": m} for path, m in loras],
+            "start": {"file": request.start, "sha256": self._digest(Path(request.start))} if request.start else {},
+            "versions": dict(self.versions),
+        }
+        if not request.seed_given:
+            settings["random"] = ["seed"]
+        return {
+            "prompt": request.prompt,
+            **negative,
+            **request.sampling.metadata(),
+            "lora": ", ".join(f"{Path(path).name} ({multiplier:g})" for path, multiplier in loras),
+            SETTINGS: json.dumps(settings, ensure_ascii=False),
+        }
+
+    def _loras(self, request: Request) -> list[tuple[str, float]]:
+        """The LoRA files and multipliers that a result needs: an injected one with 0 changes nothing, to the bit."""
+        pairs = zip(self.lora_weight, request.lora_multiplier, strict=True)
+        return [(path, multiplier) for path, multiplier in pairs if multiplier != 0 or self.lora_mode == "merge"]
+
+    def _flags(self, request: Request, loras: list[tuple[str, float]]) -> dict[str, Any]:
+        own = {name: getattr(request, name) for name in _OF_REQUESTS}
+        own |= {name: getattr(request.sampling, name) for name in sorted(SAMPLING_FIELDS)}
+        own |= dict.fromkeys(LORA_FLAGS)
+        if loras:
+            paths, multipliers = zip(*loras)
+            own |= {"lora_weight": paths, "lora_multiplier": multipliers, "lora_mode": self.lora_mode}
+        flags = {**self.flags, **own}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items() if value is not None}
+
+    def _digest(self, path: Path) -> str:
+        if str(path) not in self._digests:
+            self._digests[str(path)] = file_sha256(path)
+        return self._digests[str(path)]
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Of the bytes of a file; of a folder, of those of the files in it, one after the other by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(each for each in Path(path).iterdir() if each.is_file()) if os.path.isdir(path) else [path]:
+            for chunk in _chunks(file):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+    return digest.hexdigest()
+
+
+def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What stands under ``settings``; None where there is none, or it is not what ``Recorder`` writes."""
+    try:
+        settings = json.loads(metadata.get(SETTINGS, ""))
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"flags": dict, "lora": list, "start": dict, "versions": dict}
+    fits = isinstance(settings, dict) and all(isinstance(settings.get(key), kind) for key, kind in kinds.items())
+    return settings if fits and all(isinstance(entry, dict) for entry in settings["lora"]) else None
+
+
+def identity(metadata: Mapping[str, str]) -> str | None:
+    """What two results must have in common to be the same, as text; None without settings. Random seeds are left out."""
+    settings = settings_of(metadata)
+    if settings is None:
+        return None
+    random = settings.get("random", [])
+    flags = {name: value for name, value in settings["flags"].items() if name not in WITHOUT_EFFECT and name not in random}
+    return json.dumps([flags, settings["lora"], settings["start"], random], sort_keys=True)
+
+
+def with_flags(metadata: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of latents for the file that they are decoded to, with the flags of decoding."""
+    settings = settings_of(metadata)
+    if settings is None:
+        return dict(metadata)
+    settings["flags"] |= flags
+    return {**metadata, SETTINGS: json.dumps(settings, ensure_ascii=False)}

@@ -36,16 +36,18 @@ from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from networks.generation.arguments import (
     add_lora_arguments,
+    add_record_arguments,
     add_request_arguments,
     asked_for,
     block_strengths,
     generation_settings,
     lora_multipliers,
+    recorder,
 )
 from networks.generation.batch import Batch
-from networks.generation.requests import Request
+from networks.generation.record import with_flags
 from networks.merging import merge_lora_into_file, read_lora_files
-from utils.cli.arguments import add_device_argument, require_flags, script_parser, warn_of_unused
+from utils.cli.arguments import add_device_argument, given_flags, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
@@ -89,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_arguments(video)
     add_start_arguments(parser.add_argument_group("what to start from"))
 
-    add_output_arguments(parser.add_argument_group("output"))
+    output = parser.add_argument_group("output")
+    add_output_arguments(output)
+    add_record_arguments(output)
     return parser
 
 
@@ -104,7 +108,7 @@ def save_merged(args: argparse.Namespace) -> None:
     show(args.save_merged_model)
 
 
-def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
+def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> None:
     """Decode every --latent_path; all are read first, so that a bad one is reported before anything is written."""
     require_flags(args, "--latent_path", "vae", "save_path")
     if args.output_type in ("latent", "both"):
@@ -114,22 +118,21 @@ def decode_stored(args: argparse.Namespace, device: torch.device) -> None:
     stored = [(Path(path).stem.removesuffix("_latent"), *read_latents(path, "--latent_path")) for path in args.latent_path]
     warn_of_cpu(args.device, device)
     decode = load_decoder(vae, device)
+    own = {name: value for name, value in given_flags(parser, args).items() if name in {*VAE_FLAGS, "fps", "output_type"}}
     for stem, latents, metadata in stored:
-        show(output.save_frames(output.unused_stem(stem), decode(latents)[0], metadata))
+        show(output.save_frames(output.unused_stem(stem), decode(latents)[0], with_flags(metadata, own)))
 
 
-def generate(args: argparse.Namespace, device: torch.device) -> int:
+def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
     requests, sheet = asked_for(args, find_starts)
     settings = generation_settings(args, device, requests)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
-    files = ", ".join(Path(path).name for path in settings.lora_weight)
-
-    def metadata(request: Request) -> dict[str, str]:
-        return {**request.metadata(), "lora": files}
-
+    metadata = recorder(parser, args, settings).metadata
+    for request in requests:
+        metadata(request)  # reads the files that make it, before they may change
     batch = Batch(settings, requests, device, metadata, read_start, sheet)
     batch.run()
     if batch.failures:
@@ -147,11 +150,11 @@ def main() -> int | None:
         save_merged(args)
     elif args.latent_path and args.prompt is None and args.from_file is None and args.xy is None:
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
-        decode_stored(args, device)
+        decode_stored(parser, args, device)
     else:
         if not (args.lora_weight or args.xy):
             warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
-        return generate(args, device)
+        return generate(parser, args, device)
     return None
 
 

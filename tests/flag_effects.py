@@ -374,6 +374,11 @@ def computed_steps(run: Run) -> int:
     return len(run.done.seen.timesteps)
 
 
+def samples_nothing_more(run: Run, without: Run) -> None:
+    """After the run without the flag."""
+    assert without.done and run.done.seen.timesteps == []
+
+
 def setting(key: str) -> Callable[[Run], str | None]:
     return metadata(key, "*_latent.safetensors")
 

@@ -52,6 +52,7 @@ from flag_effects import (
     refused,
     removes,
     sample,
+    samples_nothing_more,
     seen,
     setting,
     shape,
@@ -390,7 +391,7 @@ GENERATION = (
     Row("--gpu_memory_fraction 0.5", both(logs("--gpu_memory_fraction: no effect on cpu"), stays(latent))),
     Row("--no_fused_kernels", both(logs("--no_fused_kernels: no effect on cpu"), stays(latent))),
     # LoRA
-    Row(LORA, both(becomes(setting("lora"), "rank3.safetensors"), other_latent)),
+    Row(LORA, both(becomes(setting("lora"), "rank3.safetensors (1)"), other_latent)),
     Row("--lora_multiplier 0", as_without_any(latent), beside=LORA),
     Row("--lora_mode inject", both(becomes(seen("injected"), True), stays(latent, within=1e-4)), beside=LORA),
     Row("--lora_partial", both(works, logs("is used in part")), beside="--lora_weight {data}/partly.safetensors"),
@@ -425,6 +426,7 @@ GENERATION = (
     Row("--output_type images", both(writes("*/00000.png"), removes("*_latent.safetensors"))),
     Row("--preview_every 1", both(logs("preview, until the result is there"), stays(latent))),
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
+    Row("--skip_existing", samples_nothing_more, beside="--save_path {data}/made"),
 )
 
 CHECK = "--check {data}/rank3.safetensors"

@@ -45,6 +45,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def device_name(device: torch.device) -> str:
+    """What decides on the bits of results: the name of a GPU, or the instructions and threads of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device called ``name``, or CUDA where there is one and the CPU otherwise.
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.files import atomic_path
-from utils.media_metadata import as_exif, as_json, as_mp4_tags, as_png_text
+from utils.media.metadata import as_exif, as_json, as_mp4_tags, as_png_text
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ def save_animation(path: Path, frames: np.ndarray, fps: int, metadata: dict[str,
     durations = [end - begin for begin, end in zip([0, *ends], ends)]
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     if gif:  # one palette for all, or colours that do not move flicker
-        palette = Image.fromarray(np.ascontiguousarray(frames[:: max(1, len(frames) // 8)]).reshape(-1, *frames.shape[2:])).quantize()
+        palette = Image.fromarray(
+            np.ascontiguousarray(frames[:: max(1, len(frames) // 8)]).reshape(-1, *frames.shape[2:])
+        ).quantize()
         options = {"format": "GIF", "comment": as_json(metadata).encode("utf-8") if metadata else b""}
         pictures = [picture.quantize(palette=palette) for picture in pictures]
     else:

@@ -118,7 +118,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--output_type",
         choices=tuple(ENDINGS),
         default="video",
-        help="an MP4, PNG frames, the latent for a later --latent_path, latent and MP4, or an animated WebP or GIF (default: video)",
+        help="an MP4, PNG frames, the latent for a later --latent_path, latent and MP4, an animated WebP or GIF (default: video)",
     )
     group.add_argument(
         "--preview_every",

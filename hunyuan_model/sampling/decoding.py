@@ -61,6 +61,10 @@ class OutputSettings:
         """Where previews of a result are written, over what a killed run left."""
         return Path(self.save_path) / f"{stem}{PREVIEW_ENDING}"
 
+    def path_of_frames(self, stem: str) -> Path:
+        """Of the file, or the folder of PNG; not for latents alone."""
+        return Path(self.save_path) / (stem + ENDINGS[self.output_type][0])
+
     def save_latents(self, stem: str, latents: Tensor, metadata: dict[str, str]) -> Path:
         """Write latents (1, 16, F, H, W), in the network's scale, as the tensor ``latent`` (16, F, H, W); returns the path."""
         path = Path(self.save_path) / f"{stem}{LATENT_ENDING}"
@@ -69,13 +73,12 @@ class OutputSettings:
 
     def save_frames(self, stem: str, frames: Tensor, metadata: dict[str, str]) -> Path:
         """Write uint8 RGB frames (T, H, W, 3) as a folder with 00000.png and on, MP4, WebP or GIF; returns its path."""
-        path, pictures, metadata = Path(self.save_path) / stem, frames.numpy(), {} if self.no_metadata else metadata
+        path, pictures, metadata = self.path_of_frames(stem), frames.numpy(), {} if self.no_metadata else metadata
         if self.output_type == "images":
             with atomic_folder(path) as temporary:
                 for index, picture in enumerate(pictures):
                     save_picture(temporary / f"{index:05d}.png", picture, metadata)
             return path
-        path = path.with_name(stem + ENDINGS[self.output_type][0])
         save = save_video if path.suffix == ".mp4" else save_animation
         save(path, pictures, self.fps, metadata)
         return path

@@ -26,19 +26,27 @@ from networks.generation.comparison import AXES, Comparison
 from networks.generation.comparison import FLAG as COMPARISON_FLAG
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
+from networks.generation.record import Recorder, versions_of
 from networks.generation.requests import Request, without_effect
+from networks.generation.sampler import injecting_where_needed
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
 from networks.generation.starts import FindStarts, expand_starts, one_for_each
 from networks.merging import complete_multipliers
-from utils.cli.arguments import StoreOnce, finite_float, require_flags
+from utils.cli.arguments import StoreOnce, finite_float, given_flags, require_flags
 from utils.cli.settings import settings_from
-from utils.devices import choose_dtype
+from utils.devices import choose_dtype, pick_device
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.media_writing import unused_stem
 
 logger = logging.getLogger(__name__)
+
+# Flags of a run that are none of a single result; what a result takes of them is in its request.
+FLAGS_OF_BATCHES = frozenset(("config_file", "save_path", "no_metadata", "save_merged_model")) | {
+    *("from_file", "xy", "interactive", "preview_every", "sheet"),
+    *("skip_existing", "show", "repeat"),
+}
 
 MODEL_FLAGS = ("save_path", "dit", "text_encoder1", "text_encoder2")  # that sampling needs
 SHEET_ENDINGS = (".png", ".mp4")
@@ -67,6 +75,22 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--exclude_single_blocks", action="store_true", help="use no LoRA in single blocks (default: off)")
     group.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
+
+
+def add_record_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the metadata of files are good for."""
+    group.add_argument(
+        "--skip_existing",
+        action="store_true",
+        help="leave out what an earlier run with the same flags has made, and only decode what it has sampled (default: off)",
+    )
+
+
+def recorder(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: GenerationSettings) -> Recorder:
+    """What writes the metadata of the run's results."""
+    flags = {name: value for name, value in given_flags(parser, args).items() if name not in FLAGS_OF_BATCHES}
+    versions = versions_of(args.attn_mode, pick_device(args.device))
+    return Recorder(flags, settings.lora_weight, settings.lora_mode, versions)
 
 
 def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:
@@ -109,7 +133,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, requests
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
         hunyuan_model.check_vae_file(args.vae)
-    return settings
+    return injecting_where_needed(settings, requests)
 
 
 def add_request_arguments(group: argparse._ArgumentGroup) -> None:
@@ -184,6 +208,7 @@ def compared(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Re
         sampling=settings_from(SamplingSettings, args, seed=0) if "seed" in compares else sampling_settings(args),
         lora_multiplier=complete_multipliers([*args.lora_weight, *own], args.lora_multiplier, "--lora_weight", "--lora_multiplier"),
         latent_path=args.latent_path[0] if args.latent_path else None,
+        seed_given=args.seed is not None,
     )
     grid = comparison.grid(base)
     requests = list(dict.fromkeys(request for row in grid for request in row))
@@ -205,7 +230,8 @@ def sheet_path(args: argparse.Namespace, stem: str) -> Path:
         UserError: nothing can be written there.
     """
     if args.sheet is None:
-        return Path(args.save_path) / f"{unused_stem(Path(args.save_path), stem, SHEET_ENDINGS)}.png"
+        folder = Path(args.save_path)
+        return folder / f"{stem if args.skip_existing else unused_stem(folder, stem, SHEET_ENDINGS)}.png"
     path = Path(args.sheet)
     if path.suffix.lower() != ".png":
         raise UserError(f"--sheet {path} must end in .png; clips become an .mp4 beside it.")
@@ -224,7 +250,11 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
         raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
     prompt = [] if args.from_file else ["prompt"]
     require_flags(args, "generation", *MODEL_FLAGS, *prompt)
-    given = {"lora_multiplier": lora_multipliers(args), "latent_path": args.latent_path[0] if args.latent_path else None}
+    given = {
+        "lora_multiplier": lora_multipliers(args),
+        "latent_path": args.latent_path[0] if args.latent_path else None,
+        "seed_given": args.seed is not None,
+    }
     if args.from_file:
         sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
         base = settings_from(Request, args, prompt="", sampling=sampling, **given)

@@ -9,36 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import hunyuan_model
-from hunyuan_model.sampling.decoding import load_decoder
+from hunyuan_model.sampling.decoding import load_decoder, read_latents
 from hunyuan_model.sampling.preview import Preview, removed_on_failure
+from networks.generation.earlier import Earlier, Sampled, find_earlier
 from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
 from networks.generation.starts import ReadStart, prepare_with_vae, start_of
-from networks.merging import LoraToMerge, read_lora_files
+from networks.merging import read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
+from utils.media.metadata import SETTINGS
+from utils.media.reading import read_frames
 from utils.output import show
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
 Metadata = Callable[[Request], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A result that waits for the VAE; ``latents`` (1, 16, F, H, W) are on disk as well."""
-
-    request: Request
-    stem: str
-    latents: Tensor
-    stored: Path
-    preview: Preview | None
 
 
 @dataclass
@@ -66,45 +57,51 @@ class Batch:
         Raises:
             UserError: what concerns all results, or the only one.
         """
-        # First, as it finds out what is wrong with the files.
-        settings, multipliers = self.settings, self.requests[0].lora_multiplier
-        loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
-        sampled = self._sample_all(loras)
-        if self.settings.output.output_type != "latent":
+        settings, earlier = self.settings, Earlier(wanted=list(self.requests))
+        if settings.skip_existing:
+            earlier = find_earlier(self.requests, settings.output, self.metadata)
+        sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
+        if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
-        if self.sheet is not None:
+        if self.sheet is not None and (sampled or not self.sheet.path.exists()):
+            for request, stem in earlier.done:
+                self.sheet.add(request, read_frames(settings.output.path_of_frames(stem)))
             for path in self.sheet.save(self._shared_metadata()):
                 show(path)
 
     def _shared_metadata(self) -> dict[str, str]:
         """What all requests have in common."""
         first, *others = map(self.metadata, self.requests)
+        first.pop(SETTINGS, None)  # of one result only
         shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
         return {} if self.settings.output.no_metadata else shared
 
-    def _sample_all(self, loras: list[LoraToMerge]) -> list[Sampled]:
+    def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them."""
-        output, sampled = self.settings.output, []
-        texts = list(dict.fromkeys(text for request in self.requests for text in request.texts))
+        settings, output, sampled = self.settings, self.settings.output, []
+        # First, as it finds out what is wrong with the files.
+        multipliers = requests[0].lora_multiplier
+        loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
+        texts = list(dict.fromkeys(text for request in requests for text in request.texts))
         with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
-            encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, self.settings.text, self.device)))
-        starts, colours = prepare_with_vae(self.settings, self.requests, self.read_start, self.device)
-        sampler = Sampler(self.settings, loras, self.requests, encoded, self.device)
-        steps = sum(len(request.sampling.steps_from(request.start)) for request in self.requests)
+            encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text, self.device)))
+        starts, colours = prepare_with_vae(settings, requests, self.read_start, self.device)
+        sampler = Sampler(settings, loras, requests, encoded, self.device)
+        steps = sum(len(request.sampling.steps_from(request.start)) for request in requests)
         with ProgressBar(total=steps, desc="sampling", unit="step") as progress:
-            for number, request in enumerate(self.requests, 1):
-                if len(self.requests) > 1:
-                    progress.set_description(f"sampling {number} of {len(self.requests)}")
+            for number, request in enumerate(requests, 1):
+                if len(requests) > 1:
+                    progress.set_description(f"sampling {number} of {len(requests)}")
                 with self._others_go_on(request):
-                    stem = output.unused_stem(request.stem)
+                    stem, metadata = output.unused_stem(request.stem), self.metadata(request)
                     preview = Preview(colours, output.preview_path(stem), output.preview_every) if colours else None
                     with removed_on_failure(preview):
                         latents = sampler.sample(request, starts.get(start_of(request)), lambda _: progress.update(), preview)
                     stem = output.unused_stem(stem)  # another process may have made one of that name
                     if preview and output.output_type == "latent":
                         preview.remove()
-                    stored = output.save_latents(stem, latents, self.metadata(request))
-                    sampled.append(Sampled(request, stem, latents, stored, preview))
+                    stored = output.save_latents(stem, latents, metadata)
+                    sampled.append(Sampled(request, stem, stored, not output.keeps_latents, metadata, preview))
                     if output.keeps_latents:
                         show(stored)
         sampler.close()
@@ -114,13 +111,14 @@ class Batch:
         decode = load_decoder(self.settings.vae, self.device)
         for result in sampled:
             with self._others_go_on(result.request, kept=result.stored):
-                frames = decode(result.latents)[0]
+                latents, _ = read_latents(result.stored, "the latents")
+                frames = decode(latents)[0]
                 if self.sheet is not None:
                     self.sheet.add(result.request, frames.numpy())
                 if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
                     result.preview.remove()
-                show(self.settings.output.save_frames(result.stem, frames, self.metadata(result.request)))
-                if not self.settings.output.keeps_latents:
+                show(self.settings.output.save_frames(result.stem, frames, result.metadata))
+                if result.disposable:
                     result.stored.unlink()
 
     @contextmanager

@@ -6,20 +6,22 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hunyuan_model.sampling.decoding import ENDINGS, LATENT_ENDING, OutputSettings, read_latents
-from networks.generation.record import identity, settings_of
+from hunyuan_model.sampling.preview import Preview
+from networks.generation.record import identity, settings_of, with_flags
 from networks.generation.requests import Request
 from utils.errors import UserError
 from utils.files import is_temporary
-from utils.media_metadata import PICTURE, read_media_metadata
+from utils.media.metadata import PICTURE, read_media_metadata
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--skip_existing"
-_NUMBERS = re.compile(r"[_\d]+$")
+_NUMBERS = re.compile(r"(_\d+)+$")
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,15 @@ class Sampled:
         stored: its latents.
         disposable: whether their file goes when they are decoded.
         metadata: of its files.
+        preview: to be removed when it is decoded.
     """
 
     request: Request
     stem: str
     stored: Path
     disposable: bool
-    metadata: Mapping[str, str]
+    metadata: dict[str, str]
+    preview: Preview | None = None
 
 
 @dataclass
@@ -96,7 +100,7 @@ def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: 
         used.add(waiting)
         of_stem = left[waiting]
         disposable = not output.keeps_latents and not by_name and _disposable(of_stem)
-        known = of_stem.metadata.get(LATENT_ENDING, {})
+        known = with_flags(of_stem.metadata.get(LATENT_ENDING, {}), {"output_type": output.output_type})
         found.waiting.append(Sampled(request, waiting, of_stem.files[LATENT_ENDING], disposable, known))
     counts = f"{len(found.done)} of {len(requests)} are there already"
     latents = f", {len(found.waiting)} are sampled and only decoded" if found.waiting else ""
@@ -119,10 +123,8 @@ def _files_left(output: OutputSettings, read: bool) -> dict[str, _Left]:
 
 def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, str]]]:
     for ending, path in files.items():
-        try:
+        with suppress(UserError):  # some other file, which is not in the way
             yield ending, read_media_metadata(path, FLAG)
-        except UserError:
-            pass  # some other file, which is not in the way
 
 
 def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> list[str]:
@@ -134,7 +136,7 @@ def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> l
     if by_name:
         return [stem for stem in left if own.fullmatch(stem)]
     batch = _NUMBERS.sub("", request.name)
-    return sorted((stem for stem in left if stem.startswith(batch)), key=lambda stem: own.fullmatch(stem) is None)
+    return sorted((stem for stem in left if stem.startswith(f"{batch}_")), key=lambda stem: own.fullmatch(stem) is None)
 
 
 def _disposable(left: _Left) -> bool:

@@ -47,7 +47,8 @@ def requests_of_file(path: str | os.PathLike[str], base: Request, files: Sequenc
     requests = []
     for place, entry in enumerate(read_prompts(path, FLAG)):
         own_seed = random_seed() if seed is None else (seed + place) % (MAX_SEED + 1)
-        named = base.changed({"name": f"{Path(path).stem}_{place + 1:04d}", "seed": own_seed, "prompt": entry.prompt})
+        own = {"name": f"{Path(path).stem}_{place + 1:04d}", "seed": own_seed, "seed_given": seed is not None}
+        named = base.changed({**own, "prompt": entry.prompt})
         requests.append(changed_by(entry, named, files))
     return requests
 

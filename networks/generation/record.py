@@ -10,21 +10,26 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from networks.formats.reading import lora_path
 from networks.generation.requests import SAMPLING_FIELDS, Request
+from utils.devices import device_name
 from utils.errors import UserError
-from utils.media_metadata import SETTINGS
+from utils.media.metadata import SETTINGS
+from utils.toml_files import read_toml
 
-START_FLAGS = ("image_path", "video_path", "latent_path")
 LORA_FLAGS = ("lora_weight", "lora_multiplier", "lora_mode")
 # Flags that change a result by rounding at most: one of an earlier run counts as the same.
-WITHOUT_EFFECT = frozenset(
-    "output_type device blocks_to_swap img_in_txt_in_offloading no_pinned_swap_memory compile compile_mode tf32 cudnn_benchmark "
-    "gpu_memory_fraction no_fused_kernels vae_chunk_size vae_spatial_tile_sample_min_size split_uncond split_attn text_cache".split()
-)
+WITHOUT_EFFECT = frozenset(("output_type", "device", "text_cache", "split_uncond", "split_attn", "vae_chunk_size")) | {
+    *("blocks_to_swap", "img_in_txt_in_offloading", "no_pinned_swap_memory", "gpu_memory_fraction"),
+    *("compile", "compile_mode", "tf32", "cudnn_benchmark", "no_fused_kernels"),
+}
+ATTENTION_PACKAGES = {"flash": "flash-attn", "xformers": "xformers", "sageattn": "sageattention"}
 _OF_REQUESTS = {entry.name for entry in fields(Request)} - {"sampling", "name", "where", "seed_given"}
 _CHUNK = 1 << 20
 
@@ -48,7 +53,6 @@ class Recorder:
     def metadata(self, request: Request) -> dict[str, str]:
         """Of one result, all as text."""
         loras = self._loras(request)
-        negative = {"negative_prompt": request.negative_prompt or ""} if request.sampling.guided else {}
         settings = {
             "flags": self._flags(request, loras),
             "lora": [{"file": path, "sha256": self._digest(lora_path(path)), "multiplier": m} for path, m in loras],
@@ -58,9 +62,7 @@ class Recorder:
         if not request.seed_given:
             settings["random"] = ["seed"]
         return {
-            "prompt": request.prompt,
-            **negative,
-            **request.sampling.metadata(),
+            **request.metadata(),
             "lora": ", ".join(f"{Path(path).name} ({multiplier:g})" for path, multiplier in loras),
             SETTINGS: json.dumps(settings, ensure_ascii=False),
         }
@@ -74,16 +76,32 @@ class Recorder:
         own = {name: getattr(request, name) for name in _OF_REQUESTS}
         own |= {name: getattr(request.sampling, name) for name in sorted(SAMPLING_FIELDS)}
         own |= dict.fromkeys(LORA_FLAGS)
+        own["latent_path"] = request.latent_path and (request.latent_path,)
         if loras:
             paths, multipliers = zip(*loras)
             own |= {"lora_weight": paths, "lora_multiplier": multipliers, "lora_mode": self.lora_mode}
         flags = {**self.flags, **own}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items() if value is not None}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in flags.items() if value not in (None, ())
+        }
 
     def _digest(self, path: Path) -> str:
         if str(path) not in self._digests:
             self._digests[str(path)] = file_sha256(path)
         return self._digests[str(path)]
+
+
+def versions_of(attn_mode: str, device: torch.device) -> dict[str, str]:
+    """What the bits of a result depend on besides its flags."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    versions = {"musubi-tuner": read_toml(project)["project"]["version"]} if project.is_file() else {}
+    package = ATTENTION_PACKAGES.get(attn_mode)
+    return {
+        **versions,
+        "torch": torch.__version__,
+        "attention": f"{package} {metadata.version(package)}" if package else "torch",
+        "device": device_name(device),
+    }
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

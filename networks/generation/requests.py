@@ -23,6 +23,7 @@ class Request:
         lora_multiplier: one for each LoRA file of the run.
         image_path, video_path, latent_path: what to start from; at most one of them.
         name: the beginning of its files' names; None for the time.
+        seed_given: whether somebody chose the seed.
         where: line of a file or cell of a comparison, as messages name it; empty for the command line.
     """
 
@@ -34,6 +35,7 @@ class Request:
     video_path: str | None = None
     latent_path: str | None = None
     name: str | None = None
+    seed_given: bool = True
     where: str = ""
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Request:
             values["video_size"] = (values.pop("height", height), values.pop("width", width))
         if not values.keys().isdisjoint(START_FIELDS):
             values = {**dict.fromkeys(START_FIELDS), **values}
+        values.setdefault("seed_given", self.seed_given or "seed" in values)
         sampling = {name: values.pop(name) for name in SAMPLING_FIELDS & values.keys()}
         try:
             return replace(self, sampling=replace(self.sampling, **sampling), where=where, **values)

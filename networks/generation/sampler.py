@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Sampler:
 
     Args:
         loras: of the run; the list is emptied where they are merged, as nobody needs their tensors any more.
-        requests: what will be sampled, for the memory plan, which is of the largest, and for the multipliers.
+        requests: what will be sampled, for the memory plan, which is of the largest.
         texts: of the requests.
 
     Raises:
@@ -49,10 +50,7 @@ class Sampler:
         self._settings, self._device, self._texts = settings, device, dict(texts)
         batch = largest_batch(settings, requests, texts)
         dtype = settings.dit_dtype
-        differ = len({request.lora_multiplier for request in requests}) > 1
-        if differ and settings.lora_mode == "merge":
-            logger.info("LoRA are computed beside the weights, as their multipliers change from result to result")
-        injects = settings.lora_mode == "inject" or differ
+        injects = settings.lora_mode == "inject"
         injected = loras if injects else []
         beside = injected_bytes(injected)
         plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)
@@ -115,6 +113,14 @@ class Sampler:
 
     def _explained(self, batch: BatchSize):
         return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), self._device)
+
+
+def injecting_where_needed(settings: GenerationSettings, requests: Sequence[Request]) -> GenerationSettings:
+    """With LoRA beside the weights if their multipliers change from one of ``requests`` to another."""
+    if settings.lora_mode == "inject" or len({request.lora_multiplier for request in requests}) <= 1:
+        return settings
+    logger.info("LoRA are computed beside the weights, as their multipliers change from result to result")
+    return replace(settings, lora_mode="inject")
 
 
 def largest_batch(settings: GenerationSettings, requests: Sequence[Request], texts: Mapping[str, TextConditions]) -> BatchSize:

@@ -20,7 +20,8 @@ class GenerationSettings:
 
     Attributes:
         config: read from the header of ``dit``.
-        lora_mode: merge or inject; where results differ in their multipliers, LoRA are injected all the same.
+        lora_mode: merge, or inject, with which multipliers can change from result to result.
+        skip_existing: leave out what an earlier run has made.
     """
 
     dit: str
@@ -34,3 +35,4 @@ class GenerationSettings:
     text: TextEncoderSettings
     vae: VAESettings
     output: OutputSettings
+    skip_existing: bool = False

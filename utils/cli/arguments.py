@@ -143,6 +143,11 @@ def public_flags(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in vars(args).items() if not name.endswith(SECRET_ENDINGS)}
 
 
+def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, object]:
+    """The flags with other values than their defaults; keys and tokens are left out."""
+    return {name: value for name, value in public_flags(args).items() if value != parser.get_default(name)}
+
+
 def hide_secrets(args: argparse.Namespace) -> None:
     """Replace keys and tokens in ``sys.argv`` by stars: W&B stores the command line of a run."""
     for secret in (value for name, value in vars(args).items() if name.endswith(SECRET_ENDINGS) and value):

@@ -1,4 +1,4 @@
-"""utils.media_metadata: what is written into each kind of file comes back, and files of others are named."""
+"""utils.media.metadata: what is written into each kind of file comes back, and files of others are named."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from utils.errors import UserError
-from utils.media_metadata import read_media_metadata
+from utils.media.metadata import read_media_metadata
 from utils.media_writing import save_animation, save_picture, save_video
 from utils.safetensors_io import save_tensors
 

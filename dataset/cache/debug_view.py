@@ -14,7 +14,7 @@ from PIL import Image
 from dataset.cache.preparation import Failure, Prepared, prepare
 from dataset.items import Item
 from dataset.media.frame_rate import MODEL_FPS
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 from utils.output import show
 
 SHEET_FRAMES = 16  # frames of a clip shown on its sheet

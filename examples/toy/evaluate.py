@@ -52,7 +52,7 @@ from utils.cli.arguments import (
 from utils.devices import choose_dtype, explain_out_of_memory, pick_device
 from utils.errors import UserError, run_script
 from utils.files import atomic_path, require_writable_folder
-from utils.media_writing import save_picture
+from utils.media.writing import save_picture
 from utils.sheets.contact_sheet import Cell, ContactSheet
 
 SHEET_COLUMNS, SHEET_PROMPTS, SHEET_ZORPS, SHEET_SIDE = 4, 24, 8, 400

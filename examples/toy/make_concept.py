@@ -23,7 +23,7 @@ from examples.toy.zorp import draw_zorp, zorp_caption
 from utils.cli.arguments import script_parser
 from utils.errors import run_script
 from utils.files import atomic_path, require_writable_folder
-from utils.media_writing import save_picture
+from utils.media.writing import save_picture
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONCEPT = ROOT / "examples" / "toy" / "concept"

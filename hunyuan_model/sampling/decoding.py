@@ -16,7 +16,7 @@ from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 from utils.files import atomic_folder
-from utils.media_writing import save_animation, save_picture, save_video, unused_stem
+from utils.media.writing import save_animation, save_picture, save_video, unused_stem
 from utils.safetensors_io import read_tensors, save_tensors
 
 LATENT_ENDING = "_latent.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor
 from hunyuan_model.sampling.encoding import FrameEncoder
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION
 from utils.files import explain_failed_writing
-from utils.media_writing import save_picture
+from utils.media.writing import save_picture
 
 logger = logging.getLogger(__name__)
 

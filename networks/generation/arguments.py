@@ -38,7 +38,7 @@ from utils.cli.settings import settings_from
 from utils.devices import choose_dtype, pick_device
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
-from utils.media_writing import unused_stem
+from utils.media.writing import unused_stem
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from networks.generation.requests import Request
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 from utils.sheets.contact_sheet import Cell, ContactSheet, cell_side, reduced
 
 SEPARATOR = " · "

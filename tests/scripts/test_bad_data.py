@@ -14,7 +14,7 @@ import torch
 from bench import picture, refused
 
 from dataset.media.pictures import IMAGE_EXTENSIONS
-from utils.media_writing import save_video
+from utils.media.writing import save_video
 
 LISTS = {
     "empty": ("", ["holds no lines"]),

@@ -167,7 +167,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_latents(generate, monkeypatch,
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.media_writing.av.open", full)
+    monkeypatch.setattr("utils.media.writing.av.open", full)
     ended = generate()
     (latent,) = (tmp_path / "out").iterdir()
     assert ended.status == 2 and "No space left" in ended.stderr and f"{latent}: --latent_path decodes them" in ended.stderr

@@ -19,7 +19,7 @@ from hunyuan_model.sampling import generation
 from hunyuan_model.sampling.decoding import decode_latents
 from hunyuan_model.sampling.preview import Preview
 from hunyuan_model.vae.loading import load_vae
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 
 SIZE = (32, 48)
 FLOAT32 = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from utils.files import atomic_path
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 
 FRAMES_PER_SECOND = 24
 SUPERSAMPLING = 4  # shapes are drawn larger and shrunk, which smooths their edges

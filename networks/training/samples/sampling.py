@@ -30,7 +30,7 @@ from utils.cli.arguments import MAX_SEED
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.files import MAX_NAME_BYTES, require_writable_folder
-from utils.media_writing import save_picture, save_video, unused_stem
+from utils.media.writing import save_picture, save_video, unused_stem
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:

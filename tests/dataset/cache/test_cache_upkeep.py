@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dataset.cache.files import read_latents, save_latents
 from dataset.cache.records import PIXELS, TEXT_ENCODERS, TOKENIZERS
 from dataset.media.decoding import iterate_frames
-from utils.media_writing import save_video
+from utils.media.writing import save_video
 from utils.safetensors_io import read_header
 
 CASES = Path(__file__).parent.parent / "media" / "cases"

@@ -14,7 +14,7 @@ from dataset.cache.preparation import Failure, Finished, Prepared, plan_targets,
 from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
 from dataset.media.decoding import iterate_frames
-from utils.media_writing import save_video
+from utils.media.writing import save_video
 
 
 def image_dataset(folder: Path, **values) -> DatasetConfig:

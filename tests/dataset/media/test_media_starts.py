@@ -15,7 +15,7 @@ from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.errors import MediaError
 from dataset.media.starts import find_starts, read_start
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 
 SIZE = (48, 64)
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from utils.errors import UserError
 from utils.media.metadata import read_media_metadata
-from utils.media_writing import save_animation, save_picture, save_video
+from utils.media.writing import save_animation, save_picture, save_video
 from utils.safetensors_io import save_tensors
 
 METADATA = {

@@ -23,7 +23,7 @@ from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import SavedSample
 from utils.cli.arguments import hide_secrets, public_flags
 from utils.errors import UserError
-from utils.media_writing import save_picture, save_video
+from utils.media.writing import save_picture, save_video
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

@@ -1,11 +1,11 @@
-"""utils.media_writing: pictures and videos read back."""
+"""utils.media.writing: pictures and videos read back."""
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from utils.media_writing import save_animation, save_picture, save_video
+from utils.media.writing import save_animation, save_picture, save_video
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ Codes have the weight's shape (out, in). Scales have the shape (out or 1, groups
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 
 import torch
@@ -94,16 +95,40 @@ def quantize_groups(weight: torch.Tensor, group: int = GROUP) -> Quantized:
     groups = weight.shape[1] // group if weight.shape[1] % group == 0 else 1
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), groups, dtype=torch.bfloat16, device=weight.device)
-    values, magnitudes = (torch.empty(0, device=weight.device) for _ in range(2))  # which every slice uses again
-    for rows in _row_slices(weight):
-        stored = weight.detach()[rows].unflatten(1, (groups, -1))
-        values.resize_(stored.shape).copy_(stored)
-        torch.abs(values, out=magnitudes.resize_(stored.shape))
-        scale[rows] = magnitudes.amax(2).div_(INT8_MAX).to(scale.dtype)
-        steps = scale[rows].float()[:, :, None]
-        steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
-        codes[rows] = values.div_(steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
+
+    def quantize(slices: Sequence[slice]) -> None:
+        values, magnitudes = (torch.empty(0, device=weight.device) for _ in range(2))  # which every slice uses again
+        for rows in slices:
+            stored = weight.detach()[rows].unflatten(1, (groups, -1))
+            values.resize_(stored.shape).copy_(stored)
+            torch.abs(values, out=magnitudes.resize_(stored.shape))
+            scale[rows] = magnitudes.amax(2).div_(INT8_MAX).to(scale.dtype)
+            steps = scale[rows].float()[:, :, None]
+            steps.masked_fill_(steps == 0, 1.0)  # what is divided by it rounds to zero
+            codes[rows] = values.div_(steps).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(1)
+
+    _in_threads(quantize, list(_row_slices(weight)), weight.device)
     return codes, scale
+
+
+def _in_threads(work: Callable[[Sequence[slice]], None], slices: Sequence[slice], device: torch.device) -> None:
+    """``work`` on the CPU in as many threads as torch has, each with a share of the slices: threads within a slice, which is small,
+    would wait for each other in every operation."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(slices) < 2 * threads:
+        work(slices)
+        return
+
+    inference = torch.is_inference_mode_enabled()  # which each thread has for itself
+
+    def alone(share: Sequence[slice]) -> None:
+        torch.set_num_threads(1)  # of this thread
+        with torch.inference_mode(inference):
+            work(share)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(alone, (slices[first::threads] for first in range(threads))))
+    torch.set_num_threads(threads)  # of threads that begin later
 
 
 def _row_slices(weight: torch.Tensor, elements: int = SLICE_ELEMENTS) -> Iterator[slice]:

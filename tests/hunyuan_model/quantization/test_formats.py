@@ -159,3 +159,18 @@ def test_devices_quantize_sixteen_million_values_at_once():
         assert all(part.stop - part.start == slices[0].stop for part in slices)
     assert 2**24 - 3072 < sliced["meta"][0].stop * 3072 <= 2**24 and len(sliced["meta"]) == 4
     assert len(sliced["cpu"]) > 200
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_change_nothing_and_are_as_many_afterwards(inference):
+    weight, before = torch.randn(3000, 640), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference):
+                found.append(quantize_groups(weight))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))

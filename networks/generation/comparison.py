@@ -15,9 +15,10 @@ from typing import Any
 
 from hunyuan_model.sampling.arguments import MAX_STEPS
 from hunyuan_model.sampling.prompts import options_within, read_prompts
+from networks.formats.layouts import TARGETS
 from networks.generation.requests import Request
 from utils.cli.arguments import finite_float, int_up_to, parsed, positive_float, seed
-from utils.errors import UserError, shown
+from utils.errors import UserError, name_some, shown
 from utils.key_values import nearest_name
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--xy"
 NO_LORA = "none"
 MAX_CELLS = 256
+_COPY = re.compile(rf"_(?:{'|'.join((*TARGETS, 'comfyui'))})(?=\.safetensors$)")  # what training writes beside a LoRA
 _NUMBER_OF_CHECKPOINT = re.compile(r"-(step)?(\d+)$")  # my_lora-000002 (epochs) and my_lora-step00000100
 
 
@@ -81,7 +83,9 @@ def lora_files(words: list[str], where: str) -> list[AxisValue]:
             found = sorted(glob.glob(word, recursive=True), key=order_of_checkpoint)
             if not found:
                 raise UserError(f"{where}: no file matches the pattern {word}. Patterns are looked up in {os.getcwd()}.")
-            paths += found
+            if copies := [path for path in found if _COPY.sub("", path) in found and _COPY.search(path)]:
+                logger.info("%s: left out copies of others in another layout: %s", where, name_some(copies))
+            paths += [path for path in found if path not in copies]
     stems = [Path(path or NO_LORA).stem for path in paths]
     return [AxisValue(stem if stems.count(stem) == 1 else path or NO_LORA, path) for path, stem in zip(paths, stems)]
 

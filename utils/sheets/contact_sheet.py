@@ -38,7 +38,8 @@ def reduced(frames: np.ndarray, side: int) -> np.ndarray:
     if max(height, width) <= side:
         return frames
     size = tuple(max(1, round(length * side / max(height, width))) for length in (width, height))
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+    pictures = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def enlarged(frame: np.ndarray, side: int) -> np.ndarray:

@@ -20,7 +20,17 @@ def values(text: str) -> list[object]:
 
 @pytest.fixture
 def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("zorp", "zorp-000002", "zorp-000010", "zorp-step00000300", "zorp-step00000020", "other/zorp", "a, b", "x[1]"):
+    for name in (
+        "zorp",
+        "zorp-000002",
+        "zorp-000010",
+        "zorp-step00000300",
+        "zorp-step00000020",
+        "zorp_comfyui",
+        "other/zorp",
+        "a, b",
+        "x[1]",
+    ):
         path = tmp_path / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -52,6 +62,13 @@ def test_checkpoints_stand_in_the_order_of_training_the_final_one_last(loras: No
         *("zorp-000002", "zorp-000010", "zorp-step00000020", "zorp-step00000300", "zorp")
     ]
     assert sorted(["l-step00000009.pt", "l.pt", "l-step00000010.pt"], key=order_of_checkpoint)[-1] == "l.pt"
+
+
+def test_a_pattern_leaves_out_copies_of_what_it_finds(loras: None, caplog) -> None:
+    caplog.set_level("INFO")
+    assert "zorp_comfyui.safetensors" not in values("lora=zorp*.safetensors")
+    assert "left out copies of others in another layout: zorp_comfyui.safetensors" in caplog.text
+    assert values("lora=*_comfyui.safetensors") == ["zorp_comfyui.safetensors"]
 
 
 def test_labels_say_what_a_value_is(loras: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,7 +221,8 @@ def compared(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Re
     args.lora_weight = [*args.lora_weight, *comparison.lora_files]
     labels = [[value.label for value in axis.values] for axis in comparison.axes]
     path = sheet_path(args, f"xy_{time.strftime(TIME)}")
-    return started, BatchSheet(path, [[found[request] for request in row] for row in grid], args.fps, args.lora_weight, *labels)
+    cells = [[found[request] for request in row] for row in grid]
+    return started, BatchSheet(path, cells, args.fps, args.lora_weight, *labels, {"xy": shlex.join(args.xy)})
 
 
 def sheet_path(args: argparse.Namespace, stem: str) -> Path:

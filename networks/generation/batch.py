@@ -66,15 +66,14 @@ class Batch:
         if self.sheet is not None and (sampled or not self.sheet.path.exists()):
             for request, stem in earlier.done:
                 self.sheet.add(request, read_frames(settings.output.path_of_frames(stem)))
-            for path in self.sheet.save(self._shared_metadata()):
+            for path in self.sheet.save({} if settings.output.no_metadata else {**self._shared_metadata(), **self.sheet.about}):
                 show(path)
 
     def _shared_metadata(self) -> dict[str, str]:
         """What all requests have in common."""
         first, *others = map(self.metadata, self.requests)
         first.pop(SETTINGS, None)  # of one result only
-        shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-        return {} if self.settings.output.no_metadata else shared
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
     def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them."""

@@ -25,6 +25,7 @@ class BatchSheet:
         grid: the requests by row and column; a request may stand there several times.
         lora_weight: the LoRA files that the multipliers of the requests are for.
         column_labels, row_labels: without them the cells have captions.
+        about: metadata besides what the results have in common.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class BatchSheet:
     lora_weight: Sequence[str] = ()
     column_labels: Sequence[str] = ()
     row_labels: Sequence[str] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
     _frames: dict[Request, np.ndarray] = field(default_factory=dict)
     _failures: dict[Request, str] = field(default_factory=dict)
 

@@ -59,7 +59,7 @@ def test_a_comparison_is_what_single_runs_make_in_one_sheet(generate, tmp_path, 
     assert [path.name for path in results] == ["xy_1_1_5", "xy_1_2_5", "xy_1_3_5", "xy_2_1_5", "xy_2_2_5"]
     assert "xy_2_3 is the same as xy_1_3" in caplog.text
     with Image.open(sheet_path) as sheet:
-        assert sheet.text["prompt"] == "a red ball" and sheet.text["seed"] == "5"
+        assert sheet.text["prompt"] == "a red ball" and sheet.text["seed"] == "5" and "multiplier=0.5,1" in sheet.text["xy"]
         pixels = np.asarray(sheet)
     corners = [holds(pixels, picture(path), 10) for path in results]  # 48 pixels in 512
     tops, lefts = zip(*corners)
@@ -102,7 +102,15 @@ def test_every_prompt_file_gets_a_sheet_with_its_prompts(generate, tmp_path) -> 
         assert Path(sheet).name == name
         with Image.open(sheet) as image:
             assert image.text["infer_steps"] == "2" and "prompt" not in image.text
-    ended = generate("--from_file", prompts, "--no_metadata", "--output_type", "latent", folder="latents")
+    restarted = generate("--from_file", prompts, "--skip_existing", "--no_metadata")
+    assert restarted.status == 0 and not restarted.stdout
+    (tmp_path / "out" / "night_sheet.png").rename(tmp_path / "first.png")
+    assert generate("--from_file", prompts, "--skip_existing", "--no_metadata").stdout.split() == [
+        str(tmp_path / "out/night_sheet.png")
+    ]
+    with Image.open(tmp_path / "first.png") as first, Image.open(tmp_path / "out" / "night_sheet.png") as again:
+        assert not getattr(again, "text", {}) and np.array_equal(np.asarray(first), np.asarray(again))
+    ended = generate("--from_file", prompts, "--output_type", "latent", folder="latents")
     assert ended.status == 0 and not list((tmp_path / "latents").glob("*.png"))
 
 

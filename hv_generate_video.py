@@ -41,10 +41,12 @@ from networks.generation.arguments import (
     asked_for,
     block_strengths,
     generation_settings,
+    line_settings,
     lora_multipliers,
     recorder,
 )
 from networks.generation.batch import Batch
+from networks.generation.interactive import Session, run_session
 from networks.generation.record import with_flags
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, given_flags, require_flags, script_parser, warn_of_unused
@@ -125,12 +127,15 @@ def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, dev
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
-    requests, sheet = asked_for(args, find_starts)
+    lines = line_settings(args) if args.interactive else None
+    requests, sheet = ([lines.base], None) if lines else asked_for(args, find_starts)
     settings = generation_settings(args, device, requests)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
     metadata = recorder(parser, args, settings).metadata
+    if lines:
+        return run_session(Session(settings, device, metadata, find_starts, read_start), lines)
     for request in requests:
         metadata(request)  # reads the files that make it, before they may change
     batch = Batch(settings, requests, device, metadata, read_start, sheet)
@@ -148,7 +153,7 @@ def main() -> int | None:
     if args.save_merged_model:
         warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
         save_merged(args)
-    elif args.latent_path and args.prompt is None and args.from_file is None and args.xy is None:
+    elif args.latent_path and not args.interactive and (args.prompt, args.from_file, args.xy) == (None, None, None):
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
         decode_stored(parser, args, device)
     else:

@@ -87,6 +87,7 @@ class Run:
         output, errors, told = io.StringIO(), io.StringIO(), io.StringIO()
         with watched() as (seen, patch), logged(told), redirect_stdout(output), redirect_stderr(errors):
             patch.setattr(sys, "argv", [f"{self.bench.script}.py", *self.words])
+            patch.setattr(sys, "stdin", io.StringIO("a red ball\n"))
             patch.syspath_prepend(str(self.bench.places["data"]))
             patch.setattr(hub, "hub_api", lambda token: HubStandIn(seen.hub, token, self.bench.places["data"]))
             AcceleratorState._reset_state(reset_partial_state=True)

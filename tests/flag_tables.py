@@ -402,6 +402,7 @@ GENERATION = (
     Row("--prompt another", becomes(setting("prompt"), "another"), base=PROMPTLESS),
     Row("--from_file {data}/prompts.txt", both(works, becomes(setting("prompt"), "a red ball")), base=PROMPTLESS),
     Row(COMPARISON, both(writes("xy_2_1_5/00000.png"), writes("xy_*.png")), beside=IMAGES),
+    Row("--interactive", both(works, becomes(setting("prompt"), "a red ball")), base=PROMPTLESS),
     Row("--video_size 48 32", becomes(shape, (16, 1, 6, 4))),
     Row("--video_length 5", becomes(shape, (16, 2, 4, 8))),
     Row("--fps 12", becomes(frames_per_second, 12), beside="--output_type video"),

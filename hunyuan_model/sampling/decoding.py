@@ -13,6 +13,7 @@ from torch import Tensor
 from hunyuan_model.sampling.flow import LATENT_CHANNELS
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings
+from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
 from utils.files import atomic_folder
@@ -103,14 +104,18 @@ def read_latents(path: str | os.PathLike[str], flag: str) -> tuple[Tensor, dict[
 
 
 def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Load the VAE: a function from latents (B, 16, F, H, W) in the network's scale to frames (B, T, H, W, 3).
+    """``decoder_of`` the VAE of the settings; errors as of ``load_vae``, too."""
+    return decoder_of(load_vae(settings.vae, device=device, dtype=settings.vae_dtype), settings, device)
 
-    Chunks and tiles are those of the settings, or what free memory demands.
+
+def decoder_of(vae: AutoencoderKLCausal3D, settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from latents (B, 16, F, H, W) in the network's scale to frames (B, T, H, W, 3).
+
+    Chunks and tiles are those of the settings, or what the memory demands that is free now.
 
     Raises:
-        UserError: as ``load_vae``; when it decodes, memory that does not suffice, with the flags to change.
+        UserError: when it decodes: memory that does not suffice, with the flags to change.
     """
-    vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
     fit = VAEFit(vae, settings, encode=False)
     lighter = " or ".join(filter(None, (settings.lighter_flags and f"use {settings.lighter_flags}", "make it smaller or shorter")))
 

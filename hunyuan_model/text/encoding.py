@@ -18,6 +18,7 @@ from hunyuan_model.text.cache import TextCache
 from hunyuan_model.text.clip import check_text_encoder_2, load_text_encoder_2
 from hunyuan_model.text.conditions import TextConditions
 from hunyuan_model.text.llm import check_text_encoder_1, load_text_encoder_1
+from hunyuan_model.text.placement import place_beside_others
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import fingerprint_tokenizer, load_tokenizer, token_ids
 from utils.devices import free_memory
@@ -74,14 +75,19 @@ def cut_texts(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase
     return {text: cut for text, cut in zip(distinct, lengths) if cut.tokens1 > TEXT_LENGTH or cut.tokens2 > CLIP_LENGTH}
 
 
-def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device: torch.device) -> list[TextConditions]:
+def encode_prompts(
+    prompts: Sequence[str], settings: TextEncoderSettings, device: torch.device, *, beside_others: bool = False
+) -> list[TextConditions]:
     """Encode every prompt, each distinct text once, with a warning for those that are cut. Both encoders are gone from ``device``
     afterwards; where all texts are in the text cache, none is loaded.
+
+    Args:
+        beside_others: other networks stay on ``device``: where its free memory does not suffice, the encoders are on the CPU, and
+            what they give there is not cached.
 
     Raises:
         UserError: as ``load_text_encoder_1`` and ``load_text_encoder_2``; tokenizers are found before weights are read.
     """
-    dtype = settings.text_encoder_dtype
     llama_tokenizer, clip_tokenizer = load_tokenizers(settings)
     texts = dict.fromkeys(prompts)
     for text, cut in cut_texts(texts, (llama_tokenizer, clip_tokenizer)).items():
@@ -93,6 +99,10 @@ def encode_prompts(prompts: Sequence[str], settings: TextEncoderSettings, device
         found = {text: conditions for text in texts if (conditions := cache.read(text)) is not None}
         logger.info("%d of %d texts are in --text_cache", len(found), len(texts))
     if missing := [text for text in texts if text not in found]:
+        if beside_others:
+            settings, place = place_beside_others(settings, device)
+            cache, device = cache if place == device else None, place
+        dtype = settings.text_encoder_dtype
         encoder = load_text_encoder_2(settings.text_encoder2, device=device, dtype=dtype, tokenizer=clip_tokenizer)
         pooled = {text: encoder.encode([text]).cpu() for text in missing}
         del encoder

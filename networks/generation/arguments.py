@@ -7,6 +7,7 @@ import logging
 import math
 import shlex
 import time
+from dataclasses import replace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
 from networks.generation.comparison import AXES, Comparison
 from networks.generation.comparison import FLAG as COMPARISON_FLAG
+from networks.generation.interactive import LineSettings
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
 from networks.generation.record import Recorder, versions_of
@@ -134,7 +136,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, requests
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
         hunyuan_model.check_vae_file(args.vae)
-    return injecting_where_needed(settings, requests)
+    return replace(settings, lora_mode="inject") if args.interactive else injecting_where_needed(settings, requests)
 
 
 def add_request_arguments(group: argparse._ArgumentGroup) -> None:
@@ -153,7 +155,11 @@ def add_request_arguments(group: argparse._ArgumentGroup) -> None:
         help="one result for each prompt of a .txt (a line each), .toml or .json file, all from one load; the flags say what the "
         "prompts leave out, and the seeds count up from --seed (default: none)",
     )
-
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="read prompt lines from the terminal or a pipe, and sample each with the networks that stay loaded (default: off)",
+    )
     group.add_argument(
         COMPARISON_FLAG,
         nargs=2,
@@ -250,25 +256,46 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
     """
     if args.prompt is not None and args.from_file is not None:
         raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
-    prompt = [] if args.from_file else ["prompt"]
-    require_flags(args, "generation", *MODEL_FLAGS, *prompt)
-    given = {
-        "lora_multiplier": lora_multipliers(args),
-        "latent_path": args.latent_path[0] if args.latent_path else None,
-        "seed_given": args.seed is not None,
-    }
+    require_flags(args, "generation", *MODEL_FLAGS, *([] if args.from_file else ["prompt"]))
     if args.from_file:
-        sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
-        base = settings_from(Request, args, prompt="", sampling=sampling, **given)
-        requests = requests_of_file(args.from_file, base, args.lora_weight, args.seed)
+        requests = requests_of_file(args.from_file, promptless_request(args), args.lora_weight, args.seed)
     else:
         check_prompt(args.prompt)
-        requests = [settings_from(Request, args, sampling=sampling_settings(args), **given)]
+        requests = [settings_from(Request, args, sampling=sampling_settings(args), **given_values(args))]
     warn_of_no_effect(requests)
     if len(args.latent_path) < 2:
         return requests
     paths = [Path(path) for path in args.latent_path]
     return [one for request in requests for one in (one_for_each(request, "latent", paths) if request.latent_path else [request])]
+
+
+def given_values(args: argparse.Namespace) -> dict[str, object]:
+    """Fields of ``Request`` that no flag holds as it stands."""
+    return {
+        "lora_multiplier": lora_multipliers(args),
+        "latent_path": args.latent_path[0] if args.latent_path else None,
+        "seed_given": args.seed is not None,
+    }
+
+
+def promptless_request(args: argparse.Namespace) -> Request:
+    """What the flags say of results whose prompts stand elsewhere, with an empty one, and seed 0 if none is given."""
+    sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
+    return settings_from(Request, args, prompt="", sampling=sampling, **given_values(args))
+
+
+def line_settings(args: argparse.Namespace) -> LineSettings:
+    """Those of --interactive before its first line.
+
+    Raises:
+        UserError: flags that cannot be, or prompts from elsewhere, too.
+    """
+    if given := [flag for flag in ("prompt", "from_file", "xy", "sheet") if getattr(args, flag) is not None]:
+        raise UserError(f"--interactive reads prompts one by one; leave --{given[0]} out.")
+    if len(args.latent_path) > 1:
+        raise UserError("--interactive starts from one file; give one --latent_path.")
+    require_flags(args, "--interactive", *MODEL_FLAGS)
+    return LineSettings(promptless_request(args), args.seed, args.lora_weight)
 
 
 def warn_of_no_effect(requests: Sequence[Request]) -> None:

@@ -33,7 +33,7 @@ class Sampler:
     Args:
         loras: of the run; the list is emptied where they are merged, as nobody needs their tensors any more.
         requests: what will be sampled, for the memory plan, which is of the largest.
-        texts: of the requests.
+        texts: of the requests; there may be more of them later.
 
     Raises:
         UserError: memory does not suffice; files that do not belong together.
@@ -47,7 +47,7 @@ class Sampler:
         texts: Mapping[str, TextConditions],
         device: torch.device,
     ) -> None:
-        self._settings, self._device, self._texts = settings, device, dict(texts)
+        self._settings, self._device, self._texts = settings, device, texts
         batch = largest_batch(settings, requests, texts)
         dtype = settings.dit_dtype
         injects = settings.lora_mode == "inject"

@@ -30,7 +30,7 @@ from utils.cli.arguments import random_seed
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import STATUS_FAILED, UserError, first_line
 from utils.key_values import nearest_name
-from utils.output import show
+from utils.output import show, with_names_of_invisible
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -312,7 +312,7 @@ def run_session(session: Session, settings: LineSettings) -> int:
         except (Stopped, KeyboardInterrupt):
             show("stopped", error=True)
         except UserError as error:
-            show(f"error: {error}", error=True)
+            show(f"error: {with_names_of_invisible(str(error))}", error=True)
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             logger.exception("%s: %s", reader.where, first_line(error))
         failed = True

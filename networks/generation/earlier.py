@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hunyuan_model.sampling.decoding import ENDINGS, LATENT_ENDING, OutputSettings, read_latents
+from hunyuan_model.sampling.decoding import ENDINGS, LATENT_ENDING, PREVIEW_ENDING, OutputSettings, read_latents
 from hunyuan_model.sampling.preview import Preview
 from networks.generation.record import identity, settings_of, with_flags
 from networks.generation.requests import Request
@@ -74,8 +74,9 @@ def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: 
 
     A file is that of a request if its metadata say that it was made as the request would be, random seeds aside, and its name
     begins as that of the batch, in which numbers may have changed. Without metadata the name decides. Latents that nobody asked
-    for, left by a run that ended before it removed them, are removed.
+    for and previews, left by a run that ended before it removed them, are removed.
     """
+    _remove_previews(requests, output)
     by_name = output.no_metadata
     left, found, used = _files_left(output, read=not by_name), Earlier(), set()
     wanted = ENDINGS[output.output_type]
@@ -108,6 +109,20 @@ def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: 
     return found
 
 
+def _remove_previews(requests: Sequence[Request], output: OutputSettings) -> None:
+    """Those of the batch, whatever its seeds were."""
+    for batch in {_batch(request.name) for request in requests if request.name is not None}:
+        own = re.compile(rf"{re.escape(batch)}(_\d+)+(-\d+)?{re.escape(PREVIEW_ENDING)}")
+        for path in Path(output.save_path).glob(f"*{PREVIEW_ENDING}"):
+            if own.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
+def _batch(name: str) -> str:
+    """What the names of all its requests begin with."""
+    return _NUMBERS.sub("", name)
+
+
 def _files_left(output: OutputSettings, read: bool) -> dict[str, _Left]:
     """By stem, in the order of names."""
     files: dict[str, dict[str, Path]] = {}
@@ -135,8 +150,9 @@ def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> l
     own = re.compile(rf"{re.escape(request.name)}_{seed}(-\d+)?")
     if by_name:
         return [stem for stem in left if own.fullmatch(stem)]
-    batch = _NUMBERS.sub("", request.name)
-    return sorted((stem for stem in left if stem.startswith(f"{batch}_")), key=lambda stem: own.fullmatch(stem) is None)
+    return sorted(
+        (stem for stem in left if stem.startswith(f"{_batch(request.name)}_")), key=lambda stem: own.fullmatch(stem) is None
+    )
 
 
 def _disposable(left: _Left) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
 from networks.generation import batch
 from utils.media.metadata import read_media_metadata
+from utils.media.writing import save_picture
 
 LINES = ["a red ball --d 1", "a blue cube --d 2", "a green cone --d 3"]
 
@@ -153,3 +155,25 @@ def test_latents_whose_result_is_there_are_removed(generate, names, tmp_path, mo
         generate(LINES[:1])
     assert len(names()) == 2
     assert generate(LINES[:1]) == [] and names() == ["evening_0001_1.mp4"]
+
+
+def test_previews_that_a_killed_run_left_go(generate, names, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("evening_0001_1", "evening_0002_77", "evening_0002_77-2", "evening_of_may", "morning_0001_1"):
+        (tmp_path / "out" / f"{name}_preview.png").write_bytes(b"")
+    generate(LINES, "--output_type", "latent", "--preview_every", 1)
+    own = [f"evening_000{number}_{number}_latent.safetensors" for number in (1, 2, 3)]
+    assert names() == [*own, "evening_of_may_preview.png", "morning_0001_1_preview.png"]
+
+
+def test_a_start_that_has_changed_is_another(generate, names, tmp_path):
+    def write(shade: int) -> None:
+        save_picture(tmp_path / "a.png", np.full((40, 40, 3), shade, np.uint8))
+
+    write(10)
+    lines = [f"a red ball --d 1 --i {tmp_path / 'a.png'} --t 0.5", f"a red ball --d 1 --i {tmp_path / 'a.png'} --t 1"]
+    assert len(generate(lines, "--output_type", "latent")) == 2
+    assert generate(lines, "--output_type", "latent") == []
+    assert len(generate([lines[0].replace("0.5", "0.25"), lines[1]], "--output_type", "latent")) == 1
+    write(200)
+    assert len(generate(lines, "--output_type", "latent")) == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def fused(*changing: Sequence[int]) -> Callable[[Callable[..., Any]], Callable[.
             if torch.is_grad_enabled() or not usable(arguments[0]):
                 return function(*arguments)
             try:
+                _graphs_allowed(threading.get_ident())
                 return _compiled(function)(*_prepared(arguments, changing))
             except torch.OutOfMemoryError:
                 raise
@@ -68,7 +70,6 @@ def fused(*changing: Sequence[int]) -> Callable[[Callable[..., Any]], Callable[.
 
 def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """``function`` as torch compiles it, which takes place in its first call."""
-    allow_graphs()
     return torch.compile(function, backend=backend)
 
 
@@ -78,6 +79,12 @@ def allow_graphs() -> None:
 
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(MAX_GRAPHS, getattr(torch._dynamo.config, limit)))
+
+
+@functools.cache
+def _graphs_allowed(thread: int) -> None:
+    """``allow_graphs`` once in each thread: torch's settings are those of a thread, and a GPU's backward pass has one of its own."""
+    allow_graphs()
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def allow_graphs() -> None:
 
 @functools.cache
 def _graphs_allowed(thread: int) -> None:
-    """``allow_graphs`` once in each thread: torch's settings are those of a thread, and a GPU's backward pass has one of its own."""
+    """``allow_graphs`` once in each thread: they have settings of their own, and a GPU's backward pass has its own thread."""
     allow_graphs()
 
 

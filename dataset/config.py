@@ -250,7 +250,8 @@ def _require_source(what: str, toml: Path, source: Path, wants_folder: bool) -> 
     if os.path.isdir(source) if wants_folder else os.path.isfile(source):
         return
     if os.path.exists(source):
-        raise UserError(f"{what} must be a {'folder' if wants_folder else 'file'}, but is none.")
+        kind = "a folder" if os.path.isdir(source) else "a file" if os.path.isfile(source) else "a device or a pipe"
+        raise UserError(f"{what} must be a {'folder' if wants_folder else 'file'}, but is {kind}.")
     blank = source.name != source.name.strip()
     hint = "Its name begins or ends with a blank." if blank else "Check the spelling."
     if not source.is_absolute():

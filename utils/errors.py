@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
 
-from utils.output import VisibleFormatter, show, visible, with_names_of_invisible
+from utils.output import VisibleFormatter, outlast_readers, show, visible, with_names_of_invisible
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 5
@@ -51,15 +49,15 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave the process with its status.
 
     ``main`` returns None or 0 for success, or an exit status. A ``UserError`` is printed as one line on stderr and
-    ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback.
+    ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback. A reader of the output that ends does
+    not end the script.
     """
+    outlast_readers()  # before anything keeps a stream
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
     # transformers imports peft, and that bitsandbytes, which warns of a package for products in 4 bits. Nothing here uses them.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the pipe's encoding lacks must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except UserError as error:
@@ -77,7 +75,4 @@ def run_script(main: Callable[[], int | None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more does not wait for threads that are still at work
         print("interrupted", file=sys.stderr)
         sys.exit(STATUS_INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        sys.exit(STATUS_FAILED)
     sys.exit(status or 0)

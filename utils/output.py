@@ -1,10 +1,14 @@
-"""What goes to the terminal and to logs: text from files and their names cannot move the cursor, colour, hide or fake lines."""
+"""What goes to the terminal and to logs: text from files and their names cannot move the cursor, colour, hide or fake lines, and
+nobody has to read it."""
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import unicodedata
+from typing import Any
 
 
 def visible(text: str, lines: bool = False) -> str:
@@ -29,6 +33,40 @@ def with_names_of_invisible(text: str) -> str:
 def show(text: object, error: bool = False) -> None:
     """Print a line or a table on stdout, or on stderr. Everything that scripts print goes through here."""
     print(visible(str(text), lines=True), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class _Outlasting(io.FileIO):
+    """A stream whose reader may go: what nobody can read, or what no longer fits on the disk of a log, is lost without an error."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)  # a reader that is slow on a stream that does not wait loses some
+        except BrokenPipeError:  # for good, also for libraries and processes that write by themselves
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        except OSError:  # the terminal was closed, or the disk is full
+            pass
+        return len(data)
+
+
+def outlast_readers() -> None:
+    """Have stdout and stderr go on when the reader of their pipe ends, as ``head`` does, and hours of work with them.
+
+    What the encoding of a stream lacks is escaped.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the script; a file that is opened later must not get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif isinstance(stream, io.TextIOWrapper):
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered with PYTHONUNBUFFERED
+            if type(raw) is io.FileIO:  # and no console of Windows, or what a test puts there
+                stream.flush()
+                outlasting = _Outlasting(raw.fileno(), "w", closefd=False)
+                buffer = outlasting if raw is stream.buffer else io.BufferedWriter(outlasting)
+                modes = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+                stream = io.TextIOWrapper(buffer, stream.encoding, **modes)
+                setattr(sys, name, stream)
+            stream.reconfigure(errors="backslashreplace")
 
 
 class VisibleFormatter(logging.Formatter):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,37 @@ def test_everything_that_is_printed_goes_through_one_place():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     assert found - {"quickstart.py"} <= allowed
+
+
+LONG_RUN = """
+import logging, sys
+from utils.errors import UserError, run_script
+from utils.output import show
+from utils.progress import ProgressBar
+
+def main():
+    for number in ProgressBar(range(500), mininterval=0):
+        show(f"line {number} Zo\\u00eb" + "." * 500)
+        logging.getLogger("run").warning("number %d", number)
+    open(sys.argv[1], "w").write("done")
+    raise UserError("the end.")
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("outputs", ["reader ends", "closed", "full disk"])
+def test_a_script_outlasts_the_readers_of_its_output(tmp_path, outputs: str, unbuffered: str) -> None:
+    if outputs != "reader ends" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    command = [sys.executable, "-c", LONG_RUN, str(tmp_path / "done")]
+    ends = {"closed": ">&- 2>&-", "full disk": ">/dev/full 2>/dev/full"}
+    if outputs in ends:
+        command = ["sh", "-c", f'"$@" {ends[outputs]}', "sh", *command]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 2
+    assert (tmp_path / "done").read_text("utf-8") == "done"

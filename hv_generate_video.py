@@ -35,6 +35,7 @@ from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from networks.generation.arguments import (
+    add_background_argument,
     add_lora_arguments,
     add_record_arguments,
     add_request_arguments,
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed")
     add_compile_arguments(speed)
     add_kernel_arguments(speed)
+    add_background_argument(speed)
 
     add_lora_arguments(parser.add_argument_group("LoRA"))
     video = parser.add_argument_group("what to sample")

@@ -427,6 +427,7 @@ GENERATION = (
     Row("--output_type images", both(writes("*/00000.png"), removes("*_latent.safetensors"))),
     Row("--preview_every 1", both(logs("preview, until the result is there"), stays(latent))),
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
+    Row("--decode_on_cpu", both(becomes(seen("threads"), [1]), stays(frame)), beside=IMAGES),
     Row("--skip_existing", samples_nothing_more, beside="--save_path {data}/made"),
 )
 

@@ -88,6 +88,10 @@ class SamplingSettings:
         made = max(round(self.strength * self.infer_steps), int(self.strength > 0))
         return range(self.infer_steps - made, self.infer_steps)
 
+    def steps_with_checks(self, start: object | None) -> int:
+        """How many steps ``generate_latents`` reports."""
+        return len(self.steps_from(start)) * (2 if self.step_cache_check else 1)
+
     def metadata(self) -> dict[str, str]:
         """The settings as text, for the metadata of files."""
         height, width = self.video_size

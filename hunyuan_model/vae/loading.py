@@ -48,13 +48,13 @@ def load_vae(
     return vae.eval()
 
 
-def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> None:
-    """Refuse a file or folder that is no whole VAE; reads only headers.
+def check_vae_file(path: str | os.PathLike[str], flag: str = "--vae") -> VAEConfig:
+    """The sizes of a VAE; a file or folder that is no whole one is refused. Reads only headers.
 
     Raises:
         UserError: as ``load_vae``.
     """
-    _open_vae(path, flag)
+    return _open_vae(path, flag)[1].config
 
 
 def _open_vae(path: str | os.PathLike[str], flag: str) -> tuple[Checkpoint, AutoencoderKLCausal3D]:

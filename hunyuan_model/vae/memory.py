@@ -48,6 +48,11 @@ class VAESettings:
             raise UserError(f"--vae_spatial_tile_sample_min_size {tile} is not a multiple of 32 pixels; use 128 or 256.")
 
     @property
+    def splitting(self) -> Splitting:
+        """What they fix; ``WHOLE`` where free memory decides."""
+        return Splitting(self.vae_chunk_size, self.vae_spatial_tile_sample_min_size)
+
+    @property
     def lighter_flags(self) -> str:
         """Flags with which the VAE takes less memory than with these settings; empty where there are none."""
         chunk, tile = self.vae_chunk_size, self.vae_spatial_tile_sample_min_size
@@ -107,8 +112,7 @@ class VAEFit:
         weight = next(vae.parameters())
         self.dtype, self.device = weight.dtype, weight.device.type
         self.free = free_device_memory(weight.device)
-        given = Splitting(settings.vae_chunk_size, settings.vae_spatial_tile_sample_min_size)
-        self.fixed = None if given == WHOLE else given
+        self.fixed = None if settings.splitting == WHOLE else settings.splitting
         self._logged: set[Splitting] = {WHOLE}
 
     def must_split(self, clip: Clip) -> bool:
@@ -139,6 +143,15 @@ class VAEFit:
 
     def _bytes(self, clip: Clip, splitting: Splitting) -> int:
         return working_bytes(self.vae.config, clip, self.dtype, self.device, splitting, encode=self.encode)
+
+
+def decoding_bytes(config: VAEConfig, clip: Clip, settings: VAESettings, device: torch.device) -> int:
+    """The least memory of a VAE and of decoding ``clip`` with it, as ``VAEFit`` may split that."""
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoencoderKLCausal3D(config).parameters())
+    splitting = CHOICES[-1] if settings.splitting == WHOLE else settings.splitting
+    working = working_bytes(config, clip, settings.vae_dtype, device.type, splitting, encode=False)
+    return weights * settings.vae_dtype.itemsize + working
 
 
 def working_bytes(config: VAEConfig, clip: Clip, dtype: torch.dtype, device: str, splitting: Splitting, *, encode: bool) -> int:

@@ -24,6 +24,7 @@ from hunyuan_model.vae.arguments import vae_settings
 from networks.block_strengths import FLAG as BLOCK_FLAG
 from networks.block_strengths import BlockStrengths
 from networks.formats.reading import check_lora_file
+from networks.generation.background import FLAG as BACKGROUND_FLAG
 from networks.generation.comparison import AXES, Comparison
 from networks.generation.comparison import FLAG as COMPARISON_FLAG
 from networks.generation.interactive import LineSettings
@@ -78,6 +79,15 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--exclude_single_blocks", action="store_true", help="use no LoRA in single blocks (default: off)")
     group.add_argument("--save_merged_model", metavar="PATH", help="write the transformer with the LoRA merged to PATH, and exit")
+
+
+def add_background_argument(group: argparse._ArgumentGroup) -> None:
+    """--decode_on_cpu."""
+    group.add_argument(
+        BACKGROUND_FLAG,
+        action="store_true",
+        help="decode each result on the CPU, in float32, while the next one is sampled on the GPU, if RAM suffices (default: off)",
+    )
 
 
 def add_record_arguments(group: argparse._ArgumentGroup) -> None:

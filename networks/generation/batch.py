@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 import hunyuan_model
 from hunyuan_model.sampling.decoding import load_decoder, read_latents
 from hunyuan_model.sampling.preview import Preview, removed_on_failure
+from networks.generation.background import Decode, start_decoding
 from networks.generation.earlier import Earlier, Sampled, find_earlier
 from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
@@ -63,7 +65,7 @@ class Batch:
         sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
-        if self.sheet is not None and (sampled or not self.sheet.path.exists()):
+        if self.sheet is not None and (earlier.wanted or earlier.waiting or not self.sheet.path.exists()):
             for request, stem in earlier.done:
                 self.sheet.add(request, read_frames(settings.output.path_of_frames(stem)))
             for path in self.sheet.save({} if settings.output.no_metadata else {**self._shared_metadata(), **self.sheet.about}):
@@ -76,7 +78,10 @@ class Batch:
         return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
     def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
-        """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them."""
+        """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them.
+
+        Returns those that are still to be decoded.
+        """
         settings, output, sampled = self.settings, self.settings.output, []
         # First, as it finds out what is wrong with the files.
         multipliers = requests[0].lora_multiplier
@@ -86,9 +91,12 @@ class Batch:
             encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text, self.device)))
         starts, colours = prepare_with_vae(settings, requests, self.read_start, self.device)
         sampler = Sampler(settings, loras, requests, encoded, self.device)
-        steps = sum(len(request.sampling.steps_from(request.start)) for request in requests)
-        with ProgressBar(total=steps, desc="sampling", unit="step") as progress:
+        decodes = settings.decode_on_cpu and output.output_type != "latent"
+        background = start_decoding(settings.vae, requests, sampler.host_bytes) if decodes else None
+        steps = [request.sampling.steps_with_checks(request.start) for request in requests]
+        with background or nullcontext(), ProgressBar(total=sum(steps), desc="sampling", unit="step") as progress:
             for number, request in enumerate(requests, 1):
+                begun = progress.n
                 if len(requests) > 1:
                     progress.set_description(f"sampling {number} of {len(requests)}")
                 with self._others_go_on(request):
@@ -103,22 +111,31 @@ class Batch:
                     sampled.append(Sampled(request, stem, stored, not output.keeps_latents, metadata, preview))
                     if output.keeps_latents:
                         show(stored)
-        sampler.close()
+                    if background:
+                        background.start(partial(self._decode, sampled.pop()))
+                progress.total -= steps[number - 1] - (progress.n - begun)  # of one that failed
+            progress.close()
+            sampler.close()
         return sampled
 
     def _decode_all(self, sampled: Sequence[Sampled]) -> None:
         decode = load_decoder(self.settings.vae, self.device)
-        for result in sampled:
-            with self._others_go_on(result.request, kept=result.stored):
-                latents, _ = read_latents(result.stored, "the latents")
-                frames = decode(latents)[0]
-                if self.sheet is not None:
-                    self.sheet.add(result.request, frames.numpy())
-                if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
-                    result.preview.remove()
-                show(self.settings.output.save_frames(result.stem, frames, result.metadata))
-                if result.disposable:
-                    result.stored.unlink()
+        with ProgressBar(total=len(sampled), desc="decoding", unit="result", disable=len(sampled) == 1) as progress:
+            for result in sampled:
+                self._decode(result, decode)
+                progress.update()
+
+    def _decode(self, result: Sampled, decode: Decode) -> None:
+        with self._others_go_on(result.request, kept=result.stored):
+            latents, _ = read_latents(result.stored, "the latents")
+            frames = decode(latents)[0]
+            if self.sheet is not None:
+                self.sheet.add(result.request, frames.numpy())
+            if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
+                result.preview.remove()
+            show(self.settings.output.save_frames(result.stem, frames, result.metadata))
+            if result.disposable:
+                result.stored.unlink()
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:

@@ -104,6 +104,12 @@ class Sampler:
             )
         return latents
 
+    @property
+    def host_bytes(self) -> int:
+        """RAM that sampling takes beside what is loaded."""
+        need = self._plan.need()
+        return need.sampling + need.tables if self._device.type == "cpu" else 0
+
     def close(self) -> None:
         """Give the memory back."""
         del self._transformer, self._loras

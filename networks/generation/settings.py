@@ -36,3 +36,4 @@ class GenerationSettings:
     vae: VAESettings
     output: OutputSettings
     skip_existing: bool = False
+    decode_on_cpu: bool = False

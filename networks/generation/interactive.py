@@ -211,17 +211,23 @@ class Session:
         self._vae: nn.Module | None = None
         self._decode: Callable[[Tensor], Tensor] | None = None
 
+    def expanded(self, request: Request) -> list[Request]:
+        """The request with its start checked; one for each file where that is a folder of several.
+
+        Raises:
+            UserError: as of ``expand_starts``, or there is no VAE to encode it.
+        """
+        if self._settings.vae.vae is None and (request.image_path or request.video_path):
+            raise UserError(f"{request.where}: starting from a picture or clip needs --vae, which is missing.")
+        return expand_starts([request], self._find_starts)
+
     def make(self, request: Request) -> None:
-        """Sample, decode, write, and print the path; one result for each file where the request starts from a folder.
+        """Sample, decode, write, and print the path.
 
         Raises:
             UserError: what a message can explain; the next request may work.
             Stopped, KeyboardInterrupt: by Ctrl-C.
         """
-        for one in expand_starts([request], self._find_starts):
-            self._make(one)
-
-    def _make(self, request: Request) -> None:
         output = self._settings.output
         stem = output.unused_stem(request.stem)
         latents = self._sample(request, output.preview_path(stem))
@@ -324,11 +330,18 @@ def _answer(line: str, where: str, session: Session, settings: LineSettings) -> 
     if not line or line.startswith("#"):
         return
     if not line.startswith("!"):
+        before = settings.values, settings.prompt
         request = settings.request(line, where)
+        try:
+            requests = session.expanded(request)
+        except UserError:
+            settings.values, settings.prompt = before
+            raise
         for sentence in without_effect([request]):
             logger.warning("%s", sentence)
         logger.info("seed %d", request.sampling.seed)
-        session.make(request)
+        for one in requests:
+            session.make(one)
         return
     command, *options = line.split()
     if command == "!help":

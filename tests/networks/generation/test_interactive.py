@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from networks.generation.interactive import LineSettings, Session, Stopped, stop
 from networks.generation.requests import Request
 from tiny.variants import write_lora
 from utils.errors import UserError
+from utils.media.writing import save_picture
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -263,3 +265,28 @@ def test_ctrl_c_at_a_terminal(flags, tmp_path):
     send("\x03")  # at the prompt
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_lines_start_from_pictures_and_folders_of_them(converse, call_script, flags, tmp_path):
+    for name, shade in (("a", 40), ("b", 200)):
+        save_picture(tmp_path / "pictures" / f"{name}.png", np.full((40, 40, 3), shade, np.uint8))
+    picture, half = tmp_path / "pictures" / "a.png", ("--prompt", "a cat", "--seed", 1, "--strength", 0.5)
+    output = ("--output_type", "latent", "--preview_every", 1)
+    lines = (f"a cat --i {picture} --t 0.5 --d 1", f"--i {picture.parent}", f"--v {picture}", "--i none.png", "!settings")
+    ended = converse(*lines, flags_besides=output)
+    found = written(ended.stdout)
+    alone = call_script("hv_generate_video", *flags, *half, *output, "--image_path", picture, "--save_path", tmp_path / "alone")
+    assert len(found) == 3 and torch.equal(found[0], written(alone.stdout)[0]) and torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert "error: line 3: " in ended.stderr and "give it as --image_path" in ended.stderr
+    assert "error: line 4: picture none.png does not exist" in ended.stderr
+    assert f"--i {picture.parent}" in ended.stdout  # nothing of a refused line stays
+    assert not list((tmp_path / "out").glob("*_preview.png")) and ended.status == 1
+
+
+def test_a_line_that_needs_the_vae_says_so(call_script, flags, tmp_path, monkeypatch):
+    save_picture(tmp_path / "a.png", np.zeros((40, 40, 3), np.uint8))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a cat --i {tmp_path / 'a.png'}\na dog\n"))
+    without = [flag for flag in flags if flag not in (flags[2], flags[3])]
+    ended = call_script("hv_generate_video", *without, "--save_path", tmp_path / "out", "--interactive", "--output_type", "latent")
+    assert "error: line 1: starting from a picture or clip needs --vae" in ended.stderr and len(written(ended.stdout)) == 1

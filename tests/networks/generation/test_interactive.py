@@ -6,6 +6,7 @@ import io
 import os
 import select
 import signal
+import struct
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -229,7 +230,9 @@ def test_a_clip_that_the_gpu_cannot_decode_beside_the_transformer_is_decoded_on_
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_ctrl_c_at_a_terminal(flags, tmp_path):
+    import fcntl
     import pty
+    import termios
 
     process, terminal = pty.fork()
     if process == 0:
@@ -237,6 +240,7 @@ def test_ctrl_c_at_a_terminal(flags, tmp_path):
         os.chdir(ROOT)
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, "hv_generate_video.py", *words])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a bar of no columns is not shown
     seen = ""
 
     def wait_for(text: str) -> None:

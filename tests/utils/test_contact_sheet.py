@@ -29,7 +29,7 @@ def letters() -> Lettering:
 def no_fonts(monkeypatch: pytest.MonkeyPatch) -> Lettering:
     """A system without fonts: there is only Pillow's own, which has no more than letters of Latin."""
     monkeypatch.setattr(fonts, "system_fonts", lambda: ())
-    monkeypatch.setattr(text, "_warned", set())
+    monkeypatch.setattr(text, "_missing", set())
     return Lettering(Fonts(16))
 
 
@@ -72,8 +72,15 @@ def test_every_character_that_is_written_has_a_font(letters: Lettering) -> None:
 
 def test_a_character_that_no_font_has_is_its_code_point_and_said_once(no_fonts: Lettering, caplog) -> None:
     assert no_fonts.readable("cat 猫 \U0001f431\u200d\U0001f431 \x07猫") == "cat <U+732B> <U+1F431><U+1F431> <U+0007><U+732B>"
-    no_fonts.readable("猫")
-    assert caplog.text.count("no font of this system has the character <U+732B>") == 1
+    no_fonts.readable("犬")
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "no font of this system has <U+732B>, <U+1F431>, <U+0007>"
+    ]
+
+
+def test_without_shaping_nothing_that_joins_is_written(monkeypatch: pytest.MonkeyPatch, letters: Lettering) -> None:
+    monkeypatch.setattr(text, "shapes_text", lambda: False)
+    assert "\u200d" not in letters.readable(EMOJI) and "\ufe0f" not in letters.readable("❤️")
 
 
 def test_text_is_drawn_where_it_is_measured(letters: Lettering) -> None:

@@ -12,6 +12,7 @@ from functools import cache
 
 from PIL import Image, features
 
+from utils.errors import name_some
 from utils.sheets.fonts import Face, Fonts
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ JOINER = "\u200d"
 EMOJI_STYLE = "\ufe0f"
 WIDE = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff]")  # a line may end beside them
 NOT_FIRST = "、。，．：；！？」』）】〉》〕｝ー～…,.:;!?)]}"  # must not begin a line
-_warned: set[str] = set()
+_missing: set[str] = set()  # characters without a font; the first ones were logged
 
 
 @cache
@@ -83,20 +84,27 @@ class Lettering:
         return round(1.5 * self.fonts.size)
 
     def readable(self, text: str) -> str:
-        """``text`` with every character that no font has as its code point, such as <U+1F600>, which is logged once."""
-        return "".join(self._readable(cluster) for cluster in clusters(text))
+        """``text`` with every character that no font has as its code point, such as <U+1F600>; the first time, that is logged."""
+        missing: list[str] = []
+        shown = "".join(self._readable(cluster, missing) for cluster in clusters(text))
+        if missing and not _missing:
+            logger.warning(
+                "no font of this system has %s: contact sheets show such characters by their code points. "
+                "Install fonts for them, Noto Sans CJK and Noto Color Emoji for example.",
+                name_some(dict.fromkeys(missing)),
+            )
+        _missing.update(missing)
+        return shown
 
-    def _readable(self, cluster: str) -> str:
+    def _readable(self, cluster: str, missing: list[str]) -> str:
         if cluster.isspace():
             return cluster if cluster == "\n" else " "
         if (shown := visible(cluster)) and self.fonts.face(shown, is_emoji(cluster)):
             return cluster if shapes_text() else shown
         if len(shown) > 1:
-            return "".join(map(self._readable, shown))
-        code = "".join(f"<U+{ord(character):04X}>" for character in cluster)
-        if code not in _warned:
-            _warned.add(code)
-            logger.warning("no font of this system has the character %s: pictures show it so.", code)
+            return "".join(self._readable(character, missing) for character in shown)
+        code = "".join(f"<U+{ord(character):04X}>" for character in shown or cluster)
+        missing.append(code)
         return code
 
     def runs(self, text: str) -> Iterator[tuple[Face, str]]:
@@ -152,7 +160,7 @@ def pieces(paragraph: str) -> list[str]:
     found: list[str] = []
     before = " "
     for cluster in clusters(paragraph):
-        wide = WIDE.match(cluster[0]) or WIDE.match(before[0])
+        wide = WIDE.match(cluster[0]) or WIDE.match(before[0]) or cluster == "<"  # with which code points begin
         if not found or (not cluster.isspace() and cluster not in NOT_FIRST and (before.isspace() or wide)):
             found.append("")
         found[-1] += cluster

@@ -70,7 +70,7 @@ ROWS = [
     (GENERATE, ["--blocks_to_swap", 99], ["--blocks_to_swap 99 is more than", "Use at most 4"]),
     (GENERATE, ["--fp8_fast"], ["--fp8_fast says how --fp8 is done; give --fp8 as well"]),
     (GENERATE, ["--latent_path", "none.safetensors"], ["--latent_path not found", "none.safetensors"]),
-    (GENERATE, ["--latent_path", "x.safetensors", "--output_type", "both"], ["--output_type both", "use video or images"]),
+    (GENERATE, ["--latent_path", LORA], ["--latent_path", "holds no tensor named latent"]),
     (GENERATE, ["--save_merged_model", "x.safetensors"], ["--save_merged_model needs --lora_weight"]),
     (GENERATE, ["--lora_weight", LORA, "--save_merged_model", "x.pt"], [".safetensors file", "x.pt"]),
     (CONVERT, ["--target", "comfi"], ["--target", "'comfi'", "other"]),

@@ -238,3 +238,10 @@ def test_pictures_are_not_overwritten(call_script, tiny_model, tmp_path):
         flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", "images")
         assert call_script("hv_generate_video", "--latent_path", tmp_path / "a.safetensors", *flags).status == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "a-2"]
+
+
+def test_decoding_alone_writes_no_latents_again(call_script, tiny_model, tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a.safetensors")
+    flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", "both")
+    ended = call_script("hv_generate_video", "--latent_path", tmp_path / "a.safetensors", *flags)
+    assert ended.status == 2 and "--output_type both" in ended.stderr and "use video" in ended.stderr

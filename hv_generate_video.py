@@ -44,11 +44,11 @@ from networks.generation.arguments import (
     generation_settings,
     line_settings,
     lora_multipliers,
-    recorder,
 )
 from networks.generation.batch import Batch
 from networks.generation.interactive import Session, run_session
-from networks.generation.record import with_flags
+from networks.generation.record import Recorder, versions_of, with_flags
+from networks.generation.repeating import REPEAT_FLAG, described, recorded_flags, warn_of_changes
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, given_flags, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
@@ -129,18 +129,20 @@ def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, dev
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
+    flags = given_flags(parser, args)
     lines = line_settings(args) if args.interactive else None
     requests, sheet = ([lines.base], None) if lines else asked_for(args, find_starts)
     settings = generation_settings(args, device, requests)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
-    metadata = recorder(parser, args, settings).metadata
+    recorder = Recorder(flags, settings.lora_weight, settings.lora_mode, versions_of(args.attn_mode, device))
+    metadata = [recorder.metadata(request) for request in requests]  # before the files that make it may change
+    if args.repeat:
+        warn_of_changes(args.repeat, metadata[0])
     if lines:
-        return run_session(Session(settings, device, metadata, find_starts, read_start), lines)
-    for request in requests:
-        metadata(request)  # reads the files that make it, before they may change
-    batch = Batch(settings, requests, device, metadata, read_start, sheet)
+        return run_session(Session(settings, device, recorder.metadata, find_starts, read_start), lines)
+    batch = Batch(settings, requests, device, recorder, read_start, sheet)
     batch.run()
     if batch.failures:
         logger.error("%d of %d were not made: %s", len(batch.failures), len(requests), "; ".join(batch.failures))
@@ -149,7 +151,9 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
 
 def main() -> int | None:
     parser = build_parser()
-    args = parse_with_config(parser)
+    args = parse_with_config(parser, sources={REPEAT_FLAG: recorded_flags})
+    if args.show:
+        return show(described(args.show))
     device = pick_device(args.device)
     kernel_settings(args).apply(device)
     if args.save_merged_model:

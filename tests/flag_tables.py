@@ -304,6 +304,8 @@ LATENTS = (
     Row("--dataset_config {out}/other.toml", writes("other/a_0288x0064_hv.safetensors")),
     Row("--batch_size 1", becomes(seen("encoded"), [1, 1])),
     Row("--num_workers 3", both(becomes(seen("threads"), [3]), stays(latents))),
+    Row("--show {data}/x_latent.safetensors", both(prints("made with"), removes("*_latent.safetensors"))),
+    Row("--repeat {data}/x_latent.safetensors", works, base="--save_path {out}"),
     Row("--skip_existing", becomes(seen("encoded"), [])),
     Row("--missing_caption empty", writes("cache/c_0288x0064_hv.safetensors"), beside=UNCAPTIONED),
     Row("--remove_orphans", removes("cache/gone_0032x0032_hv.safetensors")),
@@ -325,6 +327,8 @@ TEXTS = (
     Row("--dataset_config {out}/other.toml", writes("other/a_hv_te.safetensors")),
     Row("--batch_size 1", becomes(seen("captions"), [1, 1])),
     Row("--num_workers 3", both(becomes(seen("threads"), [3]), stays(states), stays(pooled))),
+    Row("--show {data}/x_latent.safetensors", both(prints("made with"), removes("*_latent.safetensors"))),
+    Row("--repeat {data}/x_latent.safetensors", works, base="--save_path {out}"),
     Row("--skip_existing", becomes(seen("captions"), [])),
     Row("--missing_caption empty", writes("cache/c_hv_te.safetensors"), beside=UNCAPTIONED),
     Row("--remove_orphans", removes("cache/gone_hv_te.safetensors")),
@@ -428,6 +432,8 @@ GENERATION = (
     Row("--preview_every 1", both(logs("preview, until the result is there"), stays(latent))),
     Row("--no_metadata", becomes(holds_prompt, False), beside=IMAGES),
     Row("--decode_on_cpu", both(becomes(seen("threads"), [1]), stays(frame)), beside=IMAGES),
+    Row("--show {data}/x_latent.safetensors", both(prints("made with"), removes("*_latent.safetensors"))),
+    Row("--repeat {data}/x_latent.safetensors", works, base="--save_path {out}"),
     Row("--skip_existing", samples_nothing_more, beside="--save_path {data}/made"),
 )
 

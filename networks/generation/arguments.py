@@ -30,27 +30,21 @@ from networks.generation.comparison import FLAG as COMPARISON_FLAG
 from networks.generation.interactive import LineSettings
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
-from networks.generation.record import Recorder, versions_of
+from networks.generation.repeating import REPEAT_FLAG, SHOW_FLAG
 from networks.generation.requests import Request, without_effect
 from networks.generation.sampler import injecting_where_needed
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
 from networks.generation.starts import FindStarts, expand_starts, one_for_each
 from networks.merging import complete_multipliers
-from utils.cli.arguments import StoreOnce, finite_float, given_flags, require_flags
+from utils.cli.arguments import StoreOnce, finite_float, require_flags
 from utils.cli.settings import settings_from
-from utils.devices import choose_dtype, pick_device
+from utils.devices import choose_dtype
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.media.writing import unused_stem
 
 logger = logging.getLogger(__name__)
-
-# Flags of a run that are none of a single result; what a result takes of them is in its request.
-FLAGS_OF_BATCHES = frozenset(("config_file", "save_path", "no_metadata", "save_merged_model")) | {
-    *("from_file", "xy", "interactive", "preview_every", "sheet"),
-    *("skip_existing", "show", "repeat"),
-}
 
 MODEL_FLAGS = ("save_path", "dit", "text_encoder1", "text_encoder2")  # that sampling needs
 SHEET_ENDINGS = (".png", ".mp4")
@@ -92,18 +86,18 @@ def add_background_argument(group: argparse._ArgumentGroup) -> None:
 
 def add_record_arguments(group: argparse._ArgumentGroup) -> None:
     """What the metadata of files are good for."""
+    group.add_argument(SHOW_FLAG, metavar="FILE", help="print how a file was made, with the command that makes it again, and exit")
+    group.add_argument(
+        REPEAT_FLAG,
+        metavar="FILE",
+        help="make a file again, to the bit on the same machine: its flags count where the command line has none; the folder "
+        "is that of the file",
+    )
     group.add_argument(
         "--skip_existing",
         action="store_true",
         help="leave out what an earlier run with the same flags has made, and only decode what it has sampled (default: off)",
     )
-
-
-def recorder(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: GenerationSettings) -> Recorder:
-    """What writes the metadata of the run's results."""
-    flags = {name: value for name, value in given_flags(parser, args).items() if name not in FLAGS_OF_BATCHES}
-    versions = versions_of(args.attn_mode, pick_device(args.device))
-    return Recorder(flags, settings.lora_weight, settings.lora_mode, versions)
 
 
 def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from hunyuan_model.sampling.decoding import load_decoder, read_latents
 from hunyuan_model.sampling.preview import Preview, removed_on_failure
 from networks.generation.background import Decode, start_decoding
 from networks.generation.earlier import Earlier, Sampled, find_earlier
+from networks.generation.record import Recorder, with_flags
 from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
@@ -24,14 +25,11 @@ from networks.generation.starts import ReadStart, prepare_with_vae, start_of
 from networks.merging import read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
-from utils.media.metadata import SETTINGS
 from utils.media.reading import read_frames
 from utils.output import show
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
-
-Metadata = Callable[[Request], dict[str, str]]
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Batch:
     """A run: ``requests`` in, files out.
 
     Attributes:
-        metadata: what is written into the files of a request.
+        recorder: writes the metadata of files.
         read_start: reads pictures and clips to start from.
         sheet: shows them all, and is written at the end.
         failures: sentences on requests that were not made; a run of one request raises instead.
@@ -48,7 +46,7 @@ class Batch:
     settings: GenerationSettings
     requests: Sequence[Request]
     device: torch.device
-    metadata: Metadata
+    recorder: Recorder
     read_start: ReadStart
     sheet: BatchSheet | None = None
     failures: list[str] = field(default_factory=list)
@@ -61,21 +59,16 @@ class Batch:
         """
         settings, earlier = self.settings, Earlier(wanted=list(self.requests))
         if settings.skip_existing:
-            earlier = find_earlier(self.requests, settings.output, self.metadata)
+            earlier = find_earlier(self.requests, settings.output, self.recorder.metadata)
         sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
         if self.sheet is not None and (earlier.wanted or earlier.waiting or not self.sheet.path.exists()):
             for request, stem in earlier.done:
                 self.sheet.add(request, read_frames(settings.output.path_of_frames(stem)))
-            for path in self.sheet.save({} if settings.output.no_metadata else {**self._shared_metadata(), **self.sheet.about}):
+            metadata = {**self.recorder.of_batch(self.requests), **self.sheet.about}
+            for path in self.sheet.save({} if settings.output.no_metadata else metadata):
                 show(path)
-
-    def _shared_metadata(self) -> dict[str, str]:
-        """What all requests have in common."""
-        first, *others = map(self.metadata, self.requests)
-        first.pop(SETTINGS, None)  # of one result only
-        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
     def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them.
@@ -100,7 +93,9 @@ class Batch:
                 if len(requests) > 1:
                     progress.set_description(f"sampling {number} of {len(requests)}")
                 with self._others_go_on(request):
-                    stem, metadata = output.unused_stem(request.stem), self.metadata(request)
+                    stem, metadata = output.unused_stem(request.stem), self.recorder.metadata(request)
+                    if decodes and background is None:
+                        metadata = with_flags(metadata, {"decode_on_cpu": False})
                     preview = Preview(colours, output.preview_path(stem), output.preview_every) if colours else None
                     with removed_on_failure(preview):
                         latents = sampler.sample(request, starts.get(start_of(request)), lambda _: progress.update(), preview)

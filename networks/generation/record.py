@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +24,13 @@ from utils.media.metadata import SETTINGS
 from utils.toml_files import read_toml
 
 LORA_FLAGS = ("lora_weight", "lora_multiplier", "lora_mode")
+# Flags of a run that are none of its results', and those that ask for several; what a result takes of these is in its request.
+RUN_FLAGS = frozenset(("config_file", "show", "repeat", "skip_existing", "interactive")) | {
+    *("save_path", "sheet", "text_cache", "preview_every", "no_metadata", "save_merged_model")
+}
+BATCH_FLAGS = ("from_file", "xy")
 # Flags that change a result by rounding at most: one of an earlier run counts as the same.
-WITHOUT_EFFECT = frozenset(("output_type", "device", "text_cache", "split_uncond", "split_attn", "vae_chunk_size")) | {
+WITHOUT_EFFECT = frozenset(("output_type", "device", "decode_on_cpu", "split_uncond", "split_attn", "vae_chunk_size")) | {
     *("blocks_to_swap", "img_in_txt_in_offloading", "no_pinned_swap_memory", "gpu_memory_fraction"),
     *("compile", "compile_mode", "tf32", "cudnn_benchmark", "no_fused_kernels"),
 }
@@ -39,7 +44,7 @@ class Recorder:
     """Writes the metadata of a run's results. Files are read once, when the first result that they made is recorded.
 
     Attributes:
-        flags: those of the run that were given, by name, with their values.
+        flags: those that were given, by name, with their values.
         lora_weight, lora_mode: of the run; the mode is the one that is used.
         versions: of what computes.
     """
@@ -67,6 +72,16 @@ class Recorder:
             SETTINGS: json.dumps(settings, ensure_ascii=False),
         }
 
+    def of_batch(self, requests: Sequence[Request]) -> dict[str, str]:
+        """Of what shows all ``requests``: what they have in common, and the flags of the run."""
+        first, *others = map(self.metadata, requests)
+        flags = {name: value for name, value in self.flags.items() if name not in RUN_FLAGS}
+        if len(seeds := {request.sampling.seed for request in requests}) == 1:
+            (flags["seed"],) = seeds
+        settings = {"flags": flags, "lora": [], "start": {}, "versions": dict(self.versions)}
+        shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        return {**shared, SETTINGS: json.dumps(settings, ensure_ascii=False)}
+
     def _loras(self, request: Request) -> list[tuple[str, float]]:
         """The LoRA files and multipliers that a result needs: an injected one with 0 changes nothing, to the bit."""
         pairs = zip(self.lora_weight, request.lora_multiplier, strict=True)
@@ -80,10 +95,9 @@ class Recorder:
         if loras:
             paths, multipliers = zip(*loras)
             own |= {"lora_weight": paths, "lora_multiplier": multipliers, "lora_mode": self.lora_mode}
-        flags = {**self.flags, **own}
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in flags.items() if value not in (None, ())
-        }
+        of_run = {name: value for name, value in self.flags.items() if name not in RUN_FLAGS and name not in BATCH_FLAGS}
+        flags = {name: value for name, value in {**of_run, **own}.items() if value not in (None, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
 
     def _digest(self, path: Path) -> str:
         if str(path) not in self._digests:

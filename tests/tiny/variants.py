@@ -33,10 +33,10 @@ def write_altered(source: Path, target: Path) -> None:
     save_file(tensors, target, read_header(source).metadata or None)
 
 
-def write_lora(dit: Path, path: Path, **network_args: str) -> None:
+def write_lora(dit: Path, path: Path, seed: int = 0, **network_args: str) -> None:
     """A LoRA of rank 3 and alpha 3 that changes much."""
     transformer = hunyuan_model.load_transformer(dit, device="cpu", dtype=torch.float32)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tensors = create_network(1.0, 3, 3.0, None, None, transformer, **network_args).state_dict()
     save_file({name: torch.randn_like(value) * 0.1 if "lora_up" in name else value for name, value in tensors.items()}, path)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from utils.cli.arguments import require_text
@@ -14,6 +15,9 @@ from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_
 
 CONFIG_FLAG = "--config_file"
 PATH_METAVARS = frozenset({"PATH", "FOLDER", "FILE", "TOML"})  # flags whose value is a path, by what their help calls it
+
+Source = Callable[[str, Collection[str]], Mapping[str, Any]]
+"""A path, and the names of flags that are given elsewhere -> flags with values as in TOML."""
 
 _SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction)
 
@@ -31,7 +35,9 @@ def add_config_file_argument(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, sources: Mapping[str, Source] = MappingProxyType({})
+) -> argparse.Namespace:
     """``parser.parse_args(argv)``, with the flags that the command line leaves out taken from its ``--config_file``.
 
     Sections of the file have no meaning. A key is the name of a flag; its value goes through the flag's own type and choices.
@@ -40,14 +46,23 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
     Args:
         argv: words of the command line; those of this process by default.
+        sources: other flags of the command line that name a file with flags, which count less than those of ``--config_file``.
 
     Raises:
         UserError: the file cannot be read, or names the key (with its section) that is unknown, given twice or wrong; or a value
             is no text that can be written to a file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    path = _config_file_in(words)
-    values = {} if path is None else _read(parser, path)
+    values: dict[str, Any] = {}
+    if (path := _path_in(words, CONFIG_FLAG)) is not None:
+        places = _entries(read_toml(path, CONFIG_FLAG))
+        entries = ((f"{path}, [{section}]" if section else path, key, value) for section, key, value in places)
+        values = _read(parser, entries, {CONFIG_FLAG, *sources})
+    for flag, source in sources.items():
+        if (path := _path_in(words, flag)) is not None:
+            given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")} | values.keys()
+            entries = ((path, name, value) for name, value in source(path, given).items())
+            values = {**_read(parser, entries, {CONFIG_FLAG, *sources}), **values}
     released = [action for action in parser._actions if action.required and action.dest in values]
     for action in released:
         action.required = False
@@ -58,29 +73,33 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     return args
 
 
-def _config_file_in(words: Sequence[str]) -> str | None:
-    """What ``--config_file`` is given on the command line. None also for help, and where the parser itself will complain."""
+def _path_in(words: Sequence[str], flag: str) -> str | None:
+    """What ``flag`` is given on the command line. None also for help, and where the parser itself will complain."""
     if "-h" in words or "--help" in words:
         return None
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    only.add_argument(CONFIG_FLAG)
+    only.add_argument(flag, dest="path")
     try:
-        return only.parse_known_args(words)[0].config_file
+        return only.parse_known_args(words)[0].path
     except argparse.ArgumentError:
         return None
 
 
-def _read(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """The values of the file by the names that ``parser`` gives them in its result, converted and checked."""
+def _read(parser: argparse.ArgumentParser, entries: Iterable[tuple[str, str, Any]], others: Collection[str]) -> dict[str, Any]:
+    """The values of a file by the names that ``parser`` gives them in its result, converted and checked.
+
+    Args:
+        entries: place, key and value.
+        others: flags that may not stand in a file.
+    """
     actions = {
         option.removeprefix("--"): action
         for action in parser._actions
         for option in action.option_strings
-        if option.startswith("--") and option != CONFIG_FLAG and isinstance(action, (argparse._StoreAction, *_SWITCHES))
+        if option.startswith("--") and option not in others and isinstance(action, (argparse._StoreAction, *_SWITCHES))
     }
     values: dict[str, Any] = {}
-    for section, key, value in _entries(read_toml(path, CONFIG_FLAG)):
-        where = f"{path}, [{section}]" if section else path
+    for where, key, value in entries:
         action = actions.get(key)
         if action is None:
             hint = nearest_name(key, actions) or f" {parser.prog} --help lists the flags."

@@ -82,7 +82,7 @@ def read_media_metadata(path: str | os.PathLike[str], flag: str) -> dict[str, st
         raise
     except Exception as error:  # readers of pictures and videos fail in many ways on damaged files
         raise UserError(f"{flag} {path} cannot be read ({error}). It may be damaged: copy it again.") from error
-    if not {"prompt", "seed", "infer_steps"} <= found.keys():
+    if SETTINGS not in found and not {"prompt", "seed", "infer_steps"} <= found.keys():
         raise UserError(f"{flag} {path} {_whose(found)}. Give a file that this script wrote.")
     return found
 

@@ -210,6 +210,7 @@ class Session:
         self._sampler: Sampler | None = None
         self._vae: nn.Module | None = None
         self._decode: Callable[[Tensor], Tensor] | None = None
+        self._on_cpu = settings.decode_on_cpu
 
     def expanded(self, request: Request) -> list[Request]:
         """The request with its start checked; one for each file where that is a folder of several.
@@ -252,7 +253,8 @@ class Session:
             self._texts.update(zip(missing, encoded))
         self._load(request)
         start, preview = self._prepared(request, preview_path)
-        progress = ProgressBar(total=len(request.sampling.steps_from(request.start)), desc="sampling", unit="step", leave=False)
+        steps = request.sampling.steps_with_checks(request.start)
+        progress = ProgressBar(total=steps, desc="sampling", unit="step", leave=False)
         try:
             with stop_after_step() as stop_if_asked, progress:
 
@@ -283,7 +285,7 @@ class Session:
         settings = self._settings
         if self._sampler is not None:
             return
-        if self._vae is None and settings.output.output_type != "latent":
+        if self._vae is None and settings.output.output_type != "latent" and not self._on_cpu:
             self._vae = hunyuan_model.load_vae(settings.vae.vae, device=self.device, dtype=settings.vae.vae_dtype)
         multipliers = request.lora_multiplier
         loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
@@ -293,15 +295,17 @@ class Session:
         self._sampler = sampler
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Frames (1, T, H, W, 3); on the CPU from the first clip on that the GPU has no memory for beside the transformer."""
-        try:
-            return self._decode(latents)
-        except UserError as error:
-            if self.device.type == "cpu" or not isinstance(error.__cause__, RuntimeError):
-                raise
-            logger.warning("%s Decoding on the CPU from now on.", error)
-        self._vae = self._decode = None
-        free_memory(self.device)
+        """Frames (1, T, H, W, 3); on the CPU with --decode_on_cpu, and from the first clip on that the GPU has no memory for."""
+        if self._decode is not None:
+            try:
+                return self._decode(latents)
+            except UserError as error:
+                if self._on_cpu or self.device.type == "cpu" or not isinstance(error.__cause__, RuntimeError):
+                    raise
+                logger.warning("%s Decoding on the CPU from now on.", error)
+            self._vae = self._decode = None
+            self._on_cpu = True
+            free_memory(self.device)
         self._decode = load_decoder(replace(self._settings.vae, vae_dtype=torch.float32), torch.device("cpu"))
         return self._decode(latents)
 

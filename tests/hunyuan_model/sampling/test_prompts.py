@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hunyuan_model.sampling.prompts import PromptEntry, options_within, parse_prompt_line, read_prompts
+import hv_generate_video
+from hunyuan_model.sampling.prompts import PROMPT_SETTINGS, PromptEntry, options_within, parse_prompt_line, read_prompts
 from utils.errors import UserError
 
 FLAG = "--from_file"
@@ -47,6 +48,31 @@ def test_every_option_of_a_line():
         "strength": 0.6,
         "step_cache": 0.1,
     }
+
+
+def test_every_setting_is_a_flag_of_generation():
+    flags = {action.dest for action in hv_generate_video.build_parser()._actions} | {"width", "height"}
+    assert {setting.flag for setting in PROMPT_SETTINGS} <= flags
+
+
+# Lines and files in the forms that sd-scripts documents: weights in brackets, --n in the middle, several multipliers.
+SD_SCRIPTS = (
+    "(a zorp), in the snow, upper body, simple --n blurred, (two of them:1.2), dark --w 768 --h 512 --d 1 --l 7.5 --s 28",
+    "a zorp: red, on a table --am 0.5,-0.7 --fs 3.0 --g 5 --f 25 --N drawn by a child",
+    "a zorp --am 1.0, 0.5 --l=5",
+)
+
+
+def test_lines_in_the_forms_of_sd_scripts():
+    first, second, third = (values(parse_prompt_line(line, "here")) for line in SD_SCRIPTS)
+    numbers = {"width": 768, "height": 512, "seed": 1, "guidance_scale": 7.5, "infer_steps": 28}
+    assert first == {
+        "prompt": "(a zorp), in the snow, upper body, simple",
+        "negative_prompt": "blurred, (two of them:1.2), dark",
+        **numbers,
+    }
+    assert second["lora_multiplier"] == (0.5, -0.7) and second["negative_prompt"] == "drawn by a child"
+    assert third == {"prompt": "a zorp", "lora_multiplier": (1.0, 0.5), "guidance_scale": 5.0}
 
 
 @pytest.mark.parametrize(

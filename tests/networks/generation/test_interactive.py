@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import select
 import signal
@@ -18,14 +19,16 @@ import torch
 from safetensors.torch import load_file
 
 import hunyuan_model
+from hunyuan_model.sampling import decoding
 from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.vae.memory import VAESettings
-from networks.generation import interactive, sampler
+from networks.generation import interactive, sampler, starts
 from networks.generation.interactive import LineSettings, Session, Stopped, stop_after_step
 from networks.generation.requests import Request
 from tiny.variants import write_lora
 from utils.errors import UserError
 from utils.media.writing import save_picture
+from utils.safetensors_io import read_header
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -154,6 +157,37 @@ def test_ctrl_c_ends_the_sample_and_not_the_session(converse, monkeypatch, times
     assert "stopped" in ended.stderr and torch.equal(before, after) and len(loads) == times
 
 
+def test_previews_go_and_their_colours_are_fitted_once(converse, tmp_path, monkeypatch, caplog):
+    fitted, plain = [], starts.fit_colour_map
+    monkeypatch.setattr(starts, "fit_colour_map", lambda encoder: fitted.append(1) or plain(encoder))
+    ended = converse("a cat --d 1", "--d 2", flags_besides=("--output_type", "latent", "--preview_every", 1))
+    assert caplog.text.count("preview, until the result is there") == 2 and fitted == [1]
+    assert sorted(map(str, (tmp_path / "out").iterdir())) == ended.stdout.split()
+
+
+def test_a_result_says_how_flags_make_it_again(converse):
+    ended = converse("a cat --am 0.5 --d 3", "!reset d", "a dog")
+    first, second = (json.loads(read_header(path).metadata["settings"]) for path in ended.stdout.split())
+    flags = {"prompt": "a cat", "seed": 3, "lora_multiplier": [0.5], "lora_mode": "inject"}
+    assert flags.items() <= first["flags"].items() and "interactive" not in first["flags"]
+    assert "random" not in first and second["random"] == ["seed"]
+
+
+def test_ctrl_c_while_decoding_leaves_the_latents(converse, monkeypatch, tmp_path):
+    plain, calls = decoding.decode_latents, []
+
+    def decode_latents(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(decoding, "decode_latents", decode_latents)
+    converse("a cat --d 1", "--d 2", flags_besides=("--output_type", "images"))
+    (latents,) = (tmp_path / "out").glob("*_1_latent.safetensors")
+    assert [path.name[-2:] for path in (tmp_path / "out").iterdir() if path != latents] == ["_2"]
+
+
 def test_what_was_asked_at_the_last_step_is_not_lost():
     with pytest.raises(Stopped), stop_after_step():
         signal.raise_signal(signal.SIGINT)
@@ -209,7 +243,7 @@ class DecodingSettings:
     """Those of the settings that decoding reads."""
 
     vae: VAESettings = field(default_factory=lambda: VAESettings("vae", torch.float16))
-    lora_mode: str = "merge"
+    decode_on_cpu: bool = False
 
 
 def test_a_clip_that_the_gpu_cannot_decode_beside_the_transformer_is_decoded_on_the_cpu(monkeypatch):

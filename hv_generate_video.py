@@ -47,8 +47,7 @@ from networks.generation.arguments import (
 )
 from networks.generation.batch import Batch
 from networks.generation.interactive import Session, run_session
-from networks.generation.record import Recorder, versions_of, with_flags
-from networks.generation.repeating import REPEAT_FLAG, described, recorded_flags, warn_of_changes
+from networks.generation.record import REPEAT_FLAG, Recorder, described, recorded_flags, versions_of, warn_of_changes, with_flags
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, given_flags, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config

@@ -30,7 +30,7 @@ from networks.generation.comparison import FLAG as COMPARISON_FLAG
 from networks.generation.interactive import LineSettings
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
-from networks.generation.repeating import REPEAT_FLAG, SHOW_FLAG
+from networks.generation.record import REPEAT_FLAG, SHOW_FLAG
 from networks.generation.requests import Request, without_effect
 from networks.generation.sampler import injecting_where_needed
 from networks.generation.settings import GenerationSettings

@@ -158,6 +158,7 @@ def test_ctrl_c_ends_the_sample_and_not_the_session(converse, monkeypatch, times
 
 
 def test_previews_go_and_their_colours_are_fitted_once(converse, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     fitted, plain = [], starts.fit_colour_map
     monkeypatch.setattr(starts, "fit_colour_map", lambda encoder: fitted.append(1) or plain(encoder))
     ended = converse("a cat --d 1", "--d 2", flags_besides=("--output_type", "latent", "--preview_every", 1))

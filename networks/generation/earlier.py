@@ -51,11 +51,13 @@ class Earlier:
         done: requests with the stems of their files.
         waiting: latents to decode.
         wanted: requests that are to be sampled.
+        seeds: requests as they were asked for, and with the random seed that their results were made with.
     """
 
     done: list[tuple[Request, str]] = field(default_factory=list)
     waiting: list[Sampled] = field(default_factory=list)
     wanted: list[Request] = field(default_factory=list)
+    seeds: dict[Request, Request] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,37 +70,49 @@ class _Left:
     def identity(self, ending: str) -> str | None:
         return identity(self.metadata[ending]) if ending in self.metadata else None
 
+    def seed(self, ending: str) -> int | None:
+        settings = settings_of(self.metadata.get(ending, {}))
+        seed = settings["flags"].get("seed") if settings else None
+        return seed if isinstance(seed, int) else None
+
 
 def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: Callable[[Request], Mapping[str, str]]) -> Earlier:
     """Sort ``requests`` by what the output folder holds of them already; each file counts for one request.
 
     A file is that of a request if its metadata say that it was made as the request would be, random seeds aside, and its name
-    begins as that of the batch, in which numbers may have changed. Without metadata the name decides. Latents that nobody asked
-    for and previews, left by a run that ended before it removed them, are removed.
+    begins as that of the batch, in which numbers may have changed. Requests that share a random seed, as those of a comparison
+    do, go on with the one that their first result has. Without metadata the name decides. Latents that nobody asked for and
+    previews, left by a run that ended before it removed them, are removed.
     """
     _remove_previews(requests, output)
     by_name = output.no_metadata
     left, found, used = _files_left(output, read=not by_name), Earlier(), set()
-    wanted = ENDINGS[output.output_type]
-    for request in requests:
+    wanted, shared = ENDINGS[output.output_type], None if by_name else _shared_seed(requests, left, metadata)
+    for asked in requests:
+        request = asked if shared is None else _with_seed(asked, shared)
         own = None if by_name else identity(metadata(request))
         stems = [stem for stem in _candidates(left, request, by_name) if stem not in used]
 
         def same(stem: str, ending: str, own: str | None = own) -> bool:
-            return ending in left[stem].files and (by_name or (own is not None and left[stem].identity(ending) == own))
+            if by_name or ending not in left[stem].files:
+                return ending in left[stem].files
+            return left[stem].identity(ending) == own is not None and shared in (None, left[stem].seed(ending))
 
         done = next((stem for stem in stems if all(same(stem, ending) for ending in wanted)), None)
         if done is not None:
             used.add(done)
+            request = found.seeds[asked] = _with_seed(request, left[done].seed(wanted[0]))
             found.done.append((request, done))
             if LATENT_ENDING not in wanted and not by_name and same(done, LATENT_ENDING) and _disposable(left[done]):
                 left[done].files[LATENT_ENDING].unlink()
             continue
         waiting = next((stem for stem in stems if same(stem, LATENT_ENDING) and _readable(left[stem])), None)
         if waiting is None:
+            found.seeds[asked] = request
             found.wanted.append(request)
             continue
         used.add(waiting)
+        request = found.seeds[asked] = _with_seed(request, left[waiting].seed(LATENT_ENDING))
         of_stem = left[waiting]
         disposable = not output.keeps_latents and not by_name and _disposable(of_stem)
         known = with_flags(of_stem.metadata.get(LATENT_ENDING, {}), {"output_type": output.output_type})
@@ -107,6 +121,26 @@ def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: 
     latents = f", {len(found.waiting)} are sampled and only decoded" if found.waiting else ""
     logger.info("%s%s: %s%s", FLAG, " by name, as there is no metadata" if by_name else "", counts, latents)
     return found
+
+
+def _with_seed(request: Request, seed: int | None) -> Request:
+    """With the random seed of its earlier result, if that is known."""
+    return request if request.seed_given or seed is None else request.changed({"seed": seed, "seed_given": False})
+
+
+def _shared_seed(
+    requests: Sequence[Request], left: Mapping[str, _Left], metadata: Callable[[Request], Mapping[str, str]]
+) -> int | None:
+    """That of the first earlier result of requests that share a random seed."""
+    if len(requests) < 2 or any(request.seed_given for request in requests) or len({r.sampling.seed for r in requests}) > 1:
+        return None
+    for request in requests:
+        own = identity(metadata(request))
+        for stem in _candidates(left, request, by_name=False):
+            for ending in left[stem].metadata:
+                if left[stem].identity(ending) == own is not None:
+                    return left[stem].seed(ending)
+    return None
 
 
 def _remove_previews(requests: Sequence[Request], output: OutputSettings) -> None:

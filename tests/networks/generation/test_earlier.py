@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,3 +178,21 @@ def test_a_start_that_has_changed_is_another(generate, names, tmp_path):
     assert len(generate([lines[0].replace("0.5", "0.25"), lines[1]], "--output_type", "latent")) == 1
     write(200)
     assert len(generate(lines, "--output_type", "latent")) == 2
+
+
+def test_a_comparison_goes_on_with_the_random_seed_that_it_began_with(call_script, tiny_model, tmp_path, caplog):
+    models = ("--dit", tiny_model.dit, "--vae", tiny_model.vae)
+    encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    size = ("--video_size", 32, 32, "--video_length", 1, "--infer_steps", 1)
+    what = ("--prompt", "a ball", "--xy", "steps=1,2", "guidance=1,6", "--save_path", tmp_path, "--skip_existing")
+    caplog.set_level("INFO")
+
+    def cells() -> set[str]:
+        assert call_script("hv_generate_video", *models, *encoders, *size, *what, "--output_type", "images").status == 0
+        return {path.name for path in tmp_path.iterdir() if path.is_dir()}
+
+    first = cells()
+    shutil.rmtree(tmp_path / min(first))
+    shutil.rmtree(tmp_path / max(first))
+    assert cells() == first and len(first) == 4
+    assert "2 of 4 are there already" in caplog.text

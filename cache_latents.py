@@ -131,10 +131,10 @@ def main() -> int:
         raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
     check_vae_file(vae.vae)
 
-    jobs = open_caching(settings)
-    warn_of_cpu(args.device, device)
-    encoder = LatentEncoder.load(vae, device)
-    failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
+    with open_caching(settings, "latents") as jobs:
+        warn_of_cpu(args.device, device)
+        encoder = LatentEncoder.load(vae, device)
+        failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
 
     reports = [job.report for job in jobs]
     show(format_table(reports))

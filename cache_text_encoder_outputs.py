@@ -154,17 +154,18 @@ def main() -> int:
     device = pick_device(args.device)
     encoders = text_encoder_settings(args, device)
     hunyuan_model.check_text_encoder_files(encoders.text_encoder1, encoders.text_encoder2)
-    jobs = open_caching(settings)
-    tokenizers = hunyuan_model.load_tokenizers(encoders)
-    count_cut(jobs, tokenizers)
-    record = fingerprints(encoders, tokenizers)
-    judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
-    items = [item for job, reasons in zip(jobs, judged) for item, reason in zip(job.items, reasons) if reason]
-    warn_of_cpu(args.device, device)
-    failures = cache(items, settings, encoders, tokenizers, record, device) if items else []
+    with open_caching(settings, "texts") as jobs:
+        tokenizers = hunyuan_model.load_tokenizers(encoders)
+        count_cut(jobs, tokenizers)
+        record = fingerprints(encoders, tokenizers)
+        judged = [[judge_text(item, record, settings.skip_existing) for item in job.items] for job in jobs]
+        items = [item for job, reasons in zip(jobs, judged) for item, reason in zip(job.items, reasons) if reason]
+        warn_of_cpu(args.device, device)
+        failures = cache(items, settings, encoders, tokenizers, record, device) if items else []
 
-    for job, reasons in zip(jobs, judged):
-        count_outcome(job, reasons, failures, settings)
+        for job, reasons in zip(jobs, judged):
+            count_outcome(job, reasons, failures, settings)
+
     show(format_table([job.report for job in jobs]))
     found = sum(map(len, judged))
     show(f"{found} captions: {len(items) - len(failures)} encoded, {found - len(items)} kept, {len(failures)} failed")

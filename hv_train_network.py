@@ -29,6 +29,7 @@ from networks.training.loop import run_training
 from networks.training.loss.timestep_preview import show_timesteps
 from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.preflight import find_beginning, inspect_model, preflight
+from networks.training.saving.lock import sole_training
 from networks.training.saving.models import add_missing_copies
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import hide_secrets
@@ -110,7 +111,8 @@ def main() -> int:
         return 0
     settings = training_settings(args)
     accelerator = make_accelerator(settings)
-    status = train(settings, accelerator)
+    with sole_training(settings.saving, accelerator):
+        status = train(settings, accelerator)
     accelerator.end_training()  # Python must not end before the threads of the process group: they would abort the process
     return status
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from types import FrameType
 
 from utils.output import VisibleFormatter, outlast_readers, show, visible, with_names_of_invisible
 
@@ -49,10 +51,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave the process with its status.
 
     ``main`` returns None or 0 for success, or an exit status. A ``UserError`` is printed as one line on stderr and
-    ends with status 2; Ctrl-C ends with status 130; anything else keeps its traceback. A reader of the output that ends does
-    not end the script.
+    ends with status 2; Ctrl-C ends with status 130, SIGTERM and SIGHUP with 143 and 129; anything else keeps its traceback. A
+    reader of the output that ends does not end the script.
     """
     outlast_readers()  # before anything keeps a stream
+    _clean_up_on_signals()
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
@@ -76,3 +79,16 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(STATUS_INTERRUPTED)
     sys.exit(status or 0)
+
+
+def _clean_up_on_signals() -> None:
+    """Have what ends a process end it as an exception does: temporary files and locks go."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
+        number, here = getattr(signal, name, None), threading.current_thread() is threading.main_thread()
+        if number is not None and here and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # once more ends at once
+    raise SystemExit(128 + number)

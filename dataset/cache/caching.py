@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from utils.disk_space import require_room
 from utils.errors import STATUS_FAILED
 from utils.files import is_temporary, require_writable_folder
 from utils.output import show, with_names_of_invisible
+from utils.processes.locks import sole_run
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,20 @@ def open_jobs(path: str, writes: bool = True) -> list[Job]:
     return jobs
 
 
-def open_caching(settings: CachingSettings) -> list[Job]:
-    """``open_jobs``, with items that have captions as ``missing_caption`` says."""
+@contextmanager
+def open_caching(settings: CachingSettings, what: str) -> Iterator[list[Job]]:
+    """``open_jobs``, with items that have captions as ``missing_caption`` says. No other run caches the same there meanwhile.
+
+    ``what``: latents or texts.
+    """
     jobs = open_jobs(settings.dataset_config)
     for job in jobs:
         job.items = settle_captions(job.items, settings.missing_caption)
-    return jobs
+    with ExitStack() as stack:
+        for job in jobs:
+            folder = job.dataset.cache_directory
+            stack.enter_context(sole_run(folder / f".{what}.lock", f"caches {what} in {folder}", "give another cache_directory"))
+        yield jobs
 
 
 def close_job(

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dataset import load_dataset_config
 from dataset.cache.files import read_latents, save_latents
 from dataset.cache.records import PIXELS, TEXT_ENCODERS, TOKENIZERS
 from dataset.media.decoding import iterate_frames
 from utils.media.writing import save_video
+from utils.processes.locks import sole_run
 from utils.safetensors_io import read_header
 
 CASES = Path(__file__).parent.parent / "media" / "cases"
@@ -237,3 +239,14 @@ def test_text_is_made_again_for_another_caption_encoder_or_tokenizer(cache_text,
     (tokens / "tokenizer.json").write_text(text[: merges.end()] + text[first.end() :], encoding="utf-8")
     changed = cache_text("--skip_existing", "--tokenizer1", tokens, text_encoder2=other)
     assert outcomes(changed.stdout)[1] == "0 made, 0 kept, 2 redone (2 another tokenizer), 0 skipped, 0 orphans"
+
+
+def test_two_runs_do_not_cache_the_same_in_one_folder(call_script, cache_latents, cache_text, tiny_model, tiny_dataset):
+    folder = load_dataset_config(tiny_dataset).datasets[0].cache_directory
+    with sole_run(folder / ".latents.lock", "caches latents", ""):
+        ended = call_script("cache_latents", "--dataset_config", tiny_dataset, "--vae", tiny_model.vae)
+        assert ended.status == 2 and f"error: another run caches latents in {folder} (process " in ended.stderr
+        assert not list(tiny_dataset.parent.rglob("*_hv.safetensors"))
+        cache_text()
+    cache_latents()
+    assert not list(tiny_dataset.parent.rglob(".*"))

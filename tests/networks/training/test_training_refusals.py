@@ -17,6 +17,7 @@ import hunyuan_model
 import hv_train_network
 from networks.training import loop
 from networks.training.arguments import training_settings
+from utils.processes.locks import sole_run
 from utils.safetensors_io import read_tensors
 
 
@@ -195,3 +196,15 @@ def test_a_setup_that_accelerate_cannot_make_is_one_sentence(train, monkeypatch)
 def test_all_missing_flags_are_named(call_script):
     ended = call_script("hv_train_network")
     assert ended.status == 2 and "--dataset_config, --dit, --output_dir, --output_name, which are missing" in ended.stderr
+
+
+def test_two_trainings_do_not_share_a_name(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(hv_train_network, "inspect_model", lambda *_: pytest.fail("something was loaded"))
+    with sole_run(tmp_path / "out" / ".lora.lock", "trains lora", ""):
+        ended = train("--max_train_steps", 1)
+        assert ended.status == 2 and "Traceback" not in ended.stderr
+        assert f"error: another run trains lora in {tmp_path / 'out'} (process " in ended.stderr
+        assert "give another --output_name or --output_dir." in ended.stderr
+        monkeypatch.undo()
+        assert train("--max_train_steps", 1, name="another").status == 0
+    assert not list((tmp_path / "out").glob(".*"))

@@ -14,6 +14,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from wholeness import broken, unfinished
 
+from utils.processes.locks import sole_run
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="torch's launcher needs a server that torch lacks on Windows"),
@@ -151,3 +153,11 @@ def test_a_process_that_fails_while_it_loads_ends_both_soon(launch, tmp_path: Pa
     seconds = time.time() - marker.stat().st_mtime
     assert ended.returncode == 1 and seconds < 60, f"ended {seconds:.0f} seconds after the failure: {ended.stderr}"
     assert "Input/output error" in ended.stderr and "shared by" not in ended.stderr
+
+
+def test_two_processes_are_one_run_and_both_end_where_another_has_the_name(launch, tmp_path: Path) -> None:
+    with sole_run(tmp_path / "out" / ".lora.lock", "trains lora", ""):
+        ended = launch("--output_name", "lora")
+    assert "error: another run trains lora" in ended.stderr and "(exitcode: 2)" in ended.stderr, "which the launcher says"
+    assert ended.returncode == 1
+    assert not (tmp_path / "out").exists()

@@ -138,7 +138,7 @@ def test_a_damaged_lock_counts_while_it_is_new(tmp_path, monkeypatch, content):
     monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.01)
     path = tmp_path / ".a.lock"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="an unknown process, which wrote to .a.lock 0 seconds ago"):
+    with pytest.raises(UserError, match="an unknown process, which wrote to .* 0 seconds ago"):
         take(path)
     os.utime(path, (0, 0))
     take(path)
@@ -178,9 +178,8 @@ def test_a_mount_without_exclusive_files_is_said_once(tmp_path, monkeypatch, cap
     caplog.set_level("INFO")
     monkeypatch.setattr(builtins, "open", lacking)
     path = tmp_path / ".a.lock"
-    with sole_run(path, "trains a", "give another"):
-        with pytest.raises(UserError, match="another run trains a"):
-            take(path)
+    with sole_run(path, "trains a", "give another"), pytest.raises(UserError, match="another run trains a"):
+        take(path)
     assert not path.exists()
     assert caplog.text.count("its content decides") == 1
 

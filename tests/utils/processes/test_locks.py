@@ -138,7 +138,7 @@ def test_a_damaged_lock_counts_while_it_is_new(tmp_path, monkeypatch, content):
     monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.01)
     path = tmp_path / ".a.lock"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="an unknown process, which wrote to .* 0 seconds ago"):
+    with pytest.raises(UserError, match=r"an unknown process, which wrote to .* 0 seconds ago"):
         take(path)
     os.utime(path, (0, 0))
     take(path)

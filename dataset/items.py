@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,9 +16,11 @@ from dataset.config import DatasetConfig
 from dataset.media.decoding import VIDEO_EXTENSIONS
 from dataset.media.pictures import IMAGE_EXTENSIONS
 from utils.errors import UserError, name_some, shown
+from utils.files import explain_failed_reading, read_text, require_file
 from utils.toml_files import config_path, has_escaped_backslash_accident
 
 EXTENSIONS = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
+MOST_CAPTION_BYTES = 1 << 20  # also of a line of JSONL
 FILE_NAME_BYTES = 255  # what the common file systems allow
 LONGEST_CACHE_SUFFIX = "_000000-0000_00000x00000_hv.safetensors"  # after the stem, with room for long clips and large sources
 
@@ -111,7 +114,7 @@ def _items_of_folder(dataset: DatasetConfig) -> list[Item]:
     for path in paths:
         if path.suffix.lower() in EXTENSIONS[dataset.kind]:
             name = _caption_of(path, dataset, captions)
-            caption = None if name is None else _read_text(dataset.directory / name).strip()
+            caption = None if name is None else read_text(dataset.directory / name, "the caption", MOST_CAPTION_BYTES).strip()
             items.append(Item(dataset, path, caption, path.stem))
     return items
 
@@ -133,8 +136,7 @@ def _caption_of(path: Path, dataset: DatasetConfig, captions: dict[str, str]) ->
 def _items_of_jsonl(dataset: DatasetConfig) -> list[Item]:
     key = f"{dataset.kind}_path"
     items = []
-    # split("\n"), not splitlines(): a caption may hold U+2028 and its like unescaped.
-    for number, line in enumerate(_read_text(dataset.jsonl_file).split("\n"), start=1):
+    for number, line in enumerate(_lines(dataset.jsonl_file), start=1):
         if line.strip():
             path, caption = _parse_line(line, key, f"{dataset.jsonl_file}:{number}")
             beside = dataset.jsonl_file.parent / path
@@ -176,10 +178,13 @@ def _parse_line(line: str, key: str, where: str) -> tuple[Path, str | None]:
     return config_path(path), None if caption is None else caption.strip()
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+def _lines(path: Path) -> Iterator[str]:
+    """One in memory at a time. They end with line feeds alone: a caption may hold U+2028 and its like unescaped."""
+    with explain_failed_reading(path, "jsonl_file"), open(require_file(path, "jsonl_file"), "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MOST_CAPTION_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MOST_CAPTION_BYTES:
+                raise UserError(f"{path}:{number} is longer than {MOST_CAPTION_BYTES >> 10} KB; name one file on each line.")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -21,6 +21,7 @@ UNSUPPORTED = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
 _warned: set[str] = set()  # operations that were found missing
 SIGNATURE_BYTES = 64  # of a file, enough for ``foreign_content``
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
+MOST_TEXT_BYTES = 16 << 20  # of a text that is read whole; a larger one is something else
 MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
 
 
@@ -195,22 +196,40 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
     if not os.path.isfile(found):
         kind = "is a folder" if os.path.isdir(found) else "is not a regular file"  # but a device or a pipe
         raise UserError(f"{what} must be a file, but {found} {kind}.")
+    if is_of_system(found):
+        raise UserError(f"{what} must be a file, but {found} is a view into the system.")
     return found
 
 
-def read_text(path: str | os.PathLike[str], what: str) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+def is_of_system(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads, through links too, to /proc or /sys: what looks like a file there may never end, or wait for ever."""
+    return os.path.realpath(path).startswith(("/proc/", "/sys/"))
+
+
+def read_text(path: str | os.PathLike[str], what: str, most: int = MOST_TEXT_BYTES) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, of at most so many bytes.
 
     Raises:
         UserError: says ``what`` was expected there.
     """
     found = require_file(path, what)
+    with explain_failed_reading(found, what):
+        with open(found, "rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise UserError(f"{what} {found} is larger than {most >> 10} KB. Check that it is the right file.")
+        return content.decode("utf-8-sig")
+
+
+@contextmanager
+def explain_failed_reading(path: Path, what: str) -> Iterator[None]:
+    """Turn what reading a text raises into a UserError that names ``path`` and says ``what`` was expected there."""
     try:
-        return found.read_bytes().decode("utf-8-sig")
+        yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{found} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor.") from error
     except OSError as error:
-        raise UserError(f"cannot read {what} {found}: {error.strerror or error}.") from error
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}.") from error
 
 
 def require_there(path: str | os.PathLike[str], what: str) -> Path:

@@ -11,6 +11,9 @@ from typing import Any
 from utils.errors import UserError
 from utils.files import read_text
 
+MOST_BYTES = 4 << 20
+# Python's parser takes the square of the number of parts.
+_KEY_WITHOUT_END = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){99}""", re.ASCII)
 BACKSLASH_HINT = "In double quotes a backslash starts an escape: write C:/folder, or 'C:\\folder' in single quotes."
 
 
@@ -34,7 +37,9 @@ def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str
     Raises:
         UserError: missing, not UTF-8, or not TOML; the line is named, and so is the remedy for Windows paths.
     """
-    text = read_text(path, what)
+    text = read_text(path, what, MOST_BYTES)
+    if _KEY_WITHOUT_END.search(text):
+        raise UserError(f"{path} is not valid TOML: it has a key of more than 99 parts. Mend the file.")
     try:
         return _parse(text)
     except (ValueError, RecursionError) as error:

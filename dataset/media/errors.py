@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import is_of_system
 
 
 class MediaError(UserError):
@@ -23,6 +24,8 @@ def reading(path: Path, what: str, hint: Callable[[Path], str | None] = lambda p
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
             raise MediaError(f"{what} {path} is a folder or a device, not a file.")
+        if is_of_system(path):
+            raise MediaError(f"{what} {path} is a view into the system, not a file.")
         yield
     except UserError:
         raise
@@ -30,6 +33,8 @@ def reading(path: Path, what: str, hint: Callable[[Path], str | None] = lambda p
         raise MediaError(f"{what} {path} does not exist.") from error
     except PermissionError as error:
         raise MediaError(f"{what} {path} cannot be read: {error.strerror}.") from error
+    except MemoryError as error:
+        raise MediaError(f"{what} {path} needs more memory than there is. Use fewer --num_workers, or make it smaller.") from error
     except EOFError as error:
         raise MediaError(f"{what} {path} has no frames or is cut short.") from error
     except Image.DecompressionBombError as error:

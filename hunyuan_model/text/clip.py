@@ -18,7 +18,7 @@ from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.checkpoints.loading import load_weights, require_same_tensors
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scales import require_scales
-from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
+from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config, require_sizes_of_weights
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.errors import UserError
 
@@ -31,9 +31,12 @@ TOKENIZER = TokenizerPlace(
     special_tokens=("<|startoftext|>", "<|endoftext|>"),
     begin="<|startoftext|>",
     end="<|endoftext|>",
+    kind="CLIPTokenizer",
 )
 
 _EMBEDDING = "embeddings.token_embedding.weight"
+_POSITIONS = "embeddings.position_embedding.weight"
+_FIRST_MLP = "encoder.layers.0.mlp.fc1.weight"
 _PARTS = ("embeddings.", "encoder.", "final_layer_norm.")
 _COMPUTED = "position_ids"  # a buffer of old versions
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
@@ -114,7 +117,20 @@ def _clip_config(checkpoint: Checkpoint) -> CLIPTextConfig:
     values = read_model_config(checkpoint.path, "clip_text_model", FLAG)
     if values is None:
         values = _config_of_shapes(checkpoint)
-    return CLIPTextConfig.from_dict(values | {"vocab_size": matrix_shape(checkpoint, _EMBEDDING, FLAG)[0]})
+    vocabulary, hidden = matrix_shape(checkpoint, _EMBEDDING, FLAG)
+    config = CLIPTextConfig.from_dict(values | {"vocab_size": vocabulary})
+    sizes = {
+        "hidden_size": (config.hidden_size, hidden),
+        "intermediate_size": (config.intermediate_size, matrix_shape(checkpoint, _FIRST_MLP, FLAG)[0]),
+        "num_hidden_layers": (config.num_hidden_layers, _count_layers(checkpoint)),
+        "max_position_embeddings": (config.max_position_embeddings, matrix_shape(checkpoint, _POSITIONS, FLAG)[0]),
+    }
+    require_sizes_of_weights(sizes, checkpoint.path, FLAG)
+    return config
+
+
+def _count_layers(checkpoint: Checkpoint) -> int:
+    return len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match})
 
 
 def _config_of_shapes(checkpoint: Checkpoint) -> dict:
@@ -127,9 +143,9 @@ def _config_of_shapes(checkpoint: Checkpoint) -> dict:
     return {
         "hidden_size": hidden,
         "num_attention_heads": hidden // CLIP_HEAD_DIM,
-        "num_hidden_layers": len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match}),
-        "intermediate_size": matrix_shape(checkpoint, "encoder.layers.0.mlp.fc1.weight", FLAG)[0],
-        "max_position_embeddings": matrix_shape(checkpoint, "embeddings.position_embedding.weight", FLAG)[0],
+        "num_hidden_layers": _count_layers(checkpoint),
+        "intermediate_size": matrix_shape(checkpoint, _FIRST_MLP, FLAG)[0],
+        "max_position_embeddings": matrix_shape(checkpoint, _POSITIONS, FLAG)[0],
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }

@@ -28,7 +28,7 @@ from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scales import require_scales
 from hunyuan_model.quantization.formats import FP8_DTYPE
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config
+from hunyuan_model.text.model_config import building_from_config, matrix_shape, read_model_config, require_sizes_of_weights
 from hunyuan_model.text.template import TEMPLATE_BEFORE_PROMPT, TEMPLATE_SPECIAL_TOKENS, TEXT_LENGTH, apply_prompt_template
 from hunyuan_model.text.tokenizers import TokenizerPlace, load_tokenizer, token_ids
 from utils.devices import explain_out_of_memory
@@ -45,6 +45,7 @@ TOKENIZER = TokenizerPlace(
     special_tokens=TEMPLATE_SPECIAL_TOKENS,
     begin="<|begin_of_text|>",
     end="<|end_of_text|>",
+    kind="LlamaTokenizerFast",
 )
 
 # What Llama-3 8B uses and no shape tells.
@@ -52,6 +53,7 @@ LLAMA3_HEAD_DIM = 128
 LLAMA3_CONSTANTS = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu"}
 
 _EMBEDDING = "embed_tokens.weight"
+_FIRST_LAYER = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _COMPUTED = "rotary_emb.inv_freq"  # a buffer of old versions
 _LAYER_LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
@@ -196,7 +198,23 @@ def _llama_config(checkpoint: Checkpoint) -> LlamaConfig:
             raise UserError(f"{FLAG} {checkpoint.path} has {layers} layers; at least {SKIPPED_LAYERS + 1} are needed.")
         vocabulary, _ = matrix_shape(checkpoint, _EMBEDDING, FLAG)
         values |= {"num_hidden_layers": layers - SKIPPED_LAYERS, "vocab_size": vocabulary, "pad_token_id": None}
-        return LlamaConfig.from_dict(values)
+        config = LlamaConfig.from_dict(values)
+    query, key, mlp = (matrix_shape(checkpoint, name, FLAG)[0] for name in _FIRST_LAYER)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {
+        "hidden_size": (config.hidden_size, matrix_shape(checkpoint, _EMBEDDING, FLAG)[1]),
+        "intermediate_size": (config.intermediate_size, mlp),
+        "num_attention_heads times head_dim": (config.num_attention_heads * head_dim, query),
+        "num_key_value_heads times head_dim": ((config.num_key_value_heads or config.num_attention_heads) * head_dim, key),
+    }
+    if layers - SKIPPED_LAYERS > (found := _count_layers(checkpoint)):
+        sizes["num_hidden_layers"] = layers, found
+    require_sizes_of_weights(sizes, checkpoint.path, FLAG)
+    return config
+
+
+def _count_layers(checkpoint: Checkpoint) -> int:
+    return len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match})
 
 
 def _with_rope_of_any_version(config: dict) -> dict:
@@ -231,13 +249,12 @@ def _metadata_number(checkpoint: Checkpoint, key: str, otherwise: float) -> floa
 
 def _config_of_shapes(checkpoint: Checkpoint) -> dict:
     head_dim = _head_dim(checkpoint)
-    first = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight"
-    query, key, mlp = (matrix_shape(checkpoint, name, FLAG)[0] for name in first)
+    query, key, mlp = (matrix_shape(checkpoint, name, FLAG)[0] for name in _FIRST_LAYER)
     if query % head_dim or key % head_dim:
         raise UserError(
             f"{FLAG} {checkpoint.path} is not of Llama-3's sizes (heads of {head_dim}). Put the model's config.json beside it."
         )
-    layers = len({match[1] for match in map(_LAYER.match, checkpoint.shapes) if match})
+    layers = _count_layers(checkpoint)
     logger.info("no config.json beside %s: taken as a Llama-3 of %d layers", checkpoint.path, layers)
     return LLAMA3_CONSTANTS | {
         "rms_norm_eps": _metadata_number(checkpoint, "attention.layer_norm_rms_epsilon", LLAMA3_CONSTANTS["rms_norm_eps"]),

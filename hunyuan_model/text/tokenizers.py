@@ -7,15 +7,21 @@ import json
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hunyuan_model.checkpoints.reading import Checkpoint
-from utils.errors import UserError, first_line
+from hunyuan_model.text.tokenizer_files import MOST_BYTES, check_tokenizer_json, check_vocabulary, read_entries, read_tokenizer_json
+from utils.errors import UserError, first_line, shown
+from utils.files import require_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +36,9 @@ HUB_FILES = [
     "merges.txt",
     "tokenizer.model",
 ]
+# Classes of transformers for tokenizers without tokenizer.json, and the settings that they may have.
+KINDS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"})
+SETTINGS = frozenset({"bos_token", "eos_token", "unk_token", "pad_token", "do_lower_case", "add_prefix_space", "legacy"})
 EMBEDDED_ENTRY = "tokenizer"
 FINGERPRINT_BYTES = 16
 PROBES = ["", "A photo of a cat, 猫, sitting on a red chair.\nDon't move: 12345!", "  two  spaces, ÄÖÜ and an emoji 🙂"]
@@ -46,6 +55,7 @@ class TokenizerPlace:
         hub_id: the published tokenizer, for weights that come without one.
         special_tokens: tokens it must know to be of the right kind.
         begin, end: its begin and end token, where its files do not say.
+        kind: the class of transformers that reads it where there is no tokenizer.json, and its files do not say.
     """
 
     flag: str
@@ -54,6 +64,7 @@ class TokenizerPlace:
     special_tokens: tuple[str, ...]
     begin: str
     end: str
+    kind: str
 
 
 def load_tokenizer(
@@ -81,9 +92,25 @@ def load_tokenizer(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without begin and end token, neither padded nor cut."""
-    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    """Token ids of each text, without begin and end token, neither padded nor cut.
+
+    Raises:
+        UserError: the tokenizer fails on one of them.
+    """
+    with _failing_with("a tokenizer cannot read the texts ({reason}). Copy its files again."):
+        encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+@contextmanager
+def _failing_with(sentence: str) -> Iterator[None]:
+    """Turn whatever the libraries raise into a UserError of this ``sentence``. A panic of theirs is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(sentence.replace("{reason}", first_line(error))) from error
 
 
 def _from_user(source: str | os.PathLike[str], place: TokenizerPlace) -> PreTrainedTokenizerBase:
@@ -113,11 +140,13 @@ def _from_inside(checkpoint: Checkpoint, place: TokenizerPlace) -> PreTrainedTok
         return None
     content = bytes(checkpoint.get(EMBEDDED_ENTRY).flatten().view(torch.uint8).numpy())
     try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises plain Exception for what it cannot parse
-        logger.warning("the tokenizer inside %s is not a readable tokenizer.json and is not used: %s", checkpoint.path, error)
+        with _failing_with(f"the tokenizer inside {checkpoint.path} is not a readable tokenizer.json and is not used: {{reason}}"):
+            text = content.decode("utf-8")
+            check_tokenizer_json(text)
+            return _fast_tokenizer(Tokenizer.from_str(text), {}, place)
+    except UserError as error:
+        logger.warning("%s", error)
         return None
-    return _fast_tokenizer(tokenizer, {}, place)
 
 
 def _from_hub(hub_id: str, place: TokenizerPlace) -> PreTrainedTokenizerBase:
@@ -146,20 +175,38 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 def _from_folder(folder: Path, place: TokenizerPlace) -> PreTrainedTokenizerBase:
     """Read tokenizer.json as it stands; transformers rebuilds some tokenizers by class name and changes them on the way."""
-    try:
-        if not (folder / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    sentence = f"the tokenizer in {folder} cannot be read ({{reason}}). Copy its files again, or give {place.flag} another folder."
+    with _failing_with(sentence):
         stored = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                stored |= json.loads((folder / name).read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return _fast_tokenizer(tokenizer, stored, place)
-    except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
-        reason = "it needs Python code in that folder, which is never executed" if "trust_remote_code" in str(error) else error
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read ({reason}). Copy its files again, or give {place.flag} another folder."
-        ) from error
+                stored |= read_entries(folder / name)
+        if (folder / "tokenizer.json").is_file():
+            return _fast_tokenizer(Tokenizer.from_str(read_tokenizer_json(folder / "tokenizer.json")), stored, place)
+        return _of_class(folder, stored, place)
+
+
+def _of_class(folder: Path, stored: Mapping[str, object], place: TokenizerPlace) -> PreTrainedTokenizerBase:
+    """A tokenizer without tokenizer.json, from a folder that holds nothing but its checked files: no code, no other settings."""
+    kind = stored.get("tokenizer_class") or place.kind
+    if kind not in KINDS:
+        raise ValueError(f"it is of the class {shown(kind)}, which would need Python code in that folder, which is never executed")
+    with TemporaryDirectory() as temporary:
+        for name in ("vocab.json", "added_tokens.json"):
+            if (folder / name).is_file():
+                check_vocabulary(entries := read_entries(folder / name), {} if name == "vocab.json" else entries)
+                Path(temporary, name).write_text(json.dumps(entries), encoding="utf-8")
+        for name in ("merges.txt", "tokenizer.model"):
+            if (folder / name).is_file():
+                if (folder / name).stat().st_size > MOST_BYTES:
+                    raise ValueError(f"{name} is larger than {MOST_BYTES >> 20} MB")
+                shutil.copyfile(require_file(folder / name, "the file of a tokenizer"), Path(temporary, name))
+        settings = {key: value for key, value in stored.items() if key in SETTINGS} | {"tokenizer_class": kind}
+        Path(temporary, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        check_tokenizer_json(backend.to_str())
+    return tokenizer
 
 
 def _fast_tokenizer(tokenizer: Tokenizer, stored: dict, place: TokenizerPlace) -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.vae.model import SCALING_FACTOR, AutoencoderKLCausal3D, VAEConfig
 from utils.devices import explain_out_of_memory
 from utils.errors import UserError
+from utils.files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ def _config_beside(path: Path, inferred: VAEConfig) -> VAEConfig:
     if not file.is_file():
         return inferred
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(read_text(file, "the VAE's configuration"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable JSON ({error}). Fetch it again, or move it away from the VAE.") from error
     sizes = {"block_out_channels": list(inferred.block_out_channels), "layers_per_block": inferred.layers_per_block}
     if not isinstance(entries, dict) or any(entries.get(name) != size for name, size in sizes.items()):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError, shown
+from utils.files import read_text
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"
@@ -90,7 +91,7 @@ def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
             stored = json.loads(metadata[PEFT_METADATA])
             stored = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif path.name == PEFT_FILE and beside.is_file():
-            stored = json.loads(beside.read_text(encoding="utf-8"))
+            stored = json.loads(read_text(beside, "the PEFT configuration"))
         else:
             return PeftConfig(str(path))
         return PeftConfig(
@@ -101,5 +102,5 @@ def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
             dict(stored.get("alpha_pattern") or {}),
             bool(stored.get("use_rslora")),
         )
-    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"the PEFT configuration of {path} cannot be read ({error}). Copy it again.") from error

@@ -48,7 +48,7 @@ def test_a_caption_that_is_no_text(bench, name):
     toml = bench.media("image", a_png=picture())
     bench.write("media/a.txt", CAPTIONS[name][0])
     for script in (bench.texts, bench.latents):
-        refused(script(toml), CAPTIONS[name][1], "save it as UTF-8")
+        refused(script(toml), CAPTIONS[name][1], "Save it as UTF-8")
 
 
 DATASETS = {

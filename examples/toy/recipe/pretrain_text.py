@@ -65,8 +65,9 @@ def random_caption(rng: np.random.Generator, attributes: world.Attributes, inven
 def write_tokenizers(llama_folder: Path, clip_folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Tokenizers in which every word of the world is one token."""
     sentences = world.vocabulary_sentences()
-    llama = AutoTokenizer.from_pretrained(write_llama_tokenizer(llama_folder, sentences, LLAMA_VOCABULARY))
-    return llama, AutoTokenizer.from_pretrained(write_clip_tokenizer(clip_folder, sentences))
+    folders = write_llama_tokenizer(llama_folder, sentences, LLAMA_VOCABULARY), write_clip_tokenizer(clip_folder, sentences)
+    llama, clip = (AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False) for folder in folders)
+    return llama, clip
 
 
 class Readers(nn.Module):

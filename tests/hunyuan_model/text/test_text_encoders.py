@@ -355,29 +355,6 @@ def test_tokenizer_flag_that_leads_nowhere(llama_folder: Path, tmp_path: Path, g
         load_text_encoder_1(llama_folder, **CPU_FLOAT, tokenizer=tmp_path / given)
 
 
-def test_code_in_a_folder_is_never_executed(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "stranger"
-    shutil.copytree(clip_folder, folder, ignore=shutil.ignore_patterns("tokenizer.json"))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nfrom transformers import CLIPTokenizer as Evil\n")
-    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("builtins.input", lambda *prompt: "y")  # nothing may be asked either
-    with pytest.raises(UserError, match=r"stranger cannot be read .*code in that folder, which is never executed"):
-        load_text_encoder_2(folder, device="cpu", dtype=torch.float32)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_no_call_of_ours_trusts_code_of_others() -> None:
-    calls = [
-        (path.name, line.strip())
-        for folder in ("hunyuan_model", "dataset", "networks", "utils", "examples")
-        for path in (GOLDENS.parents[1] / folder).rglob("*.py")
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if ".from_pretrained(" in line and "write_" not in line  # of files that the recipe has just written
-    ]
-    assert calls and all("trust_remote_code=False" in line for _, line in calls), calls
-
-
 def test_broken_tokenizer_file(llama_folder: Path, tmp_path: Path) -> None:
     folder = write_llama_tokenizer(tmp_path / "broken")
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model"', encoding="utf-8")

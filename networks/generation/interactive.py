@@ -147,13 +147,8 @@ class LineSettings:
 
     def _shown(self, setting: PromptSetting) -> str:
         value = self._value(setting)
-        return (
-            ",".join(f"{one:g}" for one in value)
-            if setting.kind is tuple
-            else f"{value:g}"
-            if setting.kind is float
-            else str(value)
-        )
+        numbers = {tuple: value, float: (value,)}.get(setting.kind)
+        return str(value) if numbers is None else ",".join(f"{number:.12g}" for number in numbers)
 
 
 class Stopped(Exception):

@@ -60,7 +60,7 @@ def prompts(words: list[str], where: str) -> list[AxisValue]:
     """Texts, and those of files that are named with an @ before them."""
     texts = []
     for word in words:
-        entries = read_prompts(word[1:], f"{where}: the prompt") if word.startswith("@") else []
+        entries = read_prompts(os.path.expanduser(word[1:]), f"{where}: the prompt") if word.startswith("@") else []
         for entry in entries:
             if entry.values:
                 raise UserError(f"{entry.where} has options behind the prompt, and {FLAG} compares texts; take them out.")
@@ -74,7 +74,7 @@ def prompts(words: list[str], where: str) -> list[AxisValue]:
 def lora_files(words: list[str], where: str) -> list[AxisValue]:
     """Paths, patterns of them, and ``none``."""
     paths: list[str | None] = []
-    for word in words:
+    for word in map(os.path.expanduser, words):  # which shells do at the beginning of words only
         if word == NO_LORA:
             paths.append(None)
         elif os.path.exists(word) or not glob.has_magic(word):

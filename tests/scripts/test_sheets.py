@@ -92,6 +92,13 @@ def test_prompts_and_clips_become_a_sheet_and_a_video_in_step(generate, tmp_path
         assert np.abs(frames[2].astype(int) - np.asarray(sheet)).mean() < 12
 
 
+def test_a_config_file_compares_as_well(generate, tmp_path) -> None:
+    config, sheet = tmp_path / "night.toml", tmp_path / "s.png"
+    config.write_text(f"prompt = 'a ball'\nxy = ['steps=1', 'guidance=1,6']\nsheet = '{sheet}'\n", encoding="utf-8")
+    ended = generate("--config_file", config)
+    assert ended.status == 0 and ended.stdout.split()[-1] == str(sheet), ended.stderr
+
+
 def test_every_prompt_file_gets_a_sheet_with_its_prompts(generate, tmp_path) -> None:
     prompts = tmp_path / "night.txt"
     prompts.write_text("a red ball\na blue cube --d 9 --w 32\n" + "a long prompt " * 30 + "\n", encoding="utf-8")

@@ -71,6 +71,12 @@ def test_a_pattern_leaves_out_copies_of_what_it_finds(loras: None, caplog) -> No
     assert values("lora=*_comfyui.safetensors") == ["zorp_comfyui.safetensors"]
 
 
+def test_home_is_found_within_an_axis(loras: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert values("lora=~/zorp-0*.safetensors")[0] == str(tmp_path / "zorp-000002.safetensors")
+
+
 def test_labels_say_what_a_value_is(loras: None) -> None:
     labels = [value.label for value in read_axis("lora=zorp.safetensors,other/zorp.safetensors,none,x[1].safetensors").values]
     assert labels == ["zorp.safetensors", "other/zorp.safetensors", "none", "x[1]"]

@@ -7,14 +7,9 @@ takes the place of ``Linear.forward`` and calls the forward that stood there, wh
 
 from __future__ import annotations
 
-import ast
 import logging
-import math
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,90 +22,17 @@ from networks.formats.layouts import DEFAULT_PREFIX, flat_name
 from networks.formats.reading import fit_to_model, lora_of, read_lora
 from networks.formats.updates import LowRank
 from networks.formats.writing import plain_network, tensor_hashes
+from networks.lora_options import LoraOptions
 from networks.low_rank import add_low_rank_product, low_rank_product
 from networks.merging import LoraToMerge, MergePatch
-from utils.errors import UserError, first_line, name_some, shown
-from utils.key_values import nearest_name
+from utils.errors import UserError, name_some
 from utils.safetensors_io import save_tensors
 
 logger = logging.getLogger(__name__)
 
 TARGET_BLOCKS = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
-EXCLUDED_BY_DEFAULT = r".*(img_mod|txt_mod|modulation).*"
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """The arguments of the network, see ``LoRAModule`` for the dropouts.
-
-    Attributes:
-        exclude_patterns, include_patterns: regular expressions for whole paths of layers; the second win.
-        loraplus_lr_ratio: 0 is without LoRA+.
-        dropout: of neurons.
-        verbose: log every layer.
-    """
-
-    exclude_patterns: Sequence[str] = ()
-    include_patterns: Sequence[str] = ()
-    loraplus_lr_ratio: float | None = None
-    dropout: float | None = None
-    rank_dropout: float | None = None
-    module_dropout: float | None = None
-    verbose: bool = False
-
-    @classmethod
-    def of(cls, network_args: Mapping[str, Any], neuron_dropout: float | None = None) -> LoraOptions:
-        """From typed values or the text of --network_args; a UserError names what is unknown or malformed."""
-        known = [field.name for field in fields(cls)]
-        values = {}
-        for name, value in network_args.items():
-            if name not in known:
-                raise UserError(
-                    f"--network_args: networks.lora has no argument {name!r}.{nearest_name(name, known)} Known: {', '.join(known)}."
-                )
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # patterns are full of \. and the like, which Python frowns upon
-                    values[name] = ast.literal_eval(value) if isinstance(value, str) else value
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                raise UserError(
-                    f"--network_args {name} must be a Python literal such as 0.1, True or ['.*single_blocks.*'], "
-                    f"but it is {shown(value)}."
-                ) from None
-        if neuron_dropout is not None:
-            values["dropout"] = neuron_dropout
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        for name in ("exclude_patterns", "include_patterns"):
-            patterns = getattr(self, name)
-            try:
-                if isinstance(patterns, str):
-                    raise TypeError("it is a text")
-                for pattern in patterns:
-                    re.compile(pattern)
-            except (
-                TypeError,
-                re.error,
-                OverflowError,
-                RecursionError,
-            ) as error:  # the last two for counts and depths beyond reason
-                raise UserError(
-                    f"--network_args {name} must be a list of regular expressions such as ['.*img_mlp.*'], "
-                    f"but it is {shown(patterns)} ({first_line(error)})."
-                ) from None
-        for name in ("loraplus_lr_ratio", "dropout", "rank_dropout", "module_dropout"):
-            value, limit = getattr(self, name), math.inf if name == "loraplus_lr_ratio" else 1
-            if value is not None and not (type(value) in (int, float) and 0 <= value < limit):
-                raise UserError(f"--network_args {name} must be a number from 0 to below {limit}, but it is {shown(value)}.")
-
-    def takes(self, path: str) -> bool:
-        """Whether the linear layer at ``path`` gets a LoRA."""
-        if any(re.fullmatch(pattern, path) for pattern in self.include_patterns):
-            return True
-        return not any(re.fullmatch(pattern, path) for pattern in (EXCLUDED_BY_DEFAULT, *self.exclude_patterns))
 
 
 class LoRAModule(nn.Module):
@@ -378,8 +300,10 @@ def create_network(
         for block_path, block in unet.named_modules()
         if type(block).__name__ in TARGET_BLOCKS
         for path, module in block.named_modules(prefix=block_path)
-        if isinstance(module, nn.Linear) and options.takes(path)
+        if isinstance(module, nn.Linear)
     }
+    chosen = options.chosen(list(linears))
+    linears = {path: module for path, module in linears.items() if path in chosen}
     if not linears:
         raise UserError(
             f"no linear layer is left for the LoRA: --network_args exclude_patterns removes all of {' and '.join(TARGET_BLOCKS)}."

@@ -21,6 +21,7 @@ from hunyuan_model.quantization.formats import WeightFormat, cast
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
+from networks import lora_options
 from networks.formats.reading import lora_of, read_lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
 from networks.merging import LoraToMerge, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
@@ -153,6 +154,15 @@ def test_patterns_exclude_then_include(transformer):
     assert only == {f"single_blocks.{index}.linear1" for index in range(3)}
     # Full match: a pattern that fits only a part of the path excludes nothing.
     assert paths(exclude_patterns="['single_blocks']") == every
+
+
+@pytest.mark.parametrize("name", ["exclude_patterns", "include_patterns"])
+def test_patterns_that_never_end_are_a_sentence(transformer, monkeypatch, name):
+    monkeypatch.setattr(lora_options, "MATCHING_SECONDS", 0.5)
+    with pytest.raises(
+        UserError, match=rf"{name}.* cannot be matched \(it took longer than 0\.5 seconds\): '\(\[a-z\.0-9_\]\+\)\+!'"
+    ):
+        create_network(1.0, 4, 1, None, None, transformer, **{name: "['([a-z.0-9_]+)+!', '(a+)+']"})
 
 
 @pytest.mark.parametrize(

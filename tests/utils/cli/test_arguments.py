@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from utils.cli.arguments import StoreOnce, script_parser
+from utils.cli.config_files import add_config_file_argument, parse_with_config
+
 WRONG = [
     ("hv_train_network", ["--blocks_to_swap", "foo"], "argument --blocks_to_swap: 'foo' is not a whole number of at least 0"),
     ("hv_train_network", ["--bloks_to_swap", "3"], "unrecognized arguments: --bloks_to_swap 3 (Did you mean '--blocks_to_swap'?)"),
@@ -19,3 +22,17 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(call_script, script, words, s
     ended = call_script(script, *words)
     assert ended.status == 2
     assert ended.stderr.splitlines() == [f"{script}.py: error: {says}; see --help"]
+
+
+def test_a_flag_that_counts_once_may_stand_in_a_file_as_well(tmp_path, capsys):
+    parser = script_parser("about")
+    add_config_file_argument(parser)
+    parser.add_argument("--text", action=StoreOnce, instead="--file")
+    (tmp_path / "flags.toml").write_text('text = "of the file"\n', encoding="utf-8")
+    config = ["--config_file", str(tmp_path / "flags.toml")]
+    assert parse_with_config(parser, config).text == "of the file"
+    for _ in range(2):  # a parser may parse again
+        assert parse_with_config(parser, [*config, "--text", "mine"]).text == "mine"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--text", "a", "--text", "a"])
+    assert "--text is given twice, and only one would count: keep one of them, or use --file" in capsys.readouterr().err

@@ -7,6 +7,7 @@ It stands around attention alone, because it costs Python time for every operato
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_model.transformer.attention import OPERATORS, Attention
+
+logger = logging.getLogger(__name__)
 
 Keep = Callable[[Tensor], Callable[[], Tensor]]
 """Keeps a tensor; what it returns gives the tensor back, as often as it is asked."""
@@ -40,6 +43,11 @@ class AttentionResults:
             return _Operators(self._record)
         left = iter(self._kept)
         return _Operators(lambda compute: tuple(again() for again in next(left)))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a pass came by in which no known operator was called."""
+        return self._kept == []
 
     def _record(self, compute: Callable[[], Sequence[Any]]) -> Sequence[Any]:
         results = compute()
@@ -66,6 +74,8 @@ class _Operators(TorchDispatchMode):
 class KeptAttention:
     """In place of a block's attention: uses the results of the pass in which the block is."""
 
+    _warned = False  # for all blocks
+
     def __init__(self, attention: Attention) -> None:
         self.attention = attention
         self._mode: AbstractContextManager[Any] = nullcontext()
@@ -82,3 +92,6 @@ class KeptAttention:
             yield
         finally:
             self._mode = nullcontext()
+        if results.is_empty and not self._warned:
+            KeptAttention._warned = True
+            logger.warning("this attention package has no operators that --keep_attention knows: attention is computed twice.")

@@ -20,6 +20,7 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.activation_offload import make_offloader
 from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.kept_attention import KeptAttention
 from hunyuan_model.transformer.attention import OPERATORS, make_attention
 
 LAST = ("img_mlp.fc2", "linear2")
@@ -129,9 +130,12 @@ def test_kept_attention_is_not_computed_again(enable, times: int, split: bool) -
     assert attention_calls(enable, split=split) == (times * blocks, blocks)
 
 
-def test_attention_that_torch_puts_together_is_computed_again() -> None:
+def test_attention_that_torch_puts_together_is_computed_again_which_is_said_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(KeptAttention, "_warned", False)
+    assert attention_calls(keep_attention)[0] == 0 and not caplog.text
     with sdpa_kernel(SDPBackend.MATH):
         assert attention_calls(keep_attention) == (0, 0)
+    assert caplog.text.count("attention is computed twice") == 1
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -118,13 +119,10 @@ def versions_of(attn_mode: str, device: torch.device) -> dict[str, str]:
     """What the bits of a result depend on besides its flags."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     versions = {"musubi-tuner": read_toml(project)["project"]["version"]} if project.is_file() else {}
-    package = ATTENTION_PACKAGES.get(attn_mode)
-    return {
-        **versions,
-        "torch": torch.__version__,
-        "attention": f"{package} {metadata.version(package)}" if package else "torch",
-        "device": device_name(device),
-    }
+    attention = ATTENTION_PACKAGES.get(attn_mode, "torch")
+    with suppress(metadata.PackageNotFoundError):  # a build of one's own may have another name
+        attention = f"{attention} {metadata.version(attention)}" if attention != "torch" else attention
+    return {**versions, "torch": torch.__version__, "attention": attention, "device": device_name(device)}
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -165,7 +163,7 @@ def identity(metadata: Mapping[str, str]) -> str | None:
     settings = settings_of(metadata)
     if settings is None:
         return None
-    random = settings.get("random", [])
+    random = ["seed"] if settings.get("random") == ["seed"] else []
     flags = {name: value for name, value in settings["flags"].items() if name not in WITHOUT_EFFECT and name not in random}
     return json.dumps([flags, settings["lora"], settings["start"], random], sort_keys=True)
 
@@ -205,9 +203,9 @@ def warn_of_changes(path: str, metadata: Mapping[str, str]) -> None:
     old, new = settings_of(read_media_metadata(path, REPEAT_FLAG)), settings_of(metadata)
     if old is None or new is None:
         return
-    before = {entry.get("file"): entry.get("sha256") for entry in (*old["lora"], old["start"])}
+    before = {str(entry.get("file")): entry.get("sha256") for entry in (*old["lora"], old["start"])}
     for entry in (*new["lora"], new["start"]):
-        if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
+        if before.get(str(entry.get("file")), entry.get("sha256")) != entry.get("sha256"):
             logger.warning("%s has changed since it made %s: the result will be another one.", entry["file"], path)
     versions = {**old["versions"], **new["versions"]}
     if differ := [name for name in versions if old["versions"].get(name) != new["versions"].get(name)]:

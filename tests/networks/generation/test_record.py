@@ -4,12 +4,23 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hunyuan_model.sampling.generation import SamplingSettings
-from networks.generation.record import Recorder, file_sha256, identity, settings_of, versions_of, with_flags
+from networks.generation.record import (
+    Recorder,
+    described,
+    file_sha256,
+    identity,
+    settings_of,
+    versions_of,
+    warn_of_changes,
+    with_flags,
+)
 from networks.generation.requests import Request
+from utils.media.writing import save_picture
 
 RUN = {"dit": "dit.safetensors", "prompt": "of the run", "lora_multiplier": [1.0], "fp8": True, "output_type": "gif"}
 
@@ -102,3 +113,13 @@ def test_versions_name_what_computes():
     versions = versions_of("torch", torch.device("cpu"))
     assert versions["torch"] == torch.__version__ and versions["attention"] == "torch" and versions["device"].startswith("CPU")
     assert versions["musubi-tuner"][0].isdigit()
+    assert versions_of("xformers", torch.device("cpu"))["attention"].startswith("xformers")
+
+
+def test_strange_values_of_a_file_are_no_traceback(tmp_path):
+    strange = {"flags": {"a": [1]}, "lora": [{"file": ["x"]}], "start": {"file": {}}, "versions": {"torch": []}, "random": 5}
+    text = {"prompt": "a", "settings": json.dumps(strange)}
+    assert identity(text) is not None
+    save_picture(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text)
+    warn_of_changes(str(tmp_path / "a.png"), recorder(tmp_path).metadata(request()))
+    assert "made with torch []" in described(str(tmp_path / "a.png"))

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from utils.errors import UserError
 from utils.files import SIGNATURE_BYTES, atomic_path, foreign_content, is_torch_file, require_file
 
+MOST_HEADER_BYTES = 32 << 20  # names, shapes and metadata; those of the largest models have less than 1 MB
+
 # The names of dtypes in safetensors files.
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
@@ -50,6 +52,21 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
+def require_small_header(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a safetensors file whose header, which is read whole, is larger than any is.
+
+    Raises:
+        UserError: says ``what`` it is.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if MOST_HEADER_BYTES < length <= os.fstat(file.fileno()).st_size:
+                raise UserError(f"{what} {path} has a header of {length >> 20} MB, and at most {MOST_HEADER_BYTES >> 20} are read.")
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
+
+
 @contextmanager
 def _open(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     """The opened file; what the library says of its header or of a tensor becomes a UserError.
@@ -57,6 +74,7 @@ def _open(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     For numpy the library maps it to be read only, for torch to be written to, which a system may refuse for what is larger than
     its memory.
     """
+    require_small_header(path, "safetensors file")
     try:
         with safe_open(str(path), framework=framework, device="cpu") as file:
             yield file

@@ -6,14 +6,19 @@ costs its header.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import pickle
+import pickletools
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +27,8 @@ from hunyuan_model.checkpoints.gguf_files import MAGIC, gguf_entries
 from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_only
 from hunyuan_model.checkpoints.stored_tensor import Allocate, StoredTensor
 from utils.errors import UserError, first_line, name_some
-from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, require_file, require_there
-from utils.safetensors_io import SAFETENSORS_DTYPES
+from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, read_text, require_file, require_there
+from utils.safetensors_io import SAFETENSORS_DTYPES, require_small_header
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +48,18 @@ FOLDER_FILES = (
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
+_MOST_PICKLE_BYTES = 8 << 20  # without the tensors, of which each takes about a hundred
+_MOST_IN_A_TUPLE = 2000
+_MOST_SHARED = 3  # times the size of the file is what its tensors may come to, of which some share their values
+_PICKLES_OF_OLD_FILES = 5
+
 # Training frameworks put the state dict one level down, under one of these.
 WRAPPERS = ("module", "state_dict", "model_state_dict", "model", "ema")
 
 
 def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file in file order, and its metadata."""
+    require_small_header(path, what)
     try:
         with safe_open(str(path), framework="numpy"):  # looks whether all is well; for torch it would map to write
             pass
@@ -77,8 +88,72 @@ def _safetensors_entries(path: Path, what: str) -> tuple[dict[str, StoredTensor]
     return entries, metadata
 
 
+def require_plain_torch_file(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a torch checkpoint that could take far more memory or time than its size lets expect; torch is to open others alone.
+
+    Raises:
+        UserError: compressed or overlapping entries, a pickle of great size or depth, or none.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                    raise UserError(f"{what} {path} is compressed, which torch's files are not. Save it again with torch.save.")
+                if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+                    raise ValueError("its entries overlap")
+                pickles = [
+                    archive.read(entry) for entry in entries if entry.filename.endswith(".pkl") and _is_small(entry.file_size)
+                ]
+            for content in pickles:
+                _require_shallow(io.BytesIO(content))
+        else:
+            with open(
+                path, "rb"
+            ) as file:  # before torch 1.6: pickles of what it is, then of the content and of its storages' names
+                for _ in range(_PICKLES_OF_OLD_FILES):
+                    if file.peek(1):
+                        _require_shallow(file)
+    except (ValueError, LookupError, OSError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{what} {path} is cut short or damaged ({first_line(error)}). Copy or download it again.") from error
+
+
+def _is_small(size: int) -> bool:
+    if size > _MOST_PICKLE_BYTES:
+        raise ValueError("it lists more than any model has")
+    return True
+
+
+def _require_shallow(file: BinaryIO) -> None:
+    """Raise a ValueError for a pickle whose tuples hold each other over and over: to hash one takes for ever."""
+    start = file.tell()
+    stack: list[int | None] = []  # of each value how many values it holds; None is a mark
+    memo: dict[int, int] = {}
+    for operation, argument, position in pickletools.genops(file):
+        _is_small((position or 0) - start)
+        before = operation.stack_before
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1] or 0
+            continue
+        held = 0
+        count = len(before)
+        if pickletools.markobject in before:
+            count = before.index(pickletools.markobject)
+            while (size := stack.pop()) is not None:
+                held += size
+        for _ in range(count):
+            held += stack.pop() or 0
+        if operation.name in ("GET", "BINGET", "LONG_BINGET"):
+            held = memo[argument]
+        elif operation.name.startswith("TUPLE") and held > _MOST_IN_A_TUPLE:
+            raise ValueError("its values hold each other")
+        sizes = [None if kind is pickletools.markobject else held + 1 for kind in operation.stack_after]
+        stack.extend(sizes)
+
+
 def _torch_load(path: Path, what: str) -> object:
     """Unpickle with ``weights_only``, memory-mapped where the file allows."""
+    require_plain_torch_file(path, what)
     try:
         try:
             with torch_maps_read_only():
@@ -104,16 +179,27 @@ def _in_memory(tensor: torch.Tensor) -> StoredTensor:
 def _torch_entries(path: Path, what: str) -> dict[str, StoredTensor]:
     """The tensors of a torch checkpoint, taken out of the wrappers that training frameworks put around them."""
     content = _torch_load(path, what)
-    while isinstance(content, Mapping):
+    seen: list[object] = []
+    while isinstance(content, Mapping) and not any(content is one for one in seen):
+        seen.append(content)
         inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
-            tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+            tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
             if tensors:
-                if hollow := [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]:
+                if hollow := [name for name, value in tensors.items() if not _is_plain(value, os.path.getsize(path))]:
                     raise UserError(f"{what} {path} holds no plain values for {name_some(hollow)}. Save it again as dense tensors.")
+                if sum(value.nbytes for value in tensors.values()) > _MOST_SHARED * os.path.getsize(path):
+                    raise UserError(f"{what} {path} holds the same values under many names. Save it again as tensors of their own.")
                 return {name: _in_memory(value.detach()) for name, value in tensors.items()}
         content = inner
     raise UserError(f"{what} {path} holds no state dict (a mapping from names to tensors). Check that it is the right file.")
+
+
+def _is_plain(tensor: torch.Tensor, file_size: int) -> bool:
+    """Whether all values of a tensor are in the file."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes() <= file_size
 
 
 def _open_file(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -126,11 +212,14 @@ def _open_file(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
     if start.startswith(MAGIC):
         return gguf_entries(path, what)
+    # A length in 8 bytes, which may begin as a pickle does, then the JSON header.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= os.path.getsize(path):
+        return _safetensors_entries(path, what)
     if found := foreign_content(start):
         raise UserError(f"{what} {path} {found}")
     if is_torch_file(start):
         return _torch_entries(path, what), {}
-    if start[8:9] == b"{" or path.suffix == ".safetensors":  # a length in 8 bytes, then the JSON header
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
         return _safetensors_entries(path, what)
     raise UserError(
         f"{what} {path} is neither a safetensors file, a torch checkpoint nor a GGUF file. Check that it is the right file."
@@ -160,7 +249,7 @@ def _files_of_folder(folder: Path, what: str) -> list[Path]:
 
 def _shards_of_index(index: Path, what: str) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index, what))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{what} {index} is not a readable index of shards. Copy or download it again.") from error

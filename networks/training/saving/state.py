@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from hunyuan_model.checkpoints.reading import require_plain_torch_file
 from networks.training.loss.timestep_sampling import TimestepSampler
 from utils.checksums import file_checksum
 from utils.errors import UserError, first_line, shown
@@ -280,6 +281,7 @@ def load_state(folder: Path, parts: Restorable) -> None:
     """
     try:
         tensors = read_tensors(folder / NETWORK_FILE).tensors
+        require_plain_torch_file(folder / OPTIMIZER_FILE, f"the state {folder} cannot be loaded:")
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         scaler = parts.accelerator.scaler
         require_alike("network", tensors, dict(parts.network.state_dict()))
@@ -345,6 +347,7 @@ def _load_random_state(folder: Path, parts: Restorable) -> None:
     if not path.is_file():
         logger.warning("%s has no random state for process %d; its noise starts over.", folder, parts.accelerator.process_index)
         return
+    require_plain_torch_file(path, f"the state {folder} cannot be loaded:")
     state = torch.load(path, map_location="cpu", weights_only=True)
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]

@@ -1,6 +1,8 @@
 """What one load for many prompts saves: a run with all of them against a run for each, on the toy model.
 
-Runs alternate, so that what else the machine does meets both; CPU seconds are beside the wall clock for the same reason.
+Runs of one prompt stand before and after the run of all, so that what else the machine does meets both; CPU seconds are beside the
+wall clock for the same reason. The run of all also makes a contact sheet, whose pixels are memory of their own, for clips several
+hundred MB inside the video encoder; ``--output_type latent`` makes none.
 
     python benchmarks/generation.py --threads 1
 """
@@ -44,18 +46,18 @@ def measured(command: list[str], threads: int | None) -> Cost:
     return Cost(time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def generation(folder: Path, size: int, frames: int, steps: int) -> list[str]:
+def generation(folder: Path, size: int, frames: int, steps: int, output_type: str) -> list[str]:
     """The command without its prompts; the files go to ``folder``."""
     files = require_model()
     return [
         *(sys.executable, "hv_generate_video.py", "--dit", str(files.dit), "--vae", str(files.vae), "--device", "cpu"),
         *("--text_encoder1", str(files.text_encoder1), "--text_encoder2", str(files.text_encoder2)),
         *("--video_size", str(size), str(size), "--video_length", str(frames), "--infer_steps", str(steps), "--seed", "1"),
-        *("--save_path", str(folder)),
+        *("--save_path", str(folder), "--output_type", output_type),
     ]
 
 
-def compare(prompts: int, rounds: int, threads: int | None, size: int, frames: int, steps: int) -> tuple[list[Cost], list[Cost]]:
+def compare(prompts: int, threads: int | None, rounds: int = 1, **video: int | str) -> tuple[list[Cost], list[Cost]]:
     """Costs of runs of one prompt and of runs of all prompts: in each round ``prompts`` of the former, and one of the latter in the
     middle of them."""
     texts = [f"{number} red balls" for number in range(prompts)]
@@ -63,7 +65,7 @@ def compare(prompts: int, rounds: int, threads: int | None, size: int, frames: i
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
-        command = generation(folder / "out", size, frames, steps)
+        command = generation(folder / "out", **video)
         for _ in range(rounds):
             for number, text in enumerate(texts):
                 if number == prompts // 2:
@@ -78,10 +80,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, help="that compute (default: as torch chooses)")
     parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--frames", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output_type", default="images", help="as of hv_generate_video.py")
     args = parser.parse_args()
-    single, batch = compare(args.prompts, args.rounds, args.threads, args.size, args.frames, args.steps)
+    single, batch = compare(**vars(args))
     print(f"{args.prompts} prompts, {args.frames} frames of {args.size}x{args.size}, {args.steps} steps; {os.cpu_count()} cores")
     print("| | one run for each | one run for all | ratio |\n|---|---|---|---|")
     for name, unit in (("wall", "s"), ("cpu", "s of CPU")):

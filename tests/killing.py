@@ -20,6 +20,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,10 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the scrip
 
 from wholeness import broken, is_saved, unfinished
 
+SECONDS = 900  # for a plan
+KILLED = -signal.SIGKILL
 CALLS = ("mkdir", "fsync", "replace", "unlink", "rmdir")
 USED_LATE = {  # imported by the scripts, or by what they use, only when needed: here, once for all runs, as it takes seconds
     "hv_train_network": ("torch._dynamo", "transformers.optimization"),
     "cache_text_encoder_outputs": ("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
+    "hv_generate_video": ("transformers.models.llama.modeling_llama", "transformers.models.clip.modeling_clip"),
 }
 
 
@@ -113,6 +117,30 @@ def planned_kills(plan: dict[str, Any], counts: list[int]) -> list[Kill]:
         Kill(inside, choose.randint(1, int(counts[inside] * plan["share"])))
         for inside in (number % 2 == 0 for number in range(plan["kills"]))
     ]
+
+
+def run_plan(
+    tmp_path: Path, script: str, whole: list[object], killed: list[object], folders: tuple[Path, Path], kills: int, share: float
+) -> None:
+    """A whole run and a killed one, which write to ``folders``: it was killed as planned, and everything was whole each time.
+
+    Each run that is killed makes at most ``share`` of what the whole one makes.
+    """
+    plan = tmp_path / f"{script}.json"
+    words = {"whole": [str(word) for word in whole], "killed": [str(word) for word in killed]}
+    places = {"whole_folder": str(folders[0]), "watched": str(folders[1])}
+    numbers = {"kills": kills, "share": share, "seed": f"{script} {kills}"}
+    plan.write_text(json.dumps({"script": script, **words, **places, **numbers}), encoding="utf-8")
+    command, one_thread = [sys.executable, __file__, plan], os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert ended.returncode == 0, ended.stderr
+    first, *others, last = runs = [Run(**run) for run in json.loads(ended.stdout)]
+    said = plan.with_suffix(".log").read_text("utf-8", errors="replace")[-5000:]
+    assert (first.status, last.status) == (0, 0), said
+    assert {run.status for run in others} == {KILLED}, said
+    assert not [run for run in runs if run.broken]
+    inside = [run for run in others if run.inside]
+    assert len(inside) == kills // 2 and all(any(map(is_saved, run.left)) for run in inside)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from utils.files import is_temporary
 STATE_PARTS = {"network.safetensors", "optimizer.pt", "random-0.pt"}
 PROBE = ".tmp"  # ends the name of an empty file that shows whether a folder can be written to
 LOG = "loss.csv"  # what the trainings here call it
+PNG_END = b"IEND\xaeB`\x82"
 LENGTH_BYTES = 8  # at the start of a safetensors file: how long its header is
 
 
@@ -49,6 +50,10 @@ def _fault(path: Path) -> str | None:
             return None if promised == found else f"{found} bytes, its header promises {promised}"
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".png" and not path.read_bytes().endswith(PNG_END):
+            return "no PNG with an end"
+        if path.suffix == ".mp4" and b"moov" not in path.read_bytes():  # the table of frames, which is written last
+            return "no MP4 with an end"
         if path.suffix == ".pt" and not zipfile.is_zipfile(path):  # looks for the directory, which is written last
             return "no zip file with an end"
     except (OSError, ValueError, KeyError, TypeError) as error:

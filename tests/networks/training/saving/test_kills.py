@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from killing import Run
+from killing import run_plan
 from safetensors.torch import load_file
 from wholeness import LOG, is_saved, unfinished
 
 from examples.toy.make_concept import CONCEPT
 from examples.toy.model_files import FOLDER, files_in
 
-KILLING = Path(__file__).resolve().parents[3] / "killing.py"
-SECONDS = 900
-KILLED = -9
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to start the same script quickly many times"),
 ]
-
-
-def run_plan(
-    tmp_path: Path, script: str, whole: list[object], killed: list[object], folders: tuple[Path, Path], kills: int, share: float
-) -> None:
-    """A whole run and a killed one, which write to ``folders``: it was killed as planned, and everything was whole each time.
-
-    Each run that is killed makes at most ``share`` of what the whole one makes.
-    """
-    plan = tmp_path / f"{script}.json"
-    words = {"whole": [str(word) for word in whole], "killed": [str(word) for word in killed]}
-    places = {"whole_folder": str(folders[0]), "watched": str(folders[1])}
-    numbers = {"kills": kills, "share": share, "seed": f"{script} {kills}"}
-    plan.write_text(json.dumps({"script": script, **words, **places, **numbers}), encoding="utf-8")
-    command, one_thread = [sys.executable, KILLING, plan], os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert ended.returncode == 0, ended.stderr
-    first, *others, last = runs = [Run(**run) for run in json.loads(ended.stdout)]
-    said = plan.with_suffix(".log").read_text("utf-8", errors="replace")[-5000:]
-    assert (first.status, last.status) == (0, 0), said
-    assert {run.status for run in others} == {KILLED}, said
-    assert not [run for run in runs if run.broken]
-    inside = [run for run in others if run.inside]
-    assert len(inside) == kills // 2 and all(any(map(is_saved, run.left)) for run in inside)
 
 
 def assert_same(first: Path, second: Path) -> None:

@@ -195,6 +195,13 @@ def recorded_flags(path: str, given: Container[str]) -> dict[str, Any]:
     for group in _EXCLUSIVE:
         if any(name in given for name in group):
             flags = {name: value for name, value in flags.items() if name not in group}
+    for name in ("tokenizer1", "tokenizer2"):
+        if name not in flags or name in given:
+            continue
+        if not os.path.exists(str(flags[name])):  # a file may be a stranger's: it does not decide what is downloaded
+            raise UserError(
+                f"{path} was made with --{name} {flags[name]}, which is not here; give --{name}, also where it is a hub id."
+            )
     return {**flags, "save_path": str(_folder(Path(path)))}
 
 

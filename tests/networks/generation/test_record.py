@@ -14,12 +14,14 @@ from networks.generation.record import (
     described,
     file_sha256,
     identity,
+    recorded_flags,
     settings_of,
     versions_of,
     warn_of_changes,
     with_flags,
 )
 from networks.generation.requests import Request
+from utils.errors import UserError
 from utils.media.writing import save_picture
 
 RUN = {"dit": "dit.safetensors", "prompt": "of the run", "lora_multiplier": [1.0], "fp8": True, "output_type": "gif"}
@@ -107,6 +109,14 @@ def test_latents_that_are_decoded_later_say_so(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"flags": []}', "[" * 100_000, json.dumps({"flags": {}, "lora": [1]})])
 def test_damaged_settings_are_none(text):
     assert settings_of({"settings": text}) is None and identity({"settings": text}) is None
+
+
+def test_a_file_does_not_decide_what_is_downloaded(tmp_path):
+    written = recorder(tmp_path, flags={**RUN, "tokenizer1": "somebody/tokenizer"}).metadata(request())
+    save_picture(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), written)
+    with pytest.raises(UserError, match="--tokenizer1 somebody/tokenizer, which is not here"):
+        recorded_flags(str(tmp_path / "a.png"), ())
+    assert recorded_flags(str(tmp_path / "a.png"), ("tokenizer1",))["prompt"] == "a ball"
 
 
 def test_versions_name_what_computes():

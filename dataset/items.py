@@ -100,7 +100,8 @@ def _list_folder(dataset: DatasetConfig) -> tuple[list[Path], dict[str, str]]:
     try:
         with os.scandir(dataset.directory) as entries:
             # Dot files are temporary or the "._x" doubles that macOS writes; neither is a picture.
-            names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+            # Pipes, devices and links that lead nowhere stay: whoever reads them says so.
+            names = sorted(entry.name for entry in entries if not entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"cannot list the folder {dataset.directory}: {error.strerror or error}.") from error
     ending = dataset.caption_extension.lower()

@@ -27,6 +27,8 @@ from dataset.media.pictures import colour_conversion, picture_to_rgb
 FIRST_FRAMES = 5  # that are looked at to know how to read the others
 PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
 MOST_UNEVEN_PIXELS = 16  # times as wide as high, or as high as wide; more is a fault of the file
+MAX_FRAMES = 500_000  # of a file: five hours
+MAX_PIXELS, MAX_PIXELS_PER_BYTE = 4 * 10**9, 10**6  # more are made only to keep a program busy
 DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
@@ -76,7 +78,7 @@ class Video:
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate else None
-        decoded = _decode(container, stream)
+        decoded = _decode(container, stream, path)
         first = list(islice(decoded, FIRST_FRAMES))
         if not first:
             raise MediaError(f"video {path} has no frames.")
@@ -198,20 +200,36 @@ Frame = av.VideoFrame | AnimationFrame
 
 
 def _animation_frames(image: Image.Image, path: Path) -> Iterator[AnimationFrame]:
-    milliseconds = 0
+    milliseconds, count = 0, getattr(image, "n_frames", 1)
+    _require_end(path, count, path.stat().st_size, count * image.width * image.height)
     for frame in ImageSequence.Iterator(image):
         yield AnimationFrame(picture_to_rgb(frame, path), milliseconds / 1000)
         milliseconds += frame.info.get("duration", 0)
 
 
-def _decode(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
+def _decode(container: av.container.InputContainer, stream: av.video.stream.VideoStream, path: Path) -> Iterator[av.VideoFrame]:
     name = DECODERS_WITH_ALPHA.get(stream.codec_context.name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
-        yield from container.decode(stream)
-        return
-    decoder = av.CodecContext.create(name, "r")
+    decode = stream.decode
+    if name is not None and stream.metadata.get("alpha_mode") == "1":
+        decode = av.CodecContext.create(name, "r").decode
+    count = size = pixels = 0
     for packet in container.demux(stream):  # the last one is empty, which gives what is left
-        yield from decoder.decode(packet)
+        size += packet.size
+        for frame in decode(packet):
+            count, pixels = count + 1, pixels + frame.width * frame.height
+            _require_end(path, count, size, pixels)
+            yield frame
+
+
+def _require_end(path: Path, count: int, size: int, pixels: int) -> None:
+    """Refuse a file that would be read for ever, or as good as: of ``count`` frames that took ``size`` bytes."""
+    if count > MAX_FRAMES:
+        raise MediaError(f"video {path} has more than {MAX_FRAMES} frames; cut it into shorter ones.")
+    if pixels > max(MAX_PIXELS, size * MAX_PIXELS_PER_BYTE):
+        raise MediaError(
+            f"video {path} makes {pixels // 10**6} million pixels of {size} bytes, as no video does, and reading it may never end. "
+            "Remove it, or save it anew at a smaller size."
+        )
 
 
 def _deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:

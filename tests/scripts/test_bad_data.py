@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import wave
 import zlib
@@ -147,7 +148,46 @@ def test_a_cache_that_cannot_be_trained_on(bench, name):
     refused(bench.train(), file, *says)
 
 
-@pytest.mark.parametrize("damage", ["cut", "folder", "lost link"])
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+
+
+@needs_pipes
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_pipe_among_media_is_a_failure_beside_the_others(bench, kind):
+    files = {"image": ("a_png", picture()), "video": ("a_mp4", clip(bench.folder))}
+    ending = files[kind][0][2:]
+    toml = bench.media(kind, **dict([files[kind]]))
+    bench.write("media/b.txt", "a caption")
+    os.mkfifo(bench.folder / f"media/b.{ending}")
+    ended = bench.latents(toml)
+    assert ended.status == 1 and f"b.{ending} is a folder or a device" in ended.stderr
+    assert [path.name[:2] for path in (bench.folder / "cache").iterdir()] == ["a_"]
+    assert bench.texts(toml).status == 0
+
+
+@needs_pipes
+@pytest.mark.parametrize("name", ["media/a.txt", "items.jsonl", "media.toml"])
+def test_a_pipe_does_not_make_caching_wait(bench, name):
+    toml = bench.jsonl("") if name == "items.jsonl" else bench.media("image", a_png=picture())
+    (bench.folder / name).unlink()
+    os.mkfifo(bench.folder / name)
+    for script in (bench.latents, bench.texts):
+        refused(script(toml), bench.folder / name, "must be a file")
+
+
+@needs_pipes
+@pytest.mark.parametrize("ending", ["_0032x0032_hv.safetensors", "_hv_te.safetensors"])
+def test_a_pipe_in_the_place_of_a_cache_file_is_replaced(bench, ending):
+    toml = bench.media("image", a_png=picture())
+    (bench.folder / "cache").mkdir()
+    os.mkfifo(bench.folder / "cache" / f"a{ending}")
+    for script in (bench.latents, bench.texts):
+        assert script(toml, "--skip_existing").status == 0
+        assert script(toml).status == 0
+    assert (bench.folder / "cache" / f"a{ending}").is_file()
+
+
+@pytest.mark.parametrize("damage", ["cut", "folder", "lost link", pytest.param("pipe", marks=needs_pipes)])
 @pytest.mark.parametrize("file", [LATENTS, TEXT])
 def test_a_cache_that_is_no_file(bench, file, damage):
     path = bench.folder / "pictures" / file
@@ -157,8 +197,11 @@ def test_a_cache_that_is_no_file(bench, file, damage):
         path.write_bytes(content[: len(content) // 2])
     elif damage == "folder":
         path.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(path)
     elif sys.platform == "win32":
         pytest.skip("making links needs rights there")
     else:
         path.symlink_to(bench.folder / "moved away")
-    refused(bench.train(), file, {"cut": "cut short", "folder": "is a folder", "lost link": "does not exist"}[damage])
+    says = {"cut": "cut short", "folder": "is a folder", "lost link": "does not exist", "pipe": "not a regular file"}
+    refused(bench.train(), file, says[damage])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -337,3 +338,32 @@ def test_files_that_are_no_videos(tmp_path):
     for read in (frame_times, read_image):
         with pytest.raises(MediaError, match=f"{tmp_path.name} is a folder"):
             read(tmp_path)
+
+
+def endless_gif(path: Path, side: int, frames: int) -> Path:
+    """A square canvas whose frames change one pixel each, in 23 bytes (GIF89a specification)."""
+    size = side.to_bytes(2, "little")
+    head = b"GIF89a" + size + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    frame = b"\x21\xf9\x04\0\x01\0\0\0" + b"\x2c" + bytes(4) + b"\x01\0\x01\0\0" + b"\x02\x02\x44\x01\0"
+    path.write_bytes(head + frame * frames + b";")
+    return path
+
+
+def test_a_file_of_endless_frames_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(videos, "MAX_FRAMES", 50)
+    assert len(frame_times(endless_gif(tmp_path / "short.gif", 16, 50))) == 50
+    with pytest.raises(MediaError, match=r"long\.gif has more than 50 frames; cut it into shorter ones"):
+        frame_times(endless_gif(tmp_path / "long.gif", 16, 51))
+    assert len(list(islice(iterate_frames(tmp_path / "long.gif"), 20))) == 20, "as far as it is needed"
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_a_small_file_of_endless_pixels_is_refused(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(videos, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(videos, "MAX_PIXELS_PER_BYTE", 3000)
+    path = endless_gif(tmp_path / "a.gif", 500, 20)
+    if ending == "webp":
+        frames = [Image.new("RGB", (500, 500), (number, 0, 0)) for number in range(20)]
+        frames[0].save(path := tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    with pytest.raises(MediaError, match=rf"a\.{ending} makes \d+ million pixels of \d+ bytes, .* may never end"):
+        frame_times(path)

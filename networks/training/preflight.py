@@ -22,7 +22,7 @@ from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.formats.reading import LoraFile, check_lora_file, read_lora
 from networks.formats.writing import plain_network
-from networks.generation.requests import without_effect
+from networks.generation.requests import Request, without_effect
 from networks.lora import DEFAULT_RANK
 from networks.network_module import import_network_module, parameter_groups
 from networks.training.accelerator import Precision
@@ -36,7 +36,7 @@ from networks.training.optim.optimizers import (
     state_bytes_per_value,
     warn_of_low_learning_rate,
 )
-from networks.training.samples.prompts import DEFAULTS, SamplePrompt
+from networks.training.samples.prompts import DEFAULTS
 from networks.training.samples.sampling import check_samples
 from networks.training.saving.files import remove_leftovers, require_room_for_save
 from networks.training.saving.latest import next_lineage, recover_state
@@ -76,7 +76,7 @@ class ModelPlan:
     highest_rate: float
     precision: Precision
     optimizer: torch.optim.Optimizer
-    prompts: Sequence[SamplePrompt]
+    prompts: Sequence[Request]
 
     @property
     def values(self) -> int | None:
@@ -169,7 +169,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     return ModelPlan(config, module, planned, lora, sizes, max(rates), precision, optimizer, prompts)
 
 
-def _guidance_without_effect(settings: TrainingSettings, config: TransformerConfig, prompts: Sequence[SamplePrompt]) -> list[str]:
+def _guidance_without_effect(settings: TrainingSettings, config: TransformerConfig, prompts: Sequence[Request]) -> list[str]:
     """A sentence on guidance for a transformer that takes none."""
     given = ["--guidance_scale"] if settings.flow != FlowSettings() else []
     if any(prompt.sampling.embedded_cfg_scale != DEFAULTS.embedded_cfg_scale for prompt in prompts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.sampling.prompts import PROMPT_SETTINGS, read_prompts
@@ -22,19 +21,9 @@ SAMPLE_OPTIONS = tuple(f"--{setting.option}" for setting in PROMPT_SETTINGS if s
 DEFAULTS = SamplingSettings(seed=0, video_length=1, infer_steps=20, flow_shift=14.5)
 
 
-@dataclass(frozen=True)
-class SamplePrompt(Request):
-    """What one sample shows, and how it is made.
-
-    Attributes:
-        has_seed: whether the file says the seed; else it follows from --seed.
-    """
-
-    has_seed: bool = True
-
-
-def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
+def read_sample_prompts(path: str | os.PathLike[str]) -> list[Request]:
     """The prompts of a file, as ``read_prompts`` reads it; what they leave out is as in ``DEFAULTS``.
+    One that has no seed of its own is not ``seed_given``.
 
     Raises:
         UserError: also for a sample that cannot be made, and for what only generation does; names the line or entry.
@@ -45,6 +34,5 @@ def read_sample_prompts(path: str | os.PathLike[str]) -> list[SamplePrompt]:
             if setting.flag in entry.values and setting.flag in _OF_GENERATION:
                 reason = _OF_GENERATION[setting.flag]
                 raise UserError(f"{entry.where}: --{setting.option} ({setting.key}) is of generation: {reason} Remove it.")
-        prompt = SamplePrompt(entry.prompt, DEFAULTS, has_seed="seed" in entry.values)
-        prompts.append(prompt.changed(entry.values, entry.where))
+        prompts.append(Request(entry.prompt, DEFAULTS, seed_given=False).changed(entry.values, entry.where))
     return prompts

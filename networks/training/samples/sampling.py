@@ -24,8 +24,9 @@ from hunyuan_model.text.arguments import TextEncoderSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import VAESettings
+from networks.generation.requests import Request
 from networks.training.pause import kept_random_state, paused_training
-from networks.training.samples.prompts import SamplePrompt, read_sample_prompts
+from networks.training.samples.prompts import read_sample_prompts
 from utils.cli.arguments import MAX_SEED
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
@@ -105,7 +106,7 @@ class EncodedPrompt:
     """A prompt, its place in its file from 0, and its texts as the transformer takes them, on the CPU."""
 
     index: int
-    prompt: SamplePrompt
+    prompt: Request
     text: TextConditions
     negative: TextConditions | None
 
@@ -119,10 +120,10 @@ class SavedSample:
 
     path: Path
     index: int
-    prompt: SamplePrompt
+    prompt: Request
 
 
-def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
+def check_samples(settings: SampleSettings) -> list[Request]:
     """The prompts to sample, none where nothing asks for them. Reads the headers of the VAE and the text encoders.
 
     Raises:
@@ -141,7 +142,7 @@ def check_samples(settings: SampleSettings) -> list[SamplePrompt]:
 
 
 def prepare_samples(
-    settings: SampleSettings, prompts: Sequence[SamplePrompt], accelerator: Accelerator, config: TransformerConfig, seed: int
+    settings: SampleSettings, prompts: Sequence[Request], accelerator: Accelerator, config: TransformerConfig, seed: int
 ) -> TrainingSamples:
     """Encode the prompts on the main process, before the transformer is loaded; the text encoders are gone afterwards.
 
@@ -169,7 +170,7 @@ def prepare_samples(
                     "they do not belong together."
                 )
         for index, prompt in enumerate(prompts):
-            seeded = prompt if prompt.has_seed else prompt.changed({"seed": (seed + index) % (MAX_SEED + 1)})
+            seeded = prompt if prompt.seed_given else prompt.changed({"seed": (seed + index) % (MAX_SEED + 1)})
             text, *negative = (conditions[text] for text in prompt.texts)
             encoded.append(EncodedPrompt(index, seeded, text, negative[0] if negative else None))
     if prompts:

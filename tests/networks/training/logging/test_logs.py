@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from hunyuan_model.sampling.generation import SamplingSettings
+from networks.generation.requests import Request
 from networks.training.logging.logs import LogSettings, TrainingLogs, check_logs, open_logs
-from networks.training.samples.prompts import SamplePrompt
 from networks.training.samples.sampling import SavedSample
 from utils.cli.arguments import hide_secrets, public_flags
 from utils.errors import UserError
@@ -90,7 +90,7 @@ def samples(tmp_path) -> list[SavedSample]:
     frames = np.stack([np.full((64, 704, 3), 40 * index, dtype=np.uint8) for index in range(5)])
     save_picture(tmp_path / "s.png", frames[3])
     save_video(tmp_path / "s.mp4", frames, 24)
-    prompt = SamplePrompt("a ball", SamplingSettings(seed=7))
+    prompt = Request("a ball", SamplingSettings(seed=7))
     return [SavedSample(tmp_path / "s.png", 0, prompt), SavedSample(tmp_path / "s.mp4", 1, prompt)]
 
 

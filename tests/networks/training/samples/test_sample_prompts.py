@@ -32,8 +32,8 @@ def write(folder: Path, name: str, content: str) -> Path:
 def test_a_prompt_alone_and_one_with_every_option(tmp_path):
     lines = "a red ball\na blue ball --w 512 --h 320 --f 25 --d 7 --s 30 --g 4.5 --fs 7 --n red, dark --l 3 --step_cache 0.1"
     first, second = read_sample_prompts(write(tmp_path, "p.txt", lines))
-    assert (first.prompt, first.negative_prompt, first.has_seed, first.sampling) == ("a red ball", None, False, DEFAULTS)
-    assert (second.prompt, second.negative_prompt, second.has_seed) == ("a blue ball", "red, dark", True)
+    assert (first.prompt, first.negative_prompt, first.seed_given, first.sampling) == ("a red ball", None, False, DEFAULTS)
+    assert (second.prompt, second.negative_prompt, second.seed_given) == ("a blue ball", "red, dark", True)
     given = {"seed": 7, "video_size": (320, 512), "video_length": 25, "infer_steps": 30, "embedded_cfg_scale": 4.5}
     assert second.sampling == replace(DEFAULTS, **given, flow_shift=7.0, guidance_scale=3.0, step_cache=0.1)
     assert second.where.endswith("p.txt, line 2")

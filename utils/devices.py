@@ -109,6 +109,12 @@ OUT_OF_MEMORY_WORDS = (
 )
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is how torch, or Python, says that memory does not suffice."""
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return by_type or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS))
+
+
 @contextmanager
 def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
     """Turn running out of memory into a UserError: what was being done, what is free, and what to change.
@@ -120,8 +126,7 @@ def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: t
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not by_type and not any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         memory = ""
         if torch.cuda.is_available() and (device is None or device.type == "cuda"):

@@ -93,10 +93,13 @@ class HubUploads:
             "path_in_repo": "/".join(filter(None, ((settings.huggingface_path_in_repo or "").strip("/"), path.name))),
             "run_as_future": True,
         }
-        if path.is_dir():
-            self._pending[path] = self.api.upload_folder(folder_path=str(path), **options)
-        else:
-            self._pending[path] = self.api.upload_file(path_or_fileobj=str(path), **options)
+        try:
+            if path.is_dir():
+                self._pending[path] = self.api.upload_folder(folder_path=str(path), **options)
+            else:
+                self._pending[path] = self.api.upload_file(path_or_fileobj=str(path), **options)
+        except Exception as error:  # as later, see ``wait_for``
+            self._warn(path, error)
         if not settings.async_upload:
             self.wait_for(path)
 
@@ -107,8 +110,11 @@ class HubUploads:
             if future is not None:
                 future.result()
         except Exception as error:
-            where = self.settings.huggingface_repo_id
-            logger.warning("%s was not uploaded to %s: %s; training continues.", path, where, first_line(error))
+            self._warn(path, error)
+
+    def _warn(self, path: Path, error: Exception) -> None:
+        where = self.settings.huggingface_repo_id
+        logger.warning("%s was not uploaded to %s: %s; training continues.", path, where, first_line(error))
 
     def finish(self) -> None:
         """Wait for what is still under way."""

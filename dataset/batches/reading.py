@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,7 +16,13 @@ from torch.utils.data import DataLoader
 
 from dataset.batches.batches import Batch, ShapeBatchSampler, read_batch
 from dataset.batches.cached_items import CachedGroup, CachedItem
-from utils.errors import UserError, name_some
+from utils.errors import UserError, first_line, name_some
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--max_data_loader_n_workers"
+HANDLES_OF_A_WORKER = 12  # open files in this process: pipes, and the tensors of the batches that were read ahead
+SPARE_HANDLES = 40  # for everything else that a training opens
 
 
 def _batch_or_error(items: Sequence[CachedItem]) -> Batch | UserError:
@@ -22,11 +31,37 @@ def _batch_or_error(items: Sequence[CachedItem]) -> Batch | UserError:
         return read_batch(items)
     except UserError as error:
         return error
+    except Exception as error:  # memory, open files, a library
+        names = name_some(item.latents_path.name for item in items)
+        return UserError(f"cannot read {names} ({type(error).__name__}: {first_line(error).rstrip('.')}). {_remedy()}")
+
+
+def _remedy() -> str:
+    return f"Look at these files, or give a lower {FLAG}."
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the training itself answers it, and stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and the end of a terminal reach all of its processes; only the training itself answers, and stops its workers."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def possible_workers(wanted: int) -> int:
+    """At most one for each CPU core, and no more than the system has open files for; a warning says so of the latter."""
+    wanted = min(wanted, os.cpu_count() or 1)
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    possible = max(0, min(wanted, (limit - SPARE_HANDLES) // HANDLES_OF_A_WORKER))
+    if possible < wanted:
+        message = "%s: %d, as this process may have only %d open files (ulimit -n)"
+        logger.warning(message, FLAG, possible, limit)
+    return possible
 
 
 class HeldOut:
@@ -45,15 +80,15 @@ class HeldOut:
 class EpochReader:
     """The batches of one epoch after the other, from a sampler over the same groups.
 
-    ``workers``: processes that read ahead, at most one for each CPU core; 0 reads in this process. ``persistent``: start them
-    once, not for each epoch.
+    ``workers``: processes that read ahead, if ``possible_workers``; 0 reads in this process. ``persistent``: start them once, not
+    for each epoch.
     """
 
     def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
         self.sampler = sampler
         self._items = [item for group in groups for item in group.items]
         self._due = 0
-        workers = min(workers, os.cpu_count() or 1)
+        workers = possible_workers(workers)
         # A generator of its own: torch takes a number from it at each epoch, which must not change the global one.
         self._loader = DataLoader(
             self._items,
@@ -77,25 +112,48 @@ class EpochReader:
         return hashlib.sha256(repr((self.sampler.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on. Errors as in ``read_batch``."""
+        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on.
+
+        Raises:
+            UserError: as in ``read_batch``; or processes cannot be started, or one died, and which files it was about to read.
+        """
         self.sampler.set_epoch(number, start)
         self._due = 0
-        for batch in self._loader:
+        try:
+            batches = self._begin()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot start the processes that read the caches ({reason}); give a lower {FLAG}, or 0.") from error
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # of the connection to a process that died, too
+                died = "died, killed or out of memory," if "DataLoader worker" in str(error) else f"fails ({first_line(error)})"
+                raise UserError(
+                    f"a process that reads the caches {died} while it was about to read {self.due(3)}. Use {FLAG} 0, or look at "
+                    "these files."
+                ) from error
+            if batch is None:
+                return
             if isinstance(batch, UserError):
                 raise batch
             yield batch
             self._due += 1
 
-    def explain(self, error: RuntimeError) -> RuntimeError | UserError:
-        """``error`` itself, or a UserError that names the files if a worker process died.
+    def _begin(self) -> Iterator[Batch | UserError]:
+        """The loader's own iterator.
 
-        torch may raise it at any moment, also outside the loader.
+        torch's handler of SIGCHLD is taken away again: it would raise for a process that died in the middle of anything, of an
+        optimizer's step say. The iterator itself looks after them when it waits.
         """
-        if "DataLoader worker" not in str(error):
-            return error
-        ahead = itertools.islice(self.sampler, self._due, self._due + 3)
-        names = name_some(self._items[index].latents_path.name for batch in ahead for index in batch)
-        return UserError(
-            f"a process that reads the caches died, killed or out of memory, while it was about to read {names}. "
-            "Training stopped. Use --max_data_loader_n_workers 0, or look at these files."
-        )
+        in_main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if in_main else None
+        batches = iter(self._loader)
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+        return batches
+
+    def due(self, count: int = 1) -> str:
+        """The items of the next batches, for a sentence."""
+        ahead = itertools.islice(self.sampler, self._due, self._due + count)
+        return name_some(self._items[index].latents_path.name for batch in ahead for index in batch)

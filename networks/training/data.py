@@ -22,8 +22,8 @@ class BatchReader(Protocol):
     def fingerprint(self) -> str:
         """Changes with the items and with their order."""
 
-    def explain(self, error: RuntimeError) -> Exception:
-        """What ended the processes that read, for a user; the error itself where they did not."""
+    def due(self) -> str:
+        """The items of the batch that ``epoch`` gives next, for a sentence."""
 
 
 class LargestBatch(Protocol):

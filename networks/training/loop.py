@@ -22,13 +22,15 @@ from networks.training.run import (
     require_finite_weights,
     rotate,
     save,
+    save_for_error,
     save_for_signal,
     save_model,
     save_training_state,
+    say_how_to_go_on,
 )
-from networks.training.saving.files import epoch_name, final_name, state_name, step_name
-from networks.training.step import Step, count_skipped, train_step
-from utils.errors import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
+from networks.training.saving.files import epoch_name, final_name, step_name
+from networks.training.step import Step, require_some_made, train_step
+from utils.errors import STATUS_FAILED, first_line
 from utils.free_memory import SpillWatch
 from utils.output import show
 from utils.progress import ProgressBar
@@ -37,7 +39,7 @@ logger = logging.getLogger("train")
 
 
 def run_training(training: Training) -> int:
-    """Train to the end, or until asked to stop. Returns the exit status.
+    """Train to the end, or until asked to stop; say how to go on. Returns the exit status.
 
     Raises:
         UserError: memory, a cache file or the disk does not suffice.
@@ -45,17 +47,21 @@ def run_training(training: Training) -> int:
     try:
         status = train(training)
     except TrainingBroken as error:
+        say_how_to_go_on(training)
         show(f"error: {error}", error=True)
         return STATUS_FAILED
-    except RuntimeError as error:
-        raise training.data.reader.explain(error) from error
+    except BaseException:
+        say_how_to_go_on(training)
+        raise
     if training.uploads is not None:
-        training.uploads.finish()
+        with training.watchdog, training.watchdog.during("uploading"):
+            training.uploads.finish()
+    say_how_to_go_on(training)
     return status
 
 
 def train(training: Training) -> int:
-    """The loop itself."""
+    """The loop itself. What was trained is saved also where it fails."""
     settings, progress = training.settings, training.progress
     training.network.train()
     set_optimizer_mode(training.optimizer, training=True)
@@ -63,22 +69,40 @@ def train(training: Training) -> int:
     requests, spilling = TrainingRequests(settings.saving.folder, training.accelerator), SpillWatch(training.accelerator.device)
     shown = training.accelerator.is_local_main_process
     bar = ProgressBar(total=training.plan.steps, initial=progress.step, desc="training", unit="step", disable=not shown)
-    with loss_log, requests, bar:
-        if wants_dry_step(settings.loop.dry_step, training.accelerator.device):
-            compiling = CompileWatch()
-            dry_step(training, training.data.largest.load())
-            compiling.report("the dry step")
-        if progress.step == 0:
-            make_samples(training, requests, progress.epoch)
-        while progress.step < training.plan.steps:
-            request = train_epoch(training, requests, loss_log, bar, spilling)
-            if request.stops:
-                return stop(training, request)
-        require_finite_weights(training)
-        if settings.saving.state_at_end:  # before the model, whose presence says that everything is done
-            save_training_state(training, final_name(training.name))
-        save_model(training, final_name(training.name), progress.epoch, at_end=True)
-        make_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.data.reader))
+    with loss_log, requests, bar, training.watchdog:
+        try:
+            return train_steps(training, requests, loss_log, bar, spilling)
+        except Exception as error:
+            save_for_error(training, error)
+            if requests.answered or not requests.signalled:
+                raise
+            logger.warning("%s", first_line(error))  # such as of processes that read: the signal reached them, too
+            return requests.received.status
+
+
+def train_steps(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar, spilling: SpillWatch) -> int:
+    """Every step, and what is saved at the end."""
+    settings, progress = training.settings, training.progress
+    training.first_step = progress.step
+    training.keep_place()
+    if wants_dry_step(settings.loop.dry_step, training.accelerator.device):
+        compiling = CompileWatch()
+        dry_step(training, training.data.largest.load())
+        compiling.report("the dry step")
+    if progress.step == 0:
+        make_samples(training, requests, progress.epoch)
+    while progress.step < training.plan.steps:
+        request = train_epoch(training, requests, loss_log, bar, spilling)
+        if request.stops:
+            if training.accelerator.is_main_process:
+                logger.info("stopped after step %d of %d", progress.step, training.plan.steps)
+            return request.status
+    require_finite_weights(training)
+    require_some_made(training, None)
+    if settings.saving.state_at_end:  # before the model, whose presence says that everything is done
+        save_training_state(training, final_name(training.name))
+    save_model(training, final_name(training.name), progress.epoch, at_end=True)
+    make_samples(training, requests, progress.epoch, epoch_ended=progress.batches == len(training.data.reader))
     return 0
 
 
@@ -91,25 +115,28 @@ def train_epoch(
     if progress.batches == 0:
         training.flow_matching.timesteps.begin_epoch()
     call_if_there(training.network, "on_epoch_start", None, training.transformer)
-    batches = training.data.reader.epoch(epoch - 1, progress.batches)
+    batches = watched(training, training.data.reader.epoch(epoch - 1, progress.batches))
     started = time.monotonic()
     for group in batches_of_step(batches, training.settings.loop.gradient_accumulation_steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         compiling = CompileWatch()
-        with explain_batch_out_of_memory(training.plan.memory, group, "training on"):
+        watch = training.watchdog.during("making step", lambda: str(progress.step + 1))
+        with watch, explain_batch_out_of_memory(training.plan.memory, group, "training on"):
             step = train_step(training, group)
         seconds = time.monotonic() - started
         progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        progress.skipped = 0 if step.skipped is None else progress.skipped + 1
+        if step.skipped is None:
+            progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
+        training.keep_place()
         compiling.report(f"step {progress.step}")
         if slow := spilling.after_step(seconds, tuple(batch["latents"].shape for batch in group)):
             logger.warning("step %d: %s. Close other programs, or %s.", progress.step, slow, advice(training.plan.memory))
-        progress.skipped = count_skipped(progress.skipped, progress.step, step.skipped)
-        if step.skipped is None:
-            progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
+        require_some_made(training, step.skipped)
         log_step(training, step, rates, seconds, loss_log, bar)
         if progress.step == training.plan.steps:
             return Request.NOTHING
-        request, due = requests.poll(), saving.due_after_step(progress.step)
+        request, due = poll(training, requests), saving.due_after_step(progress.step)
         if due or request in (Request.SAVE, Request.SAVE_AND_STOP):
             asked = request is not Request.NOTHING
             save(training, step_name(name, progress.step), epoch, saving.save_state or asked)
@@ -128,6 +155,16 @@ def train_epoch(
         rotate(training, epoch=epoch)
     make_samples(training, requests, epoch, epoch_ended=True)
     return Request.NOTHING
+
+
+def watched(training: Training, batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The same batches; the watchdog knows which one is waited for."""
+    while True:
+        with training.watchdog.during("reading", training.data.reader.due):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def batches_of_step(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[list[Mapping[str, Any]]]:
@@ -166,29 +203,33 @@ def measure_validation_loss(training: Training) -> float | None:
     due = progress.step % every == 0 if every else progress.batches == len(training.data.reader)
     if not training.data.held_out or not (due or progress.step == training.plan.steps):
         return None
-    with paused_training(training.transformer, training.network, training.optimizer, training.accelerator.device):
+    paused = paused_training(training.transformer, training.network, training.optimizer, training.accelerator.device)
+    with paused, training.watchdog.during("measuring the validation loss"):
         return training.flow_matching.validation_loss(training.data.held_out)
+
+
+def poll(training: Training, requests: TrainingRequests) -> Request:
+    """What is asked of all processes."""
+    with training.watchdog.during("waiting for the other processes"):
+        return requests.poll()
 
 
 def make_samples(training: Training, requests: TrainingRequests, epoch: int, epoch_ended: bool = False) -> None:
     """Make samples if they are due after this step; a signal to stop gives them up."""
-    saved = training.samples.sample_if_due(
-        training.transformer,
-        training.network,
-        training.optimizer,
-        training.plan.model.precision.base,
-        step=training.progress.step,
-        epoch=epoch,
-        epoch_ended=epoch_ended,
-        stop=lambda: requests.signalled,
-    )
-    training.logs.samples(saved, training.progress.step)
 
+    def stop() -> bool:
+        training.watchdog.progress()
+        return requests.signalled
 
-def stop(training: Training, request: Request) -> int:
-    """Log where to resume from; returns the exit status of the request."""
-    progress, folder = training.progress, training.settings.saving.folder
-    if training.accelerator.is_main_process:
-        state = folder / state_name(step_name(training.name, progress.step))
-        logger.info("stopped after step %d of %d; resume with --resume %s", progress.step, training.plan.steps, state)
-    return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(request, 0)
+    with training.watchdog.during("making samples"):
+        saved = training.samples.sample_if_due(
+            training.transformer,
+            training.network,
+            training.optimizer,
+            training.plan.model.precision.base,
+            step=training.progress.step,
+            epoch=epoch,
+            epoch_ended=epoch_ended,
+            stop=stop,
+        )
+        training.logs.samples(saved, training.progress.step)

@@ -13,6 +13,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from utils.errors import STATUS_INTERRUPTED, STATUS_TERMINATED
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +35,11 @@ class Request(enum.IntEnum):
     def is_signal(self) -> bool:
         return self >= Request.INTERRUPT
 
+    @property
+    def status(self) -> int:
+        """What the process ends with."""
+        return {Request.INTERRUPT: STATUS_INTERRUPTED, Request.TERMINATE: STATUS_TERMINATED}.get(self, 0)
+
 
 _OF_SIGNAL = {signal.SIGINT: Request.INTERRUPT, signal.SIGTERM: Request.TERMINATE}
 if hasattr(signal, "SIGHUP"):  # the terminal was closed; not on Windows
@@ -44,11 +51,16 @@ class TrainingRequests:
     """While it is open, SIGINT, SIGTERM and SIGHUP wait for ``poll``; a second signal ends the process at once.
 
     A file called ``save`` or ``save_and_stop`` in ``folder`` is a request, too; it is removed when it is read.
+
+    Attributes:
+        received: by signals.
+        answered: whether a signal was returned by ``poll``.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self._folder, self._accelerator = folder, accelerator
-        self._received = Request.NOTHING
+        self.received = Request.NOTHING
+        self.answered = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> TrainingRequests:
@@ -70,23 +82,24 @@ class TrainingRequests:
             if number != signal.SIGINT:
                 raise SystemExit(128 + number)
             raise KeyboardInterrupt
-        self._received = _OF_SIGNAL[signal.Signals(number)]
+        self.received = _OF_SIGNAL[signal.Signals(number)]
         if self._accelerator.is_main_process:
             logger.warning("%s: saving after this step and stopping; once more stops at once.", signal.Signals(number).name)
 
     @property
     def signalled(self) -> bool:
         """Whether this process was sent a signal, which the next ``poll`` returns."""
-        return self._received.is_signal
+        return self.received.is_signal
 
     def poll(self) -> Request:
         """What to do now; the same answer on all processes, which must call this together."""
-        request = max(self._received, self._read_files())
+        request = max(self.received, self._read_files())
         if request in _OF_FILE.values():
             logger.info("a file in %s asks for saving%s", self._folder, " and stopping" if request.stops else "")
         if self._accelerator.num_processes > 1:
             mine = torch.tensor([int(request)], device=self._accelerator.device)
             request = Request(int(self._accelerator.gather(mine).max()))
+        self.answered = request.is_signal
         return request
 
     def _read_files(self) -> Request:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch import Tensor
 from hunyuan_model.sampling.flow import TIMESTEPS
 from networks.network_module import call_if_there
 from networks.training.optim.lr_schedules import step_schedule
+from networks.training.optim.optimizers import describe_optimizer
 from networks.training.run import Training, TrainingBroken
+from utils.devices import is_out_of_memory
+from utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +72,9 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
         if not scaled and not math.isfinite(norm):  # a scaler finds out by itself, and tries a smaller scale
             skipped = f"the gradient is not finite for {named}"
         else:
-            optimizer.step()
+            training.updating = True
+            with _explained(optimizer):
+                optimizer.step()
             if accelerator.optimizer_step_was_skipped:
                 skipped = f"the gradient is too large for fp16, whose scale is halved, for {named}"
     optimizer.zero_grad(set_to_none=True)
@@ -80,17 +86,33 @@ def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step
     return Step(total, norm, skipped)
 
 
-def count_skipped(in_a_row: int, step: int, reason: str | None) -> int:
-    """Log why ``step`` was skipped, or None; returns how many in a row are. Too many raise TrainingBroken."""
-    if reason is None:
-        return 0
-    logger.warning("step %d was skipped: %s", step, reason)
-    if in_a_row + 1 >= MAX_SKIPPED_IN_A_ROW:
+def require_some_made(training: Training, reason: str | None) -> None:
+    """Log why the last step was skipped, or None. Raises TrainingBroken where the last ten were, or two or more at the end."""
+    progress, steps = training.progress, training.plan.steps
+    if reason is not None:
+        logger.warning("step %d was skipped: %s", progress.step, reason)
+    ends = progress.step >= steps and (progress.skipped > 1 or progress.skipped == steps)
+    if progress.skipped >= MAX_SKIPPED_IN_A_ROW or ends:
+        what = "1 step was" if progress.skipped == 1 else f"{progress.skipped} steps in a row were"
+        last = "" if reason is None else f", the last because {reason}"
         raise TrainingBroken(
-            f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, the last because {reason}. The models and states that were saved "
-            "before are whole; start from the last model with --network_weights, and a lower --learning_rate or another precision."
+            f"{what} skipped{' at the end' if ends else ''}{last}. The models and states that were saved before are whole; start "
+            "from the last model with --network_weights, and a lower --learning_rate or another precision."
         )
-    return in_a_row + 1
+
+
+@contextmanager
+def _explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A UserError for what an optimizer of another package raises inside, but not for want of memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the optimizer {describe_optimizer(optimizer)} fails ({type(error).__name__}: {first_line(error).rstrip('.')}). "
+            "Use another --optimizer_type or other --optimizer_args."
+        ) from error
 
 
 def _clip(training: Training, has_gradient: bool) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shutil
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STATE_SUFFIX = "-state"
 MODEL_SUFFIX = ".safetensors"
+RESCUED = "-rescued"
 COMFYUI = "comfyui"  # the copy that ends a training
 COPIES = (*TARGETS, COMFYUI)
 
@@ -40,6 +42,18 @@ def step_name(name: str, step: int) -> str:
     return f"{name}-step{step:08d}{MODEL_SUFFIX}"
 
 
+def unused_step_name(folder: Path, name: str, step: int, ours: bool) -> str:
+    """Like ``step_name``, for what is saved because a training fails: with a word more where another training saved that step.
+
+    Args:
+        ours: whether a model of that step is this training's own.
+    """
+    model, number = step_name(name, step), itertools.count(1)
+    while (folder / state_name(model)).exists() or ((folder / model).exists() and not ours):
+        model, ours = f"{step_name(name, step).removesuffix(MODEL_SUFFIX)}{RESCUED}{next(number)}{MODEL_SUFFIX}", False
+    return model
+
+
 def state_name(model_name: str) -> str:
     """The folder of the training state that belongs to a model file."""
     return model_name.removesuffix(MODEL_SUFFIX) + STATE_SUFFIX
@@ -51,8 +65,9 @@ def copy_name(model_name: str, copy: str) -> str:
 
 
 def output_names(name: str) -> re.Pattern[str]:
-    """Matches all names of models, their copies and states of the run ``name``; its groups are the step and the epoch."""
-    step, copy = r"(?:-step(\d{8,})|-(\d{6,}))?", rf"(?:_(?:{'|'.join(COPIES)}))?"
+    """Matches all names of models, their copies and states of the run ``name``; its groups are the step and the epoch, of
+    those that are not rescued."""
+    step, copy = rf"(?:-step(\d{{8,}})|-(\d{{6,}})|-step\d{{8,}}{RESCUED}\d+)?", rf"(?:_(?:{'|'.join(COPIES)}))?"
     return re.compile(rf"{re.escape(name)}{step}(?:{STATE_SUFFIX}|{copy}{re.escape(MODEL_SUFFIX)})")
 
 

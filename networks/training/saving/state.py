@@ -117,8 +117,14 @@ def random_name(rank: int) -> str:
 # Saving
 
 
-def save_state(folder: Path, parts: Restorable, state: StateFile) -> None:
+def save_state(
+    folder: Path, parts: Restorable, state: StateFile, random_state: Mapping[str, Any] | None = None, alone: bool = False
+) -> None:
     """Save a state under ``folder``; all processes must call this together.
+
+    Args:
+        random_state: from ``random_state_of``, for a state of before now.
+        alone: only the main process calls this, as the others may be gone.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full; an older state there is untouched.
@@ -126,14 +132,16 @@ def save_state(folder: Path, parts: Restorable, state: StateFile) -> None:
     accelerator = parts.accelerator
     main = accelerator.is_main_process
     with atomic_folder(folder) if main else explain_failed_writing(folder) as temporary:
-        shared = Path(broadcast_object_list([str(temporary)])[0])
-        _save_plain(_random_state(parts), shared / random_name(accelerator.process_index))
-        accelerator.wait_for_everyone()
+        shared = temporary if alone else Path(broadcast_object_list([str(temporary)])[0])
+        _save_plain(random_state or random_state_of(parts), shared / random_name(accelerator.process_index))
+        if not alone:
+            accelerator.wait_for_everyone()
         if main:
             _write_parts(shared, parts, state)
     if main:
         logger.info("saved the state %s", folder)
-    accelerator.wait_for_everyone()
+    if not alone:
+        accelerator.wait_for_everyone()
 
 
 def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
@@ -193,7 +201,8 @@ def _save_plain(value: Any, path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _random_state(parts: Restorable) -> dict[str, Any]:
+def random_state_of(parts: Restorable) -> dict[str, Any]:
+    """Where the random generators of this process stand."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),

@@ -198,7 +198,7 @@ def test_a_full_disk_in_another_process_than_the_main_one_is_one_sentence(tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training_state, "broadcast_object_list", lambda values: [str(tmp_path)])
-    monkeypatch.setattr(training_state, "_random_state", no_room)
+    monkeypatch.setattr(training_state, "random_state_of", no_room)
     parts = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=False, process_index=1))
     with pytest.raises(UserError, match=r"cannot write .*x-state: No space left on device"):
         training_state.save_state(tmp_path / "x-state", parts, None)

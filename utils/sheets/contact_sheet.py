@@ -43,8 +43,12 @@ def reduced(frames: np.ndarray, side: int) -> np.ndarray:
 
 
 def enlarged(frame: np.ndarray, side: int) -> np.ndarray:
-    """A frame (H, W, 3) times the largest whole number with which no side is above ``side`` pixels."""
-    zoom = max(1, side // max(frame.shape[:2]))
+    """A small frame (H, W, 3) times a whole number: as large as the smallest cell, but with no side above ``side`` pixels.
+
+    Not larger, as encoding a video of the sheet takes memory for each pixel.
+    """
+    largest = max(frame.shape[:2])
+    zoom = max(1, min(side // largest, -(-SIDES[0] // largest)))
     return frame.repeat(zoom, 0).repeat(zoom, 1)
 
 

@@ -219,6 +219,9 @@ def _entry(values: Mapping[str, Any], where: str) -> PromptEntry:
     if not isinstance(values.get("prompt"), str):
         raise UserError(f"{where} needs the key prompt, a text in quotes.")
     _check_text(values["prompt"], where)
+    if options := options_within(values["prompt"]):
+        keys = ", ".join(option.key for option in options)
+        raise UserError(f"{where}: the prompt holds --{options[0].option}, which would be read as words; use the key(s) {keys}.")
     if len(_STARTS & values.keys()) > 1:
         raise UserError(f"{where} starts from a picture (--i) and from a video (--v); keep one of them.")
     settings = {_OF_KEY[key].flag: _checked(_OF_KEY[key], value, where) for key, value in values.items() if key != "prompt"}

@@ -299,6 +299,8 @@ def line_settings(args: argparse.Namespace) -> LineSettings:
     if len(args.latent_path) > 1:
         raise UserError("--interactive starts from one file; give one --latent_path.")
     require_flags(args, "--interactive", *MODEL_FLAGS)
+    if args.skip_existing:
+        logger.warning("--skip_existing: no effect with --interactive.")
     return LineSettings(promptless_request(args), args.seed, args.lora_weight)
 
 

@@ -21,7 +21,7 @@ from networks.generation.requests import Request
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
-from networks.generation.starts import ReadStart, prepare_with_vae, start_of
+from networks.generation.starts import ReadStart, prepare_with_vae
 from networks.merging import read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
@@ -86,6 +86,8 @@ class Batch:
         with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
             encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text, self.device)))
         starts, colours = prepare_with_vae(settings, requests, self.read_start, self.device)
+        if len(requests) == 1:
+            starts.of(requests[0])  # raises before the transformer is loaded
         sampler = Sampler(settings, loras, requests, encoded, self.device)
         decodes = settings.decode_on_cpu and output.output_type != "latent"
         background = start_decoding(settings.vae, requests, sampler.host_bytes) if decodes else None
@@ -101,7 +103,7 @@ class Batch:
                         metadata = with_flags(metadata, {"decode_on_cpu": False})
                     preview = Preview(colours, output.preview_path(stem), output.preview_every) if colours else None
                     with removed_on_failure(preview):
-                        latents = sampler.sample(request, starts.get(start_of(request)), lambda _: progress.update(), preview)
+                        latents = sampler.sample(request, starts.of(request), lambda _: progress.update(), preview)
                     stem = output.unused_stem(stem)  # another process may have made one of that name
                     if preview and output.output_type == "latent":
                         preview.remove()

@@ -24,7 +24,7 @@ from networks.generation.prompts import changed_by
 from networks.generation.requests import SAMPLING_FIELDS, Request, without_effect
 from networks.generation.sampler import Sampler
 from networks.generation.settings import GenerationSettings
-from networks.generation.starts import FindStarts, ReadStart, expand_starts, prepare_with_vae, start_of
+from networks.generation.starts import FindStarts, ReadStart, expand_starts, prepare_with_vae
 from networks.merging import read_lora_files
 from utils.cli.arguments import random_seed
 from utils.devices import explain_out_of_memory, free_memory
@@ -273,7 +273,7 @@ class Session:
             settings = replace(settings, output=replace(settings.output, preview_every=None))
         starts, colours = prepare_with_vae(settings, [request], self._read_start, self.device, self._vae)
         self._colours = self._colours or colours
-        return starts.get(start_of(request)), Preview(self._colours, preview_path, every) if self._colours else None
+        return starts.of(request), Preview(self._colours, preview_path, every) if self._colours else None
 
     def _load(self, request: Request) -> None:
         """The transformer and the VAE, where they are not there yet; the VAE first, so that the plan counts it."""

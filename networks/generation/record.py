@@ -35,8 +35,9 @@ RUN_FLAGS = frozenset(("config_file", "show", "repeat", "skip_existing", "intera
     *("save_path", "sheet", "text_cache", "preview_every", "no_metadata", "save_merged_model")
 }
 BATCH_FLAGS = ("from_file", "xy")
-# Flags that change a result by rounding at most: one of an earlier run counts as the same.
+# Flags that change a result by rounding at most: one of an earlier run counts as the same. Of LoRA files there is a list.
 WITHOUT_EFFECT = frozenset(("output_type", "device", "decode_on_cpu", "split_uncond", "split_attn", "vae_chunk_size")) | {
+    *LORA_FLAGS,
     *("blocks_to_swap", "img_in_txt_in_offloading", "no_pinned_swap_memory", "gpu_memory_fraction"),
     *("compile", "compile_mode", "tf32", "cudnn_benchmark", "no_fused_kernels"),
 }
@@ -159,13 +160,15 @@ def settings_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def identity(metadata: Mapping[str, str]) -> str | None:
-    """What two results must have in common to be the same, as text; None without settings. Random seeds are left out."""
+    """What two results must have in common to be the same, as text; None without settings. Random seeds are left out, and LoRA that
+    change nothing."""
     settings = settings_of(metadata)
     if settings is None:
         return None
     random = ["seed"] if settings.get("random") == ["seed"] else []
     flags = {name: value for name, value in settings["flags"].items() if name not in WITHOUT_EFFECT and name not in random}
-    return json.dumps([flags, settings["lora"], settings["start"], random], sort_keys=True)
+    loras = [entry for entry in settings["lora"] if entry.get("multiplier") != 0]
+    return json.dumps([flags, loras, settings["start"], random], sort_keys=True)
 
 
 def with_flags(metadata: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:

@@ -68,12 +68,11 @@ class BatchSheet:
             self.row_labels,
             "\n".join(filter(None, (shared.get("prompt"), others))),
         )
-        save_picture(self.path, sheet.picture(), dict(metadata))
-        if sheet.length == 1:
-            return [self.path]
-        clip = self.path.with_suffix(".mp4")
-        save_video(clip, sheet.clip(), self.fps, dict(metadata))
-        return [self.path, clip]
+        clips = [self.path.with_suffix(".mp4")] if sheet.length > 1 else []
+        for clip in clips:
+            save_video(clip, sheet.clip(), self.fps, dict(metadata))
+        save_picture(self.path, sheet.picture(), dict(metadata))  # last: with it a restarted batch has its sheet
+        return [self.path, *clips]
 
     def _cell(self, request: Request, parts: Mapping[str, str], shared: Mapping[str, str]) -> Cell:
         lines = [] if self.column_labels else [text for name, text in parts.items() if name not in shared]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,30 @@ class Start:
         return self.kind != "latent"
 
 
+@dataclass
+class Prepared:
+    """Latents (1, 16, F, H, W), float32, in the network's scale, of each start, or why there are none."""
+
+    latents: dict[Start, Tensor] = field(default_factory=dict)
+    errors: dict[Start, UserError] = field(default_factory=dict)
+
+    def of(self, request: Request) -> Tensor | None:
+        """Of its start; None where it starts from noise alone.
+
+        Raises:
+            UserError: a file that cannot be read any more, memory that does not suffice, or a VAE that gives NaN.
+        """
+        start = start_of(request)
+        if start in self.errors:
+            raise self.errors[start]
+        return None if start is None else self.latents[start]
+
+
 def start_of(request: Request) -> Start | None:
     """None where it starts from noise alone."""
-    for field in START_FIELDS:
-        if (path := getattr(request, field)) is not None:
-            kind = field.removesuffix("_path")
+    for name in START_FIELDS:
+        if (path := getattr(request, name)) is not None:
+            kind = name.removesuffix("_path")
             return Start(kind, Path(path), request.sampling.video_size, request.sampling.video_length)
     return None
 
@@ -90,30 +109,34 @@ def prepare_with_vae(
     read_start: ReadStart,
     device: torch.device,
     vae: AutoencoderKLCausal3D | None = None,
-) -> tuple[dict[Start, Tensor], ColourMap | None]:
-    """Latents (1, 16, F, H, W), float32, in the network's scale, of each start, and what previews need, if they are wanted.
+) -> tuple[Prepared, ColourMap | None]:
+    """What each request starts from, and what previews need, if they are wanted.
 
     Without a ``vae`` that is loaded it is loaded where it is needed, and gone afterwards.
 
     Raises:
-        UserError: a file that cannot be read any more, memory that does not suffice, or a VAE that gives NaN.
+        UserError: memory that does not suffice for the VAE.
     """
     starts = dict.fromkeys(start for request in requests if (start := start_of(request)) is not None)
     previews = settings.output.preview_every is not None
-    if not previews and not any(start.is_encoded for start in starts):
-        return {start: read_latents(start.path, "--latent_path")[0] for start in starts}, None
-    if vae is None:
-        vae = load_vae(settings.vae.vae, device=device, dtype=settings.vae.vae_dtype)
-    encoder, latents = FrameEncoder(vae, settings.vae, device), {}
+    encoder = None
+    if previews or any(start.is_encoded for start in starts):
+        if vae is None:
+            vae = load_vae(settings.vae.vae, device=device, dtype=settings.vae.vae_dtype)
+        encoder = FrameEncoder(vae, settings.vae, device)
+    prepared = Prepared()
     for start in starts:
-        if start.is_encoded:
-            latents[start] = encoder.encode(read_start(start.kind, start.path, start.size, start.length))
-        else:
-            latents[start] = read_latents(start.path, "--latent_path")[0]
+        try:
+            if start.is_encoded:
+                prepared.latents[start] = encoder.encode(read_start(start.kind, start.path, start.size, start.length))
+            else:
+                prepared.latents[start] = read_latents(start.path, "--latent_path")[0]
+        except UserError as error:
+            prepared.errors[start] = error
     colours = fit_colour_map(encoder) if previews else None
     del encoder, vae
     free_memory(device)
-    return latents, colours
+    return prepared, colours
 
 
 def _find(start: Start, find_starts: FindStarts) -> list[Path]:

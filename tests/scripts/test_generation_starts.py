@@ -17,8 +17,10 @@ from dataset.config import DatasetConfig
 from dataset.items import Item
 from hunyuan_model.sampling import generation
 from hunyuan_model.sampling.decoding import decode_latents
+from hunyuan_model.sampling.encoding import FrameEncoder
 from hunyuan_model.sampling.preview import Preview
 from hunyuan_model.vae.loading import load_vae
+from utils.errors import UserError
 from utils.media.writing import save_picture, save_video
 
 SIZE = (32, 48)
@@ -52,6 +54,23 @@ def latent(generate, tmp_path):
         return load_file(path)["latent"]
 
     return run
+
+
+def test_a_start_that_fails_costs_one_result(generate, tmp_path, monkeypatch, caplog):
+    for shade in (0, 200):
+        save_picture(tmp_path / f"{shade}.png", np.full((32, 48, 3), shade, np.uint8))
+    encode = FrameEncoder.encode
+
+    def failing(self, frames):
+        if frames.max() > 100:
+            raise UserError("the GPU is full.")
+        return encode(self, frames)
+
+    monkeypatch.setattr(FrameEncoder, "encode", failing)
+    ended = generate("--image_path", tmp_path)
+    assert ended.status == 1 and "200.png was not made: the GPU is full." in caplog.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0_1234_latent.safetensors"]
+    refused(generate("--image_path", tmp_path / "200.png"), "the GPU is full")
 
 
 @pytest.fixture

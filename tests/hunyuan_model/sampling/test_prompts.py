@@ -184,6 +184,11 @@ def test_forms_of_the_same_two_prompts(tmp_path, name, content):
         ("p.toml", "[[prompts]]\nwidth = 64", "prompt 1 needs the key prompt"),
         ("p.toml", '[[prompts]]\nprompt = "a"\nwidth = "64"', "width (--w) must be a whole number from 16 to 8192, but it is '64'"),
         ("p.toml", f'[[prompts]]\nprompt = "a"\nseed = 0x{"f" * 5000}', "seed (--d) must be a whole number"),
+        (
+            "p.toml",
+            '[[prompts]]\nprompt = "a ball --w 64"',
+            "the prompt holds --w, which would be read as words; use the key(s) width",
+        ),
         ("p.toml", '[[prompts]]\nprompt = "a', "not valid TOML"),
         ("p.toml", "width = 64", "holds width outside of its prompts"),
         ("p.toml", '[prompt]\nwidth = 64\n[[prompts]]\nprompt = "a"', "holds prompt, prompts outside of its prompts"),

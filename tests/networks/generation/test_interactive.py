@@ -209,6 +209,11 @@ def test_prompts_from_elsewhere_are_refused(converse, flag):
     assert ended.status == 2 and f"--interactive reads prompts one by one; leave {flag} out" in ended.stderr
 
 
+def test_a_flag_without_effect_is_said(converse, caplog):
+    assert converse(flags_besides=("--skip_existing",)).status == 0
+    assert "--skip_existing: no effect with --interactive." in caplog.text
+
+
 def line_settings(seed: int | None = None) -> LineSettings:
     return LineSettings(Request("", SamplingSettings(seed=0, video_size=(32, 32), video_length=1)), seed, [])
 

@@ -99,6 +99,14 @@ def test_random_seeds_and_files_of_a_name_do_not_tell_results_apart_or_together(
     assert identity(recorder(tmp_path, flags={**RUN, "blocks_to_swap": 9, "output_type": "video"}).metadata(draws[0])) == first
 
 
+def test_a_lora_is_the_same_merged_and_beside_the_weights_and_none_with_multiplier_0(tmp_path):
+    half, alone = request(lora_multiplier=(0.5, 0.0)), Recorder(RUN, (str(tmp_path / "a.safetensors"),), "merge", {})
+    merged = identity(recorder(tmp_path).metadata(half))
+    assert identity(recorder(tmp_path, "inject").metadata(half)) == merged
+    assert identity(alone.metadata(request(lora_multiplier=(0.5,)))) == merged
+    assert identity(recorder(tmp_path, "inject").metadata(request(lora_multiplier=(0.6, 0.0)))) != merged
+
+
 def test_latents_that_are_decoded_later_say_so(tmp_path):
     of_latents = recorder(tmp_path, flags={**RUN, "output_type": "latent"}).metadata(request())
     decoded = with_flags(of_latents, {"output_type": "images", "vae": "vae"})

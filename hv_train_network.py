@@ -32,7 +32,6 @@ from networks.training.preflight import find_beginning, inspect_model, preflight
 from networks.training.saving.lock import sole_training
 from networks.training.saving.models import add_missing_copies
 from networks.training.settings import TrainingSettings
-from utils.cli.arguments import hide_secrets
 from utils.cli.config_files import parse_with_config
 from utils.cli.settings import settings_from
 from utils.devices import explain_out_of_memory
@@ -105,7 +104,6 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> int:
 
 def main() -> int:
     args = parse_with_config(build_parser())
-    hide_secrets(args)
     if args.show_timesteps:
         show_timesteps(args.show_timesteps, settings_from(TimestepSettings, args), args.output_dir)
         return 0

@@ -10,15 +10,34 @@ import sys
 import unicodedata
 from typing import Any
 
+SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored and shown nowhere
+SHORTEST_SECRET = 6  # characters; shorter ones are in many words
+
+_secrets: set[str] = set()
+
+
+def is_secret(flag: str) -> bool:
+    """Whether the value of a flag, whatever dashes it has, is a key or a token."""
+    return flag.strip("- '\"").lower().endswith(SECRET_ENDINGS)
+
+
+def keep_secret(value: str) -> None:
+    """Have ``visible`` show stars in place of a key or a token, wherever it turns up."""
+    if len(value) >= SHORTEST_SECRET:
+        _secrets.add(value)
+
 
 def visible(text: str, lines: bool = False) -> str:
     """The text with every character that nobody sees, or that moves others, as its code point, such as <U+202A>.
 
     They come with paths that are copied from file managers, chats and web pages, and from people who want to fool a terminal.
+    Secrets are stars.
 
     Args:
         lines: keep ends of lines and tabs, of tables say.
     """
+    for secret in _secrets:
+        text = text.replace(secret, "***")
     return "".join(_shown(character) if _is_hidden(character, lines) else character for character in text)
 
 
@@ -27,7 +46,7 @@ def with_names_of_invisible(text: str) -> str:
     text = " ".join(text.splitlines())
     hidden = {character for character in text if _is_hidden(character, False)}
     names = sorted(f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})" for character in hidden)
-    return f"{visible(text)} It has invisible characters: {', '.join(names)}." if names else text
+    return f"{visible(text)} It has invisible characters: {', '.join(names)}." if names else visible(text)
 
 
 def show(text: object, error: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Imported first by every script: what has to be so before libraries are imported.
 
-Ctrl-C ends in a word, not in a traceback, from then on; and the GPU's allocator, which torch sets up once, leaves no gaps.
+From then on Ctrl-C ends in a word, not in a traceback, and tracebacks show no secrets. The GPU's allocator, which torch sets up
+once, leaves no gaps.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from traceback import format_exception
 from types import TracebackType
 
 from utils.errors import STATUS_INTERRUPTED
+from utils.output import show
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """What users set up torch's allocator with. Every torch that is supported reads the first one."""
@@ -18,7 +21,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
+        show("".join(format_exception(kind, error, traceback)).rstrip(), error=True)
         return
     print("interrupted", file=sys.stderr)
     raise SystemExit(STATUS_INTERRUPTED)

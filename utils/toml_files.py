@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.files import read_text
+from utils.output import is_secret
 
 MOST_BYTES = 4 << 20
 # Python's parser takes the square of the number of parts.
@@ -50,6 +51,9 @@ def _syntax_hint(text: str, message: str) -> str:
     """The line that the parser names, and what to do about backslashes in it."""
     match = re.search(r"line (\d+)", message)
     line = dict(enumerate(text.splitlines(), start=1)).get(int(match[1]) if match else 0, "").strip(" \t")
+    name = line.partition("=")[0]
+    if is_secret(name):
+        line = f"{name}= ***"
     hint = f" - {BACKSLASH_HINT}" if '"' in line and "\\" in line else ""
     return f"The line is: {line}{hint}" if line else "Mend the file."
 

@@ -6,19 +6,23 @@ import argparse
 import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import STATUS_USER_ERROR, UserError, shown
 from utils.key_values import nearest_name
-from utils.output import visible
+from utils.output import is_secret, keep_secret, visible
+from utils.processes.command_line import hide_on_command_line
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # in place of a number that a script finds out
 MAX_SEED = 2**32 - 1
-SECRET_ENDINGS = ("_api_key", "_token", "_password", "_secret")  # of flags that are stored nowhere
+# Where secrets can come from in place of the command line.
+SECRET_VARIABLES = {
+    "wandb_api_key": ("WANDB_API_KEY", "wandb login"),
+    "huggingface_token": ("HF_TOKEN", "hf auth login"),
+}
 MAX_COUNT = 2**31 - 1  # no flag means anything beyond, and some libraries count no further
 MAX_FLOAT = 1e30  # float32, which torch computes in, still holds its products
 
@@ -37,8 +41,10 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            hint = nearest_name(unknown[0].partition("=")[0], flags)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" ({hint.strip()})" if hint else ""))
+            name = unknown[0].partition("=")[0]
+            hint = nearest_name(name, flags)
+            words = name if is_secret(hint.strip("'?")) else " ".join(unknown)
+            self.error(f"unrecognized arguments: {words}" + (f" ({hint.strip()})" if hint else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -132,15 +138,16 @@ def require_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 if isinstance(text, str):
                     text.encode()
             except UnicodeEncodeError:
+                given = "***" if is_secret(action.dest) else repr(os.fsencode(text))
                 raise UserError(
-                    f"{action.option_strings[-1]} {os.fsencode(text)!r} is not UTF-8 text here; rename the file, "
+                    f"{action.option_strings[-1]} {given} is not UTF-8 text here; rename the file, "
                     "or set LC_ALL=C.UTF-8 where the name itself is UTF-8."
                 ) from None
 
 
 def public_flags(args: argparse.Namespace) -> dict[str, object]:
     """Every flag and its value, also those that were not given (None); keys and tokens are left out."""
-    return {name: value for name, value in vars(args).items() if not name.endswith(SECRET_ENDINGS)}
+    return {name: value for name, value in vars(args).items() if not is_secret(name)}
 
 
 def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, object]:
@@ -148,10 +155,22 @@ def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> di
     return {name: value for name, value in public_flags(args).items() if value != parser.get_default(name)}
 
 
-def hide_secrets(args: argparse.Namespace) -> None:
-    """Replace keys and tokens in ``sys.argv`` by stars: W&B stores the command line of a run."""
-    for secret in (value for name, value in vars(args).items() if name.endswith(SECRET_ENDINGS) and value):
-        sys.argv[:] = ["***" if word == secret else word.replace(f"={secret}", "=***") for word in sys.argv]
+def hide_secrets(words: Sequence[str]) -> None:
+    """Have keys and tokens on a command line, and in the environment, shown nowhere: W&B stores ``sys.argv``, and ``ps`` shows it.
+
+    Called before the words are parsed, as errors name some.
+    """
+    for variable, _ in SECRET_VARIABLES.values():
+        keep_secret(os.environ.get(variable, ""))
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, equals, value = word.partition("=")
+        secret = value if equals else following
+        if flag.startswith("--") and is_secret(flag) and secret and not secret.startswith("--"):
+            keep_secret(secret)
+            hide_on_command_line(secret)
+            variable, command = SECRET_VARIABLES.get(flag[2:], ("an environment variable", "a login"))
+            message = "%s: the history of the shell and lists of processes have what stands behind it; better set %s, or run `%s`."
+            logger.warning(message, flag, variable, command)
 
 
 def random_seed() -> int:

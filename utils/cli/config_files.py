@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import MappingProxyType
 from typing import Any
 
-from utils.cli.arguments import require_text
+from utils.cli.arguments import hide_secrets, require_text
 from utils.errors import UserError, shown
 from utils.key_values import nearest_name
+from utils.output import is_secret, keep_secret
 from utils.toml_files import BACKSLASH_HINT, config_path, has_escaped_backslash_accident, read_toml
 
 CONFIG_FLAG = "--config_file"
@@ -53,6 +54,7 @@ def parse_with_config(
             is no text that can be written to a file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    hide_secrets(words)
     values: dict[str, Any] = {}
     if (path := _path_in(words, CONFIG_FLAG)) is not None:
         places = _entries(read_toml(path, CONFIG_FLAG))
@@ -106,10 +108,12 @@ def _read(parser: argparse.ArgumentParser, entries: Iterable[tuple[str, str, Any
             raise UserError(f"{where}: {parser.prog} has no flag for the key {shown(key)} that may stand in a file.{hint}")
         if action.dest in values:
             raise UserError(f"{where}: {key} is given twice; keep one of them.")
+        if is_secret(key):
+            keep_secret(str(value))
         try:
             values[action.dest] = _value(parser, action, value)
         except _WrongValue as error:
-            written = str(value).lower() if isinstance(value, bool) else shown(value)
+            written = "***" if is_secret(key) else str(value).lower() if isinstance(value, bool) else shown(value)
             raise UserError(f"{where}: {key} = {written} {error}.") from None
     return values
 

@@ -74,7 +74,7 @@ def open_logs(
                 logs.close()
                 if isinstance(error, UserError):
                     raise
-                reason = first_line(error).rstrip(".").replace(settings.wandb_api_key or "\0", "***")
+                reason = first_line(error).rstrip(".")
                 raise UserError(f"--log_with {name} cannot begin: {reason}. Solve that, or leave it out.") from error
     return logs
 

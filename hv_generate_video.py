@@ -35,6 +35,7 @@ from hunyuan_model.text.arguments import add_text_encoder_arguments
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from networks.generation.arguments import (
+    Asked,
     add_background_argument,
     add_lora_arguments,
     add_record_arguments,
@@ -130,21 +131,21 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
     flags = given_flags(parser, args)
     lines = line_settings(args) if args.interactive else None
-    requests, sheet = ([lines.base], None) if lines else asked_for(args, find_starts)
-    settings = generation_settings(args, device, requests)
+    asked = Asked([lines.base], lines.files) if lines else asked_for(args, find_starts)
+    settings = generation_settings(args, device, asked)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
     recorder = Recorder(flags, settings.lora_weight, settings.lora_mode, versions_of(args.attn_mode, device))
-    metadata = [recorder.metadata(request) for request in requests]  # before the files that make it may change
+    metadata = [recorder.metadata(request) for request in asked.requests]  # before the files that make it may change
     if args.repeat:
         warn_of_changes(args.repeat, metadata[0])
     if lines:
         return run_session(Session(settings, device, recorder.metadata, find_starts, read_start), lines)
-    batch = Batch(settings, requests, device, recorder, read_start, sheet)
+    batch = Batch(settings, asked.requests, device, recorder, read_start, asked.sheet)
     batch.run()
     if batch.failures:
-        logger.error("%d of %d were not made: %s", len(batch.failures), len(requests), "; ".join(batch.failures))
+        logger.error("%d of %d were not made: %s", len(batch.failures), len(asked.requests), "; ".join(batch.failures))
     return STATUS_FAILED if batch.failures else 0
 
 

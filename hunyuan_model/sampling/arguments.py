@@ -6,7 +6,6 @@ import argparse
 import logging
 
 from hunyuan_model.sampling.decoding import ENDINGS, OutputSettings
-from hunyuan_model.sampling.generation import SamplingSettings
 from utils.cli.arguments import (
     finite_float,
     int_up_to,
@@ -130,17 +129,12 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no_metadata", action="store_true", help="do not write prompt and settings into the files (default: off)")
 
 
-def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
-    """As the flags of ``add_sampling_arguments`` say; a seed that is not given is random, and logged.
-
-    Raises:
-        UserError: see ``SamplingSettings``.
-    """
+def chosen_seed(args: argparse.Namespace) -> int:
+    """--seed; a random one, which is logged, where it is not given."""
     if args.seed is not None:
-        return settings_from(SamplingSettings, args)
-    settings = settings_from(SamplingSettings, args, seed=random_seed())
-    logger.info("seed %d", settings.seed)
-    return settings
+        return args.seed
+    logger.info("seed %d", seed := random_seed())
+    return seed
 
 
 def output_settings(args: argparse.Namespace) -> OutputSettings:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import hunyuan_model
 from hunyuan_model.runtime.arguments import runtime_settings
 from hunyuan_model.runtime.memory import weight_shapes
-from hunyuan_model.sampling.arguments import output_settings, sampling_settings
+from hunyuan_model.sampling.arguments import chosen_seed, output_settings
 from hunyuan_model.sampling.generation import SamplingSettings
 from hunyuan_model.text.arguments import text_encoder_settings
 from hunyuan_model.transformer.config import TransformerConfig
@@ -31,7 +32,7 @@ from networks.generation.interactive import LineSettings
 from networks.generation.prompts import FLAG as PROMPT_FILE_FLAG
 from networks.generation.prompts import check_prompt, requests_of_file
 from networks.generation.record import REPEAT_FLAG, SHOW_FLAG
-from networks.generation.requests import Request, without_effect
+from networks.generation.requests import TIME, Request, without_effect
 from networks.generation.sampler import injecting_where_needed
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
@@ -48,7 +49,14 @@ logger = logging.getLogger(__name__)
 
 MODEL_FLAGS = ("save_path", "dit", "text_encoder1", "text_encoder2")  # that sampling needs
 SHEET_ENDINGS = (".png", ".mp4")
-TIME = "%Y%m%d-%H%M%S"  # in names
+
+
+class Asked(NamedTuple):
+    """What a run is to make, the LoRA files that the multipliers of its requests are for, and what shows it all."""
+
+    requests: Sequence[Request]
+    lora_weight: Sequence[str]
+    sheet: BatchSheet | None = None
 
 
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
@@ -100,9 +108,9 @@ def add_record_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def lora_multipliers(args: argparse.Namespace) -> tuple[float, ...]:
-    """One for each --lora_weight."""
-    return complete_multipliers(args.lora_weight, args.lora_multiplier, "--lora_weight", "--lora_multiplier")
+def lora_multipliers(args: argparse.Namespace, others: Sequence[str] = ()) -> tuple[float, ...]:
+    """One for each --lora_weight, and for ``others`` behind them."""
+    return complete_multipliers([*args.lora_weight, *others], args.lora_multiplier, "--lora_weight", "--lora_multiplier")
 
 
 def block_strengths(args: argparse.Namespace, config: TransformerConfig) -> BlockStrengths:
@@ -110,8 +118,8 @@ def block_strengths(args: argparse.Namespace, config: TransformerConfig) -> Bloc
     return BlockStrengths.parse(args.lora_block_multiplier, config, args.exclude_single_blocks)
 
 
-def generation_settings(args: argparse.Namespace, device: torch.device, requests: Sequence[Request]) -> GenerationSettings:
-    """The models of a run that samples ``requests``, checked; no weights are read.
+def generation_settings(args: argparse.Namespace, device: torch.device, asked: Asked) -> GenerationSettings:
+    """The models of a run that samples what is ``asked`` for, checked; no weights are read.
 
     Raises:
         UserError: a flag that is missing, impossible, or names a file that is not what the flag expects.
@@ -120,7 +128,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, requests
         require_flags(args, f"--output_type {args.output_type}", "vae")
     if args.preview_every is not None:
         require_flags(args, "--preview_every", "vae")
-    if any(request.image_path or request.video_path for request in requests):
+    if any(request.image_path or request.video_path for request in asked.requests):
         require_flags(args, "starting from a picture or clip", "vae")
     config = hunyuan_model.check_transformer_file(args.dit, "--dit")
     settings = settings_from(
@@ -132,6 +140,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, requests
         vae=vae_settings(args, device),
         output=output_settings(args),
         config=config,
+        lora_weight=tuple(asked.lora_weight),
         lora_blocks=block_strengths(args, config),
     )
     settings.runtime.check(device, settings.dit_dtype, settings.config)
@@ -140,7 +149,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, requests
     hunyuan_model.check_text_encoder_files(args.text_encoder1, args.text_encoder2)
     if args.vae:
         hunyuan_model.check_vae_file(args.vae)
-    return replace(settings, lora_mode="inject") if args.interactive else injecting_where_needed(settings, requests)
+    return replace(settings, lora_mode="inject") if args.interactive else injecting_where_needed(settings, asked.requests)
 
 
 def add_request_arguments(group: argparse._ArgumentGroup) -> None:
@@ -178,8 +187,8 @@ def add_request_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def asked_for(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Request], BatchSheet | None]:
-    """What the flags ask for, in the order in which it is made, and the sheet that shows it. LoRA of --xy join --lora_weight.
+def asked_for(args: argparse.Namespace, find_starts: FindStarts) -> Asked:
+    """What the flags ask for, in the order in which it is made.
 
     Raises:
         UserError: something that cannot be sampled, or a sheet that cannot be written.
@@ -193,14 +202,14 @@ def asked_for(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[R
     if len(requests) == 1 and args.sheet:
         logger.warning("--sheet: no effect with a single result.")
     if len(requests) == 1 or args.output_type == "latent":
-        return requests, None
+        return Asked(requests, args.lora_weight)
     columns = math.ceil(math.sqrt(len(requests)))
     grid = [requests[start : start + columns] for start in range(0, len(requests), columns)]
     stem = Path(args.from_file).stem if args.from_file else time.strftime(TIME)
-    return requests, BatchSheet(sheet_path(args, f"{stem}_sheet"), grid, args.fps, args.lora_weight)
+    return Asked(requests, args.lora_weight, BatchSheet(sheet_path(args, f"{stem}_sheet"), grid, args.fps, args.lora_weight))
 
 
-def compared(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Request], BatchSheet]:
+def compared(args: argparse.Namespace, find_starts: FindStarts) -> Asked:
     """What --xy asks for, as of ``asked_for``."""
     if args.from_file is not None:
         raise UserError(f"{COMPARISON_FLAG} and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
@@ -212,27 +221,18 @@ def compared(args: argparse.Namespace, find_starts: FindStarts) -> tuple[list[Re
             logger.warning("--%s: no effect, as %s compares it.", name, COMPARISON_FLAG)
     check_prompt(args.prompt or "")
     own = ["the LoRA of --xy"] if "lora" in compares else []
-    base = settings_from(
-        Request,
-        args,
-        prompt=args.prompt or "",
-        sampling=settings_from(SamplingSettings, args, seed=0) if "seed" in compares else sampling_settings(args),
-        lora_multiplier=complete_multipliers([*args.lora_weight, *own], args.lora_multiplier, "--lora_weight", "--lora_multiplier"),
-        latent_path=args.latent_path[0] if args.latent_path else None,
-        seed_given=args.seed is not None,
-    )
-    grid = comparison.grid(base)
+    grid = comparison.grid(request_of(args, 0 if "seed" in compares else chosen_seed(args), own))
     requests = list(dict.fromkeys(request for row in grid for request in row))
     warn_of_no_effect(requests)
     started = expand_starts(requests, find_starts)
     if len(started) > len(requests) or len(args.latent_path) > 1:
         raise UserError(f"{COMPARISON_FLAG} starts all its results from one file; name it in place of several or of their folder.")
     found = dict(zip(requests, started))
-    args.lora_weight = [*args.lora_weight, *comparison.lora_files]
+    cells = [[found[request] for request in row] for row in grid]
+    files = [*args.lora_weight, *comparison.lora_files]
     labels = [[value.label for value in axis.values] for axis in comparison.axes]
     path = sheet_path(args, f"xy_{time.strftime(TIME)}")
-    cells = [[found[request] for request in row] for row in grid]
-    return started, BatchSheet(path, cells, args.fps, args.lora_weight, *labels, {"xy": shlex.join(args.xy)})
+    return Asked(started, files, BatchSheet(path, cells, args.fps, files, *labels, {"xy": shlex.join(args.xy)}))
 
 
 def sheet_path(args: argparse.Namespace, stem: str) -> Path:
@@ -262,10 +262,10 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
         raise UserError(f"--prompt and {PROMPT_FILE_FLAG} both say what to sample; give one of them.")
     require_flags(args, "generation", *MODEL_FLAGS, *([] if args.from_file else ["prompt"]))
     if args.from_file:
-        requests = requests_of_file(args.from_file, promptless_request(args), args.lora_weight, args.seed)
+        requests = requests_of_file(args.from_file, request_of(args, args.seed or 0), args.lora_weight, args.seed)
     else:
         check_prompt(args.prompt)
-        requests = [settings_from(Request, args, sampling=sampling_settings(args), **given_values(args))]
+        requests = [request_of(args, chosen_seed(args))]
     warn_of_no_effect(requests)
     if len(args.latent_path) < 2:
         return requests
@@ -273,19 +273,17 @@ def requests_from(args: argparse.Namespace) -> list[Request]:
     return [one for request in requests for one in (one_for_each(request, "latent", paths) if request.latent_path else [request])]
 
 
-def given_values(args: argparse.Namespace) -> dict[str, object]:
-    """Fields of ``Request`` that no flag holds as it stands."""
-    return {
-        "lora_multiplier": lora_multipliers(args),
-        "latent_path": args.latent_path[0] if args.latent_path else None,
-        "seed_given": args.seed is not None,
-    }
-
-
-def promptless_request(args: argparse.Namespace) -> Request:
-    """What the flags say of results whose prompts stand elsewhere, with an empty one, and seed 0 if none is given."""
-    sampling = settings_from(SamplingSettings, args, seed=args.seed or 0)
-    return settings_from(Request, args, prompt="", sampling=sampling, **given_values(args))
+def request_of(args: argparse.Namespace, seed: int, other_loras: Sequence[str] = ()) -> Request:
+    """What the flags say of a result, with an empty prompt where there is none, and multipliers also for ``other_loras``."""
+    return settings_from(
+        Request,
+        args,
+        prompt=args.prompt or "",
+        sampling=settings_from(SamplingSettings, args, seed=seed),
+        lora_multiplier=lora_multipliers(args, other_loras),
+        latent_path=args.latent_path[0] if args.latent_path else None,
+        seed_given=args.seed is not None,
+    )
 
 
 def line_settings(args: argparse.Namespace) -> LineSettings:
@@ -301,7 +299,7 @@ def line_settings(args: argparse.Namespace) -> LineSettings:
     require_flags(args, "--interactive", *MODEL_FLAGS)
     if args.skip_existing:
         logger.warning("--skip_existing: no effect with --interactive.")
-    return LineSettings(promptless_request(args), args.seed, args.lora_weight)
+    return LineSettings(request_of(args, args.seed or 0), args.seed, args.lora_weight)
 
 
 def warn_of_no_effect(requests: Sequence[Request]) -> None:

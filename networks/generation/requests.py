@@ -10,6 +10,7 @@ from typing import Any
 from hunyuan_model.sampling.generation import SamplingSettings
 from utils.errors import UserError, name_some
 
+TIME = "%Y%m%d-%H%M%S"  # in names
 START_FIELDS = ("image_path", "video_path", "latent_path")
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingSettings))
 
@@ -56,7 +57,7 @@ class Request:
     @property
     def stem(self) -> str:
         """Of its files' names, where nothing has that name yet."""
-        return f"{self.name or time.strftime('%Y%m%d-%H%M%S')}_{self.sampling.seed}"
+        return f"{self.name or time.strftime(TIME)}_{self.sampling.seed}"
 
     def metadata(self) -> dict[str, str]:
         """Texts and settings for the metadata of files."""

@@ -50,8 +50,8 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
     try:
         with explain_failed_writing(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the user's umask gives; some writers put a private file in its place
+            _create(temporary)
+            mode = _make_private(temporary)
             yield temporary
             with _where_supported(final.parent, "permissions"):
                 os.chmod(temporary, mode)
@@ -75,7 +75,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with explain_failed_writing(final):
             temporary.mkdir(parents=True)
+            mode = _make_private(temporary)
             yield temporary
+            with _where_supported(final.parent, "permissions"):
+                os.chmod(temporary, mode)
             for folder, _, names in os.walk(temporary):
                 for name in names:
                     _flush_file(Path(folder, name))
@@ -107,6 +110,24 @@ def remove_folder(path: Path) -> None:
             raise
         outdated = path
     shutil.rmtree(outdated)
+
+
+def _create(path: Path) -> None:
+    """Make an empty file, and follow no link that somebody has laid there."""
+    try:
+        open(path, "x").close()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        path.touch()
+
+
+def _make_private(path: Path) -> int:
+    """Let nobody else see into a file or folder that is being written; returns the mode that the user's umask gave it."""
+    mode = path.stat().st_mode
+    with _where_supported(path.parent, "permissions"):
+        os.chmod(path, 0o700 if stat.S_ISDIR(mode) else 0o600)
+    return mode
 
 
 def _temporary_beside(final: Path, keep_name: bool) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import uuid
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,28 @@ def test_a_folder_whose_removal_is_interrupted_is_gone_under_its_name(tmp_path, 
     folder.mkdir()
     remove_folder(folder)
     assert not folder.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_what_is_being_written_is_private_until_it_is_whole(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "lora.safetensors") as temporary:
+            temporary.write_bytes(b"some of it")
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        with atomic_folder(tmp_path / "state") as temporary:
+            (temporary / "state.json").touch()
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"lora.safetensors": 0o640, "state": 0o750}
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".00000000.tmp.txt").symlink_to(tmp_path / "new")
+    with pytest.raises(UserError, match="cannot write"), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("x")
+    assert not (tmp_path / "new").exists() and (tmp_path / "precious").read_text() == "mine"

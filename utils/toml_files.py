@@ -14,7 +14,9 @@ from utils.output import is_secret
 
 MOST_BYTES = 4 << 20
 # Python's parser takes the square of the number of parts.
-_KEY_WITHOUT_END = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){99}""", re.ASCII)
+_KEY_WITHOUT_END = re.compile(
+    r"""(?:^|[\[{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){99}""", re.ASCII | re.MULTILINE
+)
 BACKSLASH_HINT = "In double quotes a backslash starts an escape: write C:/folder, or 'C:\\folder' in single quotes."
 
 

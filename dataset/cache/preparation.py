@@ -23,7 +23,6 @@ from dataset.media.decoding import frames_at_rate, probe_video, read_clip_window
 from dataset.media.frame_rate import EVERY_FRAME, Resampling
 from dataset.media.frames import Window, frames_needed
 from dataset.media.pictures import probe_image, read_image
-from dataset.media.resizing import fit_to_bucket
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
             source = source_record(item.path, item.dataset.kind)
             bucket, resampling = targets[0].bucket, targets[0].resampling
             if item.dataset.kind == "image":
-                cut = [(None, fit_to_bucket(read_image(item.path), bucket)[None])]
+                cut = [(None, read_image(item.path, bucket)[None])]
             else:
                 cut = read_clip_windows(item.path, missing, bucket, resampling and resampling.indices)
             for window, pixels in cut:

@@ -11,16 +11,18 @@ import importlib.util
 import io
 import logging
 import re
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 from dataset.media.colour import Colour, primaries_to_bt709, srgb_of_light, to_srgb
 from dataset.media.errors import MediaError, reading
+from dataset.media.resizing import fit_to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -41,33 +43,81 @@ IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HE
 
 # formats whose EXIF data are known once a file is open; the readers of others turn the picture while decoding
 ORIENTATION_IN_HEADER = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
-# what makes a picture upright, by the EXIF orientation
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# what turns an upright picture into that of the file, by the EXIF orientation
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, 3),
 }
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
+
+# Bytes that decoding takes for each pixel at most, and what pictures that are decoded at the same time may take together.
+DECODING_BYTES = {"WEBP": 20, "AVIF": 16, "HEIF": 16, "JXL": 16}
+USUAL_DECODING_BYTES = 11
+MOST_DECODING_BYTES = 2 << 30
+BAND_PIXELS = 1 << 21  # that are converted at once
 
 SAME_COLOUR = 2  # of 255: a profile that changes no colour by more is taken for sRGB
 UNREADABLE_PROFILE = "unreadable colour profile, taken for sRGB"
 
 
-def read_image(path: Path) -> np.ndarray:
+class _Memory:
+    """What threads share: each waits until what it needs is free. What needs more than there is has it alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        size = min(size, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+_memory = _Memory(MOST_DECODING_BYTES)
+
+
+def read_image(path: Path, bucket: tuple[int, int] | None = None) -> np.ndarray:
     """The picture as (H, W, 3) uint8 sRGB, upright. Of an animation the first frame is read.
 
     Transparent parts become white. 16 bit greys are scaled to 8 bits, floating-point greys from 0..1 or 0..255. Colour profiles,
-    PNG's gAMA and cHRM, and HDR of AVIF, HEIF and PNG are converted.
+    PNG's gAMA and cHRM, and HDR of AVIF, HEIF and PNG are converted. All threads together take a bounded amount of memory.
+
+    Args:
+        bucket: fit it to this size.
 
     Raises:
-        MediaError: missing, not a picture, cut short, or with values that have no agreed meaning.
+        MediaError: missing, not a picture, cut short, too large, or with values that have no agreed meaning.
     """
-    with reading(path, "picture", _missing_plugin), Image.open(path, formats=readable_formats()) as image:
-        return picture_to_rgb(image, path)
+    with reading(path, "picture", _missing_plugin):
+        with Image.open(path, formats=readable_formats()) as image:
+            size = image.width * image.height * DECODING_BYTES.get(image.format, USUAL_DECODING_BYTES)
+            if size > MOST_DECODING_BYTES:
+                raise MediaError(
+                    f"picture {path} is too large to open safely ({image.width}x{image.height} pixels); shrink it first."
+                )
+        del image
+        with _memory.of(size):  # until all but the result is freed
+            return _read(path, bucket)
+
+
+def _read(path: Path, bucket: tuple[int, int] | None) -> np.ndarray:
+    with Image.open(path, formats=readable_formats()) as image:
+        pixels = picture_to_rgb(image, path)
+    del image
+    return pixels if bucket is None else fit_to_bucket(pixels, bucket)
 
 
 def probe_image(path: Path) -> tuple[tuple[int, int], str]:
@@ -108,21 +158,28 @@ def _missing_plugin(path: Path) -> str | None:
 
 
 def picture_to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    """An opened picture, see ``read_image``."""
+    """An opened picture, see ``read_image``. It is converted in bands, which take little memory beside it."""
     _, to_srgb_of = colour_conversion(image, path)
+    orientation = _orientation(image) if image.format in ORIENTATION_IN_HEADER else None
+    image.load()
     if image.format not in ORIENTATION_IN_HEADER:
-        image = ImageOps.exif_transpose(image)
-    elif (turn := TURNS.get(_orientation(image))) is not None:
-        image = image.transpose(turn)
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = _grey_to_8_bits(np.asarray(image), is_float=image.mode == "F", path=path)
-        image = Image.fromarray(grey)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if to_srgb_of is None:
-        return np.array(image.convert("RGB"))
-    return to_srgb_of(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    width, height = image.size
+    pixels = np.empty((width, height, 3) if orientation in SWAPS_SIDES else (height, width, 3), np.uint8)
+    stored = STORED.get(orientation, lambda upright: upright)(pixels)
+    rows = max(1, BAND_PIXELS // width)
+    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    is_grey = image.mode.startswith("I") or image.mode == "F"
+    scale = _scale_of_greys(image, bands, path) if is_grey else 1
+    for box in bands:
+        band = image.crop(box)
+        if is_grey:
+            band = Image.fromarray(np.rint(np.asarray(band).astype(np.float64) * scale).astype(np.uint8))
+        if band.has_transparency_data:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        stored[box[1] : box[3]] = np.asarray(band.convert("RGB")) if to_srgb_of is None else to_srgb_of(band)
+    return pixels
 
 
 def upright_size(image: Image.Image) -> tuple[int, int] | None:
@@ -138,19 +195,20 @@ def _orientation(image: Image.Image) -> int | None:
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
 
 
-def _grey_to_8_bits(values: np.ndarray, is_float: bool, path: Path) -> np.ndarray:
-    """Greys of 16 bits (which Pillow may hold as 32 bit integers) or of floating point -> uint8."""
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
+def _scale_of_greys(image: Image.Image, bands: Sequence[tuple[int, int, int, int]], path: Path) -> float:
+    """By what to multiply greys of 16 bits (which Pillow may hold as 32 bit integers) or of floating point to get 8 bits."""
+    is_float = image.mode == "F"
+    extremes = [(values.min(), values.max()) for values in (np.asarray(image.crop(box)).astype(np.float64) for box in bands)]
+    low, high = np.min(extremes), np.max(extremes)
     if not (low >= 0 and high <= (255 if is_float else 65535)):  # false for NaN as well
         raise MediaError(f"{path} holds values from {low:g} to {high:g}, which no rule maps to grey; save it with 8 or 16 bits.")
     if is_float:
-        scale = 255 if high <= 1 else 1
-    else:
-        scale = 255 / 65535
-    return np.rint(values * scale).astype(np.uint8)
+        return 255 if high <= 1 else 1
+    return 255 / 65535
 
 
+# Pillow keeps pictures in blocks, of 16 MB else; those of such a size go back to the system when they are freed.
+Image.core.set_block_size(64 << 20)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``probe_image`` says it with the file's name
 
 Conversion = Callable[[Image.Image], np.ndarray]

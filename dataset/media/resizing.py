@@ -29,7 +29,9 @@ def fit_to_bucket(frame: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
         return np.array(Image.fromarray(frame).resize(bucket, Image.Resampling.LANCZOS, box=box))
     rows = _area_taps(height, top, covered_height, bucket[1])
     columns = _area_taps(width, left, covered_width, bucket[0])
-    shrunk = _shrink_rows(_shrink_rows(frame, *rows).transpose(1, 0, 2), *columns)
+    first, last = columns[0].min(), columns[0].max()  # what is cut off needs no arithmetic
+    shrunk = _shrink_rows(frame[:, first : last + 1], *rows).transpose(1, 0, 2)
+    shrunk = _shrink_rows(shrunk, columns[0] - first, columns[1])
     return np.ascontiguousarray(np.rint(shrunk).astype(np.uint8).transpose(1, 0, 2))
 
 

@@ -16,7 +16,6 @@ from dataset.media.errors import MediaError
 from dataset.media.frame_rate import MODEL_FPS
 from dataset.media.frames import longest_clip
 from dataset.media.pictures import IMAGE_EXTENSIONS, probe_image, read_image
-from dataset.media.resizing import fit_to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,9 @@ def read_start(kind: str, path: Path, size: tuple[int, int], length: int) -> np.
     """
     bucket = size[1], size[0]
     if kind == "image":
-        return np.repeat(fit_to_bucket(read_image(path), bucket)[None], length, axis=0)
+        return np.repeat(read_image(path, bucket)[None], length, axis=0)
     if path.is_dir():
-        return np.stack([fit_to_bucket(read_image(file), bucket) for file in _frames_in(path)[:length]])
+        return np.stack([read_image(file, bucket) for file in _frames_in(path)[:length]])
     _, resampling = frames_at_rate(path, probe_video(path).fps, MODEL_FPS, length)
     ((_, frames),) = read_clip_windows(path, [(0, length)], bucket, resampling and resampling.indices)
     return frames

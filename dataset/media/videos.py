@@ -29,6 +29,7 @@ PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
 MOST_UNEVEN_PIXELS = 16  # times as wide as high, or as high as wide; more is a fault of the file
 MAX_FRAMES = 500_000  # of a file: five hours
 MAX_PIXELS, MAX_PIXELS_PER_BYTE = 4 * 10**9, 10**6  # more are made only to keep a program busy
+MOST_FRAME_PIXELS = 40_000_000  # 8192x4320 has 35 million
 DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
@@ -55,6 +56,12 @@ def open_video(path: Path) -> Iterator[Video | Animation]:
             yield Video(path, container, container.streams.best("video"))
 
 
+def _require_small(path: Path, width: int, height: int) -> None:
+    """Decoders keep many frames, and so does each thread."""
+    if width * height > MOST_FRAME_PIXELS:
+        raise MediaError(f"video {path} is too large to open safely ({width}x{height} pixels); shrink it first.")
+
+
 def _is_webp(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(12)
@@ -74,6 +81,8 @@ class Video:
             raise MediaError(
                 f"video {path} holds Dolby Vision alone, whose colours nothing here reads; convert it to HDR10 or SDR."
             )
+        _require_small(path, stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}  # a later frame may be larger than the file says
         self._is_gif = stream.codec_context.name == "gif"
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate
@@ -89,6 +98,7 @@ class Video:
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
         if not 1 / MOST_UNEVEN_PIXELS <= self._pixel_aspect <= MOST_UNEVEN_PIXELS:
             raise MediaError(f"video {path} says that its pixels are {self._pixel_aspect} times as wide as high; save it anew.")
+        _require_small(path, *_with_square_pixels(first[0], self._pixel_aspect))
         self._is_interlaced = any(frame.interlaced_frame for frame in first)
         self._has_alpha = any(component.is_alpha for component in first[0].format.components)
         self._is_of_pictures = stream.codec_context.name in PICTURE_CODECS
@@ -173,6 +183,7 @@ class Animation:
     """An open animated picture, with what ``Video`` has."""
 
     def __init__(self, image: Image.Image, path: Path) -> None:
+        _require_small(path, *image.size)
         self.decoded = _animation_frames(image, path)
         self.fps = None
         done = colour_conversion(image, path)[0], "transparency over white" if image.has_transparency_data else ""

@@ -21,6 +21,7 @@ from utils.files import (
     require_file,
     require_writable_folder,
 )
+from utils.toml_files import read_toml
 
 
 def test_a_file_a_folder_and_nothing(tmp_path):
@@ -144,3 +145,18 @@ def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write"), atomic_path(tmp_path / "a.txt") as temporary:
         temporary.write_text("x")
     assert not (tmp_path / "new").exists() and (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["a" + ".a" * 50_000, '"a"' + '."a b"' * 50_000, "a " + ". 'b' " * 50_000])
+def test_keys_without_end_do_not_keep_the_parser_busy(tmp_path, key):
+    (tmp_path / "a.toml").write_text(f"{key} = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.toml is not valid TOML: it has a key of more than 99 parts"):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_texts_of_great_size_are_refused(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"#" * ((4 << 20) + 1))
+    with pytest.raises(UserError, match=r"TOML file .*a\.toml is larger than 4096 KB"):
+        read_toml(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text('a.b = "' + "word. " * 100_000 + '"\n', encoding="utf-8")
+    assert read_toml(tmp_path / "a.toml")["a"]["b"].startswith("word. word.")

@@ -80,9 +80,9 @@ def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch):
     stems = write_pictures(tmp_path, 12)
     read = preparation.read_image
 
-    def read_unevenly(path: Path) -> np.ndarray:
+    def read_unevenly(path: Path, bucket: tuple[int, int]) -> np.ndarray:
         time.sleep(0.02 * (int(path.stem) % 3))
-        return read(path)
+        return read(path, bucket)
 
     monkeypatch.setattr(preparation, "read_image", read_unevenly)
     results = list(prepare(list_items(image_dataset(tmp_path)), num_workers=3))
@@ -95,7 +95,7 @@ def test_workers_do_not_run_ahead_of_the_reader(tmp_path, monkeypatch):
     write_pictures(tmp_path, 30)
     started = []
     read = preparation.read_image
-    monkeypatch.setattr(preparation, "read_image", lambda path: started.append(path) or read(path))
+    monkeypatch.setattr(preparation, "read_image", lambda *given: started.append(given) or read(*given))
     results = prepare(list_items(image_dataset(tmp_path)), num_workers=2)
     next(results)
     time.sleep(0.3)
@@ -139,7 +139,7 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path):
 def test_unforeseen_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
     write_pictures(tmp_path, 2)
 
-    def fail(path: Path) -> np.ndarray:
+    def fail(*_given: object) -> np.ndarray:
         raise ZeroDivisionError("in some decoder")
 
     monkeypatch.setattr(preparation, "read_image", fail)

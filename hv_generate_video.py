@@ -152,7 +152,7 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
 def main() -> int | None:
     parser = build_parser()
     args = parse_with_config(parser, sources={REPEAT_FLAG: recorded_flags})
-    if args.show:
+    if args.show is not None:
         return show(described(args.show))
     device = pick_device(args.device)
     kernel_settings(args).apply(device)

@@ -147,9 +147,12 @@ class Batch:
             if len(self.requests) == 1:
                 if isinstance(error, UserError):
                     raise UserError(f"{error}{latents}") from error
+                if latents:
+                    logger.error("%s was not made.%s", request, latents)
                 raise
-            self.failures.append(f"{request}: {first_line(error)}{latents}")
-            logger.error("%s was not made: %s%s", request, first_line(error), latents)
+            reason = f"{first_line(error).rstrip('.')}.{latents}"
+            self.failures.append(f"{request}: {reason}")
+            logger.error("%s was not made: %s", request, reason)
             if self.sheet is not None:
                 self.sheet.add_failure(request, first_line(error))
             free_memory(self.device)

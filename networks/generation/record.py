@@ -235,7 +235,8 @@ def described(path: str) -> str:
     settings = settings_of(metadata)
     lines = [path, *(f"  {key}: {value}" for key, value in metadata.items() if value and key not in (SETTINGS, "lora"))]
     if settings is None:
-        return "\n".join([*lines, *[f"  lora: {metadata['lora']}"] * bool(metadata.get("lora"))])
+        loras = metadata.get("lora")
+        return "\n".join([*lines, *([f"  lora: {loras}"] if loras else [])])
     files = [(f"multiplier {entry.get('multiplier')}", entry) for entry in settings["lora"]]
     files += [("start", settings["start"])] if settings["start"] else []
     lines += [f"  {entry.get('file')}: {role}, SHA-256 {str(entry.get('sha256'))[:_SHOWN_DIGITS]}..." for role, entry in files]

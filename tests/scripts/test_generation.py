@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -171,6 +172,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_latents(generate, monkeypatch,
     ended = generate()
     (latent,) = (tmp_path / "out").iterdir()
     assert ended.status == 2 and "No space left" in ended.stderr and f"{latent}: --latent_path decodes them" in ended.stderr
+
+
+def test_an_odd_error_says_where_the_latents_are(generate, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("hunyuan_model.sampling.decoding.save_video", Mock(side_effect=ValueError("an odd encoder")))
+    with pytest.raises(ValueError, match="an odd encoder"):
+        generate()
+    (latent,) = (tmp_path / "out").iterdir()
+    assert f"Its latents are in {latent}: --latent_path decodes them" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["--dit", "--vae", "--text_encoder1", "--text_encoder2", "--prompt", "--save_path"])

@@ -60,9 +60,9 @@ class Batch:
         settings, earlier = self.settings, Earlier(wanted=list(self.requests))
         if settings.skip_existing:
             earlier = find_earlier(self.requests, settings.output, self.recorder.metadata)
-            self.requests = [earlier.seeds[request] for request in self.requests]
+            self.requests = [earlier.as_made[request] for request in self.requests]
             if self.sheet is not None:
-                self.sheet.grid = [[earlier.seeds[request] for request in row] for row in self.sheet.grid]
+                self.sheet.grid = [[earlier.as_made[request] for request in row] for row in self.sheet.grid]
         sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from hunyuan_model.sampling.decoding import ENDINGS, LATENT_ENDING, PREVIEW_ENDING, OutputSettings, read_latents
@@ -51,29 +51,42 @@ class Earlier:
         done: requests with the stems of their files.
         waiting: latents to decode.
         wanted: requests that are to be sampled.
-        seeds: requests as they were asked for, and with the random seed that their results were made with.
+        as_made: by request, the same with the random seed that its result was made with.
     """
 
     done: list[tuple[Request, str]] = field(default_factory=list)
     waiting: list[Sampled] = field(default_factory=list)
     wanted: list[Request] = field(default_factory=list)
-    seeds: dict[Request, Request] = field(default_factory=dict)
+    as_made: dict[Request, Request] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Left:
-    """The files of one stem by their endings, and what each says of itself, where that is read."""
+class _File:
+    """A file that is there, and what it says of itself, where that is read."""
 
-    files: Mapping[str, Path]
-    metadata: Mapping[str, Mapping[str, str]]
+    path: Path
+    metadata: Mapping[str, str]
 
-    def identity(self, ending: str) -> str | None:
-        return identity(self.metadata[ending]) if ending in self.metadata else None
+    @cached_property
+    def identity(self) -> str | None:
+        return identity(self.metadata)
 
-    def seed(self, ending: str) -> int | None:
-        settings = settings_of(self.metadata.get(ending, {}))
+    @cached_property
+    def seed(self) -> int | None:
+        settings = settings_of(self.metadata)
         seed = settings["flags"].get("seed") if settings else None
         return seed if isinstance(seed, int) else None
+
+    @property
+    def is_disposable(self) -> bool:
+        """Of latents: whether they say that they were made to be decoded, and not to be kept."""
+        settings = settings_of(self.metadata)
+        kind = settings["flags"].get("output_type", OutputSettings.output_type) if settings else None
+        return kind in ENDINGS and LATENT_ENDING not in ENDINGS[kind]
+
+
+_Left = Mapping[str, Mapping[str, _File]]
+"""What a folder holds: by stem, the files by their endings."""
 
 
 def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: Callable[[Request], Mapping[str, str]]) -> Earlier:
@@ -92,35 +105,37 @@ def find_earlier(requests: Sequence[Request], output: OutputSettings, metadata: 
         request = asked if shared is None else _with_seed(asked, shared)
         own = None if by_name else identity(metadata(request))
         stems = [stem for stem in _candidates(left, request, by_name) if stem not in used]
-
-        def same(stem: str, ending: str, own: str | None = own) -> bool:
-            if by_name or ending not in left[stem].files:
-                return ending in left[stem].files
-            return left[stem].identity(ending) == own is not None and shared in (None, left[stem].seed(ending))
-
-        done = next((stem for stem in stems if all(same(stem, ending) for ending in wanted)), None)
-        if done is not None:
-            used.add(done)
-            request = found.seeds[asked] = _with_seed(request, left[done].seed(wanted[0]))
-            found.done.append((request, done))
-            if LATENT_ENDING not in wanted and not by_name and same(done, LATENT_ENDING) and _disposable(left[done]):
-                left[done].files[LATENT_ENDING].unlink()
-            continue
-        waiting = next((stem for stem in stems if same(stem, LATENT_ENDING) and _readable(left[stem])), None)
-        if waiting is None:
-            found.seeds[asked] = request
+        of_results = (stem for stem in stems if all(_is_of(left[stem], ending, own, shared) for ending in wanted))
+        of_latents = (stem for stem in stems if _is_of(left[stem], LATENT_ENDING, own, shared))
+        if (stem := next(of_results, None)) is not None:
+            request = _with_seed(request, left[stem][wanted[0]].seed)
+            found.done.append((request, stem))
+            used.add(stem)
+            if LATENT_ENDING not in wanted and _is_of(left[stem], LATENT_ENDING, own, shared):
+                latents = left[stem][LATENT_ENDING]
+                if latents.is_disposable:
+                    latents.path.unlink()
+        elif (stem := next((stem for stem in of_latents if _readable(left[stem][LATENT_ENDING].path)), None)) is not None:
+            latents = left[stem][LATENT_ENDING]
+            request = _with_seed(request, latents.seed)
+            known = with_flags(latents.metadata, {"output_type": output.output_type})
+            disposable = not output.keeps_latents and latents.is_disposable
+            found.waiting.append(Sampled(request, stem, latents.path, disposable, known))
+            used.add(stem)
+        else:
             found.wanted.append(request)
-            continue
-        used.add(waiting)
-        request = found.seeds[asked] = _with_seed(request, left[waiting].seed(LATENT_ENDING))
-        of_stem = left[waiting]
-        disposable = not output.keeps_latents and not by_name and _disposable(of_stem)
-        known = with_flags(of_stem.metadata.get(LATENT_ENDING, {}), {"output_type": output.output_type})
-        found.waiting.append(Sampled(request, waiting, of_stem.files[LATENT_ENDING], disposable, known))
+        found.as_made[asked] = request
     counts = f"{len(found.done)} of {len(requests)} are there already"
-    latents = f", {len(found.waiting)} are sampled and only decoded" if found.waiting else ""
-    logger.info("%s%s: %s%s", FLAG, " by name, as there is no metadata" if by_name else "", counts, latents)
+    waiting = f", {len(found.waiting)} are sampled and only decoded" if found.waiting else ""
+    logger.info("%s%s: %s%s", FLAG, " by name, as there is no metadata" if by_name else "", counts, waiting)
     return found
+
+
+def _is_of(files: Mapping[str, _File], ending: str, own: str | None, seed: int | None) -> bool:
+    """Whether there is such a file of the request with the identity ``own``, and made with ``seed`` if there is one; without an
+    identity the name has decided."""
+    file = files.get(ending)
+    return file is not None and (own is None or (file.identity == own and seed in (None, file.seed)))
 
 
 def _with_seed(request: Request, seed: int | None) -> Request:
@@ -128,18 +143,16 @@ def _with_seed(request: Request, seed: int | None) -> Request:
     return request if request.seed_given or seed is None else request.changed({"seed": seed, "seed_given": False})
 
 
-def _shared_seed(
-    requests: Sequence[Request], left: Mapping[str, _Left], metadata: Callable[[Request], Mapping[str, str]]
-) -> int | None:
+def _shared_seed(requests: Sequence[Request], left: _Left, metadata: Callable[[Request], Mapping[str, str]]) -> int | None:
     """That of the first earlier result of requests that share a random seed."""
     if len(requests) < 2 or any(request.seed_given for request in requests) or len({r.sampling.seed for r in requests}) > 1:
         return None
     for request in requests:
         own = identity(metadata(request))
         for stem in _candidates(left, request, by_name=False):
-            for ending in left[stem].metadata:
-                if left[stem].identity(ending) == own is not None:
-                    return left[stem].seed(ending)
+            for file in left[stem].values():
+                if file.identity == own is not None:
+                    return file.seed
     return None
 
 
@@ -157,26 +170,28 @@ def _batch(name: str) -> str:
     return _NUMBERS.sub("", name)
 
 
-def _files_left(output: OutputSettings, read: bool) -> dict[str, _Left]:
-    """By stem, in the order of names."""
-    files: dict[str, dict[str, Path]] = {}
+def _files_left(output: OutputSettings, read: bool) -> _Left:
+    """In the order of names."""
+    left: dict[str, dict[str, _File]] = {}
     folder = Path(output.save_path)
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     for path in (folder / name for name in names):
         for ending in {*ENDINGS[output.output_type], LATENT_ENDING}:
             fits = path.name.endswith(ending) if ending else (path / PICTURE).is_file()
             if fits and not is_temporary(path):
-                files.setdefault(path.name[: len(path.name) - len(ending)], {})[ending] = path
-    return {stem: _Left(found, dict(_read(found)) if read else {}) for stem, found in files.items()}
+                file = _File(path, _metadata_of(path) if read else {})
+                left.setdefault(path.name[: len(path.name) - len(ending)], {})[ending] = file
+    return left
 
 
-def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    for ending, path in files.items():
-        with suppress(UserError):  # some other file, which is not in the way
-            yield ending, read_media_metadata(path, FLAG)
+def _metadata_of(path: Path) -> dict[str, str]:
+    try:
+        return read_media_metadata(path, FLAG)
+    except UserError:  # some other file, which is not in the way
+        return {}
 
 
-def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> list[str]:
+def _candidates(left: _Left, request: Request, by_name: bool) -> list[str]:
     """Stems that may be the request's, the likeliest first."""
     if request.name is None:
         return [] if by_name else list(left)
@@ -189,16 +204,9 @@ def _candidates(left: Mapping[str, _Left], request: Request, by_name: bool) -> l
     )
 
 
-def _disposable(left: _Left) -> bool:
-    """Whether its latents were made to be decoded, and not to be kept."""
-    settings = settings_of(left.metadata.get(LATENT_ENDING, {}))
-    kind = settings["flags"].get("output_type", OutputSettings.output_type) if settings else None
-    return kind in ENDINGS and LATENT_ENDING not in ENDINGS[kind]
-
-
-def _readable(left: _Left) -> bool:
+def _readable(path: Path) -> bool:
     try:
-        read_latents(left.files[LATENT_ENDING], FLAG)
+        read_latents(path, FLAG)
     except UserError as error:
         logger.warning("%s Its video is sampled again.", error)
         return False

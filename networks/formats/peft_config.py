@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from utils.files import read_text
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"
+LONGEST_MODULE, MATCHING_SECONDS = 200, 10.0  # longer names, and more time in all, only files have that are made to take for ever
 _REPEAT = re.compile(r"[*+{]|(?<!\()\?")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _FLAGS = re.compile(r"\(\?[a-zA-Z-]*[aiLmsux]")  # with x, blanks may stand before a repeat
@@ -37,12 +40,13 @@ class PeftConfig:
     rank_patterns: Mapping[str, int] = field(default_factory=dict)
     alpha_patterns: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
+    _spent: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)  # seconds of matching
 
     def __post_init__(self) -> None:
         patterns = {**self.rank_patterns, **self.alpha_patterns}
         for pattern in patterns:
             try:
-                re.compile(_ending(pattern))
+                _ending(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise self._unusable(f"{shown(pattern)} is no regular expression ({error})") from None
             if _FLAGS.search(pattern):
@@ -69,14 +73,25 @@ class PeftConfig:
         rank = self._matching(self.rank_patterns, module, self.rank)
         return 1.0 if rank is None else self.alpha_of(module, rank) / rank
 
-    @staticmethod
-    def _matching(patterns: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
-        return next((value for pattern, value in patterns.items() if re.match(_ending(pattern), module)), otherwise)
+    def _matching(self, patterns: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
+        if patterns and len(module) > LONGEST_MODULE:
+            raise self._unusable(f"it has patterns, and the name of the module {shown(module)} is too long for them")
+        began = time.monotonic()
+        for pattern, value in patterns.items():
+            found = _ending(pattern).match(module)
+            if self._spent[0] + time.monotonic() - began > MATCHING_SECONDS:
+                raise self._unusable(f"its regular expressions take longer than {MATCHING_SECONDS:g} seconds")
+            if found:
+                otherwise = value
+                break
+        self._spent[0] += time.monotonic() - began
+        return otherwise
 
 
-def _ending(pattern: str) -> str:
+@functools.cache  # that of ``re`` has room for 512, and there may be one for each layer
+def _ending(pattern: str) -> re.Pattern[str]:
     """What matches a module whose path ends with what ``pattern`` matches, as PEFT looks it up."""
-    return rf"(.*\.)?({pattern})$"
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:

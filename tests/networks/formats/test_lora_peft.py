@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from benchmarks.diffusers_twins import diffusers_transformer, to_diffusers
+from networks.formats import peft_config as peft_config_module
 from networks.formats.peft_config import PeftConfig, peft_config
 from networks.formats.reading import read_lora
 from networks.formats.writing import save_lora
@@ -128,3 +129,20 @@ def test_unusable_configurations_are_user_errors(tmp_path, stored, message):
 def test_without_a_configuration_an_update_counts_as_it_is(tmp_path):
     assert peft_config(tmp_path / "adapter_model.safetensors", {}).alpha_of("double_blocks.0.linear1", 3) == 3
     assert PeftConfig().scale_without_rank("double_blocks.0.linear1") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "seconds", "message"), [("a." * 101, 10, "is too long"), ("a." * 50, 0, "longer than 0 seconds")]
+)
+def test_patterns_that_take_for_ever_over_long_names_and_many_modules_are_refused(monkeypatch, module, seconds, message):
+    monkeypatch.setattr(peft_config_module, "MATCHING_SECONDS", seconds)
+    config = PeftConfig("a.json", alpha_patterns={".*.*.*x": 1})
+    with pytest.raises(UserError, match=f"a\\.json cannot be used: .*{message}"):
+        config.alpha_of(module, 4)
+    assert PeftConfig("a.json").alpha_of(module, 4) == 4
+
+
+def test_each_layer_may_have_a_pattern_of_its_own():
+    names = [f"single_blocks.{number}.linear1" for number in range(1000)]
+    config = PeftConfig("a.json", rank_patterns={name: number + 1 for number, name in enumerate(names)}, rank=4, alpha=8.0)
+    assert [8.0 / config.scale_without_rank(name) for name in names] == pytest.approx(range(1, 1001))

@@ -119,26 +119,29 @@ class EpochReader:
         """
         self.sampler.set_epoch(number, start)
         self._due = 0
-        try:
-            batches = self._begin()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot start the processes that read the caches ({reason}); give a lower {FLAG}, or 0.") from error
+        batches: Iterator[Batch | UserError] | None = None
         while True:
             try:
+                batches = batches or self._begin()
                 batch = next(batches, None)
             except Exception as error:  # of the connection to a process that died, too
-                died = "died, killed or out of memory," if "DataLoader worker" in str(error) else f"fails ({first_line(error)})"
-                raise UserError(
-                    f"a process that reads the caches {died} while it was about to read {self.due(3)}. Use {FLAG} 0, or look at "
-                    "these files."
-                ) from error
+                raise self._explained(error, starting=batches is None) from error
             if batch is None:
                 return
             if isinstance(batch, UserError):
                 raise batch
             yield batch
             self._due += 1
+
+    def _explained(self, error: Exception, starting: bool) -> UserError:
+        if starting and isinstance(error, OSError):
+            reason = error.strerror or error
+            return UserError(f"cannot start the processes that read the caches ({reason}); give a lower {FLAG}, or 0.")
+        died = "died, killed or out of memory," if "DataLoader worker" in str(error) else f"fails ({first_line(error)})"
+        return UserError(
+            f"a process that reads the caches {died} while it was about to read {self.due(3)}. Use {FLAG} 0, or look at "
+            "these files."
+        )
 
     def _begin(self) -> Iterator[Batch | UserError]:
         """The loader's own iterator.

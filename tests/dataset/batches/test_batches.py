@@ -234,6 +234,16 @@ def test_a_killed_worker_is_one_sentence_that_names_files(group):
             time.sleep(0.1)  # nothing is raised here, where a step would be under way
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process with SIGKILL")
+def test_a_worker_that_is_killed_between_epochs_is_a_sentence_too(group):
+    groups = find_cached_items(group)
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=True)
+    list(reader.epoch(0))
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"died, killed or out of memory.*_hv\.safetensors"):
+        list(reader.epoch(1))
+
+
 def test_what_fails_in_a_worker_is_one_sentence(group, monkeypatch):
     def no_memory(_path):
         raise MemoryError("cannot allocate")

@@ -17,7 +17,7 @@ from hunyuan_model.sampling.arguments import MAX_STEPS
 from hunyuan_model.sampling.prompts import options_within, read_prompts
 from networks.formats.layouts import TARGETS
 from networks.generation.requests import Request
-from utils.cli.arguments import finite_float, int_up_to, parsed, positive_float, seed
+from utils.cli.arguments import finite_float, int_up_to, non_negative_float, parsed, positive_float, seed
 from utils.errors import UserError, name_some, shown
 from utils.key_values import nearest_name
 
@@ -104,7 +104,7 @@ AXES: dict[str, tuple[str, Reader]] = {  # the flag that an axis sets, and how i
     "seed": ("seed", numbers("seed", seed)),
     "steps": ("infer_steps", numbers("steps", int_up_to(MAX_STEPS))),
     "guidance": ("embedded_cfg_scale", numbers("guidance", finite_float)),
-    "cfg": ("guidance_scale", numbers("CFG", finite_float)),
+    "cfg": ("guidance_scale", numbers("CFG", non_negative_float)),
     "flow_shift": ("flow_shift", numbers("shift", positive_float)),
     "strength": ("strength", numbers("strength", finite_float)),
 }
@@ -188,15 +188,14 @@ class Comparison:
 
     def _request(self, base: Request, cell: tuple[int, int], made: dict[Request, Request]) -> Request:
         pairs = [(axis, axis.values[index]) for axis, index in zip(self.axes, cell)]
-        values = {axis.name: value.value for axis, value in pairs}
+        flags = {axis.flag: value.value for axis, value in pairs}
         multipliers = base.lora_multiplier
-        if "lora" in values:
+        if "lora_weight" in flags:
             *fixed, own = multipliers
-            own, chosen = values.pop("multiplier", own), values.pop("lora")
+            own, chosen = flags.pop("lora_multiplier", own), flags.pop("lora_weight")
             multipliers = (*fixed, *(own if path == chosen else 0.0 for path in self.lora_files))
-        elif "multiplier" in values:
-            multipliers = (values.pop("multiplier"),) * len(multipliers)
-        flags = {AXES[name][0]: value for name, value in values.items()}
+        elif "lora_multiplier" in flags:
+            multipliers = (flags["lora_multiplier"],) * len(multipliers)
         column, row = (index + 1 for index in cell)
         where = f"{FLAG}, {', '.join(shown(value.label) for _, value in pairs)}"
         request = base.changed({**flags, "lora_multiplier": multipliers, "name": f"xy_{row}_{column}"}, where)

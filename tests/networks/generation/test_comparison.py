@@ -103,6 +103,7 @@ def test_prompts_come_from_a_file(tmp_path: Path) -> None:
         (("seed=1,two", "steps=1"), "--xy seed: 'two' is not a whole number"),
         (("steps=0", "seed=1"), "--xy steps: '0' is not a whole number from 1"),
         (("guidance=nan", "seed=1"), "neither NaN nor infinite"),
+        (("cfg=-1", "seed=1"), "--xy cfg: '-1' is not a finite number of at least 0"),
         (("seed=1,1", "steps=1"), "has 'seed 1' twice"),
         (('prompt="a, b', "steps=1"), "quotes that do not belong together"),
         (("prompt=a --s 4,b", "steps=1"), "holds an option of a prompt line"),

@@ -31,6 +31,9 @@ ENDINGS = {
     "gif": (".gif",),
 }
 
+Decode = Callable[[Tensor], Tensor]
+"""Latents (B, 16, F, H, W) in the network's scale -> uint8 RGB frames (B, T, H, W, 3) on the CPU."""
+
 
 @dataclass(frozen=True)
 class OutputSettings:
@@ -103,13 +106,13 @@ def read_latents(path: str | os.PathLike[str], flag: str) -> tuple[Tensor, dict[
     return latent[None].float(), file.metadata
 
 
-def load_decoder(settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:
+def load_decoder(settings: VAESettings, device: torch.device) -> Decode:
     """``decoder_of`` the VAE of the settings; errors as of ``load_vae``, too."""
     return decoder_of(load_vae(settings.vae, device=device, dtype=settings.vae_dtype), settings, device)
 
 
-def decoder_of(vae: AutoencoderKLCausal3D, settings: VAESettings, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from latents (B, 16, F, H, W) in the network's scale to frames (B, T, H, W, 3).
+def decoder_of(vae: AutoencoderKLCausal3D, settings: VAESettings, device: torch.device) -> Decode:
+    """With a VAE that is loaded.
 
     Chunks and tiles are those of the settings, or what the memory demands that is free now.
 

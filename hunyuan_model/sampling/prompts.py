@@ -22,7 +22,7 @@ from utils.key_values import nearest_name
 from utils.toml_files import read_toml
 
 SHOWN_CHARACTERS = 40
-ENDINGS = (".txt", ".toml", ".json")
+PROMPT_FILE_ENDINGS = (".txt", ".toml", ".json")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from hunyuan_model.sampling.decoding import load_decoder
+from hunyuan_model.sampling.decoding import Decode, load_decoder
 from hunyuan_model.vae.loading import check_vae_file
 from hunyuan_model.vae.memory import Clip, VAESettings, decoding_bytes
 from networks.generation.requests import Request
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--decode_on_cpu"
 CPU = torch.device("cpu")
-Decode = Callable[[Tensor], Tensor]
 
 
 class BackgroundDecoding:

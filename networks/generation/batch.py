@@ -12,17 +12,16 @@ from pathlib import Path
 import torch
 
 import hunyuan_model
-from hunyuan_model.sampling.decoding import load_decoder, read_latents
+from hunyuan_model.sampling.decoding import Decode, load_decoder, read_latents
 from hunyuan_model.sampling.preview import Preview, removed_on_failure
-from networks.generation.background import Decode, start_decoding
+from networks.generation.background import start_decoding
 from networks.generation.earlier import Earlier, Sampled, find_earlier
 from networks.generation.record import Recorder, with_flags
 from networks.generation.requests import Request
-from networks.generation.sampler import Sampler
+from networks.generation.sampler import Sampler, read_loras
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
 from networks.generation.starts import ReadStart, prepare_with_vae
-from networks.merging import read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.media.reading import read_frames
@@ -80,8 +79,7 @@ class Batch:
         """
         settings, output, sampled = self.settings, self.settings.output, []
         # First, as it finds out what is wrong with the files.
-        multipliers = requests[0].lora_multiplier
-        loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
+        loras = read_loras(settings, requests[0])
         texts = list(dict.fromkeys(text for request in requests for text in request.texts))
         with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
             encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text, self.device)))

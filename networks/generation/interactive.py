@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import hunyuan_model
-from hunyuan_model.sampling.decoding import decoder_of, load_decoder
+from hunyuan_model.sampling.decoding import Decode, decoder_of, load_decoder
 from hunyuan_model.sampling.preview import ColourMap, Preview
 from hunyuan_model.sampling.prompts import PROMPT_OPTIONS, PROMPT_SETTINGS, PromptSetting, parse_prompt_line
 from hunyuan_model.text.conditions import TextConditions
 from networks.generation.prompts import changed_by
 from networks.generation.requests import SAMPLING_FIELDS, Request, without_effect
-from networks.generation.sampler import Sampler
+from networks.generation.sampler import Sampler, read_loras
 from networks.generation.settings import GenerationSettings
 from networks.generation.starts import FindStarts, ReadStart, expand_starts, prepare_with_vae
-from networks.merging import read_lora_files
 from utils.cli.arguments import random_seed
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import STATUS_FAILED, UserError, first_line
@@ -204,7 +203,7 @@ class Session:
         self._texts: dict[str, TextConditions] = {}
         self._sampler: Sampler | None = None
         self._vae: nn.Module | None = None
-        self._decode: Callable[[Tensor], Tensor] | None = None
+        self._decode: Decode | None = None
         self._on_cpu = settings.decode_on_cpu
 
     def expanded(self, request: Request) -> list[Request]:
@@ -282,9 +281,7 @@ class Session:
             return
         if self._vae is None and settings.output.output_type != "latent" and not self._on_cpu:
             self._vae = hunyuan_model.load_vae(settings.vae.vae, device=self.device, dtype=settings.vae.vae_dtype)
-        multipliers = request.lora_multiplier
-        loras = read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
-        sampler = Sampler(settings, loras, [request], self._texts, self.device)
+        sampler = Sampler(settings, read_loras(settings, request), [request], self._texts, self.device)
         if self._vae is not None:
             self._decode = decoder_of(self._vae, settings.vae, self.device)  # with the memory that is free now
         self._sampler = sampler

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hunyuan_model.sampling.prompts import ENDINGS, PromptEntry, options_within, read_prompts, shortened
+from hunyuan_model.sampling.prompts import PROMPT_FILE_ENDINGS, PromptEntry, options_within, read_prompts, shortened
 from networks.generation.requests import Request
 from networks.merging import complete_multipliers
 from utils.cli.arguments import MAX_SEED, random_seed
@@ -21,7 +21,7 @@ def check_prompt(text: str) -> None:
     Raises:
         UserError: it is the name of a prompt file, or holds options of prompt lines; says what to use.
     """
-    if text.lower().endswith(ENDINGS) and os.path.isfile(text):
+    if text.lower().endswith(PROMPT_FILE_ENDINGS) and os.path.isfile(text):
         raise UserError(f"--prompt {text} is a file. Give it to {FLAG}, which reads a prompt from each of its lines.")
     if options := options_within(text):
         written = ", ".join(f"--{option.option}" for option in options)

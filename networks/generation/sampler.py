@@ -19,7 +19,7 @@ from hunyuan_model.text.conditions import TextConditions
 from networks.generation.requests import Request
 from networks.generation.settings import GenerationSettings
 from networks.injection import InjectedLoras, injected_bytes
-from networks.merging import LoraToMerge, MergePatch
+from networks.merging import LoraToMerge, MergePatch, read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError
 from utils.free_memory import free_device_memory
@@ -119,6 +119,12 @@ class Sampler:
 
     def _explained(self, batch: BatchSize):
         return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), self._device)
+
+
+def read_loras(settings: GenerationSettings, request: Request) -> list[LoraToMerge]:
+    """The LoRA files of a run, as strong as ``request`` has them; errors as of ``read_lora``."""
+    multipliers = request.lora_multiplier
+    return read_lora_files(settings.lora_weight, multipliers, partial=settings.lora_partial, blocks=settings.lora_blocks)
 
 
 def injecting_where_needed(settings: GenerationSettings, requests: Sequence[Request]) -> GenerationSettings:

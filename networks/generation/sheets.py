@@ -57,7 +57,7 @@ class BatchSheet:
 
     def save(self, metadata: Mapping[str, str]) -> list[Path]:
         """Write the sheet; returns the paths of what was written."""
-        parts = {request: described(request, self.lora_weight) for row in self.grid for request in row}
+        parts = {request: in_words(request, self.lora_weight) for row in self.grid for request in row}
         first = next(iter(parts.values()))
         shared = {name: text for name, text in first.items() if all(each.get(name) == text for each in parts.values())}
         others = SEPARATOR.join(text for name, text in shared.items() if name != "prompt")
@@ -80,8 +80,8 @@ class BatchSheet:
         return Cell(self._frames.get(request), "\n".join(lines), failed=request in self._failures)
 
 
-def described(request: Request, lora_weight: Sequence[str]) -> dict[str, str]:
-    """What made a result, in words, by the names of flags."""
+def in_words(request: Request, lora_weight: Sequence[str]) -> dict[str, str]:
+    """What made a result, by the names of flags."""
     sampling = request.sampling
     height, width = sampling.video_size
     parts = {

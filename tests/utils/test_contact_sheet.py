@@ -66,7 +66,7 @@ def test_what_is_shown_as_one_is_not_taken_apart() -> None:
 def test_every_character_that_is_written_has_a_font(letters: Lettering) -> None:
     for words in (JAPANESE, EMOJI, "ሴ ก ع 한 \U0001f9ff \U000f1234 \x07"):
         for face, part in letters.runs(letters.readable(words)):
-            shown = [character for character in text.visible(part) if not character.isspace()]
+            shown = [character for character in text.with_glyphs(part) if not character.isspace()]
             assert all(face.has(character) for character in shown), part
 
 

@@ -62,7 +62,7 @@ def is_emoji(cluster: str) -> bool:
     return EMOJI_STYLE in cluster or cluster[0] >= "\U0001f000"
 
 
-def visible(cluster: str) -> str:
+def with_glyphs(cluster: str) -> str:
     """Its characters that a font must have: without styles, joiners and tags."""
     return "".join(c for c in cluster if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
 
@@ -99,7 +99,7 @@ class Lettering:
     def _readable(self, cluster: str, missing: list[str]) -> str:
         if cluster.isspace():
             return cluster if cluster == "\n" else " "
-        if (shown := visible(cluster)) and self.fonts.face(shown, is_emoji(cluster)):
+        if (shown := with_glyphs(cluster)) and self.fonts.face(shown, is_emoji(cluster)):
             return cluster if shapes_text() else shown
         if len(shown) > 1:
             return "".join(self._readable(character, missing) for character in shown)
@@ -113,7 +113,7 @@ class Lettering:
         chosen = []
         for cluster in clusters(text):
             if not cluster.isspace():
-                face = self.fonts.face(visible(cluster), is_emoji(cluster)) or self.fonts.first
+                face = self.fonts.face(with_glyphs(cluster), is_emoji(cluster)) or self.fonts.first
             elif face.emoji:  # whose blanks are as wide as emoji
                 face = self.fonts.first
             chosen.append((face, cluster))

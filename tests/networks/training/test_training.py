@@ -317,6 +317,6 @@ def test_show_timesteps_needs_no_model(call_script, tmp_path):
 def test_an_empty_caption_trains(train, tmp_path):
     path = tmp_path / "pictures" / "a_hv_te.safetensors"
     file = read_tensors(path)
-    save_file(file.tensors | {"llm_mask": torch.zeros(TEXT_ROWS, dtype=torch.int64)}, path, file.metadata)
+    save_file(file.tensors | {"llm_mask": torch.zeros(TEXT_ROWS, dtype=torch.int64)}, path)
     ended = train("--max_train_epochs", 1)
     assert ended.status == 0, ended.stderr

@@ -23,7 +23,7 @@ from dataset.media.decoding import frames_at_rate, probe_video, read_clip_window
 from dataset.media.frame_rate import EVERY_FRAME, Resampling
 from dataset.media.frames import Window, frames_needed
 from dataset.media.pictures import probe_image, read_image
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
     except Exception as error:
         # Decoders fail on damaged files in ways nobody can list; one such file must not end the others' night.
         logger.debug("%s", item.path, exc_info=True)
-        yield Failure(item, f"{item.path}: {type(error).__name__}: {error}")
+        yield Failure(item, f"{item.path}: {type(error).__name__}: {first_line(error)}")
     else:
         yield Finished(item, targets, decoded=bool(missing))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import is_of_system
 
 
@@ -40,6 +40,6 @@ def reading(path: Path, what: str, hint: Callable[[Path], str | None] = lambda p
     except Image.DecompressionBombError as error:
         raise MediaError(f"{what} {path} is too large to open safely ({error}); shrink it first.") from error
     except Exception as error:  # Pillow's and FFmpeg's readers raise nearly every type on damaged files
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line(error)}"
         advice = hint(path) or "Repair, replace or remove the file."
         raise MediaError(f"{what} {path} cannot be decoded ({reason}). {advice}") from error

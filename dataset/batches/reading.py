@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dataset.batches.batches import Batch, ShapeBatchSampler, read_batch
 from dataset.batches.cached_items import CachedGroup, CachedItem
 from utils.errors import UserError, first_line, name_some
+from utils.output import show
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,20 @@ def _remedy() -> str:
     return f"Look at these files, or give a lower {FLAG}."
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C and the end of a terminal reach all of its processes; only the training itself answers, and stops its workers."""
+def _leave_it_to_the_training(_worker: int) -> None:
+    """Ctrl-C and the end of a terminal reach all of its processes; only the training itself answers, and stops its workers.
+
+    They say nothing of a training that is gone, and of anything else one line.
+    """
+    sys.excepthook = _say_in_a_line
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _say_in_a_line(kind: type[BaseException], error: BaseException, _: object) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        show(f"a process that reads the caches: {kind.__name__}: {first_line(error)}", error=True)
 
 
 def possible_workers(wanted: int) -> int:
@@ -96,7 +106,7 @@ class EpochReader:
             num_workers=workers,
             collate_fn=_batch_or_error,
             persistent_workers=persistent and workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_it_to_the_training,
             generator=torch.Generator(),
         )
 
@@ -132,6 +142,10 @@ class EpochReader:
                 raise batch
             yield batch
             self._due += 1
+
+    def close(self) -> None:
+        """End the processes. It cannot be read from any more."""
+        del self._loader
 
     def _explained(self, error: Exception, starting: bool) -> UserError:
         if starting and isinstance(error, OSError):

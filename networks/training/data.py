@@ -25,6 +25,9 @@ class BatchReader(Protocol):
     def due(self) -> str:
         """The items of the batch that ``epoch`` gives next, for a sentence."""
 
+    def close(self) -> None:
+        """End whatever reads ahead."""
+
 
 class LargestBatch(Protocol):
     """The batch that takes the most memory (``dataset.batches.batches.LargestBatch``)."""

@@ -78,6 +78,8 @@ def train(training: Training) -> int:
                 raise
             logger.warning("%s", first_line(error))  # such as of processes that read: the signal reached them, too
             return requests.received.status
+        finally:
+            training.data.reader.close()  # while signals wait
 
 
 def train_steps(training: Training, requests: TrainingRequests, loss_log: LossLog, bar: ProgressBar, spilling: SpillWatch) -> int:

@@ -207,6 +207,8 @@ def test_workers_are_started_once_and_every_epoch_has_its_order(group):
         for epoch, start in ((0, 0), (1, 2), (2, 0), (1, 0)):
             orders[-1].append([batch["names"] for batch in reader.epoch(epoch, start)])
             workers.append({process.pid for process in multiprocessing.active_children()})
+        reader.close()
+        assert not multiprocessing.active_children()
     assert orders[0] == orders[1] and orders[0][3][2:] == orders[0][1]
     assert workers[:4] == [set()] * 4 and workers[4] and workers[5:] == [workers[4]] * 3
 

@@ -1,7 +1,7 @@
-"""Generate a video or picture from a prompt with HunyuanVideo, optionally with LoRA.
+"""Generate videos or pictures from prompts with HunyuanVideo, optionally with LoRA.
 
-The prompt is encoded and the text encoders dropped, then the transformer samples and is dropped, then the VAE decodes: one
-network at a time is in memory.
+All prompts are encoded and the text encoders dropped, then the transformer samples everything and is dropped, then the VAE decodes:
+one network at a time is in memory. With --interactive the transformer and the VAE stay.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, dev
     decode = load_decoder(vae, device)
     own = {name: value for name, value in given_flags(parser, args).items() if name in {*VAE_FLAGS, "fps", "output_type"}}
     for stem, latents, metadata in stored:
-        show(output.save_frames(output.unused_stem(stem), decode(latents)[0], with_flags(metadata, own)))
+        stem = output.unused_stem(stem, beside_latents=True)
+        show(output.save_frames(stem, decode(latents)[0], with_flags(metadata, own)))
 
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> int:

@@ -57,9 +57,11 @@ class OutputSettings:
         """Whether the latents are a result; else their file is there only until they are decoded."""
         return LATENT_ENDING in ENDINGS[self.output_type]
 
-    def unused_stem(self, stem: str) -> str:
-        """``stem``, or with a number behind it, so that nothing is overwritten."""
-        return unused_stem(Path(self.save_path), stem, {*ENDINGS[self.output_type], LATENT_ENDING})
+    def unused_stem(self, stem: str, beside_latents: bool = False) -> str:
+        """``stem``, or with a number behind it, so that nothing is overwritten: latents neither, but ``beside_latents``, which are
+        only read."""
+        endings = ENDINGS[self.output_type] if beside_latents else {*ENDINGS[self.output_type], LATENT_ENDING}
+        return unused_stem(Path(self.save_path), stem, endings)
 
     def preview_path(self, stem: str) -> Path:
         """Where previews of a result are written, over what a killed run left."""

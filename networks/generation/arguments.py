@@ -69,7 +69,8 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
         "--lora_mode",
         choices=("merge", "inject"),
         default="merge",
-        help="merge LoRA into the weights while they load, or compute it beside them in every step (default: merge)",
+        help="merge LoRA into the weights while they load, or compute it beside them in every step, as is done with --interactive "
+        "and where multipliers differ (default: merge)",
     )
     group.add_argument("--lora_partial", action="store_true", help="use LoRA files that fit the model only in part (default: off)")
     group.add_argument(

@@ -249,6 +249,13 @@ def test_pictures_are_not_overwritten(call_script, tiny_model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "a-2"]
 
 
+def test_what_is_decoded_beside_its_latents_has_their_name(call_script, tiny_model, tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a_latent.safetensors")
+    for name in ("a.mp4", "a-2.mp4"):
+        flags = ("--latent_path", tmp_path / "a_latent.safetensors", "--vae", tiny_model.vae, "--save_path", tmp_path)
+        assert call_script("hv_generate_video", *flags).stdout.split() == [str(tmp_path / name)]
+
+
 def test_decoding_alone_writes_no_latents_again(call_script, tiny_model, tmp_path):
     save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "a.safetensors")
     flags = ("--vae", tiny_model.vae, "--save_path", tmp_path / "out", "--output_type", "both")

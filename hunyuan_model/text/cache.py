@@ -42,7 +42,8 @@ class TextCache:
             return None
         try:
             tensors = read_tensors(path, "--text_cache").tensors
-            return TextConditions(*(tensors[name] for name in TextConditions._fields))
+            # In memory of their own, aligned as what an encoder gives: where they lie decides the last bits of products.
+            return TextConditions(*(tensors[name].clone() for name in TextConditions._fields))
         except (UserError, KeyError) as error:
             logger.warning("%s is encoded again, as its cache is damaged: %s", path.name, first_line(error))
             return None

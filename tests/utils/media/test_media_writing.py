@@ -62,3 +62,11 @@ def test_a_gif_is_no_faster_than_players_show_it(tmp_path, frames, caplog):
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.info["duration"] == 20
     assert "a GIF holds at most 50" in caplog.text
+
+
+@pytest.mark.parametrize(("side", "tree"), [(48, b" mbtree=0 "), (64, b" mbtree=1 ")])
+def test_small_videos_are_the_same_each_time(tmp_path, side, tree):
+    """x264's macroblock tree reads beyond small frames. It writes its options into the file."""
+    picture = np.random.default_rng(0).integers(0, 256, (5, side, 64, 3), np.uint8)
+    save_video(tmp_path / "a.mp4", picture, 24)
+    assert tree in (tmp_path / "a.mp4").read_bytes()

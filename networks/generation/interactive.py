@@ -21,7 +21,7 @@ from hunyuan_model.sampling.preview import ColourMap, Preview
 from hunyuan_model.sampling.prompts import PROMPT_OPTIONS, PROMPT_SETTINGS, PromptSetting, parse_prompt_line
 from hunyuan_model.text.conditions import TextConditions
 from networks.generation.prompts import changed_by
-from networks.generation.requests import SAMPLING_FIELDS, Request, without_effect
+from networks.generation.requests import SAMPLING_FIELDS, START_FIELDS, Request, without_effect
 from networks.generation.sampler import Sampler, read_loras
 from networks.generation.settings import GenerationSettings
 from networks.generation.starts import FindStarts, ReadStart, expand_starts, prepare_with_vae
@@ -103,8 +103,8 @@ class LineSettings:
         if not entry.prompt and self.prompt is None:
             raise UserError(f"{where} has options but no prompt, and there is none before it. Write the prompt first.")
         prompt = entry.prompt or self.prompt
-        starts = {"image_path", "video_path"}
-        kept = {flag: value for flag, value in self.values.items() if not (flag in starts and starts & entry.values.keys())}
+        replaced = () if entry.values.keys().isdisjoint(START_FIELDS) else START_FIELDS  # by a start of this line
+        kept = {flag: value for flag, value in self.values.items() if flag not in replaced}
         values = {**kept, **entry.values}
         if (seed := values.get("seed", self.seed)) is None:
             seed_of_line = {"seed": random_seed(), "seed_given": False}

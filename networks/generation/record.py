@@ -90,6 +90,8 @@ class Recorder:
         if len(seeds := {request.sampling.seed for request in requests}) == 1:
             (flags["seed"],) = seeds
         settings = {"flags": flags, "lora": [], "start": {}, "versions": dict(self.versions)}
+        if "seed" not in flags and not all(request.seed_given for request in requests):
+            settings["random"] = ["seed"]
         shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
         return {**shared, SETTINGS: json.dumps(settings, ensure_ascii=False)}
 
@@ -213,6 +215,10 @@ def warn_of_changes(path: str, metadata: Mapping[str, str]) -> None:
     old, new = settings_of(read_media_metadata(path, REPEAT_FLAG)), settings_of(metadata)
     if old is None or new is None:
         return
+    if old.get("random") == ["seed"] and "seed" not in old["flags"]:
+        logger.warning(
+            "%s shows results of random seeds: others are made. %s of each of its files makes it again.", path, REPEAT_FLAG
+        )
     before = {str(entry.get("file")): entry.get("sha256") for entry in (*old["lora"], old["start"])}
     for entry in (*new["lora"], new["start"]):
         if before.get(str(entry.get("file")), entry.get("sha256")) != entry.get("sha256"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,16 @@ def test_versions_name_what_computes():
     assert versions["torch"] == torch.__version__ and versions["attention"] == "torch" and versions["device"].startswith("CPU")
     assert versions["musubi-tuner"][0].isdigit()
     assert versions_of("xformers", torch.device("cpu"))["attention"].startswith("xformers")
+
+
+def test_a_sheet_of_random_seeds_says_that_others_will_be_made(tmp_path, caplog):
+    requests = [replace(request(seed=seed), seed_given=False) for seed in (1, 2)]
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for name, shown, says in (("random", requests, True), ("one", requests[:1], False), ("mixed", [request(), requests[0]], True)):
+        save_picture(tmp_path / f"{name}.png", picture, recorder(tmp_path).of_batch(shown))
+        caplog.clear()
+        warn_of_changes(str(tmp_path / f"{name}.png"), recorder(tmp_path).metadata(request()))
+        assert ("shows results of random seeds" in caplog.text) is says
 
 
 def test_strange_values_of_a_file_are_no_traceback(tmp_path):

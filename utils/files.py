@@ -21,7 +21,7 @@ UNSUPPORTED = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
 _warned: set[str] = set()  # operations that were found missing
 SIGNATURE_BYTES = 64  # of a file, enough for ``foreign_content``
 TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp(\.|$)")
-MOST_TEXT_BYTES = 16 << 20  # of a text that is read whole; a larger one is something else
+MOST_TEXT_BYTES = 4 << 20  # of a text that is read whole; a larger one is something else
 MAX_NAME_BYTES = 240  # of a file name: file systems allow 255; temporary names and other tools need some
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from utils.errors import UserError
 from utils.files import SIGNATURE_BYTES, atomic_path, foreign_content, is_torch_file, require_file
 
+MOST_TENSORS, MOST_NAME_CHARACTERS = 1 << 16, 1000
 MOST_HEADER_BYTES = 32 << 20  # names, shapes and metadata; those of the largest models have less than 1 MB
 
 # The names of dtypes in safetensors files.
@@ -67,6 +68,19 @@ def require_small_header(path: str | os.PathLike[str], what: str) -> None:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
 
 
+def require_plausible_names(names: Collection[str], path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a file whose tensors have more, or longer, names than those of any model: to look at them would take minutes.
+
+    Raises:
+        UserError: says ``what`` it is.
+    """
+    if len(names) > MOST_TENSORS or max(map(len, names), default=0) > MOST_NAME_CHARACTERS:
+        raise UserError(
+            f"{what} {path} holds {len(names)} tensors with names of up to {max(map(len, names))} characters; at most "
+            f"{MOST_TENSORS} with {MOST_NAME_CHARACTERS} are read."
+        )
+
+
 @contextmanager
 def _open(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     """The opened file; what the library says of its header or of a tensor becomes a UserError.
@@ -77,6 +91,7 @@ def _open(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     require_small_header(path, "safetensors file")
     try:
         with safe_open(str(path), framework=framework, device="cpu") as file:
+            require_plausible_names(file.keys(), path, "safetensors file")
             yield file
     except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last for dtypes that torch lacks
         raise UserError(f"{path} is not a readable safetensors file{_what_is_wrong(path, error)}") from error

@@ -12,7 +12,6 @@ from utils.errors import UserError
 from utils.files import read_text
 from utils.output import is_secret
 
-MOST_BYTES = 4 << 20
 # Python's parser takes the square of the number of parts.
 _KEY_WITHOUT_END = re.compile(
     r"""(?:^|[\[{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){99}""", re.ASCII | re.MULTILINE
@@ -40,7 +39,7 @@ def read_toml(path: str | os.PathLike[str], what: str = "TOML file") -> dict[str
     Raises:
         UserError: missing, not UTF-8, or not TOML; the line is named, and so is the remedy for Windows paths.
     """
-    text = read_text(path, what, MOST_BYTES)
+    text = read_text(path, what)
     if _KEY_WITHOUT_END.search(text):
         raise UserError(f"{path} is not valid TOML: it has a key of more than 99 parts. Mend the file.")
     try:

@@ -13,7 +13,6 @@ import os
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from hunyuan_model.checkpoints.mapped_files import MappedFile, torch_maps_read_o
 from hunyuan_model.checkpoints.stored_tensor import Allocate, StoredTensor
 from utils.errors import UserError, first_line, name_some
 from utils.files import SIGNATURE_BYTES, foreign_content, is_torch_file, read_text, require_file, require_there
-from utils.safetensors_io import SAFETENSORS_DTYPES, require_small_header
+from utils.safetensors_io import SAFETENSORS_DTYPES, require_plausible_names, require_small_header
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,9 @@ def require_plain_torch_file(path: str | os.PathLike[str], what: str) -> None:
                 for _ in range(_PICKLES_OF_OLD_FILES):
                     if file.peek(1):
                         _require_shallow(file)
-    except (ValueError, LookupError, OSError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what reads pickles and zip files raises nearly every type on damaged ones
         raise UserError(f"{what} {path} is cut short or damaged ({first_line(error)}). Copy or download it again.") from error
 
 
@@ -357,6 +358,7 @@ def open_checkpoint(path: str | os.PathLike[str], what: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in _files_of_folder(root, what) if root.is_dir() else [root]:
         found, described = _open_file(file, what)
+        require_plausible_names(found.keys(), file, what)
         if twice := name_some(entries.keys() & found.keys(), 1):
             raise UserError(f"{what} {root} holds {twice} in two of its files. Keep the shards of one model in it.")
         entries |= found

@@ -14,7 +14,7 @@ from utils.errors import shown
 from utils.files import read_text
 
 MOST_BYTES = 32 << 20  # Llama-3's has 9 MB
-_MOST_ADDED = 1 << 14
+_MOST_TOKENS, _MOST_ADDED = 1 << 19, 1 << 14  # Llama-3 has 1 << 17
 _MOST_NORMALIZERS, _MOST_REPLACES, _MOST_REPLACEMENT = 8, 3, 4
 _MODELS = ("BPE",)
 _SPLIT_OF_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -84,6 +84,8 @@ def check_vocabulary(vocabulary: object, added: Mapping[str, int]) -> Mapping[st
     """
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise ValueError("it has no vocabulary")
+    if len(vocabulary) > _MOST_TOKENS:
+        raise ValueError(f"it has {len(vocabulary)} tokens, and at most {_MOST_TOKENS} are read")
     most = 2 * (len(vocabulary) + len(added)) + 1024
     for tokens in (vocabulary, added):
         numbers = tokens.values()

@@ -154,3 +154,13 @@ def test_indexes_of_shards(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     with pytest.raises(UserError, match=r"index|is a view into the system|lacks"):
         open_checkpoint(tmp_path, "model")
+
+
+@pytest.mark.parametrize("names", [["layers.0." * 1000], [f"x{index}" for index in range((1 << 16) + 1)]])
+def test_names_without_end(tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({name: torch.ones(1) for name in names}, path)
+    refused(path, rf"holds {len(names)} tensors with names of up to \d+ characters")
+    for read in (read_header, read_tensors):
+        with pytest.raises(UserError, match="tensors with names of up to"):
+            read(path)

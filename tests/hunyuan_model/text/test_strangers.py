@@ -106,6 +106,9 @@ def test_tokenizers_that_end_the_process(tmp_path: Path, stranger: str, reason: 
 TOKENIZERS = {
     "no object": lambda content: [],
     "no vocabulary": lambda content: content["model"].update(vocab={}),
+    "a vocabulary without end": lambda content: content["model"].update(
+        vocab={str(index): index for index in range((1 << 19) + 1)}
+    ),
     "a negative number": lambda content: content["model"]["vocab"].update({"!": -1}),
     "a number that is none": lambda content: content["model"]["vocab"].update({"!": 1.0}),
     "a large number of an added token": lambda content: content["added_tokens"][0].update(id=1 << 40),

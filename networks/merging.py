@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,15 @@ from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.block_strengths import EVERYWHERE, BlockStrengths
 from networks.formats.reading import LoraFile, PlacedUpdate, fit_to_model, read_lora
 from networks.formats.updates import LowRank, strength
+from utils.checksums import file_sha256
 from utils.errors import UserError
 from utils.files import require_possible_file, require_writable_folder
 from utils.progress import ProgressBar
 from utils.safetensors_io import save_tensor_stream
 
 logger = logging.getLogger(__name__)
+
+MERGED = "merged_lora"  # in the metadata of a merged model
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
     """Write the transformer with ``loras`` merged as a safetensors file: official names, each weight in its stored dtype.
 
     Weights that are dequantized (with scales, or of a GGUF file), for which the file written has no place, become bfloat16.
-    Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole.
+    Weights are read, merged in float32 and written one by one. The file appears under ``output`` only when whole; its metadata
+    name the LoRA, with those that were merged before.
 
     Raises:
         UserError: ``output`` is a file that is read, also one in the folder ``dit``, or cannot be written.
@@ -158,4 +163,24 @@ def merge_lora_into_file(dit: str | os.PathLike[str], loras: Sequence[LoraToMerg
         for name in ProgressBar(checkpoint.shapes, desc="merging", unit="tensor")
     )
     layout = {name: (dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
-    save_tensor_stream(output, layout, merged, checkpoint.metadata or None)
+    save_tensor_stream(
+        output, layout, merged, {**checkpoint.metadata, MERGED: _with_merged(checkpoint.metadata.get(MERGED), loras)}
+    )
+
+
+def _with_merged(before: str | None, loras: Sequence[LoraToMerge]) -> str:
+    """JSON of the LoRA files that are in a merged model."""
+    try:
+        known = json.loads(before or "[]")
+    except (ValueError, RecursionError):
+        known = None
+    own = [
+        {
+            "file": os.path.basename(lora.file.source),
+            "sha256": file_sha256(lora.file.source),
+            "multiplier": lora.multiplier,
+            "blocks": [[place, numbers and sorted(numbers), factor] for place, numbers, factor in lora.blocks.factors],
+        }
+        for lora in loras
+    ]
+    return json.dumps([*(known if isinstance(known, list) else []), *own], ensure_ascii=False)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from utils.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 _FACTOR, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
@@ -43,3 +47,25 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
                 yield buffer[:size]
 
     return checksum(pieces())
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Of the bytes of a file; of a folder, of those of the files in it, one after the other by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(each for each in Path(path).iterdir() if each.is_file()) if os.path.isdir(path) else [path]:
+            for chunk in _chunks(file):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
+    return digest.hexdigest()
+
+
+def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(BLOCK_BYTES):
+            yield chunk

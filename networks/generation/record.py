@@ -6,12 +6,11 @@ The JSON holds ``flags``, with which the result is made again; ``lora`` and ``st
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -22,6 +21,7 @@ import torch
 
 from networks.formats.reading import lora_path
 from networks.generation.requests import SAMPLING_FIELDS, START_FIELDS, Request
+from utils.checksums import file_sha256
 from utils.devices import device_name
 from utils.errors import UserError
 from utils.media.metadata import PICTURE, SETTINGS, read_media_metadata
@@ -43,7 +43,6 @@ WITHOUT_EFFECT = frozenset(("output_type", "device", "decode_on_cpu", "split_unc
 }
 ATTENTION_PACKAGES = {"flash": "flash-attn", "xformers": "xformers", "sageattn": "sageattention"}
 _OF_REQUESTS = {entry.name for entry in fields(Request)} - {"sampling", "name", "where", "seed_given"}
-_CHUNK = 1 << 20
 
 REPEAT_FLAG, SHOW_FLAG = "--repeat", "--show"
 _EXCLUSIVE = (START_FIELDS, ("prompt", "from_file"), ("prompt", "interactive"), ("xy", "from_file"))
@@ -126,28 +125,6 @@ def versions_of(attn_mode: str, device: torch.device) -> dict[str, str]:
     with suppress(metadata.PackageNotFoundError):  # a build of one's own may have another name
         attention = f"{attention} {metadata.version(attention)}" if attention != "torch" else attention
     return {**versions, "torch": torch.__version__, "attention": attention, "device": device_name(device)}
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Of the bytes of a file; of a folder, of those of the files in it, one after the other by name.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        for file in sorted(each for each in Path(path).iterdir() if each.is_file()) if os.path.isdir(path) else [path]:
-            for chunk in _chunks(file):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
-    return digest.hexdigest()
-
-
-def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
 
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,10 +24,12 @@ from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.runtime.settings import RuntimeSettings
 from networks import lora as lora_module
 from networks import lora_options
+from networks.block_strengths import BlockStrengths
 from networks.formats.reading import lora_of, read_lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
 from networks.merging import LoraToMerge, complete_multipliers, merge_lora_into_file, merge_patch, read_lora_files
 from utils.errors import UserError
+from utils.safetensors_io import read_header
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 DIT, LORA = GOLDENS / "dit.safetensors", GOLDENS / "lora.safetensors"
@@ -513,6 +517,19 @@ def test_merge_into_file_equals_merge_while_loading(tmp_path, inputs):
     for name in stored.shapes:
         assert torch.equal(merged.get(name), patch(name, stored.get(name)).to(stored.dtypes[name]))
         assert torch.equal(merged.get(name), stored.get(name)) == (name not in patch.names)
+
+
+def test_a_merged_model_names_its_lora_also_those_of_before(tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    merge_lora_into_file(DIT, read_lora_files([LORA], [0.5]), first)
+    merge_lora_into_file(first, read_lora_files([LORA], [-1.0], blocks=BlockStrengths((("single", frozenset({1}), 0.0),))), second)
+    entries = json.loads(read_header(second).metadata["merged_lora"])
+    digest = hashlib.sha256(Path(LORA).read_bytes()).hexdigest()
+    assert [(entry["file"], entry["sha256"], entry["multiplier"]) for entry in entries] == [
+        (Path(LORA).name, digest, 0.5),
+        (Path(LORA).name, digest, -1.0),
+    ]
+    assert [entry["blocks"] for entry in entries] == [[], [["single", [1], 0.0]]]
 
 
 def test_merge_into_file_refuses_to_overwrite_what_it_reads(tmp_path):

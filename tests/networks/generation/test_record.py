@@ -13,7 +13,6 @@ from hunyuan_model.sampling.generation import SamplingSettings
 from networks.generation.record import (
     Recorder,
     described,
-    file_sha256,
     identity,
     recorded_flags,
     settings_of,
@@ -22,6 +21,7 @@ from networks.generation.record import (
     with_flags,
 )
 from networks.generation.requests import Request
+from utils.checksums import file_sha256
 from utils.errors import UserError
 from utils.media.writing import save_picture
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils import output
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT_SECONDS = 300
 
@@ -64,6 +66,13 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 def little_garbage() -> None:
     """The product collects garbage after each model; what pytest and the libraries hold is left out of that, as it takes long."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_left() -> Iterator[None]:
+    """Scripts that run in this process must not hide the words of an earlier test."""
+    yield
+    output._secrets.clear()
 
 
 @pytest.fixture

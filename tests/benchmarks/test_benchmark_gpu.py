@@ -110,7 +110,7 @@ def test_rows_of_one_model_use_it_again():
     "row",
     [
         Row("image", short=True, keep=True),
-        Row("image", short=True, compile=True),
+        pytest.param(Row("image", short=True, compile=True), marks=pytest.mark.slow),
         Row("image", short=True, work="forward"),
         Row("image", "fp8", short=True, who="diffusers"),
     ],
@@ -341,6 +341,7 @@ def test_few_packages_suffice_for_the_benchmark():
     assert "at_full_depth" in printed[-2] and printed[-1] == "{'skipped': 'diffusers is not installed'}"
 
 
+@pytest.mark.slow
 def test_few_packages_suffice_for_the_tests_on_a_gpu():
     printed = with_few_packages("import pytest; pytest.main(['-m', 'gpu', '-rs', '--collect-only', '-p', 'no:cacheprovider'])")
     assert "test_block_swap.py" in printed and "test_shared_weights.py" in printed and "error" not in printed.lower()

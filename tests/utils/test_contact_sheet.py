@@ -120,7 +120,7 @@ def test_each_system_has_its_folders() -> None:
 # Sheets
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(2, 2), (6, 5)])
+@pytest.mark.parametrize(("columns", "rows"), [(2, 2), pytest.param(6, 5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("label", ["seed 5", JAPANESE, EMOJI, LONG])
 def test_cells_are_aligned_and_labels_stand_beside_them(columns: int, rows: int, label: str) -> None:
     side = 96

@@ -236,6 +236,7 @@ def test_a_killed_worker_is_one_sentence_that_names_files(group):
             time.sleep(0.1)  # nothing is raised here, where a step would be under way
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process with SIGKILL")
 def test_a_worker_that_is_killed_between_epochs_is_a_sentence_too(group):
     groups = find_cached_items(group)
@@ -258,6 +259,7 @@ def test_what_fails_in_a_worker_is_one_sentence(group, monkeypatch):
     assert "Traceback" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_start_are_one_sentence(group, monkeypatch):
     def none_left(_process):
         raise OSError(errno.EMFILE, "Too many open files")

@@ -108,7 +108,7 @@ def test_a_few_graphs_serve_all_blocks_and_sizes() -> None:
 @pytest.mark.parametrize(
     ("swapped", "checkpointing", "fp8"),
     [
-        pytest.param(2, True, True, id="swap, checkpointing, float8"),
+        pytest.param(2, True, True, id="swap, checkpointing, float8", marks=pytest.mark.slow),
         pytest.param(2, False, False, id="swap", marks=pytest.mark.slow),
     ],
 )

@@ -67,6 +67,7 @@ def test_every_flag_has_a_row_and_every_row_a_flag(script: str) -> None:
     assert rowed - flags == set(), "rows of flags that are gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "row"),
     [pytest.param(script, row, id=f"{script} {row.given}") for script, table in TABLES.items() for row in table.rows],

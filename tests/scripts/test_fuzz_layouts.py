@@ -128,6 +128,7 @@ def damage(tensors: Tensors, chance: random.Random) -> None:
         tensors[chance.choice(("x", "double_blocks.0.x.weight", "scaled_fp8", "y.scale_weight", "z.comfy_quant"))] = torch.ones(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_damaged_headers(tmp_path, layout):
     make, check = LAYOUTS[layout]

@@ -57,7 +57,7 @@ def is_made_again(script, path: Path, *flags: object) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["video", "images", "latent", "both", "webp", "gif"])
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("length", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_every_kind_of_file_is_made_again(script, kind, length):
     script("--prompt", "a red ball", "--video_length", length, "--output_type", kind)
     for path in results():
@@ -72,6 +72,7 @@ def test_a_picture_of_a_folder_stands_for_it_and_the_folder_is_that_of_the_resul
     assert first.parent == second.parent and frames(first) == frames(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -125,6 +125,7 @@ def consistent(lora) -> None:
                 assert (found[name] - weight).norm() <= 0.05 * (weight - WEIGHTS[name]).norm() + 1e-4, (target, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_user_errors_or_consistent(tmp_path, kind, layout):

@@ -92,6 +92,7 @@ def test_it_trains_with_the_optimizer_of_training(monkeypatch):
         assert model._optimizer.defaults["fused"]
 
 
+@pytest.mark.slow
 def test_rows_of_one_model_use_it_again():
     rows = [Row("image", "int8", short=True), Row("clip33", "int8", short=True), Row("image", "int8", swap=40, offload=True)]
     models, used = Models(BENCH), []
@@ -332,6 +333,7 @@ def with_few_packages(code: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_few_packages_suffice_for_the_benchmark():
     row, theirs = Row("image", short=True), Row("image", short=True, who="diffusers")
     printed = with_few_packages(

@@ -143,6 +143,7 @@ def test_recomputations_in_the_thread_of_a_gpu_may_have_as_many_graphs() -> None
     assert seen == [MAX_GRAPHS]
 
 
+@pytest.mark.slow
 def test_offloaded_activations_and_a_network_that_is_off_go_together_with_it() -> None:
     def run(settings: CompileSettings | None, swap: int, offload: bool) -> list[torch.Tensor]:
         transformer = make(1, 2)
@@ -209,6 +210,7 @@ def test_a_mode_without_compiling_is_refused(train, mode: str) -> None:
     assert ended.status == 2 and "give --compile as well" in ended.stderr
 
 
+@pytest.mark.slow
 def test_no_dequantized_weight_is_kept_for_the_backward_pass() -> None:
     """As inductor splits the graphs, which may compute in either pass what depends on weights alone."""
     split = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)

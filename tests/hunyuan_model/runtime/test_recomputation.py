@@ -178,7 +178,9 @@ NETWORKS = {
 @pytest.mark.parametrize(
     ("kind", "network_args"),
     [
-        pytest.param(kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" else pytest.mark.slow)
+        pytest.param(
+            kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" and kind in ("plain", "int8") else pytest.mark.slow
+        )
         for kind in ("plain", "float8", "int8", "swapped")
         for name, network_args in NETWORKS.items()
     ],

@@ -114,6 +114,7 @@ def drift(dit: Path, cached: Path, weights: Path) -> float:
     return torch.stack(found).mean().item()
 
 
+@pytest.mark.slow
 def test_training_leaves_alone_what_it_is_to_preserve(train, tiny_model, cached, tmp_path):
     """Pictures are trained on, clips preserved: those move far less than by training on both, or on the pictures alone."""
     flags = ("--max_train_steps", 40, "--learning_rate", 5e-3, "--network_dim", 4)

@@ -89,6 +89,7 @@ def test_processes_that_read_make_no_difference(train, whole: Path) -> None:
     assert_same(weights(whole, "again"), weights(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "arguments"),
     [

@@ -9,6 +9,7 @@ import select
 import signal
 import struct
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,7 +268,7 @@ def test_a_clip_that_the_gpu_cannot_decode_beside_the_transformer_is_decoded_on_
     assert asked == [(torch.float32, CPU)]
 
 
-@pytest.mark.skip(reason="hangs at Ctrl-C at the prompt since output outlasts its readers: the cause is not found yet")
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_ctrl_c_at_a_terminal(flags, tmp_path):
     import fcntl
@@ -306,6 +307,7 @@ def test_ctrl_c_at_a_terminal(flags, tmp_path):
     wait_for("step/s")
     send("\x03")
     wait_for("prompt> ")
+    time.sleep(0.5)  # Python's readline loses a signal that comes before it waits for keys
     send("\x03")  # at the prompt
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 1

@@ -178,7 +178,7 @@ class Faults:
         else:
             process = self.start(out, toml, workers, fault)
             others = [self.start(out, toml, workers, fault)] if kind == "two runs" else []
-            statuses = [self.wait(each) for each in (process, *others)]
+            statuses = sorted((self.wait(each) for each in (process, *others)), key=lambda status: status == 0)  # done comes last
         return self.gone_on(Outcome(kind, workers, step, statuses, 0, "", False, False, 0.0), out, toml, change, whole, began)
 
     def gone_on(self, outcome: Outcome, out: Path, toml: Path, change: Callable, whole: dict[Path, bytes], began: float) -> Outcome:

@@ -25,6 +25,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,11 @@ class Runner:
         def counted(plain: Callable) -> Callable:
             def call(*arguments: object, **named: object) -> object:
                 if os.getpid() == process:  # not in the workers of a training
-                    is_inside = any(is_saved(path) for path in unfinished(folder) - before)
+                    saves = [path for path in unfinished(folder) - before if is_saved(path)]
                     counts[0] += 1
-                    counts[1] += is_inside
-                    if kill is not None and is_inside >= kill.inside and counts[kill.inside] >= kill.number:
+                    counts[1] += bool(saves)
+                    # Another thread may have ended its save while this one looked at the folder.
+                    if kill is not None and counts[kill.inside] >= kill.number and (not kill.inside or any(map(exists, saves))):
                         os.kill(process, signal.SIGKILL)
                 return plain(*arguments, **named)
 

@@ -21,9 +21,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.xfail(
-    reason="of two runs at once, one was refused after the other had ended: the cause is not found yet", strict=False
-)
 def test_two_faults_of_every_kind_change_no_bit_of_a_training(tiny_model, cached: Path, tmp_path_factory) -> None:
     plan, folder = tmp_path_factory.mktemp("plan") / "plan.json", tmp_path_factory.mktemp("faults")
     words = {"dit": str(tiny_model.dit), "dataset": str(cached), "folder": str(folder), "faults": COUNT, "seed": "first"}

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_workloads import GIB, RANK, TERA, VALID_TEXT, Bench, Model, Row, make_inputs, our_transformer, tokens_of
 from hunyuan_model.quantization.formats import WeightFormat, dequantize
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls, find_float8_matmuls, float8_input_gradient, float8_linear
-from hunyuan_model.runtime.block_swap import max_blocks_to_swap
-from hunyuan_model.runtime.host_weights import host_memory, page_lock
+from hunyuan_model.runtime.offload.block_swap import max_blocks_to_swap
+from hunyuan_model.runtime.offload.host_weights import host_memory, page_lock
 from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.blocks import add_branch
@@ -34,7 +34,7 @@ from hunyuan_model.vae import cpu_kernels
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings, working_bytes
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
 from networks.lora import LoRAModule, create_network
-from networks.training.shared_weights import SharedMemory
+from networks.training.distributed.shared_weights import SharedMemory
 
 Measured = dict[str, Any]
 Rows = dict[str, Callable[[], Measured]]

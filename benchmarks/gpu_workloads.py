@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.runtime.block_swap import SLOTS, block_sizes, max_blocks_to_swap, streamed_blocks
 from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.loading import transformer_from
 from hunyuan_model.runtime.memory import BatchSize, weight_bytes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.offload.block_swap import SLOTS, block_sizes, max_blocks_to_swap, streamed_blocks
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling.flow import latent_size
 from hunyuan_model.transformer import fused

@@ -10,7 +10,7 @@ from torch import nn
 
 from hunyuan_model.quantization.formats import FP8_DTYPE, cast, is_quantized_name
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.runtime.block_swap import SLOTS
+from hunyuan_model.runtime.offload.block_swap import SLOTS
 from hunyuan_model.transformer.config import TransformerConfig, rope_dims_for
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import create_network

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from hunyuan_model.runtime import compilation, loading
-from hunyuan_model.runtime.activation_offload import HostPool
+from hunyuan_model.runtime.offload.activation_offload import HostPool
 from hunyuan_model.text.clip import CLIPTextEncoder
 from hunyuan_model.text.llm import LlamaTextEncoder
 from hunyuan_model.transformer.attention import Attention

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.runtime.block_swap import SwappedForward
+from hunyuan_model.runtime.offload.block_swap import SwappedForward
 from hunyuan_model.transformer.attention import Attention
 from hunyuan_model.transformer.fused import allow_graphs
 from utils.errors import UserError

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hunyuan_model.runtime.activation_offload import ActivationOffloader, checkpoint_offloaded
 from hunyuan_model.runtime.kept_attention import AttentionResults, KeptAttention
+from hunyuan_model.runtime.offload.activation_offload import ActivationOffloader, checkpoint_offloaded
 from hunyuan_model.transformer.blocks import Branch, add_branch
 
 DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every other argument is the same for all blocks.

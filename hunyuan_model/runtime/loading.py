@@ -17,10 +17,10 @@ from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
 from hunyuan_model.quantization.linear import enable_quantized_linears
 from hunyuan_model.quantization.scaled_mm import find_float8_matmuls
-from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.block_swap import SwappedParts, enable_block_swap
 from hunyuan_model.runtime.compilation import enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.offload.activation_offload import make_offloader
+from hunyuan_model.runtime.offload.block_swap import SwappedParts, enable_block_swap
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes

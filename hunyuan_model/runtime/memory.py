@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from hunyuan_model.quantization.formats import GROUP, WeightFormat, is_quantized_name
-from hunyuan_model.runtime.activation_offload import ON_DEVICE
-from hunyuan_model.runtime.block_swap import SLOTS, on_host
-from hunyuan_model.runtime.host_weights import ALIGNMENT
+from hunyuan_model.runtime.offload.activation_offload import ON_DEVICE
+from hunyuan_model.runtime.offload.block_swap import SLOTS, on_host
+from hunyuan_model.runtime.offload.host_weights import ALIGNMENT
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer

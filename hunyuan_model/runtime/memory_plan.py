@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.memory import (
     ActivationBytes,
     BatchSize,
@@ -19,6 +18,7 @@ from hunyuan_model.runtime.memory import (
     training_activations,
     weight_bytes,
 )
+from hunyuan_model.runtime.offload.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.cli.arguments import AUTO

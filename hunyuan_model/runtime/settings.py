@@ -9,8 +9,8 @@ import torch
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
-from hunyuan_model.runtime.block_swap import SwapSettings, check_blocks_to_swap
 from hunyuan_model.runtime.compilation import CompileSettings, check_compile
+from hunyuan_model.runtime.offload.block_swap import SwapSettings, check_blocks_to_swap
 from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.attention import check_attention_device, check_attention_dtype, make_attention
 from hunyuan_model.transformer.config import TransformerConfig

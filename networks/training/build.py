@@ -16,6 +16,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from networks.lora import DEFAULT_RANK
 from networks.merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
+from networks.training.distributed.shared_weights import shared_host_memory
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights
 from networks.training.loss.flow_matching import FlowMatching
@@ -29,7 +30,6 @@ from networks.training.saving.metadata import new_session_id, training_metadata
 from networks.training.saving.resume import restore
 from networks.training.saving.state import Progress
 from networks.training.settings import TrainingSettings
-from networks.training.shared_weights import shared_host_memory
 from utils.hub import open_uploads
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,6 @@ from torch._dynamo.backends.common import aot_autograd
 import hunyuan_model
 from hunyuan_model.quantization.formats import FP8_DTYPE
 from hunyuan_model.runtime import compilation
-from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.compilation import (
     CompileSettings,
     check_compile,
@@ -32,6 +30,8 @@ from hunyuan_model.runtime.compilation import (
     enable_compile,
 )
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.offload.activation_offload import make_offloader
+from hunyuan_model.runtime.offload.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.transformer.fused import MAX_GRAPHS
 from networks.network_module import network_off
 from utils.errors import UserError

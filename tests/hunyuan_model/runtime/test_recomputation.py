@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hunyuan_model.quantization.formats import is_quantized_name, quantize_groups
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.runtime.activation_offload import make_offloader
-from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.kept_attention import KeptAttention
+from hunyuan_model.runtime.offload.activation_offload import make_offloader
+from hunyuan_model.runtime.offload.block_swap import SwapSettings, enable_block_swap
 from hunyuan_model.transformer.attention import OPERATORS, make_attention
 
 LAST = ("img_mlp.fc2", "linear2")

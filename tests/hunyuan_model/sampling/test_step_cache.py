@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from examples.toy.toy_model import ToyModel
-from hunyuan_model.runtime.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.offload.block_swap import max_blocks_to_swap
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.sampling import step_cache
 from hunyuan_model.sampling.flow import flow_sigmas, initial_noise, sample_latents

@@ -27,11 +27,11 @@ from small_transformer import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hunyuan_model.runtime import activation_offload, transfers
-from hunyuan_model.runtime.activation_offload import ON_DEVICE, ActivationOffloader, HostPool, make_offloader
-from hunyuan_model.runtime.block_swap import SwapSettings, block_sizes, enable_block_swap, streamed_blocks
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.runtime.transfers import DirectTransfers, ThreadTransfers
+from hunyuan_model.runtime.offload import activation_offload, transfers
+from hunyuan_model.runtime.offload.activation_offload import ON_DEVICE, ActivationOffloader, HostPool, make_offloader
+from hunyuan_model.runtime.offload.block_swap import SwapSettings, block_sizes, enable_block_swap, streamed_blocks
+from hunyuan_model.runtime.offload.transfers import DirectTransfers, ThreadTransfers
 
 IMAGE, TEXT = 6, 5  # tokens of ``make_inputs``: a grid of 2 x 3, and the longest caption
 TOKEN_BYTES = CONFIG.hidden_size * 4

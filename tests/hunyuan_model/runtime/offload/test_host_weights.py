@@ -12,11 +12,11 @@ import pytest
 import torch
 from small_transformer import CPU, MOST, make_transformer
 
-from hunyuan_model.runtime import block_swap, host_weights
-from hunyuan_model.runtime.activation_offload import HostPool
-from hunyuan_model.runtime.block_swap import SwapSettings, enable_block_swap
-from hunyuan_model.runtime.host_weights import HostWeights, host_memory, page_lock
-from hunyuan_model.runtime.transfers import DirectTransfers
+from hunyuan_model.runtime.offload import block_swap, host_weights
+from hunyuan_model.runtime.offload.activation_offload import HostPool
+from hunyuan_model.runtime.offload.block_swap import SwapSettings, enable_block_swap
+from hunyuan_model.runtime.offload.host_weights import HostWeights, host_memory, page_lock
+from hunyuan_model.runtime.offload.transfers import DirectTransfers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and forks")
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hunyuan_model.runtime.host_weights import HostWeights, host_copy
-from hunyuan_model.runtime.transfers import Transfers, make_transfers
+from hunyuan_model.runtime.offload.host_weights import HostWeights, host_copy
+from hunyuan_model.runtime.offload.transfers import Transfers, make_transfers
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.errors import UserError
 

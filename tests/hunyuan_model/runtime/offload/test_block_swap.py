@@ -27,7 +27,9 @@ from torch import nn
 from hunyuan_model.checkpoints.loading import load_weights
 from hunyuan_model.checkpoints.reading import open_checkpoint
 from hunyuan_model.quantization.formats import WeightFormat
-from hunyuan_model.runtime.block_swap import (
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
+from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.offload.block_swap import (
     SLOTS,
     SwappedParts,
     SwapSettings,
@@ -37,10 +39,8 @@ from hunyuan_model.runtime.block_swap import (
     max_blocks_to_swap,
     streamed_blocks,
 )
-from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.offload.transfers import DirectTransfers
 from hunyuan_model.runtime.settings import RuntimeSettings
-from hunyuan_model.runtime.transfers import DirectTransfers
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.lora import LoRAModule
@@ -67,7 +67,7 @@ class PoisoningTransfers(DirectTransfers):
 def swapped_run(monkeypatch: pytest.MonkeyPatch, settings: SwapSettings, fp8: bool = False, **network_args: str):
     """``train_and_sample`` under the worst transfers, and these."""
     transfers = PoisoningTransfers()
-    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: transfers)
+    monkeypatch.setattr("hunyuan_model.runtime.offload.block_swap.make_transfers", lambda *_: transfers)
     transformer = make_transformer(fp8)
     enable_block_swap(transformer, settings, CPU)
     if settings.recomputed:
@@ -236,7 +236,7 @@ class Recorder(DirectTransfers):
 def watched_transformer(monkeypatch: pytest.MonkeyPatch, settings: SwapSettings) -> tuple[nn.Module, Recorder]:
     """A transformer with a LoRA in every block whose every reading of its weights is written down."""
     recorder = Recorder()
-    monkeypatch.setattr("hunyuan_model.runtime.block_swap.make_transfers", lambda *_: recorder)
+    monkeypatch.setattr("hunyuan_model.runtime.offload.block_swap.make_transfers", lambda *_: recorder)
     transformer = make_transformer()
 
     class Read(torch.autograd.Function):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hunyuan_model.runtime.host_weights import host_memory
+from hunyuan_model.runtime.offload.host_weights import host_memory
 from utils.errors import first_line
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 
 import hv_train_network
-from hunyuan_model.runtime import block_swap
+from hunyuan_model.runtime.offload import block_swap
 from utils.errors import run_script
 
 

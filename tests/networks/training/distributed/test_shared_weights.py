@@ -15,12 +15,12 @@ from small_transformer import CPU, GOLDENS, MOST, add_lora, blocks_of, make_tran
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import loading
-from hunyuan_model.runtime.block_swap import SwappedParts, SwapSettings, enable_block_swap
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
-from hunyuan_model.runtime.host_weights import page_lock
 from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.offload.block_swap import SwappedParts, SwapSettings, enable_block_swap
+from hunyuan_model.runtime.offload.host_weights import page_lock
 from hunyuan_model.runtime.settings import RuntimeSettings
-from networks.training.shared_weights import Address, SharedMemory, shared_host_memory
+from networks.training.distributed.shared_weights import Address, SharedMemory, shared_host_memory
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
 SIZES = (100_000, 0, 5)  # of pieces, in bytes

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hunyuan_model.runtime.host_weights import host_memory, page_lock
 from hunyuan_model.runtime.kept_attention import AttentionResults, KeptAttention
-from hunyuan_model.runtime.transfers import Transfers, make_transfers
+from hunyuan_model.runtime.offload.host_weights import host_memory, page_lock
+from hunyuan_model.runtime.offload.transfers import Transfers, make_transfers
 
 logger = logging.getLogger(__name__)
 

@@ -28,14 +28,14 @@ from utils.progress import ProgressBar
 PROGRESS_FROM_BYTES = 1 << 30  # a smaller checkpoint loads before a progress bar can be read
 
 
-class HostPlacement(Protocol):
-    """Where weights go that are to end in host memory."""
+class Placement(Protocol):
+    """Where weights go that do not stay whole on the device: to host memory, or a part of each to another process."""
 
     def wants(self, name: str) -> bool:
         """Whether the weight ``name`` is one of them."""
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` in host memory."""
+    def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the module gets in the place of ``tensor``, the weight ``name`` or its scale."""
 
     def loaded(self, name: str) -> None:
         """The module has the weight ``name``, wherever it is."""
@@ -49,7 +49,7 @@ def load_weights(
     dtype_of: Callable[[str], torch.dtype],
     quantize: Quantizer = cast_to_float8,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    host: HostPlacement | None = None,
+    host: Placement | None = None,
     progress: str | None = None,
 ) -> None:
     """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
@@ -66,8 +66,8 @@ def load_weights(
         patch: ``patch(name, tensor) -> tensor`` changes a weight before the cast. It gets the tensor on ``device`` as
             stored, float8 ones as float32 with their scales multiplied in, and must return a new tensor instead of writing
             to it, or the same one where it changes nothing.
-        host: which parameters end in host memory; ``device`` holds one of them at a time, and only those that are patched or
-            cast, which gives the same bits wherever they end.
+        host: which parameters do not stay on ``device``; it holds one of them at a time, and only those that are patched or cast,
+            which gives the same bits wherever they end.
         progress: text of the progress bar, which only large checkpoints show.
 
     Raises:
@@ -96,7 +96,7 @@ def load_weights(
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             parts = {name: tensor} if scale is None else {name: tensor, name + SCALE_SUFFIX: scale}
             for part, value in parts.items():
-                _assign(module, part, host.copy(value) if on_host else value)
+                _assign(module, part, host.copy(part, value) if on_host else value)
             if host is not None:
                 host.loaded(name)
             bar.update(sizes[name])

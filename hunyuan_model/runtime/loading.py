@@ -22,6 +22,7 @@ from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpo
 from hunyuan_model.runtime.offload.activation_offload import make_offloader
 from hunyuan_model.runtime.offload.block_swap import SwappedParts, enable_block_swap
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.runtime.sharding import ShardedWeights, enable_sharding
 from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
@@ -89,8 +90,9 @@ def transformer_from(
     # 1. The network itself, which only knows how it attends.
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
-    # 2. Its weights, each quantized and put into host memory as soon as it is read, so that none is held twice.
+    # 2. Its weights, each quantized and put into host memory, or cut, as soon as it is read, so that none is held twice.
     swapped = SwappedParts(model, runtime.swap, device, allocate)
+    sharded = ShardedWeights(runtime.sharding, device) if runtime.sharding is not None else None
     load_weights(
         model,
         checkpoint,
@@ -98,15 +100,18 @@ def transformer_from(
         dtype_of=lambda name: FP8_DTYPE if runtime.quantized and is_quantized_name(name) else dtype,
         quantize=quantizer_for(runtime.weights, checkpoint),
         patch=patch,
-        host=swapped,
+        host=sharded or swapped,
         progress="loading the transformer",
     )
-    # 3. Forwards that dequantize. Before block swap, which counts the scales among a block's weights.
+    # 3. Forwards that dequantize. Before block swap and sharding, for which the scales are among a block's weights.
     if runtime.quantized:
         count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
-    # 4. Block swap. Before compiling: a compiled block does not see where its weights come from.
-    enable_block_swap(model, runtime.swap, device, swapped)
+    # 4. Block swap or sharding. Before compiling: a compiled block does not see where its weights come from.
+    if sharded is None:
+        enable_block_swap(model, runtime.swap, device, swapped)
+    else:
+        enable_sharding(model, sharded, device, pinned=runtime.pinned_swap_memory)
     # 5. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
     if runtime.compile is not None:
         enable_compile(model, runtime.compile)

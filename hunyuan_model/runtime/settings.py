@@ -11,6 +11,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
 from hunyuan_model.runtime.compilation import CompileSettings, check_compile
 from hunyuan_model.runtime.offload.block_swap import SwapSettings, check_blocks_to_swap
+from hunyuan_model.runtime.sharding import ShardingSettings
 from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.attention import check_attention_device, check_attention_dtype, make_attention
 from hunyuan_model.transformer.config import TransformerConfig
@@ -37,6 +38,7 @@ class RuntimeSettings:
         keep_attention: keep the results of attention as well, on the device or in host memory, and do not compute them again;
             "auto" until a memory plan has put True or False in its place.
         compile: compile the blocks; None leaves them as they are.
+        sharding: each process holds a part of the weights; None where each holds all of them.
 
     Raises:
         UserError: settings that exclude or miss each other.
@@ -53,6 +55,7 @@ class RuntimeSettings:
     gradient_checkpointing_cpu_offload: bool = False
     keep_attention: bool | str = False
     compile: CompileSettings | None = None
+    sharding: ShardingSettings | None = None
 
     def __post_init__(self) -> None:
         if self.fp8_fast and not self.weights.is_float8:
@@ -71,6 +74,11 @@ class RuntimeSettings:
             raise UserError(
                 "--keep_attention on and --compile exclude each other: attention in compiled blocks is always computed again. "
                 "Give one of them."
+            )
+        if self.sharding is not None and self.swaps:
+            raise UserError(
+                "--blocks_to_swap and --img_in_txt_in_offloading keep weights in RAM that FSDP shares out to the processes; leave "
+                "them out, and keep the shards in RAM with fsdp_offload_params where memory is short, or train without FSDP."
             )
 
     def check(self, device: torch.device, dtype: torch.dtype | None = None, config: TransformerConfig | None = None) -> None:

@@ -153,7 +153,7 @@ class SwappedParts:
         self._allocate = allocate
         self._device = device
 
-    def copy(self, tensor: Tensor) -> Tensor:
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` in host memory, until its part is moved."""
         return host_copy(tensor)
 

@@ -12,23 +12,34 @@ import torch
 
 from utils.errors import UserError
 
-BLOCK_BYTES = 1 << 20
+PAGE_BYTES, PAGES = 4096, 256  # what disks and systems lose or exchange as a whole, and how many are summed at once
+PIECE_BYTES = 16 << 20
 _FACTOR, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+_WEIGHTS = np.arange(1, 2 * PAGES, 2, dtype=np.uint64) * np.uint64(_FACTOR)  # odd: each loses no bit of a sum
+_KIND = "pages-"  # sums of an earlier kind did not notice pages that were exchanged
 
 
 def checksum(parts: Iterable[np.ndarray]) -> str:
-    """Of the bytes of uint8 arrays one after the other, 16 hexadecimal digits; where they are divided makes a difference.
+    """Of the bytes of uint8 arrays one after the other; where they are divided makes a difference.
 
-    Each block of 1 MiB is summed as 64-bit words, and the sums are combined in a way that knows their order.
+    Each page of 4 KiB is summed as 64-bit words, and the sums are combined in a way that knows their order.
     """
     value = 0
     for part in parts:
-        words = part[: len(part) // 8 * 8].view(np.uint64)  # x86 and ARM read them at any address
-        for start in range(0, len(words), BLOCK_BYTES // 8):
-            value = (value * _FACTOR + int(np.add.reduce(words[start : start + BLOCK_BYTES // 8])) + 1) & _MASK
-        rest = int.from_bytes(part[len(words) * 8 :].tobytes(), "little")
-        value = (value * _FACTOR + rest + len(part) + 1) & _MASK
-    return f"{value:016x}"
+        whole, last = part[: len(part) // PAGE_BYTES * PAGE_BYTES], np.zeros(PAGE_BYTES, np.uint8)
+        last[: len(part) - len(whole)] = part[len(whole) :]
+        for pages in (whole, last):
+            words = pages.view(np.uint64).reshape(-1, PAGE_BYTES // 8)  # x86 and ARM read them at any address
+            for start in range(0, len(words), PAGES):
+                sums = np.add.reduce(words[start : start + PAGES], axis=1)
+                value = (value * _FACTOR + int(np.add.reduce(sums * _WEIGHTS[: len(sums)])) + 1) & _MASK
+        value = (value * _FACTOR + len(part)) & _MASK
+    return f"{_KIND}{value:016x}"
+
+
+def is_changed(saved: str | None, found: str) -> bool:
+    """Whether a checksum that was saved, if it was, is not the one that was found. Those of an earlier kind say nothing."""
+    return saved is not None and saved.startswith(_KIND) and saved != found
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -39,7 +50,7 @@ def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
     """Of all bytes of a file, read in pieces."""
-    buffer = np.empty(16 * BLOCK_BYTES, np.uint8)
+    buffer = np.empty(PIECE_BYTES, np.uint8)
 
     def pieces() -> Iterable[np.ndarray]:
         with open(path, "rb", buffering=0) as file:
@@ -47,6 +58,12 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
                 yield buffer[:size]
 
     return checksum(pieces())
+
+
+def content_checksum(content: bytes | memoryview) -> str:
+    """``file_checksum`` of a file with this content."""
+    whole = np.frombuffer(content, np.uint8)
+    return checksum(whole[start : start + PIECE_BYTES] for start in range(0, len(whole), PIECE_BYTES))
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -67,5 +84,5 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while chunk := file.read(BLOCK_BYTES):
+        while chunk := file.read(PIECE_BYTES):
             yield chunk

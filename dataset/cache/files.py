@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checksums import tensors_checksum
+from utils.checksums import is_changed, tensors_checksum
 from utils.devices import dtype_name
 from utils.errors import UserError
 from utils.safetensors_io import SafetensorsFile, read_header, read_tensor, read_tensors, save_tensors
@@ -99,7 +99,7 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 def _read(path: Path, what: str, script: str) -> SafetensorsFile:
     """All of a file, which must hold what was saved."""
     file = read_tensors(path, what)
-    if file.metadata.get(CHECKSUM) not in (None, tensors_checksum(file.tensors)):
+    if is_changed(file.metadata.get(CHECKSUM), tensors_checksum(file.tensors)):
         raise _wrong(path, "is damaged: it does not hold what was saved", script)
     return file
 

@@ -16,6 +16,7 @@ import logging
 import math
 import random
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -28,7 +29,7 @@ from torch import nn
 
 from hunyuan_model.checkpoints.reading import require_plain_torch_file
 from networks.training.loss.timestep_sampling import TimestepSampler
-from utils.checksums import file_checksum
+from utils.checksums import content_checksum, file_checksum, is_changed
 from utils.errors import UserError, first_line, shown
 from utils.files import atomic_folder, explain_failed_writing, read_text
 from utils.safetensors_io import read_tensors, save_tensors
@@ -133,7 +134,7 @@ def save_state(
     main = accelerator.is_main_process
     with atomic_folder(folder) if main else explain_failed_writing(folder) as temporary:
         shared = temporary if alone else Path(broadcast_object_list([str(temporary)])[0])
-        _save_plain(random_state or random_state_of(parts), shared / random_name(accelerator.process_index))
+        (shared / random_name(accelerator.process_index)).write_bytes(_plain_content(random_state or random_state_of(parts)))
         if not alone:
             accelerator.wait_for_everyone()
         if main:
@@ -152,9 +153,14 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
         "lr_scheduler": plain_state(parts.lr_scheduler.state_dict()),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-    _save_plain(states, folder / OPTIMIZER_FILE)
+    with ThreadPoolExecutor(1) as beside:  # a checksum costs little beside writing
+        summed = {NETWORK_FILE: beside.submit(file_checksum, folder / NETWORK_FILE)}
+        content = _plain_content(states)
+        summed[OPTIMIZER_FILE] = beside.submit(content_checksum, content)
+        (folder / OPTIMIZER_FILE).write_bytes(content)
     files = sorted(folder.iterdir())
-    sizes, checksums = {path.name: path.stat().st_size for path in files}, {path.name: file_checksum(path) for path in files}
+    sizes = {path.name: path.stat().st_size for path in files}
+    checksums = {path.name: summed[path.name].result() if path.name in summed else file_checksum(path) for path in files}
     content = {"format": FORMAT} | asdict(state) | {"files": sizes, "checksums": checksums}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
@@ -194,11 +200,11 @@ def check_state_can_be_saved(optimizer: torch.optim.Optimizer, lr_scheduler: Any
         logger.warning("%s A training that is stopped will save its model only.", error)
 
 
-def _save_plain(value: Any, path: Path) -> None:
-    """``torch.save`` by way of memory: on a full disk it would raise no OSError."""
+def _plain_content(value: Any) -> memoryview:
+    """What ``torch.save`` writes, in memory: on a full disk it would raise no OSError."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    path.write_bytes(buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def random_state_of(parts: Restorable) -> dict[str, Any]:
@@ -255,7 +261,7 @@ def verify_state(folder: Path, state: StateFile) -> None:
             found = file_checksum(folder / name)
         except OSError as error:
             raise UserError(f"cannot read {folder / name}: {error.strerror or error}. {REMEDY}") from error
-        if found != saved:
+        if is_changed(saved, found):
             raise UserError(f"the state {folder} is damaged: {name} is not what was saved. {REMEDY}")
 
 

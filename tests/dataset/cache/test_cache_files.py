@@ -82,7 +82,7 @@ def test_unfinished_files_and_doubles_of_macos_are_no_caches(tmp_path):
 
 
 def without_checksum(metadata: dict[str, str]) -> dict[str, str]:
-    assert len(metadata[CHECKSUM]) == 16
+    assert len(metadata[CHECKSUM]) == 22
     return {key: value for key, value in metadata.items() if key != CHECKSUM}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from utils.errors import UserError
+from utils.processes.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,16 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called ``name``, or CUDA where there is one and the CPU otherwise.
+def pick_device(name: str | None, ranks: Ranks = ALONE) -> torch.device:
+    """The device called ``name``, or CUDA where there is one and the CPU otherwise. Each of several processes has a GPU of its own.
 
     ``cuda:N`` becomes the current device: some kernels ask for that one, not for the device of their tensors.
 
     Raises:
-        UserError: CUDA was asked for by name and this machine or this torch build has none.
+        UserError: CUDA was asked for by name and this machine or this torch build has none; one GPU for several processes.
     """
+    if ranks.count > 1 and name in (None, "cuda") and torch.cuda.is_available():
+        return _own_gpu(ranks)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -68,12 +72,24 @@ def pick_device(name: str | None) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device does not know {name!r}; use cpu, cuda or cuda:N.")
+    if ranks.count > 1 and device.index is not None and device.type == "cuda":
+        raise UserError(f"--device {name} is one GPU for {ranks.count} processes. Leave it out: each takes its own.")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"only {count} CUDA devices" if count else "no CUDA device"
         raise UserError(f"--device {name} was asked for, but torch finds {found} here. Use cpu, or install a CUDA build of torch.")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
+    return device
+
+
+def _own_gpu(ranks: Ranks) -> torch.device:
+    """That of this process. It is the first one where the launcher shows each process a single GPU."""
+    device = torch.device("cuda", ranks.local_index % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    gpus = ranks.gather((platform.node(), str(torch.cuda.get_device_properties(device).uuid)))
+    if shared := len(gpus) - len(set(gpus)):
+        logger.warning("%d of %d processes share a GPU with another: start as many as there are GPUs.", shared, ranks.count)
     return device
 
 

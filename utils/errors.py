@@ -47,6 +47,11 @@ def name_some(names: Iterable[object], count: int = SHOWN_NAMES) -> str:
     return ", ".join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def show_user_error(error: UserError) -> None:
+    """One line on stderr."""
+    show(f"error: {with_names_of_invisible(str(error))}", error=True)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave the process with its status.
 
@@ -64,7 +69,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        show(f"error: {with_names_of_invisible(str(error))}", error=True)
+        show_user_error(error)
         sys.exit(STATUS_USER_ERROR)
     except UnicodeEncodeError as error:
         if error.encoding.replace("-", "") in ("utf8", "utf"):  # a fault of ours

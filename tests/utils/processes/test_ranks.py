@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
+import torch
+from several_processes import in_each
 
-from utils.processes.ranks import Ranks, join_ranks, split_by_cost
+from utils.devices import pick_device
+from utils.errors import UserError
+from utils.processes.ranks import Ranks, join_ranks, joined_ranks, split_by_cost
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,6 +20,61 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
     assert ranks == Ranks() and ranks.is_main
     assert ranks.gather("value") == ["value"]
     ranks.wait()
+    assert ranks.from_main(lambda: "made") == "made"
+    assert ranks.map(sorted, [3, 1, 2]) == [1, 2, 3]
+    with joined_ranks() as ranks:
+        assert ranks == Ranks() and not any(handler.filters for handler in logging.getLogger().handlers)
+
+
+def test_an_environment_that_is_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="WORLD_SIZE is 4, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"):
+        join_ranks()
+
+
+def test_all_get_what_the_main_process_makes() -> None:
+    assert in_each(3, lambda ranks: ranks.from_main(lambda: [ranks.index])) == [[0]] * 3
+
+
+def test_a_refusal_of_the_main_process_is_one_of_all() -> None:
+    def refuse() -> None:
+        raise UserError("the lock is held.")
+
+    ended = in_each(3, lambda ranks: ranks.from_main(refuse))
+    assert [(type(error), str(error)) for error in ended] == [(UserError, "the lock is held.")] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_a_list_is_mapped_in_parts_and_stays_in_order(count: int) -> None:
+    calls: list[int] = []
+
+    def double(values: list[int]) -> list[int]:
+        calls.extend(values)
+        return [2 * value for value in values]
+
+    values = list(range(count))
+    assert in_each(3, lambda ranks: ranks.map(double, values)) == [[2 * value for value in values]] * 3
+    assert sorted(calls) == values
+
+
+def test_each_process_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Properties:
+        def __init__(self, device: torch.device) -> None:
+            self.uuid = device.index
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    assert in_each(2, lambda ranks: pick_device(None, ranks).index) == [0, 1]
+    assert not caplog.records
+    assert in_each(3, lambda ranks: pick_device("cuda", ranks).index) == [0, 1, 0]
+    assert "1 of 3 processes share a GPU with another" in caplog.text
+    assert in_each(2, lambda ranks: pick_device("cpu", ranks).type) == ["cpu", "cpu"]
+    with pytest.raises(UserError, match="--device cuda:1 is one GPU for 2 processes"):
+        pick_device("cuda:1", Ranks(0, 2))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])

@@ -21,6 +21,7 @@ from hunyuan_model.runtime.compilation import enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.offload.activation_offload import make_offloader
 from hunyuan_model.runtime.offload.block_swap import SwappedParts, enable_block_swap
+from hunyuan_model.runtime.sequence_parallel import enable_sequence_parallel
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.sharding import ShardedWeights, enable_sharding
 from hunyuan_model.transformer.attention import make_attention
@@ -112,10 +113,13 @@ def transformer_from(
         enable_block_swap(model, runtime.swap, device, swapped)
     else:
         enable_sharding(model, sharded, device, pinned=runtime.pinned_swap_memory)
-    # 5. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
+    # 5. Processes that compute together change how blocks attend. Before compiling, which leaves that as it is then.
+    if runtime.sequence_parallel > 1:
+        enable_sequence_parallel(model, runtime.sequence_parallel)
+    # 6. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
     if runtime.compile is not None:
         enable_compile(model, runtime.compile)
-    # 6. Checkpointing last: it holds the inputs of whatever computes a block.
+    # 7. Checkpointing last: it holds the inputs of whatever computes a block.
     if runtime.gradient_checkpointing:
         offloader = None
         if runtime.gradient_checkpointing_cpu_offload:

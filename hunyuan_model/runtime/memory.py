@@ -175,9 +175,20 @@ def training_activations(
 
 
 def sampling_activations(
-    config: TransformerConfig, batch: BatchSize, dtype: torch.dtype, dequantized: int = 0, *, injected: bool = False
+    config: TransformerConfig,
+    batch: BatchSize,
+    dtype: torch.dtype,
+    dequantized: int = 0,
+    *,
+    injected: bool = False,
+    processes: int = 1,
 ) -> int:
-    """Of one forward pass without a backward pass; ``injected``: with LoRA that is computed beside what Linear layers give."""
+    """Of one forward pass without a backward pass.
+
+    Args:
+        injected: with LoRA that is computed beside what Linear layers give.
+        processes: that compute the batch together, see ``sequence_parallel``.
+    """
     hidden, mlp = config.hidden_size, config.mlp_size
     # Before linear2: tokens, linear1's output, the attention's output, and linear2's input.
     single = 6 * hidden + 2 * mlp
@@ -186,7 +197,14 @@ def sampling_activations(
     # In the attention: tokens, qkv, q and k, all three joined with the text's, the result, and the kernel's work space.
     # In the MLP: tokens twice, the attention's output, their norm, fc1's output and its GELU.
     double = max(12 * hidden, 4 * hidden + 2 * mlp)
-    return max(single if config.single_depth else 0, double) * dtype.itemsize * batch.tokens(config) + dequantized
+    image_tokens = embedded = batch.image_tokens(config)
+    if processes > 1:
+        # With q, k and v for the own heads, and one of them on its way. The first double block's input is still that of all.
+        image_tokens = -(-image_tokens // processes)
+        double, single = max(double, 12 * hidden + 2 * hidden), max(single, 10 * hidden + mlp)
+    tokens = image_tokens + max(1, batch.text_tokens)
+    values = max(tokens * single if config.single_depth else 0, tokens * double + (embedded - image_tokens) * hidden)
+    return values * batch.samples * dtype.itemsize + dequantized
 
 
 def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:

@@ -115,7 +115,14 @@ class MemoryPlan:
         sampled = self.sample if self.trains else self.batch
         sampling, injected = 0, self.injected_bytes > 0
         if sampled is not None:
-            sampling = sampling_activations(config, sampled, self.compute_dtype, weights.dequantized, injected=injected)
+            sampling = sampling_activations(
+                config,
+                sampled,
+                self.compute_dtype,
+                weights.dequantized,
+                injected=injected,
+                processes=runtime.sequence_parallel,
+            )
         temporary = max(step.device, sampling)
         return Need(
             weights=weights.resident,

@@ -11,6 +11,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
 from hunyuan_model.runtime.compilation import CompileSettings, check_compile
 from hunyuan_model.runtime.offload.block_swap import SwapSettings, check_blocks_to_swap
+from hunyuan_model.runtime.sequence_parallel import check_sequence_parallel
 from hunyuan_model.runtime.sharding import ShardingSettings
 from hunyuan_model.transformer import fused
 from hunyuan_model.transformer.attention import check_attention_device, check_attention_dtype, make_attention
@@ -39,6 +40,7 @@ class RuntimeSettings:
             "auto" until a memory plan has put True or False in its place.
         compile: compile the blocks; None leaves them as they are.
         sharding: each process holds a part of the weights; None where each holds all of them.
+        sequence_parallel: how many processes compute each video together, all of the default process group; for sampling only.
 
     Raises:
         UserError: settings that exclude or miss each other.
@@ -56,6 +58,7 @@ class RuntimeSettings:
     keep_attention: bool | str = False
     compile: CompileSettings | None = None
     sharding: ShardingSettings | None = None
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.fp8_fast and not self.weights.is_float8:
@@ -80,13 +83,15 @@ class RuntimeSettings:
                 "--blocks_to_swap and --img_in_txt_in_offloading keep weights in RAM that FSDP shares out to the processes; leave "
                 "them out, and keep the shards in RAM with fsdp_offload_params where memory is short, or train without FSDP."
             )
+        if self.sequence_parallel > 1 and self.gradient_checkpointing:
+            raise UserError("processes compute one video together only where nothing is trained: leave checkpointing out.")
 
     def check(self, device: torch.device, dtype: torch.dtype | None = None, config: TransformerConfig | None = None) -> None:
         """Refuse what cannot work here. Scripts call it before anything is loaded, and loading calls it again.
 
         Args:
             dtype: in which the layers compute; None where autocast may choose another one.
-            config: of the transformer, for the number of blocks.
+            config: of the transformer, for the numbers of blocks and heads.
 
         Raises:
             UserError: a package, a device or a transformer that does not do what is asked for.
@@ -99,6 +104,8 @@ class RuntimeSettings:
             check_float8_matmuls(device, "--fp8_fast")
         if config is not None and self.blocks_to_swap != AUTO:
             check_blocks_to_swap(self.blocks_to_swap, config)
+        if config is not None:
+            check_sequence_parallel(self.sequence_parallel, config)
         if self.compile is not None:
             check_compile(device, self.compile)
 

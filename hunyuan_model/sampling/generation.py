@@ -111,6 +111,7 @@ def generate_latents(
     start: Tensor | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     on_estimate: Callable[[int, Tensor], None] | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> Tensor:
     """Latents (1, 16, F, H, W), float32, on ``device``, of one video.
 
@@ -120,6 +121,7 @@ def generate_latents(
         start: latents (1, 16, F, H, W) of the video to change, in the network's scale; see ``settings.strength``.
         on_step: called with the number of steps done, after each; with ``step_cache_check`` also in the second run.
         on_estimate: called after each step with the steps done and what the latents would become, as ``sample_latents`` has it.
+        agree: see ``StepCache``.
     """
     steps = settings.steps_from(start)
     sigmas = flow_sigmas(settings.infer_steps, settings.flow_shift)[steps.start :]
@@ -149,8 +151,8 @@ def generate_latents(
     alone = None if settings.batched else transformer
     if not settings.step_cache:
         return run(transformer, alone)
-    cache = StepCache(transformer, len(steps), settings.step_cache)
-    result = run(cache, StepCache(transformer, len(guided), settings.step_cache))
+    cache, negative_cache = (StepCache(transformer, len(part), settings.step_cache, agree) for part in (steps, guided))
+    result = run(cache, negative_cache)
     logger.info("step cache: %d of %d steps computed", len(cache.computed), len(steps))
     if settings.step_cache_check:
         reference = run(transformer, transformer)

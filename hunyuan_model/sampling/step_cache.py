@@ -12,6 +12,7 @@ than the last one again (``benchmarks/step_cache.py`` compares them), and needs 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,17 +45,24 @@ class StepCache:
         transformer: with whatever is put on it: swapped blocks, float8 weights, LoRA, compiled blocks.
         steps: how many there will be. The first two and the last are always computed.
         threshold: a step is skipped while the changes add up to less than this, for every sample of the batch. With 0 none is.
+        agree: what is done of what was decided, where several processes compute together.
 
     Attributes:
         config: the transformer's, which sampling asks for.
         computed: the steps, from 0, at which the transformer was called.
     """
 
-    def __init__(self, transformer: HYVideoDiffusionTransformer, steps: int, threshold: float) -> None:
+    def __init__(
+        self,
+        transformer: HYVideoDiffusionTransformer,
+        steps: int,
+        threshold: float,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         self.config = transformer.config
         self.computed: list[int] = []
         self._transformer, self._steps, self._threshold = transformer, steps, threshold
-        self._step = 0
+        self._step, self._agree = 0, agree
         self._first_modulation: tuple[Tensor, Tensor] | None = None
         self._last_input: Tensor | None = None
         self._change: Tensor | float = 0.0  # (B,)
@@ -76,7 +84,7 @@ class StepCache:
             difference = (modulated - self._last_input).abs().mean((1, 2))
             self._change = self._change + difference / self._last_input.abs().mean((1, 2))
         self._last_input = modulated
-        if 1 < step < self._steps - 1 and bool((self._change < self._threshold).all()):
+        if 1 < step < self._steps - 1 and self._agree(bool((self._change < self._threshold).all())):
             return self._continued(t)
         velocity = self._transformer(x, t, text_states, text_mask, text_states_2, guidance)
         self.computed.append(step)

@@ -21,7 +21,7 @@ from dataset.batches.report import data_facts, report_cached_group
 from dataset.cache.report import format_table, require_batches
 from hunyuan_model.runtime.memory_report import advice
 from hunyuan_model.transformer.config import TransformerConfig
-from networks.training.accelerator import make_accelerator
+from networks.training.accelerator import make_accelerator, with_sharding
 from networks.training.arguments import build_training_parser, training_settings
 from networks.training.build import build_training, open_run_logs
 from networks.training.data import TrainingData
@@ -109,6 +109,7 @@ def main() -> int:
         return 0
     settings = training_settings(args)
     accelerator = make_accelerator(settings)
+    settings = with_sharding(settings, accelerator)
     with sole_training(settings.saving, accelerator):
         status = train(settings, accelerator)
     accelerator.end_training()  # Python must not end before the threads of the process group: they would abort the process

@@ -19,6 +19,7 @@ from hunyuan_model.runtime.offload.activation_offload import ON_DEVICE
 from hunyuan_model.runtime.offload.block_swap import SLOTS, on_host
 from hunyuan_model.runtime.offload.host_weights import ALIGNMENT
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.runtime.sharding import GATHERED_BLOCKS
 from hunyuan_model.transformer.config import TransformerConfig
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 
@@ -53,8 +54,8 @@ class WeightBytes(NamedTuple):
 
     Attributes:
         resident: on the device for good.
-        slots: on the device, room for swapped blocks.
-        host: of swapped weights, in host memory.
+        slots: on the device, room for swapped blocks, or for what is gathered of sharded weights.
+        host: of swapped weights, or of the shards that are kept there, in host memory.
         dequantized: the largest copy that is made of one weight for its matmul; 0 where none is.
     """
 
@@ -74,6 +75,7 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
     is_on_host = on_host(runtime.swap, config)
     resident = host = largest = 0
     swapped_blocks: Counter[str] = Counter()
+    units: Counter[str] = Counter()  # of sharded weights
     for name, shape in weight_shapes(config).items():
         count = shape.numel()
         size = count * dtype.itemsize
@@ -84,7 +86,9 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
                 size += FLOAT32 * shape[0]
             elif runtime.weights is WeightFormat.INT8:
                 size += torch.bfloat16.itemsize * (count // GROUP if shape[1] % GROUP == 0 else shape[0])
-        if is_on_host(name):
+        if runtime.sharding is not None:
+            units[".".join(name.split(".")[:2]) if "_blocks." in name else ""] += size
+        elif is_on_host(name):
             size = -(-size // ALIGNMENT) * ALIGNMENT
             host += size
             if "_blocks." in name:
@@ -95,6 +99,11 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: Runtime
         itemsize = 1  # transposed, for the backward pass
     else:  # scales may be too small for float16, so the product of codes and scales is made in float32
         itemsize = dtype.itemsize + (FLOAT32 if dtype == torch.float16 and runtime.weights is not WeightFormat.FP8 else 0)
+    if runtime.sharding is not None:
+        shard, rest = -(-units.total() // runtime.sharding.processes), units.pop("")
+        gathered = rest + GATHERED_BLOCKS * max(units.values())
+        resident, host = (0, shard) if runtime.sharding.offload else (shard, 0)
+        return WeightBytes(resident, gathered, host, largest * itemsize)
     return WeightBytes(resident, SLOTS * max(swapped_blocks.values(), default=0), host, largest * itemsize)
 
 

@@ -200,11 +200,12 @@ class MemoryPlan:
         if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:
             yield "--gradient_checkpointing_cpu_offload", self.changed(gradient_checkpointing_cpu_offload=True)
         limit = max_blocks_to_swap(self.config)
-        if on_gpu and runtime.blocks_to_swap < limit:
+        swaps = on_gpu and runtime.sharding is None
+        if swaps and runtime.blocks_to_swap < limit:
             step = -(-limit // SWAP_STEPS)
             count = min(limit, (runtime.blocks_to_swap // step + 1) * step)
             yield f"--blocks_to_swap {count}", self.with_blocks(count)
-        if on_gpu and not runtime.img_in_txt_in_offloading:
+        if swaps and not runtime.img_in_txt_in_offloading:
             yield "--img_in_txt_in_offloading", self.changed(img_in_txt_in_offloading=True)
         if self.trains and self.batch.samples > 1:
             half = replace(self.batch, samples=self.batch.samples // 2)

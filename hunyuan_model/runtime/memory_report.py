@@ -19,7 +19,7 @@ SMALLER = "fewer frames or a smaller resolution"
 
 LABELS = {  # of the fields of ``Need``
     "weights": "weights of the transformer",
-    "swap_slots": "room for swapped blocks",
+    "swap_slots": "room for swapped or gathered blocks",
     "network": "trained network, float32",
     "gradients": "its gradients",
     "optimizer": "optimizer state",
@@ -30,7 +30,7 @@ LABELS = {  # of the fields of ``Need``
     "sampling": "more for sampling",
     "tables": "latents and tables",
     "kernels": "kernels and fragmentation (a guess)",
-    "host_weights": "swapped blocks and embedders",
+    "host_weights": "weights kept in RAM",
     "host_inputs": "offloaded inputs of the blocks",
 }
 

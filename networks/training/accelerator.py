@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
+from hunyuan_model.runtime.sharding import ShardingSettings
 from networks.training.settings import TrainingSettings
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
 
-PROCESSES = frozenset({DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU})
+PROCESSES = frozenset(
+    {
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_XPU,
+        DistributedType.FSDP,
+    }
+)
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
 
 
@@ -36,6 +45,46 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             "Use bf16; --int8_base or --fp8_base stores the frozen weights in one byte each."
         )
     return accelerator
+
+
+def with_sharding(settings: TrainingSettings, accelerator: Accelerator) -> TrainingSettings:
+    """The settings, with the weights sharded where accelerate is set up for FSDP.
+
+    Raises:
+        UserError: version 1, an option that would have no effect or the wrong one, or flags that sharded weights exclude.
+    """
+    if accelerator.distributed_type is DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):  # what accelerate itself knows only of GPUs
+        plugin = FullyShardedDataParallelPlugin()
+    else:
+        return settings
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise UserError(
+            "accelerate is set up for version 1 of FSDP, with which nothing can be trained here. "
+            "Set fsdp_version to 2 in its config, or give accelerate launch --fsdp_version 2."
+        )
+    if not plugin.reshard_after_forward:
+        raise UserError(
+            "with fsdp_reshard_after_forward: false every process would hold all weights, as it does without FSDP. "
+            "Set it to true, or train without FSDP, which is faster."
+        )
+    if plugin.activation_checkpointing:
+        raise UserError(
+            "fsdp_activation_checkpointing is done by --gradient_checkpointing here: give that, and set the option to false."
+        )
+    for name, given in {
+        "fsdp_ignored_modules": plugin.ignored_modules,
+        "parallelism_config": getattr(accelerator, "parallelism_config", None),
+    }.items():
+        if given is not None:
+            raise UserError(
+                f"accelerate is set up with {name}, which has no effect here: all processes share all weights. Leave it out."
+            )
+    sharding = ShardingSettings(accelerator.num_processes, offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy))
+    return replace(settings, runtime=replace(settings.runtime, sharding=sharding))
 
 
 @dataclass(frozen=True)

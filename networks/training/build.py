@@ -54,7 +54,11 @@ def build_training(
 ) -> Training:
     """Load and connect everything; with a state, as it was saved."""
     uploads = open_uploads(settings.hub) if accelerator.is_main_process else None
-    samples = prepare_samples(settings.samples, plan.model.prompts, accelerator, plan.model.config, plan.beginning.seed)
+    sharded = plan.memory.runtime.sharding is not None
+    measures = sharded or accelerator.is_main_process
+    samples = prepare_samples(
+        settings.samples, plan.model.prompts, accelerator, plan.model.config, plan.beginning.seed, together=sharded
+    )
     transformer = load_base_model(settings, plan, accelerator)
     network = create_network(
         plan.model.module,
@@ -90,14 +94,14 @@ def build_training(
         accelerator=accelerator,
         transformer=transformer,
         network=network,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=accelerator.prepare_optimizer(optimizer),  # `prepare` would want the model, too, where that is sharded
         group_names=group_names,
         lr_scheduler=lr_scheduler,
         flow_matching=flow_matching,
         progress=Progress(started_at=time.time(), session_id=new_session_id()),
         samples=samples,
         logs=logs,
-        changed=measure_changed_weights(network, transformer, accelerator.device) if accelerator.is_main_process else None,
+        changed=measure_changed_weights(network, transformer, accelerator.device) if measures else None,
         uploads=uploads,
     )
     if (resumed := plan.beginning.resumed) is not None:

@@ -135,6 +135,8 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     settings.kernels.apply(accelerator.device)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
+    if settings.runtime.sharding is not None and any(prompt.sampling.step_cache for prompt in prompts):
+        raise UserError("samples with a step cache cannot be made while FSDP shares out the weights: take it out of the prompts.")
     shapes = {name: tuple(weight.shape) for name, weight in transformer.state_dict().items()}
     for path in settings.model.base_weights:
         check_lora_file(path, shapes, partial=settings.model.lora_partial)
@@ -225,6 +227,10 @@ def preflight(
     Raises:
         UserError: a schedule, a state or a disk that does not suffice for the steps.
     """
+    if data.prior_preservation and settings.runtime.sharding is not None:  # a second forward pass, which all would have to make
+        raise UserError(
+            "FSDP does not go with prior_preservation; take prior_preservation out of the datasets, or train without FSDP."
+        )
     resumed, saving = beginning.resumed, settings.saving
     steps = settings.loop.steps(len(data.reader))
     schedule = check_lr_scheduler(settings.schedule, model.optimizer, steps)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 
 from hunyuan_model.quantization.linear import dequantized_weight
+from hunyuan_model.runtime.sharding import whole_weights
 from networks.lora import LoRANetwork
 
 logger = logging.getLogger(__name__)
@@ -34,12 +36,18 @@ class ChangedWeights:
 def measure_changed_weights(network: nn.Module, transformer: nn.Module, device: torch.device) -> ChangedWeights | None:
     """Read the weights once, layer by layer on ``device``, from wherever they are and however they are stored.
 
+    All processes call it where they share sharded weights.
+
     None for networks of other modules, whose updates are not known, and for weights that are all zero.
     """
     if not isinstance(network, LoRANetwork):
         return None
-    weights = (dequantized_weight(transformer.get_submodule(path), device) for path in network.paths.values())
-    norm = torch.stack([torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in weights]).norm().item()
+    norms = []
+    for block, paths in groupby(network.paths.values(), lambda path: ".".join(path.split(".")[:2])):
+        with whole_weights(transformer.get_submodule(block)):
+            weights = (dequantized_weight(transformer.get_submodule(path), device) for path in paths)
+            norms += [torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in weights]
+    norm = torch.stack(norms).norm().item()
     return ChangedWeights(norm) if norm else None
 
 

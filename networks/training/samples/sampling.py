@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import hunyuan_model
@@ -142,7 +143,13 @@ def check_samples(settings: SampleSettings) -> list[Request]:
 
 
 def prepare_samples(
-    settings: SampleSettings, prompts: Sequence[Request], accelerator: Accelerator, config: TransformerConfig, seed: int
+    settings: SampleSettings,
+    prompts: Sequence[Request],
+    accelerator: Accelerator,
+    config: TransformerConfig,
+    seed: int,
+    *,
+    together: bool = False,
 ) -> TrainingSamples:
     """Encode the prompts on the main process, before the transformer is loaded; the text encoders are gone afterwards.
 
@@ -152,6 +159,7 @@ def prepare_samples(
         prompts: from ``check_samples``.
         config: of the transformer.
         seed: of the training; a prompt without a seed gets this one plus its place in the file.
+        together: all processes sample, as where they share sharded weights.
 
     Raises:
         UserError: as the loading of text encoders; or they do not belong to the transformer, or memory does not suffice.
@@ -175,7 +183,9 @@ def prepare_samples(
             encoded.append(EncodedPrompt(index, seeded, text, negative[0] if negative else None))
     if prompts:
         accelerator.wait_for_everyone()
-    return TrainingSamples(settings, accelerator, encoded)
+        if together:
+            encoded = broadcast_object_list([encoded])[0]
+    return TrainingSamples(settings, accelerator, encoded, together)
 
 
 @dataclass
@@ -185,6 +195,7 @@ class TrainingSamples:
     settings: SampleSettings
     accelerator: Accelerator
     prompts: Sequence[EncodedPrompt]
+    together: bool = False
     sampled_at: int | None = None
 
     def sample_if_due(
@@ -201,7 +212,7 @@ class TrainingSamples:
     ) -> list[SavedSample]:
         """Sample every prompt if ``SampleSettings.due`` and not done at this step already.
 
-        Every process calls this at the same steps; the main one samples and the others wait for it.
+        Every process calls this at the same steps; the main one samples and the others wait for it, or all sample together.
 
         Args:
             dtype: what the transformer computes in while training.
@@ -215,8 +226,8 @@ class TrainingSamples:
             return []
         self.sampled_at = step
         saved: list[SavedSample] = []
-        if self.accelerator.is_main_process:
-            sample_round = SampleRound(self.settings, self.accelerator, transformer, dtype, name, step, stop)
+        if self.together or self.accelerator.is_main_process:
+            sample_round = SampleRound(self.settings, self.accelerator, transformer, dtype, name, step, stop, self.together)
             with paused_training(transformer, network, optimizer, self.accelerator.device):
                 saved = sample_round.run(self.prompts)
         self.accelerator.wait_for_everyone()
@@ -225,6 +236,10 @@ class TrainingSamples:
 
 class _Stopped(Exception):
     """Training is to end: the rest of the round is given up."""
+
+
+class _NotFinite(UserError):
+    """A sample that holds NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,7 @@ class SampleRound:
         name: the epoch or step in the names of files.
         step: optimizer steps done, for the metadata.
         stop: once it is True the round is given up.
+        together: all processes make this round; the main one writes the samples.
     """
 
     settings: SampleSettings
@@ -246,6 +262,7 @@ class SampleRound:
     name: str
     step: int
     stop: Callable[[], bool]
+    together: bool = False
 
     def run(self, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
         """First the latents of all prompts; then the VAE is loaded, decodes them and goes. Call it under ``paused_training``."""
@@ -254,11 +271,12 @@ class SampleRound:
         saved: list[SavedSample] = []
         steps = sum(entry.prompt.sampling.infer_steps for entry in prompts)
         try:
-            with ProgressBar(total=steps, desc="samples", unit="step", leave=False) as progress:
+            shown = self.accelerator.is_main_process
+            with ProgressBar(total=steps, desc="samples", unit="step", leave=False, disable=not shown) as progress:
                 for entry in prompts:
-                    with self._training_goes_on(f"sample {entry} was not made"):
+                    with self._training_goes_on(f"sample {entry} was not made", self.together):
                         sampled.append((entry, self._sample(entry, progress)))
-            if sampled:
+            if sampled and self.accelerator.is_main_process:
                 with self._training_goes_on("no sample was written, as --vae failed"):
                     self._decode_all(sampled, saved)
         except _Stopped:
@@ -272,7 +290,7 @@ class SampleRound:
 
         def advance(_: int) -> None:
             progress.update()
-            self._stop_if_asked()
+            self._stop_if_asked(self.together)
 
         smaller = explain_out_of_memory("sampling", "make it smaller or shorter", self.accelerator.device)
         with smaller, self.accelerator.autocast():  # as in training
@@ -286,7 +304,7 @@ class SampleRound:
                 on_step=advance,
             )
         if not torch.isfinite(latents).all():
-            raise UserError("the network gives NaN or infinity")
+            raise _NotFinite("the network gives NaN or infinity")
         return latents.cpu()
 
     def _decode_all(self, sampled: Sequence[tuple[EncodedPrompt, Tensor]], saved: list[SavedSample]) -> None:
@@ -312,19 +330,27 @@ class SampleRound:
             save_video(path, frames, FPS, metadata)
         return path
 
-    def _stop_if_asked(self) -> None:
-        if self.stop():
+    def _stop_if_asked(self, together: bool = False) -> None:
+        asked = self.stop()
+        if together:  # or those that are not asked would wait for this one
+            asked = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)).item() > 0
+        if asked:
             raise _Stopped
 
     @contextmanager
-    def _training_goes_on(self, failed: str) -> Iterator[None]:
-        """A warning for what fails inside: training is worth more than its samples."""
+    def _training_goes_on(self, failed: str, together: bool = False) -> Iterator[None]:
+        """A warning for what fails inside: training is worth more than its samples.
+
+        Not where processes compute ``together``: whoever goes on would wait for ever for the one that failed.
+        """
         free_memory(self.accelerator.device)  # of a sample that failed before
         try:
             yield
         except _Stopped:
             raise
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
+            if together and not isinstance(error, _NotFinite):
+                raise
             logger.warning("%s: %s; training continues.", failed, first_line(error).rstrip("."))
 
 

@@ -13,6 +13,7 @@ from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.memory import BatchSize
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory, plan_table, verdict
+from hunyuan_model.runtime.sharding import ShardingSettings
 from hunyuan_model.transformer.config import TransformerConfig
 from networks.training import preflight
 from utils.devices import explain_out_of_memory
@@ -51,6 +52,18 @@ def test_quantized_weights_and_swapping_save_what_they_promise(picture: MemoryPl
     swapped = quantized.with_blocks(40)
     assert swapped.need().host_weights == pytest.approx(9.1e9, rel=0.01)
     assert quantized.need().on_device - swapped.need().on_device == pytest.approx(8.2e9, rel=0.01)
+
+
+def test_sharded_weights_are_counted_once_over_all_devices(picture: MemoryPlan) -> None:
+    sharded = picture.changed(sharding=ShardingSettings(8))
+    assert sharded.need().weights == pytest.approx(picture.need().weights / 8, rel=1e-6)
+    double, single = 36 * 3072**2, 15 * 3072**2  # weights of the Linear layers, each two bytes
+    rest = picture.need().weights - 2 * (20 * double + 40 * single)
+    assert sharded.need().swap_slots == pytest.approx(2 * 3 * double + rest, rel=0.01)
+    kept = picture.changed(sharding=ShardingSettings(8, offload=True)).need()
+    assert kept.weights == 0 and kept.host_weights == sharded.need().weights
+    flags, _ = sharded.until_it_fits(GB)
+    assert "--int8_base" in flags and not any("swap" in flag or "offloading" in flag for flag in flags)
 
 
 def test_a_lora_beside_the_weights_is_counted(picture: MemoryPlan) -> None:

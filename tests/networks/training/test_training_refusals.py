@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import hunyuan_model
 import hv_train_network
+from hunyuan_model.runtime.sharding import ShardingSettings
 from networks.training import loop
 from networks.training.arguments import training_settings
 from utils.processes.locks import sole_run
@@ -177,11 +178,52 @@ def test_what_the_launcher_cannot_train_with_is_refused(train, monkeypatch):
     monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loaded"))
     ended = train("--max_train_steps", 1)
     assert ended.status == 2 and "accelerate" in ended.stderr and "fp8" in ended.stderr
-    for precision, processes, says in (("fp8", DistributedType.NO, "Use bf16"), ("no", DistributedType.FSDP, "is set up for FSDP")):
+    megatron = DistributedType.MEGATRON_LM
+    for precision, processes, says in (("fp8", DistributedType.NO, "Use bf16"), ("no", megatron, "is set up for MEGATRON_LM")):
         fitting = types.SimpleNamespace(mixed_precision=precision, distributed_type=processes)  # as where packages for it are there
         monkeypatch.setattr("networks.training.accelerator.Accelerator", lambda fitting=fitting, **_: fitting)
         ended = train("--max_train_steps", 1)
         assert ended.status == 2 and says in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "version 1 of FSDP"),
+        ({"FSDP_VERSION": "2"}, "two processes or more"),
+        ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, "every process would hold all weights"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "is done by --gradient_checkpointing here"),
+        ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "img_in"}, "fsdp_ignored_modules, which has no effect"),
+    ],
+)
+def test_of_fsdp_only_what_is_done_is_taken(train, monkeypatch, options, says):
+    monkeypatch.setattr(hv_train_network, "inspect_model", lambda *_: pytest.fail("something was read"))
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | options).items():
+        monkeypatch.setenv(name, value)
+    ended = train("--max_train_steps", 1)
+    assert ended.status == 2 and says in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(("--blocks_to_swap", "auto"), "--blocks_to_swap"), ((), "take prior_preservation out"), ((), "take it out of the prompts")],
+)
+def test_what_sharded_weights_exclude_is_said_before_anything_is_loaded(
+    train, cached, tiny_model, tmp_path, monkeypatch, flags, says
+):
+    monkeypatch.setattr(hv_train_network, "build_training", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("networks.training.accelerator.ShardingSettings", lambda _, offload: ShardingSettings(2, offload))
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    if "prior" in says:
+        cached.write_text(cached.read_text("utf-8").replace("batch_size = 2", "prior_preservation = true"), encoding="utf-8")
+    if "prompts" in says:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a ball --w 32 --h 32 --s 4 --step_cache 0.1\n", encoding="utf-8")
+        flags = ("--sample_prompts", prompts, "--vae", tiny_model.vae, "--sample_at_first")
+        flags += ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    ended = train("--max_train_steps", 1, *flags)
+    assert ended.status == 2 and says in ended.stderr
 
 
 def test_a_setup_that_accelerate_cannot_make_is_one_sentence(train, monkeypatch):

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from dataset import load_dataset_config
-from dataset.batches.batches import ShapeBatchSampler, largest_batch
+from dataset.batches.batches import largest_batch
 from dataset.batches.cached_items import find_cached_items, hold_out, require_model_sizes
+from dataset.batches.order import BatchOrder
 from dataset.batches.reading import EpochReader, HeldOut
 from dataset.batches.report import data_facts, report_cached_group
 from dataset.cache.report import format_table, require_batches
@@ -39,6 +40,8 @@ from utils.errors import name_some, run_script
 from utils.output import show
 
 logger = logging.getLogger("train")
+
+NOTEWORTHY = 0.01  # of the time
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,9 +68,12 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
     if loop.validation_split is not None:
         groups, held_out = hold_out(groups, loop.validation_split, seed)
         logger.info("held out for validation: %s", name_some(item.latents_path.name for item in held_out))
-    sampler = ShapeBatchSampler(groups, seed, accelerator.process_index, accelerator.num_processes)
+    processes = accelerator.num_processes
+    order = BatchOrder(groups, seed, loop.gradient_accumulation_steps, accelerator.process_index, processes)
+    if processes > 1 and (share := order.imbalance()) >= NOTEWORTHY:
+        logger.info("batches of different sizes: the processes wait for each other for about %.0f %% of the time", 100 * share)
     return TrainingData(
-        reader=EpochReader(groups, sampler, loop.max_data_loader_n_workers, loop.persistent_data_loader_workers),
+        reader=EpochReader(groups, order, loop.max_data_loader_n_workers, loop.persistent_data_loader_workers),
         largest=largest_batch(groups, config),
         facts=data_facts(groups),
         held_out=HeldOut(held_out),

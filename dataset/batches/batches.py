@@ -1,4 +1,4 @@
-"""From cached items to training batches: which belong together, in which order, and how they are read and stacked.
+"""From cached items to training batches: how they are read and stacked, and which one takes the most memory.
 
 A batch holds items of one dataset whose latents have one shape, and that shape is the one in the cache file: nothing here
 computes a bucket.
@@ -6,15 +6,12 @@ computes a bucket.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 
 from dataset.batches.cached_items import CachedGroup, CachedItem
 from dataset.cache.files import read_latents, read_text, read_text_length
@@ -37,6 +34,17 @@ class Batch(TypedDict):
     text_states_2: torch.Tensor
     names: list[str]
     prior_preservation: bool
+
+
+class StepBatches(NamedTuple):
+    """What an optimizer step is made of.
+
+    shapes: of the latents of every batch, also of other processes, (B, C, F, H, W), in the order of the epoch.
+    own: the batches that this process computes, by their places in ``shapes``.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    own: Mapping[int, Batch]
 
 
 def read_batch(items: Sequence[CachedItem]) -> Batch:
@@ -88,43 +96,3 @@ def largest_batch(groups: Sequence[CachedGroup], config: TransformerConfig) -> L
             items = tuple(items[: group.dataset.batch_size])
             candidates.append(LargestBatch(items, BatchSize(len(items), shape[1:], lengths[items[0].text_path])))
     return max(candidates, key=lambda batch: batch.size.tokens(config))
-
-
-class ShapeBatchSampler(Sampler[list[int]]):
-    """Batches of positions in the items of all groups, one after the other; each batch has one dataset and one shape.
-
-    The order of an epoch depends on the seed and the number of the epoch only, so any position in it can be found again.
-    A last batch that is not full is kept. With several ranks every rank gets the same number of batches: where they do not
-    divide evenly, the first ones of the epoch are used again at its end.
-    """
-
-    def __init__(self, groups: Sequence[CachedGroup], seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        offsets = accumulate((len(group.items) for group in groups), initial=0)
-        self.pools = [
-            ([offset + position for position in positions], group.dataset.batch_size)
-            for offset, group in zip(offsets, groups)
-            for positions in group.by_shape().values()
-        ]
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch on each rank, wherever it begins."""
-        batches = sum(-(-len(pool) // size) for pool, size in self.pools)
-        return -(-batches // self.world_size)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, without its first ``start`` batches of this rank."""
-        self.epoch, self.start = epoch, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # A generator seeded with text is the same on every platform and Python version.
-        order = random.Random(f"{self.seed}:{self.epoch}")
-        batches = []
-        for pool, size in self.pools:
-            shuffled = order.sample(pool, len(pool))
-            batches += [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
-        order.shuffle(batches)
-        # The epoch comes round again when there are fewer batches than ranks ask for.
-        for number in range(self.start, len(self)):
-            yield batches[(self.rank + number * self.world_size) % len(batches)]

@@ -12,10 +12,11 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from dataset.batches.batches import Batch, ShapeBatchSampler, read_batch
+from dataset.batches.batches import Batch, StepBatches, read_batch
 from dataset.batches.cached_items import CachedGroup, CachedItem
+from dataset.batches.order import BatchOrder, PlannedStep
 from utils.errors import UserError, first_line, name_some
 from utils.output import show
 
@@ -87,22 +88,36 @@ class HeldOut:
         return (read_batch([item]) for item in self._items)
 
 
+class _OwnBatches(Sampler[list[int]]):
+    """What the loader reads: the batches of this process, step after step."""
+
+    def __init__(self) -> None:
+        self.steps: Sequence[PlannedStep] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (step.batches[place] for step in self.steps for place in step.own)
+
+    def __len__(self) -> int:
+        return sum(len(step.own) for step in self.steps)
+
+
 class EpochReader:
-    """The batches of one epoch after the other, from a sampler over the same groups.
+    """The steps of one epoch after the other, in an order of the same groups; of each this process reads its own batches.
 
     ``workers``: processes that read ahead, if ``possible_workers``; 0 reads in this process. ``persistent``: start them once, not
     for each epoch.
     """
 
-    def __init__(self, groups: Sequence[CachedGroup], sampler: ShapeBatchSampler, workers: int, persistent: bool) -> None:
-        self.sampler = sampler
+    def __init__(self, groups: Sequence[CachedGroup], order: BatchOrder, workers: int, persistent: bool) -> None:
+        self.order = order
         self._items = [item for group in groups for item in group.items]
+        self._own = _OwnBatches()
         self._due = 0
         workers = possible_workers(workers)
         # A generator of its own: torch takes a number from it at each epoch, which must not change the global one.
         self._loader = DataLoader(
             self._items,
-            batch_sampler=sampler,
+            batch_sampler=self._own,
             num_workers=workers,
             collate_fn=_batch_or_error,
             persistent_workers=persistent and workers > 0,
@@ -111,24 +126,38 @@ class EpochReader:
         )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on each rank."""
-        return len(self.sampler)
+        """Batches of an epoch, of all processes."""
+        return len(self.order)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of all processes; the last step of an epoch may have fewer."""
+        return self.order.batches_per_step
 
     def fingerprint(self) -> str:
         """Of the items, their repeats and batch sizes, on which the order of the batches depends, and of what their targets are."""
         # Nothing is added for ordinary items, so that the fingerprint stays that of older states.
         kinds = {False: (), True: ("prior_preservation",)}
         items = [(item.latents_path.name, item.shape, *kinds[item.prior_preservation]) for item in self._items]
-        return hashlib.sha256(repr((self.sampler.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256(repr((self.order.pools, items)).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on.
+    def epoch(self, number: int, start: int = 0, per_step: int | None = None) -> Iterator[StepBatches]:
+        """The steps of epoch ``number``, counted from 0, from its batch ``start`` on.
+
+        Args:
+            per_step: the order is that of steps of so many batches; by default of those that there are.
 
         Raises:
             UserError: as in ``read_batch``; or processes cannot be started, or one died, and which files it was about to read.
         """
-        self.sampler.set_epoch(number, start)
+        self._own.steps = list(self.order.steps(number, start, per_step))
         self._due = 0
+        batches = self._batches()
+        for step in self._own.steps:
+            yield StepBatches(step.shapes, {place: next(batches) for place in step.own})
+        next(batches, None)  # so that the loader knows that it is done
+
+    def _batches(self) -> Iterator[Batch]:
         batches: Iterator[Batch | UserError] | None = None
         while True:
             try:
@@ -140,8 +169,8 @@ class EpochReader:
                 return
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
             self._due += 1
+            yield batch
 
     def close(self) -> None:
         """End the processes. It cannot be read from any more."""
@@ -172,5 +201,5 @@ class EpochReader:
 
     def due(self, count: int = 1) -> str:
         """The items of the next batches, for a sentence."""
-        ahead = itertools.islice(self.sampler, self._due, self._due + count)
+        ahead = itertools.islice(self._own, self._due, self._due + count)
         return name_some(self._items[index].latents_path.name for batch in ahead for index in batch)

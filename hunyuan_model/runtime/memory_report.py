@@ -98,6 +98,8 @@ def size_of(batch: Mapping[str, Any]) -> BatchSize:
 
 def explain_batch_out_of_memory(plan: MemoryPlan, batches: Sequence[Mapping[str, Any]], doing: str) -> AbstractContextManager[None]:
     """For computing ``batches`` inside: running out of memory names the largest of them and what to change next."""
+    if not batches:  # all of them are those of other processes
+        return explain_out_of_memory("updating the network", lambda: advice(plan), plan.device)
     largest = max(batches, key=lambda batch: size_of(batch).tokens(plan.config))
     size = size_of(largest)
     where = f"{doing} {batch_name(size)} ({', '.join(largest['names'])})"

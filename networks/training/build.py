@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 import hunyuan_model
@@ -16,6 +17,7 @@ from hunyuan_model.quantization.formats import WeightFormat
 from networks.lora import DEFAULT_RANK
 from networks.merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
+from networks.training.distributed.gradients import SharedGradients, same_in_all
 from networks.training.distributed.shared_weights import shared_host_memory
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights
@@ -30,6 +32,7 @@ from networks.training.saving.metadata import new_session_id, training_metadata
 from networks.training.saving.resume import restore
 from networks.training.saving.state import Progress
 from networks.training.settings import TrainingSettings
+from networks.training.step import VALUES
 from utils.hub import open_uploads
 
 logger = logging.getLogger(__name__)
@@ -77,12 +80,18 @@ def build_training(
     optimizer = make_optimizer(settings.optimizer, groups)
     # Before accelerate wraps the optimizer: the schedule watches the method that accelerate calls.
     lr_scheduler = make_lr_scheduler(settings.schedule, optimizer, plan.steps)
-    rank_seed = plan.beginning.seed + accelerator.process_index
+    gradients = None
+    if accelerator.num_processes > 1:
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        same_in_all(trained)
+        gradients = SharedGradients(trained, values=VALUES)
+        set_seed(plan.beginning.seed + accelerator.process_index)  # dropout is of each process
+    seed = plan.beginning.seed
     flow_matching = FlowMatching(
         transformer,
         accelerator,
-        TimestepSampler(settings.timesteps, torch.Generator().manual_seed(rank_seed)),
-        noise=torch.Generator(accelerator.device).manual_seed(rank_seed),
+        TimestepSampler(settings.timesteps, torch.Generator().manual_seed(seed)),
+        noise=torch.Generator(accelerator.device).manual_seed(seed),
         dtype=plan.model.precision.base,
         guidance_scale=settings.flow.guidance_scale,
         network_off=partial(network_off, network),
@@ -101,6 +110,7 @@ def build_training(
         progress=Progress(started_at=time.time(), session_id=new_session_id()),
         samples=samples,
         logs=logs,
+        gradients=gradients,
         changed=measure_changed_weights(network, transformer, accelerator.device) if measures else None,
         uploads=uploads,
     )
@@ -112,7 +122,7 @@ def build_training(
         "session_id": training.progress.session_id,
         "training_started_at": training.progress.started_at,
         "num_batches_per_epoch": len(data.reader),
-        "num_epochs": -(-plan.steps // training.steps_per_epoch),
+        "num_epochs": -(-plan.steps // data.steps_per_epoch),
         "max_train_steps": plan.steps,
         "optimizer": describe_optimizer(optimizer, plan.beginning.flags["optimizer_args"]),
         "mixed_precision": accelerator.mixed_precision,
@@ -125,7 +135,7 @@ def build_training(
     logger.info(
         "%d batches per epoch, %d per step; %d steps; %d trainable parameters; base model in %s%s",
         len(data.reader),
-        settings.loop.gradient_accumulation_steps,
+        data.reader.batches_per_step,
         plan.steps,
         sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
         plan.model.precision.base,

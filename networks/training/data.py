@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,14 +10,28 @@ from hunyuan_model.runtime.memory import BatchSize
 from networks.training.saving.metadata import DataFacts
 
 
+class StepBatches(Protocol):
+    """What an optimizer step is made of (``dataset.batches.batches.StepBatches``).
+
+    Attributes:
+        shapes: of the latents of every batch, also of other processes, (B, C, F, H, W), in the order of the epoch.
+        own: the batches that this process computes, by their places in ``shapes``; none where the others have them all.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    own: Mapping[int, Mapping[str, Any]]
+
+
 class BatchReader(Protocol):
     """Where the batches come from (``dataset.batches.reading.EpochReader``)."""
 
-    def __len__(self) -> int:
-        """Batches of an epoch, of this process."""
+    batches_per_step: int  # of all processes; the last step of an epoch may have fewer
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
-        """The batches of epoch ``number``, counted from 0, from its batch ``start`` on."""
+    def __len__(self) -> int:
+        """Batches of an epoch, of all processes."""
+
+    def epoch(self, number: int, start: int = 0, per_step: int | None = None) -> Iterator[StepBatches]:
+        """The steps of epoch ``number``, counted from 0, from its batch ``start`` on, in the order for ``per_step`` of them."""
 
     def fingerprint(self) -> str:
         """Changes with the items and with their order."""
@@ -47,3 +61,8 @@ class TrainingData:
     facts: DataFacts
     held_out: Collection[Mapping[str, Any]] = ()  # batches of one item for the validation loss
     prior_preservation: bool = False  # whether any dataset wants the model's own predictions kept
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may have fewer batches than the others."""
+        return -(-len(self.reader) // self.reader.batches_per_step)

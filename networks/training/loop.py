@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from hunyuan_model.runtime.compilation import CompileWatch
 from hunyuan_model.runtime.memory_report import advice, explain_batch_out_of_memory
 from networks.network_module import call_if_there
+from networks.training.data import StepBatches
 from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
@@ -116,23 +115,24 @@ def train_epoch(
     epoch = progress.epoch
     if progress.batches == 0:
         training.flow_matching.timesteps.begin_epoch()
+        progress.batches_per_step = training.data.reader.batches_per_step
     call_if_there(training.network, "on_epoch_start", None, training.transformer)
-    batches = watched(training, training.data.reader.epoch(epoch - 1, progress.batches))
+    steps = training.data.reader.epoch(epoch - 1, progress.batches, progress.batches_per_step)
     started = time.monotonic()
-    for group in batches_of_step(batches, training.settings.loop.gradient_accumulation_steps):
+    for batches in watched(training, steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         compiling = CompileWatch()
         watch = training.watchdog.during("making step", lambda: str(progress.step + 1))
-        with watch, explain_batch_out_of_memory(training.plan.memory, group, "training on"):
-            step = train_step(training, group)
+        with watch, explain_batch_out_of_memory(training.plan.memory, [*batches.own.values()], "training on"):
+            step = train_step(training, batches)
         seconds = time.monotonic() - started
-        progress.step, progress.batches = progress.step + 1, progress.batches + len(group)
+        progress.step, progress.batches = progress.step + 1, progress.batches + len(batches.shapes)
         progress.skipped = 0 if step.skipped is None else progress.skipped + 1
         if step.skipped is None:
-            progress.losses = [*progress.losses, step.loss][-training.steps_per_epoch :]
+            progress.losses = [*progress.losses, step.loss][-training.data.steps_per_epoch :]
         training.keep_place()
         compiling.report(f"step {progress.step}")
-        if slow := spilling.after_step(seconds, tuple(batch["latents"].shape for batch in group)):
+        if slow := spilling.after_step(seconds, tuple(batch["latents"].shape for batch in batches.own.values())):
             logger.warning("step %d: %s. Close other programs, or %s.", progress.step, slow, advice(training.plan.memory))
         require_some_made(training, step.skipped)
         log_step(training, step, rates, seconds, loss_log, bar)
@@ -159,21 +159,14 @@ def train_epoch(
     return Request.NOTHING
 
 
-def watched(training: Training, batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The same batches; the watchdog knows which one is waited for."""
+def watched(training: Training, steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
+    """The same steps; the watchdog knows which batch is waited for."""
     while True:
         with training.watchdog.during("reading", training.data.reader.due):
-            batch = next(batches, None)
-        if batch is None:
+            batches = next(steps, None)
+        if batches is None:
             return
-        yield batch
-
-
-def batches_of_step(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[list[Mapping[str, Any]]]:
-    """Group an epoch's batches into those of one optimizer step; the last group may be smaller."""
-    iterator = iter(batches)
-    while group := list(itertools.islice(iterator, count)):
-        yield group
+        yield batches
 
 
 def log_step(

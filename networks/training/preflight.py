@@ -45,7 +45,7 @@ from networks.training.saving.resume import Resumed, check_steps_left, find_resu
 from networks.training.saving.state import check_state_can_be_saved
 from networks.training.settings import TrainingSettings
 from utils.cli.arguments import random_seed
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, name_some
 from utils.files import require_file
 from utils.free_memory import free_device_memory, free_host_memory
 from utils.output import show
@@ -209,6 +209,7 @@ def find_beginning(settings: TrainingSettings, model: ModelPlan, accelerator: Ac
         recover_state(settings.saving.folder, settings.saving.output_name)
     accelerator.wait_for_everyone()
     resumed, flags = find_resumed(settings.resuming), settings.flags
+    _require_same_state(resumed)
     if resumed is not None:
         require_fitting(resumed, flags, describe_optimizer(model.optimizer))
         seed, flags = resumed.state.seed, resumed.flags_used(flags)
@@ -217,6 +218,17 @@ def find_beginning(settings: TrainingSettings, model: ModelPlan, accelerator: Ac
         logger.info("seed %d", seed)
     lineage = next_lineage(settings.saving.folder, settings.saving.output_name)
     return Beginning(resumed, seed, {**flags, "seed": seed}, lineage)
+
+
+def _require_same_state(resumed: Resumed | None) -> None:
+    """Raise a UserError where processes on several machines do not find the same state."""
+    places = gather_object([None if resumed is None else (resumed.state.lineage, resumed.state.progress.step)])
+    if len(set(places)) > 1:
+        found = name_some("none" if place is None else f"step {place[1]}" for place in dict.fromkeys(places))
+        raise UserError(
+            f"the machines find different states to resume from: {found}. Give an --output_dir that all of them share, or copy the "
+            "state to each and give its path as --resume."
+        )
 
 
 def preflight(
@@ -232,7 +244,7 @@ def preflight(
             "FSDP does not go with prior_preservation; take prior_preservation out of the datasets, or train without FSDP."
         )
     resumed, saving = beginning.resumed, settings.saving
-    steps = settings.loop.steps(len(data.reader))
+    steps = settings.loop.steps(data.steps_per_epoch)
     schedule = check_lr_scheduler(settings.schedule, model.optimizer, steps)
     check_state_can_be_saved(model.optimizer, schedule, wanted=saving.state_at_end)
     if resumed is not None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from networks.training.data import BatchReader, TrainingData
+from networks.training.distributed.gradients import SharedGradients
 from networks.training.logging.logs import TrainingLogs
 from networks.training.logging.update_size import ChangedWeights, log_size
 from networks.training.logging.watchdog import Watchdog
@@ -27,7 +28,7 @@ from networks.training.saving.files import remove_outdated, state_name, step_nam
 from networks.training.saving.going_on import command_to_go_on, usable_state
 from networks.training.saving.metadata import finished_metadata
 from networks.training.saving.models import save_network
-from networks.training.saving.state import Progress, Restorable, StateFile, random_state_of, read_state_file, save_state
+from networks.training.saving.state import DATA, Progress, Restorable, StateFile, random_state_of, read_state_file, save_state
 from networks.training.settings import TrainingSettings
 from utils.devices import free_memory
 from utils.errors import UserError, first_line
@@ -45,6 +46,7 @@ class Training:
     """What the loop works on. ``settings``, ``plan`` and ``data`` stay as they are.
 
     Attributes:
+        gradients: of all processes; None where there is only this one.
         changed: there on the main process, for networks whose updates can be measured.
         place: where the random generators stood when ``progress`` changed last.
         updating: whether the weights may be of a step that ``progress`` does not count yet.
@@ -65,6 +67,7 @@ class Training:
     progress: Progress
     samples: TrainingSamples
     logs: TrainingLogs
+    gradients: SharedGradients | None = None
     changed: ChangedWeights | None = None
     uploads: HubUploads | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -89,16 +92,11 @@ class Training:
         """Note that ``progress`` and everything that is trained belong together now."""
         self.place, self.updating = random_state_of(self.restorable), False
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        return self.settings.loop.steps_per_epoch(len(self.data.reader))
-
 
 def batch_order(settings: TrainingSettings, reader: BatchReader, accelerator: Accelerator) -> dict[str, object]:
-    """What the place inside an epoch depends on, besides the seed."""
+    """What the place inside an epoch depends on, besides the seed, and how many batches a step has."""
     return {
-        "data sets": reader.fingerprint(),  # the name in states that people have
+        DATA: reader.fingerprint(),
         "--gradient_accumulation_steps": settings.loop.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
     }

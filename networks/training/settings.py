@@ -99,13 +99,9 @@ class LoopSettings:
         given = [f"--{name}" for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph") if getattr(self, name)]
         return [f"{', '.join(given)}: no effect, as gradients are averaged without torch's wrapper."] if given else []
 
-    def steps_per_epoch(self, batches: int) -> int:
-        """Optimizer steps for an epoch of ``batches``; the last one may accumulate fewer than the others."""
-        return -(-batches // self.gradient_accumulation_steps)
-
-    def steps(self, batches: int) -> int:
-        """Of the whole training, with ``batches`` batches in an epoch."""
-        return self.max_train_epochs * self.steps_per_epoch(batches) if self.max_train_epochs else self.max_train_steps
+    def steps(self, per_epoch: int) -> int:
+        """Of the whole training, with ``per_epoch`` optimizer steps in an epoch."""
+        return self.max_train_epochs * per_epoch if self.max_train_epochs else self.max_train_steps
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from hunyuan_model.sampling.flow import TIMESTEPS
 from networks.network_module import call_if_there
+from networks.training.data import StepBatches
 from networks.training.optim.lr_schedules import step_schedule
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.run import Training, TrainingBroken
@@ -28,6 +29,7 @@ from utils.errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+VALUES = 3  # summed over all processes with the gradients, see ``_sums``
 
 
 @dataclass(frozen=True)
@@ -39,51 +41,75 @@ class Step:
     skipped: str | None = None  # why the weights were not changed
 
 
-def train_step(training: Training, batches: Sequence[Mapping[str, Any]]) -> Step:
-    """One optimizer step over the batches it accumulates; it is skipped where a loss or a gradient is not finite.
+def train_step(training: Training, batches: StepBatches) -> Step:
+    """One optimizer step over batches of all processes; it is skipped where a loss or a gradient is not finite.
 
+    Every item counts alike, whichever process and batch it is in. Noise and timesteps are those of one process that computes all.
     Waits for the device once. What may wait beyond that: the loss scaler of fp16 (twice, as it looks at the gradients only
     after the losses are known to be finite), ``--scale_weight_norms``, optimizers that look at their own numbers, and those of
     bitsandbytes, which wait after every parameter.
     """
     accelerator, network, optimizer = training.accelerator, training.network, training.optimizer
     call_if_there(network, "on_step_start")
-    losses: list[Tensor] = []
-    timesteps: list[Tensor] = []
-    for batch in batches:
-        loss, t = training.flow_matching.loss(batch)
-        if loss.requires_grad:  # not where dropout leaves out the whole network
-            accelerator.backward(loss / len(batches))
-        losses.append(loss.detach())
-        timesteps.append(t)
-    has_gradient = any(parameter.grad is not None for parameter in network.parameters())
+    if training.gradients is not None:
+        training.gradients.begin()
+    computed = [_backward(training, *each) for each in _with_noise(training, batches)]
+    losses, weights, named = [one.loss for one in computed], [one.weight for one in computed], [one.named for one in computed]
+    sums = _sums(training, losses, weights, any(one.has_gradient for one in computed))
     scaled = accelerator.scaler is not None  # a scaler looks at the gradients once, when it divides them
-    clipped = None if scaled else _clip(training, has_gradient)
-    own, finite, has_any_gradient, norm = _read(accelerator, losses, has_gradient, clipped)
+    clipped = None if scaled else _clip(training)
+    own, total, finite, has_gradient, norm = _read(losses, sums, clipped)
+    if training.gradients is None:  # as it is logged since there is a log
+        total = sum(loss * weight for loss, weight in zip(own, weights))
 
     skipped = None
     if not finite:
-        norm, skipped = math.nan, _loss_not_finite(own, batches, timesteps)
-    elif has_any_gradient:  # not where dropout left out the whole network
+        bad = [f"{loss} for {words}" for loss, words in zip(own, named) if not math.isfinite(loss)]
+        norm, skipped = math.nan, f"the loss is {'; '.join(_of_all(training, bad))}"
+    elif has_gradient:  # not where dropout left out the whole network
         if scaled:
-            clipped = _clip(training, has_gradient)
-            norm = math.nan if clipped is None else float(clipped)
-        named = ", ".join(_named(batch, t) for batch, t in zip(batches, timesteps))
+            norm = float(_clip(training))
         if not scaled and not math.isfinite(norm):  # a scaler finds out by itself, and tries a smaller scale
-            skipped = f"the gradient is not finite for {named}"
+            skipped = f"the gradient is not finite for {', '.join(_of_all(training, named))}"
         else:
             training.updating = True
             with _explained(optimizer):
                 optimizer.step()
             if accelerator.optimizer_step_was_skipped:
-                skipped = f"the gradient is too large for fp16, whose scale is halved, for {named}"
+                skipped = f"the gradient is too large for fp16, whose scale is halved, for {', '.join(_of_all(training, named))}"
     optimizer.zero_grad(set_to_none=True)
-    total = sum(loss / len(batches) for loss in own)
     if skipped is None:
         step_schedule(training.lr_scheduler, total)
         if most := training.settings.network.scale_weight_norms:
             call_if_there(network, "apply_max_norm_regularization", most, accelerator.device)
     return Step(total, norm, skipped)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A batch after its backward pass."""
+
+    loss: Tensor  # a scalar
+    weight: float  # of its items among those of the whole step
+    has_gradient: bool
+    named: str  # for a sentence
+
+
+def _with_noise(training: Training, batches: StepBatches) -> Iterator[tuple[Mapping[str, Any], float, Tensor, Tensor]]:
+    """The batches of this process with their weights, noise and timesteps: all processes sample those of the whole step."""
+    items = sum(shape[0] for shape in batches.shapes)
+    for place, shape in enumerate(batches.shapes):
+        noise, t = training.flow_matching.sample(shape)
+        if place in batches.own:
+            yield batches.own[place], shape[0] / items, noise, t
+
+
+def _backward(training: Training, batch: Mapping[str, Any], weight: float, noise: Tensor, t: Tensor) -> _Computed:
+    loss = training.flow_matching.loss_at(batch, noise, t)
+    if loss.requires_grad:  # not where dropout leaves out the whole network
+        training.accelerator.backward(loss * weight)
+    named = f"{', '.join(batch['names'])} at timestep {', '.join(f'{value * TIMESTEPS:.0f}' for value in t.tolist())}"
+    return _Computed(loss.detach(), weight, loss.requires_grad, named)
 
 
 def require_some_made(training: Training, reason: str | None) -> None:
@@ -115,48 +141,37 @@ def _explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         ) from error
 
 
-def _clip(training: Training, has_gradient: bool) -> Tensor | None:
-    """The norm of the mean gradients of all processes, which are then clipped; None where there are none.
+def _sums(training: Training, losses: Sequence[Tensor], weights: Sequence[float], has_gradient: bool) -> Tensor:
+    """(VALUES,) float32, of all processes: the mean loss, how many losses are not finite, how many processes have a gradient.
 
-    The network is hooked into the transformer's layers: no wrapper of torch's could average its gradients.
+    The gradients are summed with it.
     """
-    accelerator, parameters = training.accelerator, list(training.network.parameters())
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            if parameter.requires_grad:
-                # Dropout may leave a layer out on one process only; all of them must still take part.
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = accelerator.reduce(gradient, reduction="mean")
-    elif not has_gradient:
-        return None
-    return accelerator.clip_grad_norm_(parameters, training.settings.optimizer.max_grad_norm or math.inf)
+    values = torch.zeros(VALUES, device=training.accelerator.device)
+    for loss, weight in zip(losses, weights):
+        values[0] += loss * weight
+        values[1] += ~torch.isfinite(loss)
+    values[2] = float(has_gradient)
+    return values if training.gradients is None else training.gradients.sum(values)
 
 
-def _read(
-    accelerator: Accelerator, losses: Sequence[Tensor], has_gradient: bool, norm: Tensor | None
-) -> tuple[list[float], bool, bool, float]:
+def _clip(training: Training) -> Tensor:
+    """The norm of the gradients, which are then clipped."""
+    return training.accelerator.clip_grad_norm_(
+        training.network.parameters(), training.settings.optimizer.max_grad_norm or math.inf
+    )
+
+
+def _read(losses: Sequence[Tensor], sums: Tensor, norm: Tensor | None) -> tuple[list[float], float, bool, bool, float]:
     """Everything that the step depends on, with one copy from the device, which is when it is waited for.
 
     Returns:
-        The losses of this process; whether those of all are finite; whether any has a gradient; the norm, 0 for None.
+        The losses of this process; the mean of all; whether all are finite; whether any has a gradient; the norm, 0 for None.
     """
-    values = torch.stack([loss.float() for loss in losses])
-    not_finite = (~torch.isfinite(values)).any().float()
-    gradient = torch.full_like(not_finite, float(has_gradient))
-    if accelerator.num_processes > 1:
-        not_finite, gradient = accelerator.reduce(torch.stack((not_finite, gradient)), reduction="sum").unbind()
-    norm = torch.zeros_like(not_finite) if norm is None else norm.detach().to(not_finite)
-    *own, any_not_finite, any_gradient, norm = torch.cat((values, torch.stack((not_finite, gradient, norm)))).tolist()
-    return own, not any_not_finite, any_gradient > 0, norm
+    norm = torch.zeros_like(sums[0]) if norm is None else norm.detach().to(sums)
+    *own, total, not_finite, gradients, norm = torch.cat([*(loss.float()[None] for loss in losses), sums, norm[None]]).tolist()
+    return own, total, not_finite == 0, gradients > 0, norm
 
 
-def _loss_not_finite(losses: Sequence[float], batches: Sequence[Mapping[str, Any]], timesteps: Sequence[Tensor]) -> str:
-    for loss, batch, t in zip(losses, batches, timesteps):
-        if not math.isfinite(loss):
-            return f"the loss is {loss} for {_named(batch, t)}"
-    return "the loss is not finite in another process"
-
-
-def _named(batch: Mapping[str, Any], t: Tensor) -> str:
-    """A batch, for a sentence."""
-    return f"{', '.join(batch['names'])} at timestep {', '.join(f'{value * TIMESTEPS:.0f}' for value in t.tolist())}"
+def _of_all(training: Training, said: list[str]) -> list[str]:
+    """What all processes have to say, which all call this together."""
+    return said if training.gradients is None else gather_object(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +44,10 @@ class FlowMatching:
     guidance_scale: float
     network_off: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of a batch (a scalar) at random noise and timesteps, and these timesteps t (B,) in [0, 1]."""
-        noise = torch.randn(batch["latents"].shape, generator=self.noise, device=self.accelerator.device)
-        t = self.timesteps.sample(len(noise))
-        return self.loss_at(batch, noise, t), t
+    def sample(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Random noise for latents of ``shape``, (B, C, F, H, W), and timesteps t (B,) in [0, 1]."""
+        noise = torch.randn(shape, generator=self.noise, device=self.accelerator.device)
+        return noise, self.timesteps.sample(len(noise))
 
     def loss_at(self, batch: Mapping[str, Any], noise: Tensor, t: Tensor) -> Tensor:
         """Weighted mean squared error between the predicted and the true velocity, noise - latents. The device is not waited for.

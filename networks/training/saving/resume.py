@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from networks.lora import DEFAULT_RANK
 from networks.training.saving.files import final_name
 from networks.training.saving.latest import find_latest_state
-from networks.training.saving.state import LATEST, Progress, Restorable, StateFile, load_state, read_state_file, verify_state
+from networks.training.saving.state import DATA, LATEST, Progress, Restorable, StateFile, load_state, read_state_file, verify_state
 from utils.errors import UserError, first_line
 from utils.hub import download_state
 from utils.safetensors_io import read_header
@@ -176,9 +177,18 @@ def restore(resumed: Resumed, parts: Restorable, order: Mapping[str, Any], flags
     state = resumed.state
     load_state(resumed.folder, parts)
     progress = state.progress
-    if changed := [name for name, value in order.items() if state.order.get(name) != value]:
-        logger.warning("%s changed since the state was saved: epoch %d starts over", " and ".join(changed), progress.epoch)
+    if progress.batches_per_step == 0:  # of an earlier version
+        progress.batches, progress.batches_per_step = progress.batches * state.order.get("processes", 1), 1
+    names = [name for name, value in order.items() if state.order.get(name) != value]
+    if DATA in names:
+        logger.warning("%s changed since the state was saved: epoch %d starts over", DATA, progress.epoch)
         progress.batches = 0
+    elif names:
+        changes = ", ".join(f"{name} {state.order.get(name)}, now {order[name]}" for name in names)
+        message = "%s: epoch %d goes on with its batch %d, in the order that it had; steps have %s"
+        then, now = (math.prod(part for key, part in each.items() if key != DATA) for each in (state.order, order))
+        more = "as many batches as before" if then == now else f"{now} batches, not {then}"
+        logger.warning(message, changes, progress.epoch, progress.batches + 1, more)
     names = sorted((flags.keys() | state.flags.keys()) - {*PLACE_FLAGS, *OPTIMIZER_FLAGS})
     if differing := _differing(state.flags, flags, names):
         sentences = (f"{name} {before}, now {after}" for name, before, after in differing)

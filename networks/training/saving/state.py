@@ -5,7 +5,7 @@ A state is a folder that appears only when whole:
     state.json            where the training stands, and what it was
     network.safetensors   the network's tensors as they are in memory
     optimizer.pt          states of optimizer, schedule and gradient scaler; tensors and plain values only
-    random-{rank}.pt      the random generators of each process
+    random-{rank}.pt      the random generators of each process; those of noise and timesteps are the same in all
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from torch import nn
 
 from hunyuan_model.checkpoints.reading import require_plain_torch_file
 from networks.training.loss.timestep_sampling import TimestepSampler
 from utils.checksums import content_checksum, file_checksum, is_changed
 from utils.errors import UserError, first_line, shown
-from utils.files import atomic_folder, explain_failed_writing, read_text
+from utils.files import atomic_folder, read_text
 from utils.safetensors_io import read_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+DATA = "data sets"  # in the order of a state: a fingerprint of the items; the name in states that people have
 STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
 LATEST = "latest"
 REMEDY = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to start over."
@@ -54,7 +55,9 @@ class Progress:
     Attributes:
         step: optimizer steps that were made.
         epoch: the one under way, counted from 1.
-        batches: of this epoch that each process has used.
+        batches: of this epoch that all processes have used.
+        batches_per_step: for which the batches of this epoch were put in order; 0 in states of earlier versions, where each process
+            counted its own batches.
         losses: of the last steps, for their average.
         skipped: how many of the last steps in a row were, because their loss or gradient was not finite.
         started_at: seconds since 1970 when the training first began.
@@ -65,6 +68,7 @@ class Progress:
     step: int = 0
     epoch: int = 1
     batches: int = 0
+    batches_per_step: int = 0
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
     started_at: float = 0.0
@@ -99,7 +103,7 @@ class StateFile:
 
 @dataclass
 class Restorable:
-    """The parts of a training whose state is saved. Each process has its own ``noise`` and ``timesteps``."""
+    """The parts of a training whose state is saved. ``noise`` and ``timesteps`` stand at the same place in all processes."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -132,14 +136,13 @@ def save_state(
     """
     accelerator = parts.accelerator
     main = accelerator.is_main_process
-    with atomic_folder(folder) if main else explain_failed_writing(folder) as temporary:
-        shared = temporary if alone else Path(broadcast_object_list([str(temporary)])[0])
-        (shared / random_name(accelerator.process_index)).write_bytes(_plain_content(random_state or random_state_of(parts)))
-        if not alone:
-            accelerator.wait_for_everyone()
-        if main:
-            _write_parts(shared, parts, state)
+    own = [random_state or random_state_of(parts)]
+    every = own if alone else gather_object(own)  # the others may be on machines that do not see this folder
     if main:
+        with atomic_folder(folder) as temporary:
+            for rank, one in enumerate(every):
+                (temporary / random_name(rank)).write_bytes(_plain_content(one))
+            _write_parts(temporary, parts, state)
         logger.info("saved the state %s", folder)
     if not alone:
         accelerator.wait_for_everyone()
@@ -240,7 +243,8 @@ def read_state_file(folder: Path) -> StateFile:
             raise ValueError(f"its format is {version!r}, and this version reads {FORMAT}")
         progress = _of_types(Progress, content.pop("progress"))
         state = _of_types(StateFile, content | {"progress": progress})
-        counts = (progress.step, progress.epoch - 1, progress.batches, progress.skipped, state.lineage, state.seed)
+        counts = [progress.step, progress.epoch - 1, progress.batches, progress.batches_per_step, progress.skipped]
+        counts += [state.lineage, state.seed, *(value for name, value in state.order.items() if name != DATA)]
         if min(counts) < 0 or max(counts) > MAX_COUNT or not all(map(math.isfinite, (state.saved_at, progress.started_at))):
             raise ValueError("a number in it is too small or too large")
         if strange := [name for name in (*state.files, *state.checksums) if Path(name).name != name or name in ("", ".", "..")]:
@@ -358,20 +362,26 @@ def _require_optimizer_state(given: Any, optimizer: torch.optim.Optimizer) -> No
 
 
 def _load_random_state(folder: Path, parts: Restorable) -> None:
-    path = folder / random_name(parts.accelerator.process_index)
-    if not path.is_file():
-        logger.warning("%s has no random state for process %d; its noise starts over.", folder, parts.accelerator.process_index)
-        return
-    require_plain_torch_file(path, f"the state {folder} cannot be loaded:")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    state = _read_random_state(folder, 0)
     parts.timesteps.load_state_dict(state["timesteps"])
     if state["noise"].shape == parts.noise.get_state().shape:
         parts.noise.set_state(state["noise"])
     else:
         logger.warning("%s was saved on another kind of device; the noise starts over.", folder)
+    rank = parts.accelerator.process_index
+    if rank > 0:
+        if not (folder / random_name(rank)).is_file():
+            return  # dropout starts with a seed of its own
+        state = _read_random_state(folder, rank)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
     if parts.accelerator.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _read_random_state(folder: Path, rank: int) -> dict[str, Any]:
+    path = folder / random_name(rank)
+    require_plain_torch_file(path, f"the state {folder} cannot be loaded:")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 import hunyuan_model
 from dataset import load_dataset_config
-from dataset.batches.batches import ShapeBatchSampler, read_batch
+from dataset.batches.batches import read_batch
 from dataset.batches.cached_items import find_cached_items, hold_out
+from dataset.batches.order import BatchOrder
 from dataset.batches.reading import EpochReader, HeldOut
 from networks import lora
 from networks.network_module import create_network, network_off, require_switch
@@ -78,13 +79,13 @@ def test_the_loss_is_the_distance_from_the_model_without_the_network(setting, ca
 
 def test_a_network_that_does_nothing_yet_has_no_loss_and_only_it_learns(setting, cached):
     batch = read_batch(groups_of(preserving(cached, 0))[0].items[:1])
-    setting.losses.loss(batch)[0].backward()
+    setting.losses.loss_at(batch, *setting.losses.sample(batch["latents"].shape)).backward()
     assert all(module.lora_down.weight.grad.abs().max() > 0 for module in setting.network.loras())
     assert {module.multiplier for module in setting.network.loras()} == {1.0}
     with torch.no_grad():
         for module in setting.network.loras():
             module.lora_up.weight.zero_()
-    assert setting.losses.loss(batch)[0].item() == 0
+    assert setting.losses.loss_at(batch, *setting.losses.sample(batch["latents"].shape)).item() == 0
 
 
 def test_the_network_is_back_after_an_error_inside(setting):
@@ -160,5 +161,5 @@ def test_a_state_tells_what_was_preserved(cached):
     fingerprints = []
     for numbers in ((), (0,), (1,)):
         groups = groups_of(preserving(cached, *numbers))
-        fingerprints.append(EpochReader(groups, ShapeBatchSampler(groups, 1), 0, False).fingerprint())
+        fingerprints.append(EpochReader(groups, BatchOrder(groups, 1), 0, False).fingerprint())
     assert len(set(fingerprints)) == 3

@@ -233,13 +233,13 @@ def test_what_the_model_is_told_and_compared_with(monkeypatch, cached, scheme):
         dtype=torch.float32,
         guidance_scale=args.guidance_scale,
     )
-    assert flow_matching.loss(batch)[0] == 0
+    assert flow_matching.loss_at(batch, *flow_matching.sample(batch["latents"].shape)) == 0
     x, t, guidance = heard[0]
     assert 0 < t.item() <= 1000 and guidance.item() == 3000
     torch.testing.assert_close(x, (1 - t / 1000) * latents + t / 1000 * noise)
     flow_matching.transformer.error = 0.5
     flow_matching.noise.manual_seed(11)
-    loss, sigma = flow_matching.loss(batch)[0].item(), heard[-1][1].item() / 1000
+    loss, sigma = flow_matching.loss_at(batch, *flow_matching.sample(batch["latents"].shape)).item(), heard[-1][1].item() / 1000
     assert loss == pytest.approx(0.25 / sigma**2 if scheme == "sigma_sqrt" else 0.25, rel=1e-4)
 
 

@@ -91,7 +91,7 @@ def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches
     waits: list[list[str]] = []
 
     def counting(step, training, batches):
-        for batch in batches:
+        for batch in batches.own.values():
             batch["text_mask"] = batch["text_mask"].as_subclass(OnHost)
         with counted_reads() as found:
             made = step(training, batches)
@@ -153,24 +153,25 @@ def test_sampling_never_waits_for_the_device(tiny_model) -> None:
     assert latents.isfinite().all() and not found
 
 
-def test_the_logged_loss_is_the_mean_over_the_batches(train, each_step, monkeypatch, tmp_path: Path) -> None:
-    plain, steps = FlowMatching.loss, []
+def test_the_logged_loss_is_the_mean_over_the_items(train, each_step, monkeypatch, tmp_path: Path) -> None:
+    plain, steps = FlowMatching.loss_at, []
 
-    def noted(flow_matching, batch):
-        loss, t = plain(flow_matching, batch)
-        steps[-1].append(loss.item())
-        return loss, t
+    def noted(flow_matching, batch, *arguments):
+        loss = plain(flow_matching, batch, *arguments)
+        steps[-1].append((loss.item(), len(batch["names"])))
+        return loss
 
     def begin(step, training, batches):
         steps.append([])
         return step(training, batches)
 
-    monkeypatch.setattr(FlowMatching, "loss", noted)
+    monkeypatch.setattr(FlowMatching, "loss_at", noted)
     each_step(begin)
     flags = ("--gradient_accumulation_steps", 3, "--learning_rate", 1e-2, "--loss_log", tmp_path / "loss.csv")
     assert train("--max_train_epochs", 2, *flags).status == 0
     assert [len(losses) for losses in steps] == [3, 1, 3, 1]
-    expected = [sum(loss / len(losses) for loss in losses) for losses in steps]
+    assert {items for losses in steps for _, items in losses} == {1, 2}
+    expected = [sum(loss * items for loss, items in losses) / sum(items for _, items in losses) for losses in steps]
     assert losses_logged(tmp_path / "loss.csv") == pytest.approx(expected, rel=1e-8)
 
 
@@ -180,24 +181,24 @@ def test_the_logged_loss_is_the_mean_over_the_batches(train, each_step, monkeypa
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_one_batch_that_is_not_finite_leaves_the_network_as_it_was(train, each_step, monkeypatch, caplog, kind) -> None:
-    plain, count, steps = FlowMatching.loss, iter(range(1, 99)), []
+    plain, count, steps = FlowMatching.loss_at, iter(range(1, 99)), []
 
-    def third_is_not_finite(flow_matching, batch):
-        loss, t = plain(flow_matching, batch)
+    def third_is_not_finite(*arguments):
+        loss = plain(*arguments)
         if next(count) != 3:
-            return loss, t
+            return loss
         if kind == "loss":
-            return loss * torch.nan, t
+            return loss * torch.nan
         loss.register_hook(lambda gradient: gradient * torch.inf)
-        return loss, t
+        return loss
 
     def noting(step, training, batches):
         before = weights(training.network)
         made = step(training, batches)
-        steps.append((made, same(before, weights(training.network)), [batch["names"] for batch in batches]))
+        steps.append((made, same(before, weights(training.network)), [batch["names"] for batch in batches.own.values()]))
         return made
 
-    monkeypatch.setattr(FlowMatching, "loss", third_is_not_finite)
+    monkeypatch.setattr(FlowMatching, "loss_at", third_is_not_finite)
     each_step(noting)
     assert train("--max_train_epochs", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-2).status == 0
     assert [stayed for _, stayed, _ in steps] == [False, True, False, False]
@@ -209,7 +210,7 @@ def test_one_batch_that_is_not_finite_leaves_the_network_as_it_was(train, each_s
 
 def test_under_a_loss_scaler_a_loss_not_finite_is_skipped_and_the_scale_stays(train, each_step, monkeypatch, tmp_path) -> None:
     """A scaler as that of fp16, here on the CPU; a scale that is a power of two changes no digit."""
-    make, plain, count, scales = hv_train_network.make_accelerator, FlowMatching.loss, iter(range(1, 99)), []
+    make, plain, count, scales = hv_train_network.make_accelerator, FlowMatching.loss_at, iter(range(1, 99)), []
     scaled = False
 
     def with_scaler(args):
@@ -219,9 +220,8 @@ def test_under_a_loss_scaler_a_loss_not_finite_is_skipped_and_the_scale_stays(tr
             monkeypatch.setattr(Accelerator, "unscale_gradients", lambda own: own.scaler.unscale_(own._optimizers[0].optimizer))
         return accelerator
 
-    def second_is_not_finite(flow_matching, batch):
-        loss, t = plain(flow_matching, batch)
-        return (loss * torch.nan if next(count) == 2 else loss), t
+    def second_is_not_finite(*arguments):
+        return plain(*arguments) * (torch.nan if next(count) == 2 else 1)
 
     def noting(step, training, batches):
         made = step(training, batches)
@@ -229,7 +229,7 @@ def test_under_a_loss_scaler_a_loss_not_finite_is_skipped_and_the_scale_stays(tr
         return made
 
     monkeypatch.setattr(hv_train_network, "make_accelerator", with_scaler)
-    monkeypatch.setattr(FlowMatching, "loss", second_is_not_finite)
+    monkeypatch.setattr(FlowMatching, "loss_at", second_is_not_finite)
     each_step(noting)
     flags = ("--max_train_steps", 4, "--learning_rate", 1e-2)
     assert train(*flags, name="plain").status == 0

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from launching import launch as start
 from safetensors.torch import load_file
 from wholeness import broken, unfinished
 
@@ -21,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="torch's launcher needs a server that torch lacks on Windows"),
 ]
 
-SECONDS = 300
 FULL_DISK = """
 import sys
 
@@ -76,42 +77,151 @@ run_script(hv_train_network.main)
 """
 
 
+WATCHED = """
+import os
+import sys
+
+sys.path.insert(0, {root!r})
+
+import torch
+import torch.distributed
+
+import hv_train_network
+from networks.training import loop, step
+from networks.training.loss.flow_matching import FlowMatching
+from utils.errors import run_script
+
+gradients, losses, sent, forwards = [], [], [], []
+inside = False
+
+
+def watch(name):
+    plain = getattr(torch.distributed, name)
+
+    def call(*arguments, **options):
+        tensor = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[1]
+        if inside:
+            sent[-1].append((name, tensor.nbytes))
+        return plain(*arguments, **options)
+
+    setattr(torch.distributed, name, call)
+
+
+for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "all_gather_object"):
+    watch(name)
+clip, train_step, loss_at = step._clip, loop.train_step, FlowMatching.loss_at
+
+
+def noted_clip(training):
+    parameters = [parameter for parameter in training.network.parameters() if parameter.requires_grad]
+    gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    return clip(training)
+
+
+def noted_step(training, batches):
+    global inside
+    inside = True
+    sent.append([])
+    forwards.append(0)
+    made = train_step(training, batches)
+    inside = False
+    losses.append(made.loss)
+    return made
+
+
+def counted(*arguments):
+    forwards[-1] += 1
+    return loss_at(*arguments)
+
+
+step._clip, loop.train_step, FlowMatching.loss_at = noted_clip, noted_step, counted
+
+
+def main():
+    status = hv_train_network.main()
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(dict(gradients=gradients, losses=losses, sent=sent, forwards=forwards), {folder!r} + "/watched.pt")
+    return status
+
+
+run_script(main)
+"""
+
+
 @pytest.fixture
 def launch(tiny_model, cached: Path, tmp_path: Path):
-    """``launch(*flags, script=path)``: the ended launcher of two processes that train with these flags."""
-    toml = cached.with_name("one_by_one.toml")  # five batches, three for each process
+    """``launch(*flags, script=path, processes=2)``: the ended launcher of processes that train with these flags."""
+    toml = cached.with_name("one_by_one.toml")  # five batches
     toml.write_text(cached.read_text("utf-8").replace("batch_size = 2", "batch_size = 1"), encoding="utf-8")
-    places = ("--num_processes", 2, "--num_machines", 1, "--main_process_port", 0)
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", *places, "--mixed_precision", "no", "--dynamo_backend", "no")
     base = ("--dit", tiny_model.dit, "--dataset_config", toml, "--output_dir", tmp_path / "out", "--seed", 3)
-    flags = ("--max_data_loader_n_workers", 0, "--learning_rate", 1e-2, "--network_dropout", 0.2)
+    flags = ("--max_data_loader_n_workers", 0, "--learning_rate", 1e-2, "--max_train_steps", 4)
     # A cosine without transformers, which takes each process seconds to import.
     flags += ("--lr_scheduler_type", "torch.optim.lr_scheduler.CosineAnnealingLR", "--lr_scheduler_args", "T_max=4")
-    # `--cpu` would start one process without MPI, whatever --num_processes says.
-    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "no_settings")}
 
-    def run(*more: object, script: Path = ROOT / "hv_train_network.py") -> subprocess.CompletedProcess:
-        words = [sys.executable, *launcher, script, *base, *flags, "--max_train_steps", 4, *more]
-        command = [str(word) for word in words]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=SECONDS, check=False)
+    def run(*more: object, script: Path = ROOT / "hv_train_network.py", processes: int = 2) -> subprocess.CompletedProcess:
+        return start(processes, script, *base, *flags, *more, home=tmp_path / "no_settings")
 
     return run
 
 
+@pytest.fixture
+def watched(launch, tmp_path: Path):
+    """``watched(name, *flags, processes=2)``: what ``WATCHED`` notes of a training that ends well."""
+
+    def run(name: str, *flags: object, processes: int) -> SimpleNamespace:
+        script = tmp_path / "watched.py"
+        script.write_text(WATCHED.format(root=str(ROOT), folder=str(tmp_path)), encoding="utf-8")
+        ended = launch("--output_name", name, *flags, script=script, processes=processes)
+        assert ended.returncode == 0, ended.stderr
+        return SimpleNamespace(**torch.load(tmp_path / "watched.pt", weights_only=True), log=ended.stderr)
+
+    return run
+
+
+def test_the_number_of_processes_changes_no_gradient(watched, tmp_path: Path) -> None:
+    """Five items in steps of four, and of one; noise, timesteps and weights are those of one process that accumulates."""
+    runs = {
+        processes: watched(f"of{processes}", "--gradient_accumulation_steps", 4 // processes, processes=processes)
+        for processes in (1, 2, 4)
+    }
+    one = runs.pop(1)
+    assert len(one.gradients) == 4 and not any(one.sent)
+    for processes, run in runs.items():
+        for step, (alone, together) in enumerate(zip(one.gradients, run.gradients, strict=True)):
+            # The weights of later steps differ by the rounding of those before them.
+            most = 1e-6 * alone.abs().max() if step == 0 else 1e-6
+            assert (together - alone).abs().max() <= most, f"{processes} processes, step {step + 1}"
+        assert run.losses == pytest.approx(one.losses, rel=1e-6)
+    first, *others = (load_file(tmp_path / "out" / f"of{processes}.safetensors") for processes in (1, 2, 4))
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_sends_the_gradients_once_and_nothing_while_it_accumulates(watched) -> None:
+    run = watched("lora", "--gradient_accumulation_steps", 2, processes=2)
+    network = run.gradients[0].numel() * 4
+    for calls in run.sent:  # of each step
+        assert [name for name, _ in calls] == ["all_reduce"]
+        assert network <= sum(size for _, size in calls) <= 1.05 * network
+    assert max(run.forwards) == 2
+
+
 def test_two_processes_go_on_to_the_very_same_lora(launch, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    whole = launch("--output_name", "whole", "--save_every_n_steps", 1, "--save_state", "--loss_log", out / "whole.csv")
+    dropout = ("--network_dropout", 0.2)
+    whole = launch("--output_name", "whole", *dropout, "--save_every_n_steps", 1, "--save_state", "--loss_log", out / "whole.csv")
     assert whole.returncode == 0, whole.stderr
     state = out / "whole-step00000002-state"
     assert {path.name for path in state.glob("random-*.pt")} == {"random-0.pt", "random-1.pt"}
-    noise = [torch.load(state / f"random-{rank}.pt", weights_only=True)["noise"] for rank in (0, 1)]
-    assert not torch.equal(*noise), "each process draws its own noise"
+    random = [torch.load(state / f"random-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert torch.equal(*(one["noise"] for one in random)), "noise is that of the step"
+    assert not torch.equal(*(one["torch"] for one in random)), "each process has its own dropout"
     assert not broken(out) and not unfinished(out)
     assert whole.stderr.count(f"saved {out / 'whole_comfyui.safetensors'}") == 1, "one process saves"
 
     script = tmp_path / "left_open.py"
     script.write_text(LEFT_OPEN.format(root=str(ROOT)), encoding="utf-8")
-    again = launch("--output_name", "again", "--resume", state, "--loss_log", out / "again.csv", script=script)
+    again = launch("--output_name", "again", *dropout, "--resume", state, "--loss_log", out / "again.csv", script=script)
     assert again.returncode == 0, again.stderr
     assert "left open" not in again.stderr, "its threads would run on while Python ends"
     for copy in ("", "_comfyui"):
@@ -119,6 +229,20 @@ def test_two_processes_go_on_to_the_very_same_lora(launch, tmp_path: Path) -> No
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     lines = [(out / f"{name}.csv").read_text("utf-8").splitlines() for name in ("whole", "again")]
     assert len(lines[0]) == 5 and lines[0][3:] == lines[1][1:]
+
+
+def test_one_process_goes_on_where_two_stopped(launch, tmp_path: Path) -> None:
+    """In the middle of an epoch of five items: with two, one."""
+    out, accumulate = tmp_path / "out", "--gradient_accumulation_steps"
+    whole = launch("--output_name", "whole", "--save_every_n_steps", 1, "--save_state")
+    assert whole.returncode == 0, whole.stderr
+    state = ("--resume", out / "whole-step00000002-state")
+    alone = launch("--output_name", "alone", *state, accumulate, 2, processes=1)
+    assert alone.returncode == 0, alone.stderr
+    assert "processes 2, now 1" in alone.stderr and "epoch 1 goes on with its batch 5" in alone.stderr
+    assert "steps have as many batches as before" in alone.stderr
+    first, second = (load_file(out / f"{name}.safetensors") for name in ("whole", "alone"))
+    torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
 
 
 def test_a_full_disk_in_one_process_ends_both_soon(launch, tmp_path: Path) -> None:

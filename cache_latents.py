@@ -9,15 +9,19 @@ import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from dataset.arguments import add_dataset_arguments
-from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, open_jobs, print_failures
+from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, open_jobs, print_failures, require_seen
 from dataset.cache.debug_view import CONSOLE_BACKS, ViewSettings, show_items
 from dataset.cache.freshness import Verdict, judge_latents
 from dataset.cache.latents import LatentEncoder, collect_batches
 from dataset.cache.names import CacheKey, list_caches
 from dataset.cache.preparation import Failure, Target, prepare
-from dataset.cache.report import CachingOutcome, format_table, require_batches
+from dataset.cache.report import DatasetReport, format_table, require_batches
+from dataset.cache.sharing import share_items
+from dataset.items import Item
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.loading import check_vae_file
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
@@ -26,6 +30,7 @@ from utils.cli.settings import settings_from
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.output import show
+from utils.processes.ranks import Ranks, joined_ranks
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
@@ -75,72 +80,124 @@ def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
             logger.warning("%s has no effect %s.", flag, when)
 
 
-def cache_dataset(settings: CachingSettings, encoder: LatentEncoder, job: Job) -> list[Failure]:
-    """Cache one dataset, fill in its report, and return what failed."""
-    report, listing = job.report, list_caches(job.dataset)
-    batch_size = min(settings.batch_size or job.dataset.batch_size, job.dataset.batch_size)
-    verdicts: dict[CacheKey, Verdict] = {}
+Done = tuple[DatasetReport, list[Failure], list[Path]]
+"""Counts, what failed, and the cache files that are there."""
 
-    def wanted(target: Target) -> bool:  # called in threads, once for each target
-        verdicts[target.key] = judge_latents(listing, target, encoder.fingerprint, settings.skip_existing)
-        return verdicts[target.key].reason is not None
 
-    failures: list[Failure] = []
-    called_for = []
-    outcome = report.outcome = CachingOutcome(skipped=report.found - len(job.items))
-    report.decoded = report.too_short = 0
-    with ProgressBar(total=len(job.items), desc=job.dataset.label, unit="item") as progress:
-        for result in collect_batches(prepare(job.items, settings.num_workers, wanted), batch_size):
-            if isinstance(result, list):
-                for saved in encoder.save(result):
-                    if isinstance(saved, Failure):
-                        failures.append(saved)
-                    else:
-                        outcome.count(verdicts[saved.key].reason)
-                continue
-            progress.update()
-            if isinstance(result, Failure):
-                failures.append(result)
-                continue
-            report.decoded += result.decoded
-            if not result.targets:
-                report.too_short += 1
-                logger.warning("%s has fewer frames, at target_fps, than every target_frames and is left out.", result.item.path)
-            else:
-                report.note_changes(result.item, result.targets[0].changes)
-            judged = [verdicts[target.key] for target in result.targets]
-            called_for += [verdict.path for verdict in judged]
-            outcome.kept += sum(verdict.reason is None for verdict in judged)
-    unknown = {failure.item.stem for failure in failures}
-    there = (path for (stem, _), paths in list_caches(job.dataset).latents.items() if stem not in unknown for path in paths)
-    close_job(job, failures, there, called_for, settings.remove_orphans)
-    return failures
+class LatentJob:
+    """Caches the latents of one dataset, or a share of them.
+
+    Attributes:
+        failures: what failed.
+        called_for: the cache file of each picture or window that was looked at.
+    """
+
+    def __init__(self, job: Job, encoder: LatentEncoder, skip_existing: bool) -> None:
+        self.job, self.failures, self.called_for = job, [], []
+        self._encoder, self._skip_existing, self._listing = encoder, skip_existing, list_caches(job.dataset)
+        self._verdicts: dict[CacheKey, Verdict] = {}
+
+    def wants(self, target: Target) -> bool:
+        """Whether it has to be made. Called in threads."""
+        verdict = judge_latents(self._listing, target, self._encoder.fingerprint, self._skip_existing)
+        self._verdicts[target.key] = verdict
+        return verdict.reason is not None
+
+    def run(self, items: Sequence[Item], settings: CachingSettings, ranks: Ranks) -> None:
+        """Cache ``items``, and fill in the report."""
+        report, dataset, verdicts = self.job.report, self.job.dataset, self._verdicts
+        batch_size = min(settings.batch_size or dataset.batch_size, dataset.batch_size)
+        report.decoded = report.too_short = 0
+        share = f", 1 of {ranks.count} shares" if ranks.count > 1 else ""
+        with ProgressBar(total=len(items), desc=f"{dataset.label}{share}", unit="item", disable=not ranks.is_main) as progress:
+            for result in collect_batches(prepare(items, settings.num_workers, self.wants), batch_size):
+                if isinstance(result, list):
+                    for saved in self._encoder.save(result):
+                        if isinstance(saved, Failure):
+                            self.failures.append(saved)
+                        else:
+                            report.outcome.count(verdicts[saved.key].reason)
+                    continue
+                progress.update()
+                if isinstance(result, Failure):
+                    self.failures.append(result)
+                    continue
+                report.decoded += result.decoded
+                if not result.targets:
+                    report.too_short += 1
+                    message = "%s has fewer frames, at target_fps, than every target_frames and is left out."
+                    logger.warning(message, result.item.path)
+                else:
+                    report.note_changes(result.item, result.targets[0].changes)
+                judged = [verdicts[target.key] for target in result.targets]
+                self.called_for += [verdict.path for verdict in judged]
+                report.outcome.kept += sum(verdict.reason is None for verdict in judged)
+
+    def done(self) -> Done:
+        """What another process adds to its own."""
+        return self.job.report, self.failures, [path for path in self.called_for if path.exists()]
+
+    def add(self, done: Done) -> None:
+        """Add what another process did, and wait for its files."""
+        report, failures, written = done
+        require_seen(written)
+        self.job.report.add(report)
+        places = {item: place for place, item in enumerate(self.job.items)}
+        self.failures = sorted([*self.failures, *failures], key=lambda failure: places[failure.item])
+        self.called_for += written
+
+    def close(self, remove_orphans: bool) -> None:
+        """As ``close_job``."""
+        unknown = {failure.item.stem for failure in self.failures}
+        listed = list_caches(self.job.dataset).latents.items()
+        there = (path for (stem, _), paths in listed if stem not in unknown for path in paths)
+        close_job(self.job, self.failures, there, self.called_for, remove_orphans)
+
+
+def cache(settings: CachingSettings, encoder: LatentEncoder, jobs: Sequence[Job], ranks: Ranks) -> list[Failure]:
+    """Cache all datasets, each process its share, and fill in the reports of the main process; returns what failed."""
+    works = [LatentJob(job, encoder, settings.skip_existing) for job in jobs]
+    shares = share_items([job.items for job in jobs], ranks, settings.num_workers, [work.wants for work in works])
+    for work, items in zip(works, shares):
+        work.run(items, settings, ranks)
+    _, *others = ranks.gather([work.done() for work in works])
+    for work, *done in zip(works, *others) if ranks.is_main else ():
+        for each in done:
+            work.add(each)
+        work.close(settings.remove_orphans)
+    return [failure for work in works for failure in work.failures]
+
+
+def look(settings: CachingSettings, view: ViewSettings) -> int:
+    """Show the data, in this process alone."""
+    jobs = open_jobs(settings.dataset_config, writes=view.debug_mode != "console")
+    return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
 
 
 def main() -> int:
     """Settings, data, VAE, one dataset after the other, report."""
     args = parse_with_config(build_parser())
-    settings, view = settings_from(CachingSettings, args), settings_from(ViewSettings, args)
-    warn_of_flags_without_effect(args)
-    device = pick_device(args.device)
-    vae = vae_settings(args, device)
-    if view.debug_mode:
-        jobs = open_jobs(settings.dataset_config, writes=view.debug_mode != "console")
-        return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
-    if vae.vae is None:
-        raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
-    check_vae_file(vae.vae)
+    with joined_ranks(args.device) as ranks:
+        settings, view = settings_from(CachingSettings, args), settings_from(ViewSettings, args)
+        warn_of_flags_without_effect(args)
+        device = pick_device(args.device, ranks)
+        vae = vae_settings(args, device)
+        if view.debug_mode:
+            return look(settings, view) if ranks.is_main else 0
+        if vae.vae is None:
+            raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
+        check_vae_file(vae.vae)
 
-    with open_caching(settings, "latents") as jobs:
-        warn_of_cpu(args.device, device)
-        encoder = LatentEncoder.load(vae, device)
-        failures = [failure for job in jobs for failure in cache_dataset(settings, encoder, job)]
-
-    reports = [job.report for job in jobs]
-    show(format_table(reports))
-    status = print_failures(failures)
-    require_batches(reports)
-    return status
+        with open_caching(settings, "latents", ranks) as jobs:
+            warn_of_cpu(args.device, device)
+            failures = cache(settings, LatentEncoder.load(vae, device), jobs, ranks)
+        if not ranks.is_main:
+            return 0
+        reports = [job.report for job in jobs]
+        show(format_table(reports))
+        status = print_failures(failures)
+        require_batches(reports)
+        return status
 
 
 if __name__ == "__main__":

@@ -20,30 +20,27 @@ _here = threading.local()
 
 
 class Meeting:
-    """Where values are exchanged: the first ones of all, the second ones, and so on, until somebody ends."""
+    """Where values are exchanged: the first ones of all, the second ones, and so on, until somebody ends.
+
+    One thread runs at a time, the one that holds ``change``: networks are built under settings of the whole process.
+    """
 
     def __init__(self, count: int) -> None:
         self.count, self.change, self.broken = count, threading.Condition(), False
         self.values: list[list[bytes]] = [[] for _ in range(count)]
 
     def exchange(self, index: int, value: Any) -> list[Any]:
-        with self.change:
-            self.values[index].append(pickle.dumps(value))
-            turn = len(self.values[index])
-            self.change.notify_all()
+        self.values[index].append(pickle.dumps(value))
+        turn = len(self.values[index])
+        self.change.notify_all()
 
-            def complete() -> bool:
-                return all(len(values) >= turn for values in self.values)
+        def complete() -> bool:
+            return all(len(values) >= turn for values in self.values)
 
-            self.change.wait_for(lambda: complete() or self.broken, SECONDS)
-            if not complete():
-                raise SystemExit("another one has ended")
-            return [pickle.loads(values[turn - 1]) for values in self.values]
-
-    def end(self) -> None:
-        with self.change:
-            self.broken = True
-            self.change.notify_all()
+        self.change.wait_for(lambda: complete() or self.broken, SECONDS)
+        if not complete():
+            raise SystemExit("another one has ended")
+        return [pickle.loads(values[turn - 1]) for values in self.values]
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,13 @@ def in_each(count: int, work: Callable[[Ranks], T]) -> list[T | BaseException]:
 
     def run(index: int) -> T | BaseException:
         _here.ranks = ThreadRanks(index, count, index, None, meeting)
-        try:
-            return work(_here.ranks)
-        except BaseException as error:
-            meeting.end()
-            return error
+        with meeting.change:
+            try:
+                return work(_here.ranks)
+            except BaseException as error:
+                meeting.broken = True
+                meeting.change.notify_all()
+                return error
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))

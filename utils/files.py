@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -263,6 +264,17 @@ def require_there(path: str | os.PathLike[str], what: str) -> Path:
     except OSError as error:  # a name too long, a folder that may not be looked into, links in a circle
         raise UserError(f"{what} not found: {found} cannot be opened ({error.strerror or error}).") from None
     return found
+
+
+def wait_for_files(paths: Iterable[Path], seconds: float = 60) -> list[Path]:
+    """Until all are there, as mounted folders show what other machines wrote some seconds later; returns those that are not."""
+    missing, end = list(paths), time.monotonic() + seconds
+    while (missing := [path for path in missing if not path.exists()]) and time.monotonic() < end:
+        for folder in {path.parent for path in missing}:
+            with suppress(OSError):
+                os.listdir(folder)  # a list that a system keeps is made anew
+        time.sleep(1)
+    return missing
 
 
 def require_possible_file(path: str | os.PathLike[str], what: str = "the file to write") -> None:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.cache.preparation import Failure
-from dataset.cache.report import DatasetReport, format_table, require_items
+from dataset.cache.report import CachingOutcome, DatasetReport, format_table, require_items
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.items import Item, list_items, settle_captions
 from utils.disk_space import require_room
-from utils.errors import STATUS_FAILED
-from utils.files import is_temporary, require_writable_folder
+from utils.errors import STATUS_FAILED, name_some
+from utils.files import is_temporary, require_writable_folder, wait_for_files
 from utils.output import show, with_names_of_invisible
 from utils.processes.locks import sole_run
+from utils.processes.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +69,37 @@ def open_jobs(path: str, writes: bool = True) -> list[Job]:
 
 
 @contextmanager
-def open_caching(settings: CachingSettings, what: str) -> Iterator[list[Job]]:
+def open_caching(settings: CachingSettings, what: str, ranks: Ranks) -> Iterator[list[Job]]:
     """``open_jobs``, with items that have captions as ``missing_caption`` says. No other run caches the same there meanwhile.
+
+    The main process looks, and holds the locks, for all.
 
     ``what``: latents or texts.
     """
-    jobs = open_jobs(settings.dataset_config)
-    for job in jobs:
-        job.items = settle_captions(job.items, settings.missing_caption)
     with ExitStack() as stack:
-        for job in jobs:
-            folder = job.dataset.cache_directory
-            stack.enter_context(sole_run(folder / f".{what}.lock", f"caches {what} in {folder}", "give another cache_directory"))
-        yield jobs
+
+        def open_them() -> list[Job]:
+            jobs = open_jobs(settings.dataset_config)
+            for job in jobs:
+                job.items = settle_captions(job.items, settings.missing_caption)
+                job.report.outcome = CachingOutcome(skipped=job.report.found - len(job.items))
+            for job in jobs:
+                folder = job.dataset.cache_directory
+                stack.enter_context(
+                    sole_run(folder / f".{what}.lock", f"caches {what} in {folder}", "give another cache_directory")
+                )
+            return jobs
+
+        yield ranks.from_main(open_them)
+
+
+def require_seen(paths: Iterable[Path]) -> None:
+    """Wait for cache files that other processes wrote, perhaps on other machines; log those that do not come."""
+    if missing := wait_for_files(paths):
+        logger.error(
+            "%d cache file(s) that other processes wrote are not seen here: %s. All machines must share the cache_directory.",
+            *(len(missing), name_some(missing)),
+        )
 
 
 def close_job(
@@ -96,7 +115,7 @@ def close_job(
         called_for: the right file of each item, or of each window.
     """
     report, folder = job.report, job.dataset.cache_directory
-    report.failed = len({failure.item.stem for failure in failures if failure.item.dataset is job.dataset})
+    report.failed = len({failure.item.stem for failure in failures if failure.item.dataset == job.dataset})
     right = _file_numbers(called_for)
     orphans = sorted(path for path in there if _file_numbers([path]).isdisjoint(right))
     if folder.is_dir():

@@ -38,6 +38,12 @@ class CachingOutcome:
         else:
             self.redone[reason] += 1
 
+    def add(self, other: CachingOutcome) -> None:
+        """Add what another process did with items of its own."""
+        self.made += other.made
+        self.kept += other.kept
+        self.redone += other.redone
+
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.redone.most_common())
         redone = f"{self.redone.total()} redone" + (f" ({reasons})" if reasons else "")
@@ -107,6 +113,14 @@ class DatasetReport:
         """Add the name of an item to what was done to its frames."""
         for change in changes:
             self.changed.setdefault(change, []).append(item.path.name)
+
+    def add(self, other: DatasetReport) -> None:
+        """Add what another process did with items of its own."""
+        self.decoded += other.decoded
+        self.too_short += other.too_short
+        for change, names in other.changed.items():
+            self.changed[change] = sorted([*self.changed.get(change, []), *names])
+        self.outcome.add(other.outcome)
 
     def lines(self, kinds: Collection[str]) -> Iterator[str]:
         """What stands below the dataset's row of the table. ``kinds``: of all datasets of the same folder."""

@@ -34,7 +34,6 @@ from hunyuan_model.vae import cpu_kernels
 from hunyuan_model.vae.memory import Clip, VAEFit, VAESettings, working_bytes
 from hunyuan_model.vae.model import AutoencoderKLCausal3D, VAEConfig
 from networks.lora import LoRAModule, create_network
-from networks.training.distributed.shared_weights import SharedMemory
 
 Measured = dict[str, Any]
 Rows = dict[str, Callable[[], Measured]]
@@ -148,16 +147,15 @@ def equality(bench: Bench) -> Rows:
     }
     without = lru_cache(partial(gradients, bench, Row("image", short=True)))
     found: Rows = {f"same, {name}": partial(difference, bench, row, without) for name, row in rows.items()}
-    found["same, shared memory"] = partial(difference, bench, rows["swap"], without, shared=True)
     found |= {f"waits, {name}": partial(waits, bench, rows[name]) for name in ("once more", "swap and offload")}
     return found
 
 
-def gradients(bench: Bench, row: Row, shared: bool = False) -> list[Tensor]:
+def gradients(bench: Bench, row: Row) -> list[Tensor]:
     """Of two steps, and their outputs."""
     config = bench.config(row.short)
     torch.manual_seed(0)
-    transformer = our_transformer(row, config, bench.device, SharedMemory.create().take if shared else None)
+    transformer = our_transformer(row, config, bench.device)
     torch.manual_seed(0)
     network = create_network(1.0, RANK, RANK, None, None, transformer)
     for lora in network.loras():
@@ -173,8 +171,8 @@ def gradients(bench: Bench, row: Row, shared: bool = False) -> list[Tensor]:
     return [*(output.detach() for output in found), *(parameter.grad for parameter in network.parameters())]
 
 
-def difference(bench: Bench, row: Row, without: Callable[[], list[Tensor]], shared: bool = False) -> Measured:
-    pairs = list(zip(gradients(bench, row, shared), without(), strict=True))
+def difference(bench: Bench, row: Row, without: Callable[[], list[Tensor]]) -> Measured:
+    pairs = list(zip(gradients(bench, row), without(), strict=True))
     largest = max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
     return {"agrees": largest < AGREEING, "to_the_bit": all(torch.equal(*pair) for pair in pairs), "largest_difference": largest}
 

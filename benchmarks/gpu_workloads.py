@@ -259,14 +259,12 @@ def random_weight(tensor: Tensor) -> Tensor:
     return tensor.normal_(0, 0.02) if tensor.ndim > 1 else tensor.normal_(1, 0.02)
 
 
-def our_transformer(
-    row: Row, config: TransformerConfig, device: torch.device, allocate: Callable[[int], Tensor] | None = None
-) -> HYVideoDiffusionTransformer:
+def our_transformer(row: Row, config: TransformerConfig, device: torch.device) -> HYVideoDiffusionTransformer:
     """Loaded as the scripts load it, but for where the weights come from."""
     # On the CPU only the plumbing is tried: tracing is enough for that.
     runtime = runtime_of(row, config, "inductor" if device.type == "cuda" else "eager")
     weights = RandomWeights(config, device)
-    return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime, allocate=allocate)
+    return transformer_from(weights, config, device=device, dtype=torch.bfloat16, runtime=runtime)
 
 
 def their_transformer(row: Row, config: TransformerConfig, device: torch.device) -> nn.Module:

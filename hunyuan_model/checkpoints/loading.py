@@ -31,6 +31,9 @@ PROGRESS_FROM_BYTES = 1 << 30  # a smaller checkpoint loads before a progress ba
 class Placement(Protocol):
     """Where weights go that do not stay whole on the device: to host memory, or a part of each to another process."""
 
+    def loads(self, name: str) -> bool:
+        """Whether the weight ``name`` is read here; else the module gets it from elsewhere, after ``load_weights``."""
+
     def wants(self, name: str) -> bool:
         """Whether the weight ``name`` is one of them."""
 
@@ -52,7 +55,7 @@ def load_weights(
     host: Placement | None = None,
     progress: str | None = None,
 ) -> None:
-    """Stream every tensor of ``checkpoint`` to its final dtype and device and put it into ``module`` as a frozen parameter.
+    """Stream the tensors of ``checkpoint`` to their final dtype and device and put it into ``module`` as a frozen parameter.
 
     At the peak the final weights and one tensor are in memory. The parameters never share memory with the mapped file.
     The scale of a quantized weight, if it has one, is put beside it under the weight's name and ``_scale``.
@@ -77,10 +80,11 @@ def load_weights(
     require_same_tensors(module, checkpoint)
     scratch = _Scratch()
     sizes = {name: math.prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()}
-    total = sum(sizes.values())
+    names = [name for name in sizes if host is None or host.loads(name)]
+    total = sum(sizes[name] for name in names)
     description = progress or f"loading {checkpoint.what}"
     units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": total < PROGRESS_FROM_BYTES}
-    with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(checkpoint.shapes, checkpoint.pieces) as coming:
+    with ProgressBar(total=total, desc=description, **units) as bar, read_ahead(names, checkpoint.pieces) as coming:
         for name, pieces in coming:
             stored_dtype, scale = checkpoint.dtypes[name], checkpoint.scales.get(name)
             dtype = dtype_of(name) if stored_dtype.is_floating_point else stored_dtype

@@ -21,6 +21,7 @@ from hunyuan_model.runtime.compilation import enable_compile
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.offload.activation_offload import make_offloader
 from hunyuan_model.runtime.offload.block_swap import SwappedParts, enable_block_swap
+from hunyuan_model.runtime.offload.shared_weights import SharedWeights
 from hunyuan_model.runtime.sequence_parallel import enable_sequence_parallel
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.sharding import ShardedWeights, enable_sharding
@@ -28,6 +29,7 @@ from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import TransformerConfig, transformer_config_from_shapes
 from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from utils.errors import UserError
+from utils.processes.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def load_transformer(
     attn_mode: str = "torch",
     split_attn: bool = False,
     runtime: RuntimeSettings | None = None,
-    allocate: Callable[[int], torch.Tensor] | None = None,
+    ranks: Ranks = ALONE,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """The transformer in ``path``, in eval mode and frozen; its size is read from the shapes in the file.
@@ -55,7 +57,7 @@ def load_transformer(
         attn_mode, split_attn: short form of a ``runtime`` that sets only these; not beside one.
         runtime: everything that is put on the transformer. A file that holds float8 weights keeps them, with their scales if it
             has such, in every quantized format; with PLAIN they are dequantized to ``dtype``.
-        allocate: bytes -> uint8 tensor, host memory for swapped weights; by default of this process alone.
+        ranks: the processes that load this together, those of a machine one copy of the swapped weights; by default this alone.
         patch: ``patch(name, tensor) -> tensor`` changes weights while they load, e.g. merges a LoRA; see ``load_weights``.
 
     Raises:
@@ -67,9 +69,7 @@ def load_transformer(
     elif attn_mode != "torch" or split_attn:
         raise UserError("load_transformer takes attn_mode and split_attn, or a runtime that has them; set them in the runtime.")
     checkpoint, config = open_transformer(path, "--dit")
-    return transformer_from(
-        checkpoint, config, device=torch.device(device), dtype=dtype, runtime=runtime, allocate=allocate, patch=patch
-    )
+    return transformer_from(checkpoint, config, device=torch.device(device), dtype=dtype, runtime=runtime, ranks=ranks, patch=patch)
 
 
 def transformer_from(
@@ -79,7 +79,7 @@ def transformer_from(
     device: torch.device,
     dtype: torch.dtype,
     runtime: RuntimeSettings,
-    allocate: Callable[[int], torch.Tensor] | None = None,
+    ranks: Ranks = ALONE,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """``load_transformer`` of a checkpoint that is open already, as ``open_transformer`` returns it.
@@ -92,7 +92,8 @@ def transformer_from(
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
     # 2. Its weights, each quantized and put into host memory, or cut, as soon as it is read, so that none is held twice.
-    swapped = SwappedParts(model, runtime.swap, device, allocate)
+    shared = SharedWeights(ranks) if runtime.swaps and ranks.count > 1 else None
+    swapped = SwappedParts(model, runtime.swap, device, shared)
     sharded = ShardedWeights(runtime.sharding, device) if runtime.sharding is not None else None
     load_weights(
         model,
@@ -104,6 +105,7 @@ def transformer_from(
         host=sharded or swapped,
         progress="loading the transformer",
     )
+    swapped.complete()
     # 3. Forwards that dequantize. Before block swap and sharding, for which the scales are among a block's weights.
     if runtime.quantized:
         count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)

@@ -50,6 +50,10 @@ class ShardedWeights:
         self._device = torch.device("cpu") if sharding.offload else device
         self._rank = torch.distributed.get_rank()
 
+    def loads(self, name: str) -> bool:
+        """Every process reads every weight."""
+        return True
+
     def wants(self, name: str) -> bool:
         """Every weight is sharded."""
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -18,7 +17,6 @@ from networks.lora import DEFAULT_RANK
 from networks.merging import merge_patch, read_lora_files
 from networks.network_module import create_network, network_off, parameter_groups, require_switch
 from networks.training.distributed.gradients import SharedGradients, same_in_all
-from networks.training.distributed.shared_weights import shared_host_memory
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights
 from networks.training.loss.flow_matching import FlowMatching
@@ -34,6 +32,7 @@ from networks.training.saving.state import Progress
 from networks.training.settings import TrainingSettings
 from networks.training.step import VALUES
 from utils.hub import open_uploads
+from utils.processes.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +147,11 @@ def load_base_model(settings: TrainingSettings, plan: TrainingPlan, accelerator:
     """The frozen transformer, with --base_weights merged while it loads. Processes of a machine share swapped weights."""
     model, runtime = settings.model, plan.memory.runtime
     bases = read_lora_files(model.base_weights, model.base_weights_multiplier, partial=model.lora_partial)
-    with shared_host_memory(accelerator) if runtime.swaps else nullcontext() as allocate:
-        return hunyuan_model.load_transformer(
-            model.dit,
-            device=accelerator.device,
-            dtype=plan.model.precision.base,
-            runtime=runtime,
-            allocate=allocate,
-            patch=merge_patch(bases, model.dit) if bases else None,
-        )
+    return hunyuan_model.load_transformer(
+        model.dit,
+        device=accelerator.device,
+        dtype=plan.model.precision.base,
+        runtime=runtime,
+        ranks=Ranks(accelerator.process_index, accelerator.num_processes, accelerator.local_process_index),
+        patch=merge_patch(bases, model.dit) if bases else None,
+    )

@@ -11,7 +11,6 @@ weights of another one has been queued on the device, and a copy can wait for th
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import re
@@ -20,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hunyuan_model.runtime.offload.host_weights import HostWeights, host_copy
+from hunyuan_model.runtime.offload.shared_weights import SharedWeights
 from hunyuan_model.runtime.offload.transfers import Transfers, make_transfers
 from hunyuan_model.transformer.config import TransformerConfig
 from utils.errors import UserError
@@ -136,7 +137,7 @@ class SwappedParts:
     """The blocks and embedders of a transformer that are kept in host memory, each moved there as soon as it is loaded.
 
     ``load_weights`` takes it as the placement of weights in host memory. Only the part that is loading exists twice.
-    ``allocate`` gives host memory of a size, such as memory that processes share; by default this process's own.
+    With ``shared``, other processes load some of the parts: ``complete`` fetches them.
     """
 
     def __init__(
@@ -144,14 +145,27 @@ class SwappedParts:
         transformer: nn.Module,
         settings: SwapSettings,
         device: torch.device,
-        allocate: Callable[[int], Tensor] | None = None,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.weights: dict[str, HostWeights] = {}  # by the names of modules
         self.wants = on_host(settings, transformer.config)
-        self._missing = Counter(_part_of(name) for name in transformer.state_dict() if self.wants(name))
+        self._missing: Counter[str] = Counter()  # weights of the parts that this process loads
         self._transformer = transformer
-        self._allocate = allocate
+        self._shared = shared
         self._device = device
+        sizes: Counter[str] = Counter()
+        for name, tensor in transformer.state_dict().items():
+            if self.wants(name):
+                self._missing[_part_of(name)] += 1
+                sizes[_part_of(name)] += tensor.numel()
+        if shared is not None:
+            parts = list(sizes)
+            mine = [parts[index] for index in shared.share([*sizes.values()])]
+            self._missing = Counter({part: self._missing[part] for part in mine})
+
+    def loads(self, name: str) -> bool:
+        """Whether this process loads the weight ``name``, be it swapped or not."""
+        return not self.wants(name) or _part_of(name) in self._missing
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` in host memory, until its part is moved."""
@@ -168,8 +182,17 @@ class SwappedParts:
     def move(self, part: str) -> HostWeights:
         """The weights of the module ``part``, in host memory from now on."""
         if part not in self.weights:
-            self.weights[part] = HostWeights(self._transformer.get_submodule(part), self._device, self._allocate)
+            allocate = None if self._shared is None else partial(self._shared.take, part)
+            self.weights[part] = HostWeights.moved(self._transformer.get_submodule(part), self._device, allocate)
         return self.weights[part]
+
+    def complete(self) -> None:
+        """Have the parts that other processes load; waits for these."""
+        if self._shared is not None:
+            loaded = {part: weights.places for part, weights in self.weights.items()}
+            for part, (memory, places) in self._shared.exchange(loaded).items():
+                module = self._transformer.get_submodule(part)
+                self.weights[part] = HostWeights.found(module, self._device, memory, places)
 
 
 def _part_of(name: str) -> str:
@@ -209,7 +232,7 @@ def enable_block_swap(
 
     for name, embedder_weights in embedders.items():
         embedder = getattr(transformer, name)
-        embedder.forward = functools.partial(_forward_with_copy, embedder_weights, device, embedder.forward)
+        embedder.forward = partial(_forward_with_copy, embedder_weights, device, embedder.forward)
     if weights:
         swapper = BlockSwapper(weights, make_transfers(device, pinned), recomputed=settings.recomputed)
         for index, block in enumerate(blocks):

@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +17,64 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 256  # of each weight within the piece: what CUDA gives any tensor, and kernels count on
 
 
+class Place(NamedTuple):
+    """Where a parameter of a module lies in a piece of memory: from byte ``start`` on."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+    def view(self, memory: Tensor) -> Tensor:
+        """Its value in ``memory``, uint8."""
+        end = self.start + self.shape.numel() * self.dtype.itemsize
+        return memory[self.start : end].view(self.dtype).view(self.shape)
+
+
 class HostWeights:
     """The frozen parameters of ``module``: the one lasting copy of their values is ``memory`` (uint8), which nothing writes to.
 
     The parameters stay the same objects and point there, or, while the module computes, to a copy on the device. Trainable
     parameters and buffers of the module are moved to the device and stay there.
-    ``allocate`` gives a size the memory; by default that of this process alone.
+
+    Attributes:
+        places: of the parameters in ``memory``.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, allocate: Callable[[int], Tensor] | None = None) -> None:
-        self.parameters = tuple(parameter for parameter in module.parameters() if not parameter.requires_grad)
-        self._places: list[tuple[int, int]] = []
+    def __init__(self, module: nn.Module, device: torch.device, memory: Tensor, places: Sequence[Place]) -> None:
+        self.memory = memory
+        self.places = places
+        self.parameters = tuple(module.get_parameter(place.name) for place in places)
+        self._host_views = self.views(memory)
+        _move_the_rest(module, device)
+
+    @classmethod
+    def moved(cls, module: nn.Module, device: torch.device, allocate: Callable[[int], Tensor] | None = None) -> HostWeights:
+        """The values of ``module``, which move to memory from ``allocate``; by default memory of this process alone."""
+        frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        places: list[Place] = []
         end = 0
-        for parameter in self.parameters:
+        for name, parameter in frozen.items():
             start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + parameter.nbytes
-            self._places.append((start, end))
-        self.memory = (allocate or host_memory)(end)
-        self._host_views = self.views(self.memory)
-        for parameter, view in zip(self.parameters, self._host_views):
-            view.copy_(parameter.detach())
+            places.append(Place(name, parameter.dtype, parameter.shape, start))
+        memory = (allocate or host_memory)(end)
+        for place, parameter in zip(places, frozen.values()):
+            view = place.view(memory).copy_(parameter.detach())
             parameter.data = view  # frees the memory where it was before the next one is copied
-        _move_the_rest(module, device)
+        return cls(module, device, memory, places)
+
+    @classmethod
+    def found(cls, module: nn.Module, device: torch.device, memory: Tensor, places: Sequence[Place]) -> HostWeights:
+        """Values in ``memory`` already, such as another process put them there: ``module``, not loaded yet, gets them."""
+        for place in places:
+            owner, _, leaf = place.name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(place.view(memory), requires_grad=False))
+        return cls(module, device, memory, places)
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The parameters' values as they lie in ``memory``, a copy of this piece or more, uint8."""
-        return [
-            memory[start:end].view(parameter.dtype).view(parameter.shape)
-            for (start, end), parameter in zip(self._places, self.parameters)
-        ]
+        return [place.view(memory) for place in self.places]
 
     def point_at(self, views: Sequence[Tensor]) -> None:
         """Have the parameters show the values of ``views``, in their order."""

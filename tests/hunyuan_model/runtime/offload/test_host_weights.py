@@ -36,7 +36,7 @@ def flags_of(address: int) -> set[str]:
 
 @linux
 def test_a_fork_neither_copies_nor_maps_the_memory():
-    swapped, offloaded = HostWeights(torch.nn.Linear(64, 64).requires_grad_(False), CPU).memory, HostPool().take(2**22)
+    swapped, offloaded = HostWeights.moved(torch.nn.Linear(64, 64).requires_grad_(False), CPU).memory, HostPool().take(2**22)
     for memory in (swapped, offloaded):
         assert "dc" in flags_of(memory.data_ptr())  # do not copy on fork
     if Path("/sys/kernel/mm/transparent_hugepage").exists():

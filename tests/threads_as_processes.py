@@ -27,17 +27,14 @@ class Table:
         self.meeting = threading.Barrier(self.count, timeout=SECONDS)
 
 
-@dataclass(frozen=True)
 class ThreadRanks(Ranks):
-    """One of the threads at ``table``."""
-
-    table: Table | None = None
+    """One of the threads, whose ``group`` is a table."""
 
     def gather(self, value: T) -> list[T]:
-        self.table.values[self.index] = pickle.dumps(value)
-        self.table.meeting.wait()
-        values: list[Any] = [pickle.loads(self.table.values[index]) for index in range(self.count)]
-        self.table.meeting.wait()
+        self.group.values[self.index] = pickle.dumps(value)
+        self.group.meeting.wait()
+        values: list[Any] = [pickle.loads(self.group.values[index]) for index in range(self.count)]
+        self.group.meeting.wait()
         return values
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 import hunyuan_model
@@ -33,6 +34,7 @@ from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.files import MAX_NAME_BYTES, require_writable_folder
 from utils.media.writing import save_picture, save_video, unused_stem
+from utils.processes.ranks import split_by_cost
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -153,6 +155,8 @@ def prepare_samples(
 ) -> TrainingSamples:
     """Encode the prompts on the main process, before the transformer is loaded; the text encoders are gone afterwards.
 
+    Each process gets a share of them, of about the same cost.
+
     Every process calls this. Random state stays as it is.
 
     Args:
@@ -181,16 +185,23 @@ def prepare_samples(
             seeded = prompt if prompt.seed_given else prompt.changed({"seed": (seed + index) % (MAX_SEED + 1)})
             text, *negative = (conditions[text] for text in prompt.texts)
             encoded.append(EncodedPrompt(index, seeded, text, negative[0] if negative else None))
-    if prompts:
-        accelerator.wait_for_everyone()
-        if together:
-            encoded = broadcast_object_list([encoded])[0]
+    if prompts and accelerator.num_processes > 1:
+        encoded = broadcast_object_list([encoded])[0]
+        if not together:
+            costs = [math.prod(entry.prompt.sampling.latent_size) * _steps(entry) for entry in encoded]
+            own = split_by_cost(costs, accelerator.num_processes)[accelerator.process_index]
+            encoded = [encoded[index] for index in own]
     return TrainingSamples(settings, accelerator, encoded, together)
+
+
+def _steps(entry: EncodedPrompt) -> int:
+    """Forward passes of a sample."""
+    return entry.prompt.sampling.infer_steps * (1 if entry.negative is None else 2)
 
 
 @dataclass
 class TrainingSamples:
-    """The encoded prompts of a training, and the step they were sampled at last."""
+    """The encoded prompts of this process, and the step they were sampled at last."""
 
     settings: SampleSettings
     accelerator: Accelerator
@@ -212,26 +223,31 @@ class TrainingSamples:
     ) -> list[SavedSample]:
         """Sample every prompt if ``SampleSettings.due`` and not done at this step already.
 
-        Every process calls this at the same steps; the main one samples and the others wait for it, or all sample together.
+        Every process calls this at the same steps; each makes its own samples, or all make all of them together.
 
         Args:
             dtype: what the transformer computes in while training.
             stop: asked between sampling steps; once it is True the rest is given up, as training is to end.
 
         Returns:
-            What was written, on the main process. What failed is missing here, and was logged as a warning.
+            What was written, by all processes. What failed is missing here, and was logged as a warning.
         """
         name = self.settings.due(step, epoch, epoch_ended)
         if name is None or step == self.sampled_at:
             return []
         self.sampled_at = step
-        saved: list[SavedSample] = []
-        if self.together or self.accelerator.is_main_process:
-            sample_round = SampleRound(self.settings, self.accelerator, transformer, dtype, name, step, stop, self.together)
-            with paused_training(transformer, network, optimizer, self.accelerator.device):
-                saved = sample_round.run(self.prompts)
-        self.accelerator.wait_for_everyone()
-        return saved
+        sample_round = SampleRound(self.settings, self.accelerator, transformer, dtype, name, step, stop, self.together)
+        with paused_training(transformer, network, optimizer, self.accelerator.device):
+            saved = sample_round.run(self.prompts)
+        if self.accelerator.num_processes == 1:
+            return saved
+        rounds = gather_object([(saved, sample_round.failures)])
+        for others, failures in rounds[1:]:  # which only the main process says
+            for sample in others:
+                logger.info("saved %s", sample.path)
+            for failure in failures if not self.together else ():
+                logger.warning("%s", failure)
+        return sorted((sample for others, _ in rounds for sample in others), key=lambda sample: sample.index)
 
 
 class _Stopped(Exception):
@@ -253,6 +269,7 @@ class SampleRound:
         step: optimizer steps done, for the metadata.
         stop: once it is True the round is given up.
         together: all processes make this round; the main one writes the samples.
+        failures: the warnings of this process.
     """
 
     settings: SampleSettings
@@ -263,6 +280,7 @@ class SampleRound:
     step: int
     stop: Callable[[], bool]
     together: bool = False
+    failures: list[str] = field(default_factory=list)
 
     def run(self, prompts: Sequence[EncodedPrompt]) -> list[SavedSample]:
         """First the latents of all prompts; then the VAE is loaded, decodes them and goes. Call it under ``paused_training``."""
@@ -276,7 +294,7 @@ class SampleRound:
                 for entry in prompts:
                     with self._training_goes_on(f"sample {entry} was not made", self.together):
                         sampled.append((entry, self._sample(entry, progress)))
-            if sampled and self.accelerator.is_main_process:
+            if sampled and (self.accelerator.is_main_process or not self.together):
                 with self._training_goes_on("no sample was written, as --vae failed"):
                     self._decode_all(sampled, saved)
         except _Stopped:
@@ -351,7 +369,8 @@ class SampleRound:
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             if together and not isinstance(error, _NotFinite):
                 raise
-            logger.warning("%s: %s; training continues.", failed, first_line(error).rstrip("."))
+            self.failures.append(f"{failed}: {first_line(error).rstrip('.')}; training continues.")
+            logger.warning("%s", self.failures[-1])
 
 
 def _stem(name: str, place: str, index: int, seed: int) -> str:

@@ -299,16 +299,27 @@ def test_encoders_of_another_model_are_refused(sampling, tiny_model):
         training.samples(args)
 
 
-def test_only_the_main_process_samples_and_all_wait(sampling, tiny_model, monkeypatch):
-    training, args = TinyTraining(tiny_model.dit), sampling()
-    waited = []
-    monkeypatch.setattr(Accelerator, "is_main_process", False)
-    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _self: waited.append(1))
-    monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded"), raising=False)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_makes_a_share_and_the_main_one_speaks_for_all(sampling, tiny_model, monkeypatch, caplog, rank):
+    training, args, mine = TinyTraining(tiny_model.dit), sampling(), 1 - rank  # the second one costs more
+    alone = training.samples(args).prompts
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", rank)
+    monkeypatch.setattr(Accelerator, "is_main_process", rank == 0)
+    monkeypatch.setattr(training_samples, "broadcast_object_list", lambda _said: [alone])
+    other = training_samples.SavedSample(Path("theirs.png"), 1 - mine, alone[1 - mine].prompt)
+    said = [([other], ["sample 01 was not made: no memory; training continues."])]
+    monkeypatch.setattr(training_samples, "gather_object", lambda own: own + said if rank == 0 else said + own)
+    if rank:
+        monkeypatch.setattr(hunyuan_model, "encode_prompts", lambda *_a, **_k: pytest.fail("encoded"), raising=False)
     samples = training.samples(args)
-    assert training.sample(samples, 1) == [] and len(waited) == 1
-    assert training.sample(samples, 2) == [] and len(waited) == 2
-    assert not Path(args.output_dir).exists()
+    assert [entry.index for entry in samples.prompts] == [mine]
+    with caplog.at_level(logging.INFO):
+        saved = training.sample(samples, 2)
+    assert [sample.index for sample in saved] == [0, 1] and saved[1 - mine] is other
+    assert [path.name for path in Path(args.output_dir).rglob("lora_*")] == [saved[mine].path.name]
+    if rank == 0:
+        assert "saved theirs.png" in caplog.text and "sample 01 was not made: no memory" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,14 @@ from networks.generation.arguments import (
 from networks.generation.batch import Batch
 from networks.generation.interactive import Session, run_session
 from networks.generation.record import REPEAT_FLAG, Recorder, described, recorded_flags, versions_of, warn_of_changes, with_flags
+from networks.generation.sampler import sample_for_main
 from networks.merging import merge_lora_into_file, read_lora_files
 from utils.cli.arguments import add_device_argument, given_flags, require_flags, script_parser, warn_of_unused
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.output import show
+from utils.processes.ranks import Ranks, joined_ranks
 
 logger = logging.getLogger("generate")
 
@@ -128,26 +130,47 @@ def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, dev
         show(output.save_frames(stem, decode(latents)[0], with_flags(metadata, own)))
 
 
-def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> int:
+def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
+    if args.interactive and ranks.count > 1:
+        raise UserError("--interactive runs in one process; start it without a launcher.")
     flags = given_flags(parser, args)
     lines = line_settings(args) if args.interactive else None
-    asked = Asked([lines.base], lines.files) if lines else asked_for(args, find_starts)
-    settings = generation_settings(args, device, asked)
+    asked = Asked([lines.base], lines.files) if lines else ranks.from_main(lambda: asked_for(args, find_starts))
+    settings = generation_settings(args, device, asked, processes=ranks.count)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
-    recorder = Recorder(flags, settings.lora_weight, settings.lora_mode, versions_of(args.attn_mode, device))
+    if not ranks.is_main:
+        sample_for_main(settings, device, ranks)
+        return 0
+    versions = versions_of(args.attn_mode, device, settings.runtime.sequence_parallel)
+    recorder = Recorder(flags, settings.lora_weight, settings.lora_mode, versions)
     metadata = [recorder.metadata(request) for request in asked.requests]  # before the files that make it may change
     if args.repeat:
         warn_of_changes(args.repeat, metadata[0])
     if lines:
         return run_session(Session(settings, device, recorder.metadata, find_starts, read_start), lines)
-    batch = Batch(settings, asked.requests, device, recorder, read_start, asked.sheet)
+    batch = Batch(settings, asked.requests, device, recorder, read_start, asked.sheet, ranks)
     batch.run()
     if batch.failures:
         logger.error("%d of %d were not made: %s", len(batch.failures), len(asked.requests), "; ".join(batch.failures))
     return STATUS_FAILED if batch.failures else 0
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace, ranks: Ranks) -> int | None:
+    """Do what the flags ask for; what does not sample is done by the main process alone."""
+    device = pick_device(args.device, ranks)
+    kernel_settings(args).apply(device)
+    if args.save_merged_model:
+        warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
+        return save_merged(args) if ranks.is_main else None
+    if args.latent_path and not args.interactive and (args.prompt, args.from_file, args.xy) == (None, None, None):
+        warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
+        return decode_stored(parser, args, device) if ranks.is_main else None
+    if not (args.lora_weight or args.xy):
+        warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
+    return generate(parser, args, device, ranks)
 
 
 def main() -> int | None:
@@ -155,19 +178,8 @@ def main() -> int | None:
     args = parse_with_config(parser, sources={REPEAT_FLAG: recorded_flags})
     if args.show is not None:
         return show(described(args.show))
-    device = pick_device(args.device)
-    kernel_settings(args).apply(device)
-    if args.save_merged_model:
-        warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
-        save_merged(args)
-    elif args.latent_path and not args.interactive and (args.prompt, args.from_file, args.xy) == (None, None, None):
-        warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
-        decode_stored(parser, args, device)
-    else:
-        if not (args.lora_weight or args.xy):
-            warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
-        return generate(parser, args, device)
-    return None
+    with joined_ranks(args.device) as ranks:
+        return run(parser, args, ranks)
 
 
 if __name__ == "__main__":

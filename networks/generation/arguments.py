@@ -119,8 +119,10 @@ def block_strengths(args: argparse.Namespace, config: TransformerConfig) -> Bloc
     return BlockStrengths.parse(args.lora_block_multiplier, config, args.exclude_single_blocks)
 
 
-def generation_settings(args: argparse.Namespace, device: torch.device, asked: Asked) -> GenerationSettings:
+def generation_settings(args: argparse.Namespace, device: torch.device, asked: Asked, processes: int = 1) -> GenerationSettings:
     """The models of a run that samples what is ``asked`` for, checked; no weights are read.
+
+    ``processes``: that compute each video together.
 
     Raises:
         UserError: a flag that is missing, impossible, or names a file that is not what the flag expects.
@@ -136,7 +138,7 @@ def generation_settings(args: argparse.Namespace, device: torch.device, asked: A
         GenerationSettings,
         args,
         dit_dtype=choose_dtype(args.dit_dtype, "--dit_dtype", device, torch.bfloat16),
-        runtime=runtime_settings(args, args.attn_mode),
+        runtime=replace(runtime_settings(args, args.attn_mode), sequence_parallel=processes),
         text=text_encoder_settings(args, device),
         vae=vae_settings(args, device),
         output=output_settings(args),

@@ -26,6 +26,7 @@ from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line
 from utils.media.reading import read_frames
 from utils.output import show
+from utils.processes.ranks import ALONE, Ranks
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Batch:
         recorder: writes the metadata of files.
         read_start: reads pictures and clips to start from.
         sheet: shows them all, and is written at the end.
+        helpers: in the main one of processes that compute each video together, all of them: the others ``sample_for_main``.
         failures: sentences on requests that were not made; a run of one request raises instead.
     """
 
@@ -48,6 +50,7 @@ class Batch:
     recorder: Recorder
     read_start: ReadStart
     sheet: BatchSheet | None = None
+    helpers: Ranks = ALONE
     failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -62,6 +65,8 @@ class Batch:
             self.requests = [earlier.as_made[request] for request in self.requests]
             if self.sheet is not None:
                 self.sheet.grid = [[earlier.as_made[request] for request in row] for row in self.sheet.grid]
+        if not earlier.wanted:
+            self.helpers.gather(None)
         sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
@@ -86,7 +91,8 @@ class Batch:
         starts, colours = prepare_with_vae(settings, requests, self.read_start, self.device)
         if len(requests) == 1:
             starts.of(requests[0])  # raises before the transformer is loaded
-        sampler = Sampler(settings, loras, requests, encoded, self.device)
+        self.helpers.gather((requests, encoded))
+        sampler = Sampler(settings, loras, requests, encoded, self.device, self.helpers)
         decodes = settings.decode_on_cpu and output.output_type != "latent"
         background = start_decoding(settings.vae, requests, sampler.host_bytes) if decodes else None
         steps = [request.sampling.steps_with_checks(request.start) for request in requests]
@@ -137,12 +143,12 @@ class Batch:
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:
-        """One result that fails costs one result."""
+        """One result that fails costs one result, where no other process waits for it."""
         try:
             yield
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             latents = f" Its latents are in {kept}: --latent_path decodes them." if kept else ""
-            if len(self.requests) == 1:
+            if len(self.requests) == 1 or (kept is None and self.helpers.count > 1):
                 if isinstance(error, UserError):
                     raise UserError(f"{error}{latents}") from error
                 if latents:

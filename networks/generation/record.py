@@ -117,14 +117,15 @@ class Recorder:
         return self._digests[str(path)]
 
 
-def versions_of(attn_mode: str, device: torch.device) -> dict[str, str]:
-    """What the bits of a result depend on besides its flags."""
+def versions_of(attn_mode: str, device: torch.device, processes: int = 1) -> dict[str, str]:
+    """What the bits of a result depend on besides its flags. ``processes``: that compute it together."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     versions = {"musubi-tuner": read_toml(project)["project"]["version"]} if project.is_file() else {}
     attention = ATTENTION_PACKAGES.get(attn_mode, "torch")
     with suppress(metadata.PackageNotFoundError):  # a build of one's own may have another name
         attention = f"{attention} {metadata.version(attention)}" if attention != "torch" else attention
-    return {**versions, "torch": torch.__version__, "attention": attention, "device": device_name(device)}
+    together = {"processes": str(processes)} if processes > 1 else {}
+    return {**versions, "torch": torch.__version__, "attention": attention, "device": device_name(device), **together}
 
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hunyuan_model.runtime.compilation import CompileWatch
 from hunyuan_model.runtime.memory import BatchSize, weight_shapes
 from hunyuan_model.runtime.memory_plan import MemoryPlan
 from hunyuan_model.runtime.memory_report import advice, batch_name
+from hunyuan_model.runtime.sequence_parallel import agreed
 from hunyuan_model.sampling.generation import generate_latents
 from hunyuan_model.text.conditions import TextConditions
 from networks.generation.requests import Request
@@ -23,6 +25,7 @@ from networks.merging import LoraToMerge, MergePatch, read_lora_files
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError
 from utils.free_memory import free_device_memory
+from utils.processes.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Sampler:
         loras: of the run; the list is emptied where they are merged, as nobody needs their tensors any more.
         requests: what will be sampled, for the memory plan, which is of the largest.
         texts: of the requests; there may be more of them later.
+        helpers: in the main one of processes that compute each video together, all of them: the others ``sample_for_main``.
 
     Raises:
         UserError: memory does not suffice; files that do not belong together.
@@ -46,7 +50,9 @@ class Sampler:
         requests: Sequence[Request],
         texts: Mapping[str, TextConditions],
         device: torch.device,
+        helpers: Ranks = ALONE,
     ) -> None:
+        self._helpers = helpers
         self._settings, self._device, self._texts = settings, device, texts
         batch = largest_batch(settings, requests, texts)
         dtype = settings.dit_dtype
@@ -76,17 +82,35 @@ class Sampler:
         Raises:
             UserError: memory does not suffice, or the transformer gives NaN.
         """
-        text, *negative = (self._texts[text] for text in request.texts)
+        self._helpers.gather((request, start))
         compiling = CompileWatch()
 
         def advance(step: int) -> None:
             compiling.report(f"step {step}")
             on_step(step)
 
+        latents = self.latents_of(request, start, advance, on_estimate).cpu()
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                "the transformer produced NaN or infinity; nothing was written. "
+                "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
+            )
+        return latents
+
+    def latents_of(
+        self,
+        request: Request,
+        start: Tensor | None,
+        on_step: Callable[[int], None] = lambda step: None,
+        on_estimate: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """As of ``sample``, but on the device, perhaps not finite, and no other process is asked to compute them, too."""
+        text, *negative = (self._texts[text] for text in request.texts)
+        together = self._settings.runtime.sequence_parallel > 1
         if self._injects:
             self._loras.set_multipliers(request.lora_multiplier)
         with self._explained(largest_batch(self._settings, [request], self._texts)):
-            latents = generate_latents(
+            return generate_latents(
                 self._transformer,
                 text,
                 request.sampling,
@@ -94,15 +118,10 @@ class Sampler:
                 dtype=self._settings.dit_dtype,
                 negative=negative[0] if negative else None,
                 start=start,
-                on_step=advance,
+                on_step=on_step,
                 on_estimate=on_estimate,
-            ).cpu()
-        if not torch.isfinite(latents).all():
-            raise UserError(
-                "the transformer produced NaN or infinity; nothing was written. "
-                "Try --dit_dtype bfloat16 or float32, or another --attn_mode."
+                agree=partial(agreed, device=self._device) if together else bool,
             )
-        return latents
 
     @property
     def host_bytes(self) -> int:
@@ -111,7 +130,8 @@ class Sampler:
         return need.sampling + need.tables if self._device.type == "cpu" else 0
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, in other processes too."""
+        self._helpers.gather(None)
         del self._transformer, self._loras
         if self._settings.runtime.compile:
             torch._dynamo.reset()  # it holds on to what it compiled, whose memory decoding needs
@@ -119,6 +139,18 @@ class Sampler:
 
     def _explained(self, batch: BatchSize):
         return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), self._device)
+
+
+def sample_for_main(settings: GenerationSettings, device: torch.device, ranks: Ranks) -> None:
+    """What the other processes do while the main one runs a ``Batch``: they compute the same, and it keeps the results."""
+    (asked, *_) = ranks.gather(None)
+    if asked is None:
+        return
+    requests, texts = asked
+    sampler = Sampler(settings, read_loras(settings, requests[0]), requests, texts, device)
+    while (given := ranks.gather(None)[0]) is not None:
+        sampler.latents_of(*given)
+    sampler.close()
 
 
 def read_loras(settings: GenerationSettings, request: Request) -> list[LoraToMerge]:

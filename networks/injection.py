@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hunyuan_model.quantization.linear import dequantized_weight
+from hunyuan_model.runtime.device_split import device_of
 from networks.formats.reading import PlacedUpdate
 from networks.formats.updates import DoRA, LowRank, Replacement, Update, strength
 from networks.low_rank import low_rank_product
@@ -28,7 +29,7 @@ class InjectedLoras:
     Make it after ``load_transformer`` and before the first forward pass.
 
     Args:
-        device: of the computation, where the updates go. They keep the dtypes of their files.
+        device: of the computation, where the updates go; of a split transformer the first. They keep the dtypes of their files.
 
     Raises:
         UserError: a LoRA does not match the transformer.
@@ -40,7 +41,7 @@ class InjectedLoras:
         found: dict[str, list[tuple[int, PlacedUpdate, float]]] = {}
         for index, lora in enumerate(loras):
             for name, placed, factor in lora.placed(shapes):
-                found.setdefault(name, []).append((index, _on_device(placed, device), factor))
+                found.setdefault(name, []).append((index, _on_device(placed, device_of(transformer, name, device)), factor))
         for name, updates in found.items():
             path, _, parameter = name.rpartition(".")
             module, of_parameter = transformer.get_submodule(path), _Updates(self._multipliers, tuple(updates))

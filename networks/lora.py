@@ -252,7 +252,7 @@ class LoRANetwork(nn.Module):
             # |up @ down|^2 = sum((up^T up) * (down down^T)): rank x rank instead of a full weight.
             squared = ((up.T @ up) * (down @ down.T)).sum()
             norms.append(squared.clamp(min=0).sqrt() * abs(lora.scale))
-        return torch.stack(norms)
+        return torch.stack([norm.to(norms[0].device) for norm in norms])  # of layers on other devices, too
 
     @torch.no_grad()
     def apply_max_norm_regularization(
@@ -265,6 +265,7 @@ class LoRANetwork(nn.Module):
         norms = self.update_norms()
         ratios = (max_norm_value / norms.clamp(min=1e-12)).clamp(max=1.0)
         for lora, root in zip(self.loras(), ratios.sqrt()):
+            root = root.to(lora.lora_down.weight.device)
             lora.lora_down.weight.mul_(root)
             lora.lora_up.weight.mul_(root)
         scaled = norms * ratios

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hunyuan_model.runtime.device_split import device_of, devices_of
+from networks.formats.layouts import flat_name
 from utils.errors import UserError
 
 
@@ -46,7 +48,8 @@ def create_network(
     Args:
         dim, alpha: with ``dim_from_weights`` the file decides them.
         network_args: further arguments of the module, as text.
-        device: of the computation; that of the transformer's weights if None, some of which may live in host memory.
+        device: of the computation; that of the transformer's weights if None, some of which may live in host memory. Of a split
+            transformer the first: each module goes to the device of its layer.
     """
     if dim_from_weights:
         options = {"neuron_dropout": dropout, **network_args}
@@ -56,10 +59,29 @@ def create_network(
     network.apply_to(None, transformer, apply_text_encoder=False, apply_unet=True)
     if weights:  # also after create_network_from_weights, which in some modules takes only the sizes from the file
         network.load_weights(weights)
-    network.to(device or next(transformer.parameters()).device, torch.float32)
+    device = device or next(transformer.parameters()).device
+    if len(devices_of(transformer, device)) > 1:
+        _place_by_layers(network.to(torch.float32), transformer, device)
+    else:
+        network.to(device, torch.float32)
     network.requires_grad_(True)
     call_if_there(network, "prepare_grad_etc", None, transformer)
     return network
+
+
+def _place_by_layers(network: nn.Module, transformer: nn.Module, device: torch.device) -> None:
+    """Move each module of ``network`` to the device of the layer that its name ends with, as the contract has it."""
+    layers = {flat_name(path): path for path, _ in transformer.named_modules()}
+    for name, module in network.named_children():
+        words = name.split("_")
+        ends = ("_".join(words[start:]) for start in range(len(words)))
+        path = next((layers[end] for end in ends if end in layers), None)
+        if path is None:
+            raise UserError(
+                f"--split_blocks puts each module of the network beside its layer, but {name} has the name of none; "
+                "leave --split_blocks out, or use networks.lora."
+            )
+        module.to(device_of(transformer, path, device))
 
 
 def require_switch(network: nn.Module, name: str) -> None:

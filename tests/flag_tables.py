@@ -113,6 +113,7 @@ TRAINING = (
     ),
     Row("--keep_attention off", both(same_lora, becomes(seen("kept_attention"), {False})), beside="--gradient_checkpointing"),
     Row("--blocks_to_swap 1", both(same_lora, swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
+    Row("--split_blocks 2,4", refused("--split_blocks 2,4 spreads the blocks over several GPUs, but this runs on cpu")),
     Row("--img_in_txt_in_offloading", both(same_lora, swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(same_lora, becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
     Row("--dry_step always", both(same_lora, begins_with_a_dry_step)),
@@ -361,6 +362,7 @@ GENERATION = (
     Row("--int8", both(keeps_int8("transformer"), differs(latent, by_at_most=0.2))),
     Row("--fp8_fast", refused("--fp8_fast multiplies in float8"), beside="--fp8"),
     Row("--blocks_to_swap 1", both(stays(latent), swaps("single_blocks.0", "single_blocks.1", "single_blocks.3"))),  # 1 + two slots
+    Row("--split_blocks 2,4", refused("--split_blocks 2,4 spreads the blocks over several GPUs, but this runs on cpu")),
     Row("--img_in_txt_in_offloading", both(stays(latent), swaps("img_in", "txt_in"))),
     Row("--no_pinned_swap_memory", both(stays(latent), becomes(seen("pinned"), {False})), beside="--blocks_to_swap 1"),
     Row("--vae {data}/other_vae", other_frame, beside=IMAGES),

@@ -48,7 +48,7 @@ def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     dtype_of: Callable[[str], torch.dtype],
     quantize: Quantizer = cast_to_float8,
     patch: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
@@ -63,6 +63,7 @@ def load_weights(
     Args:
         module: built on the meta device; every parameter and persistent buffer must be in the checkpoint, and nothing
             else may be. Buffers outside the state dict must hold real values and are moved to ``device``.
+        device: of all tensors, or what gives that of each by its name.
         dtype_of: final dtype by tensor name; tensors of integers keep theirs.
         quantize: how weights are quantized whose final dtype is float8_e4m3fn. Those that are stored so, and are not
             changed on the way, keep their bytes and their scale.
@@ -76,7 +77,7 @@ def load_weights(
     Raises:
         UserError: names or shapes differ between module and checkpoint; nothing has been read then.
     """
-    device = torch.device(device)
+    device_of = device if callable(device) else lambda _: torch.device(device)
     require_same_tensors(module, checkpoint)
     scratch = _Scratch()
     sizes = {name: math.prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()}
@@ -89,7 +90,7 @@ def load_weights(
             stored_dtype, scale = checkpoint.dtypes[name], checkpoint.scales.get(name)
             dtype = dtype_of(name) if stored_dtype.is_floating_point else stored_dtype
             on_host = host is not None and host.wants(name)
-            place = torch.device("cpu") if on_host and patch is None and stored_dtype == dtype else device
+            place = torch.device("cpu") if on_host and patch is None and stored_dtype == dtype else device_of(name)
             as_it_ends = (
                 place.type == "cpu" and patch is None and (dtype == stored_dtype or (scale is None and dtype not in FP8_DTYPES))
             )
@@ -107,8 +108,8 @@ def load_weights(
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             raise RuntimeError(f"buffer {name} is neither in the checkpoint nor computed: build it outside the meta device")
-        if buffer.device != device:
-            _assign(module, name, buffer.to(device))
+        if buffer.device != device_of(name):
+            _assign(module, name, buffer.to(device_of(name)))
 
 
 class _Scratch:

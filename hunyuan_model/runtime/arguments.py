@@ -46,6 +46,12 @@ def add_swap_arguments(group: argparse._ArgumentGroup) -> None:
         "auto: as few as the free memory of the GPU allows (default: 0)",
     )
     group.add_argument(
+        "--split_blocks",
+        metavar="N,M",
+        help="several smaller GPUs as one: how many of the transformer's blocks each GPU of this process has, such as 20,40; "
+        "auto: as the free memory of all visible GPUs allows (default: all on one GPU)",
+    )
+    group.add_argument(
         "--img_in_txt_in_offloading",
         action="store_true",
         help="keep img_in and txt_in in RAM too, except while they compute (default: off)",
@@ -107,6 +113,7 @@ def runtime_settings(args: argparse.Namespace, attn_mode: str) -> RuntimeSetting
         UserError: flags that miss or exclude each other.
     """
     from hunyuan_model.runtime import compilation
+    from hunyuan_model.runtime.device_split import parse_split
     from hunyuan_model.runtime.settings import RuntimeSettings
 
     if args.compile_mode is not None and not args.compile:
@@ -117,6 +124,7 @@ def runtime_settings(args: argparse.Namespace, attn_mode: str) -> RuntimeSetting
         attn_mode=attn_mode,
         split_attn=args.split_attn,
         blocks_to_swap=args.blocks_to_swap,
+        split_blocks=parse_split(args.split_blocks),
         img_in_txt_in_offloading=args.img_in_txt_in_offloading,
         pinned_swap_memory=not args.no_pinned_swap_memory,
         gradient_checkpointing=getattr(args, "gradient_checkpointing", False),

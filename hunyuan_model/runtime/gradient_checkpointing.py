@@ -28,24 +28,27 @@ DOUBLE_INPUTS, SINGLE_INPUTS = 2, 1  # image and text tokens; both in one. Every
 
 
 def enable_gradient_checkpointing(
-    transformer: nn.Module, offloader: ActivationOffloader | None = None, *, keep_attention: bool = False
+    transformer: nn.Module, *offloaders: ActivationOffloader | None, keep_attention: bool = False
 ) -> None:
     """Checkpoint every double and single block from outside; the blocks keep their class and parameters.
 
     Only each block's inputs stay in memory until the backward pass. Results and gradients do not change.
 
     Args:
-        offloader: keeps what stays in host memory instead of on the device.
+        offloaders: keep what stays in host memory instead of on the device: one for all blocks, or several, each for the ``depth``
+            blocks that follow those of the one before.
         keep_attention: the results of attention stay, too, so that it is not computed again; not for compiled blocks.
     """
     blocks = [(block, DOUBLE_INPUTS) for block in transformer.double_blocks]
     blocks += [(block, SINGLE_INPUTS) for block in transformer.single_blocks]
-    for index, (block, inputs) in enumerate(blocks):
+    offloading = [(one, index) for one in offloaders if one is not None for index in range(one.depth)]
+    for number, (block, inputs) in enumerate(blocks):
         branches = functools.partial(_add_what_needs_the_branch, block.branches)
         attention = None
         if keep_attention:
             block.attention = attention = KeptAttention(block.attention)
-        if offloader is not None:
+        if offloading:
+            offloader, index = offloading[number]
             block.branches = functools.partial(checkpoint_offloaded, offloader, index, inputs, attention, branches)
         elif attention is not None:
             block.branches = functools.partial(_checkpoint_all_but_attention, attention, branches)

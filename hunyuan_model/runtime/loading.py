@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,8 +16,9 @@ from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.checkpoints.scale_map import read_scales_beside
 from hunyuan_model.quantization.formats import FP8_DTYPE, Quantizer, WeightFormat, is_quantized_name, quantize_channels
 from hunyuan_model.quantization.linear import enable_quantized_linears
-from hunyuan_model.quantization.scaled_mm import find_float8_matmuls
+from hunyuan_model.quantization.scaled_mm import Float8Matmuls, find_float8_matmuls
 from hunyuan_model.runtime.compilation import enable_compile
+from hunyuan_model.runtime.device_split import enable_device_split
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.offload.activation_offload import make_offloader
 from hunyuan_model.runtime.offload.block_swap import SwappedParts, enable_block_swap
@@ -88,17 +89,18 @@ def transformer_from(
     Linear layers comes after all of it.
     """
     runtime.check(device, config=config)
+    split = runtime.split(device, config)
     # 1. The network itself, which only knows how it attends.
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config, make_attention(runtime.attn_mode, split=runtime.split_attn))
-    # 2. Its weights, each quantized and put into host memory, or cut, as soon as it is read, so that none is held twice.
+    # 2. Its weights, each quantized and put where it computes, into host memory, or cut, as soon as it is read: none is held twice.
     shared = SharedWeights(ranks) if runtime.swaps and ranks.count > 1 else None
-    swapped = SwappedParts(model, runtime.swap, device, shared)
+    swapped = SwappedParts(model, runtime.swap, split, shared)
     sharded = ShardedWeights(runtime.sharding, device) if runtime.sharding is not None else None
     load_weights(
         model,
         checkpoint,
-        device=device,
+        device=split.device_of,
         dtype_of=lambda name: FP8_DTYPE if runtime.quantized and is_quantized_name(name) else dtype,
         quantize=quantizer_for(runtime.weights, checkpoint),
         patch=patch,
@@ -108,11 +110,11 @@ def transformer_from(
     swapped.complete()
     # 3. Forwards that dequantize. Before block swap and sharding, for which the scales are among a block's weights.
     if runtime.quantized:
-        count = enable_quantized_linears(model, dtype, find_float8_matmuls(device) if runtime.fp8_fast else None)
+        count = enable_quantized_linears(model, dtype, _float8_matmuls(split.devices) if runtime.fp8_fast else None)
         logger.info("%d Linear layers of the transformer are stored in one byte per weight", count)
     # 4. Block swap or sharding. Before compiling: a compiled block does not see where its weights come from.
     if sharded is None:
-        enable_block_swap(model, runtime.swap, device, swapped)
+        enable_block_swap(model, runtime.swap, split, swapped)
     else:
         enable_sharding(model, sharded, device, pinned=runtime.pinned_swap_memory)
     # 5. Processes that compute together change how blocks attend. Before compiling, which leaves that as it is then.
@@ -121,13 +123,23 @@ def transformer_from(
     # 6. Compiling wraps the blocks' own computation. Before checkpointing, which calls what is compiled once more.
     if runtime.compile is not None:
         enable_compile(model, runtime.compile)
-    # 7. Checkpointing last: it holds the inputs of whatever computes a block.
+    # 7. Checkpointing: it holds the inputs of whatever computes a block.
     if runtime.gradient_checkpointing:
-        offloader = None
+        offloaders = []
         if runtime.gradient_checkpointing_cpu_offload:
-            offloader = make_offloader(config.double_depth + config.single_depth, device, pinned=runtime.pinned_swap_memory)
-        enable_gradient_checkpointing(model, offloader, keep_attention=runtime.keeps_attention)
+            offloaders = [
+                make_offloader(len(share.blocks), own_device, pinned=runtime.pinned_swap_memory)
+                for own_device, share in zip(split.devices, split.shares)
+            ]
+        enable_gradient_checkpointing(model, *offloaders, keep_attention=runtime.keeps_attention)
+    # 8. Several devices last: tokens arrive before anything holds them.
+    enable_device_split(model, split)
     return model.eval()
+
+
+def _float8_matmuls(devices: Sequence[torch.device]) -> Float8Matmuls:
+    """As all devices can."""
+    return Float8Matmuls(per_row=all(find_float8_matmuls(device).per_row for device in devices))
 
 
 def check_transformer_file(path: str | os.PathLike[str], flag: str = "--dit") -> TransformerConfig:

@@ -10,6 +10,7 @@ import torch
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.scaled_mm import check_float8_matmuls
 from hunyuan_model.runtime.compilation import CompileSettings, check_compile
+from hunyuan_model.runtime.device_split import DeviceSplit, check_split, make_split, split_devices
 from hunyuan_model.runtime.offload.block_swap import SwapSettings, check_blocks_to_swap
 from hunyuan_model.runtime.sequence_parallel import check_sequence_parallel
 from hunyuan_model.runtime.sharding import ShardingSettings
@@ -32,6 +33,8 @@ class RuntimeSettings:
         fp8_fast: multiply float8 by float8 on GPUs that can.
         attn_mode, split_attn: see ``hunyuan_model.transformer.attention.make_attention``.
         blocks_to_swap: how many blocks fewer the device holds; "auto" until a memory plan has put a number in its place.
+        split_blocks: how many blocks each GPU of this process has, the process's own first; () keeps all on that one; "auto" until
+            a memory plan has put numbers in its place.
         img_in_txt_in_offloading: keep the embedders in host memory too.
         pinned_swap_memory: page-lock the host memory that is copied from and to, where the system allows it.
         gradient_checkpointing: compute each block again in the backward pass.
@@ -51,6 +54,7 @@ class RuntimeSettings:
     attn_mode: str = "torch"
     split_attn: bool = False
     blocks_to_swap: int | str = 0
+    split_blocks: tuple[int, ...] | str = ()
     img_in_txt_in_offloading: bool = False
     pinned_swap_memory: bool = True
     gradient_checkpointing: bool = False
@@ -96,18 +100,34 @@ class RuntimeSettings:
         Raises:
             UserError: a package, a device or a transformer that does not do what is asked for.
         """
-        check_attention_device(self.attn_mode, device)
+        devices = self.devices(device)
+        if config is not None and self.split_blocks != AUTO:
+            check_split(self.split_blocks, config)
+        for each in devices:
+            check_attention_device(self.attn_mode, each)
         if dtype is not None:
             check_attention_dtype(self.attn_mode, dtype)
         make_attention(self.attn_mode)
         if self.fp8_fast:
-            check_float8_matmuls(device, "--fp8_fast")
-        if config is not None and self.blocks_to_swap != AUTO:
-            check_blocks_to_swap(self.blocks_to_swap, config)
+            for each in devices:
+                check_float8_matmuls(each, "--fp8_fast")
+        if config is not None and AUTO not in (self.blocks_to_swap, self.split_blocks):
+            check_blocks_to_swap(self.blocks_to_swap, config, split=self.split_blocks)
         if config is not None:
             check_sequence_parallel(self.sequence_parallel, config)
         if self.compile is not None:
-            check_compile(device, self.compile)
+            for each in devices:
+                check_compile(each, self.compile)
+
+    def devices(self, device: torch.device) -> tuple[torch.device, ...]:
+        """On which a transformer computes in a process that has ``device``. Raises as ``split_devices``."""
+        return split_devices(device, self.split_blocks)
+
+    def split(self, device: torch.device, config: TransformerConfig) -> DeviceSplit:
+        """Which of them has what. Raises UserError while that is "auto"."""
+        if self.split_blocks == AUTO:
+            raise UserError('split_blocks is still "auto": give the numbers of blocks, or those of MemoryPlan.resolved.')
+        return make_split(self.split_blocks, self.devices(device), config)
 
     @property
     def quantized(self) -> bool:
@@ -136,6 +156,7 @@ class RuntimeSettings:
             embedders=self.img_in_txt_in_offloading,
             pinned=self.pinned_swap_memory,
             recomputed=self.gradient_checkpointing,
+            split=() if self.split_blocks == AUTO else self.split_blocks,
         )
 
 

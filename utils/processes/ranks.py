@@ -93,8 +93,13 @@ class Ranks:
 ALONE = Ranks()
 
 
+def launched_with_others() -> bool:
+    """Whether this process was started together with others: accelerate launch and torchrun say so in the environment."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def join_ranks(device: str | None = None) -> Ranks:
-    """Join the process group of the launcher, if there is one: accelerate launch and torchrun say so in the environment.
+    """Join the process group of the launcher, if there is one.
 
     Args:
         device: "cpu" where the processes compute there though there are GPUs.
@@ -102,7 +107,7 @@ def join_ranks(device: str | None = None) -> Ranks:
     Raises:
         UserError: the environment speaks of several processes but does not say how to reach them.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not launched_with_others():
         return ALONE
     if missing := [name for name in VARIABLES if not os.environ.get(name)]:
         raise UserError(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hunyuan_model.runtime.device_split import DeviceSplit, block_number, make_split, shares
 from hunyuan_model.runtime.offload.host_weights import HostWeights, host_copy
 from hunyuan_model.runtime.offload.shared_weights import SharedWeights
 from hunyuan_model.runtime.offload.transfers import Transfers, make_transfers
@@ -37,39 +37,39 @@ logger = logging.getLogger(__name__)
 SLOTS = 2  # blocks that the device holds in turn: one computes while the next is copied
 EMBEDDERS = ("img_in", "txt_in")
 
-_BLOCK_NAME = re.compile(r"(double|single)_blocks\.(\d+)\.")
-
 
 @dataclass(frozen=True)
 class SwapSettings:
     """What is kept in host memory.
 
     Attributes:
-        blocks: how many blocks fewer the device holds.
+        blocks: how many blocks fewer the device holds; of a split transformer all devices together.
         embedders: img_in and txt_in too.
         pinned: page-lock the host memory where the system allows; matters for CUDA only.
         recomputed: gradient checkpointing wraps every block, so that autograd saves no weights. Else the backward pass fetches
             the weights that autograd asks for.
+        split: how many blocks each device has where there are several.
     """
 
     blocks: int = 0
     embedders: bool = False
     pinned: bool = True
     recomputed: bool = False
+    split: tuple[int, ...] = ()
 
 
-def max_blocks_to_swap(config: TransformerConfig) -> int:
-    """Of all blocks, double and single ones, all but the slots."""
-    return max(0, config.double_depth + config.single_depth - SLOTS)
+def max_blocks_to_swap(config: TransformerConfig, split: Sequence[int] = ()) -> int:
+    """Of the blocks of each device, double and single ones, all but the slots."""
+    return sum(max(0, count - SLOTS) for count in split or (config.double_depth + config.single_depth,))
 
 
-def check_blocks_to_swap(count: int, config: TransformerConfig, flag: str = "--blocks_to_swap") -> None:
+def check_blocks_to_swap(count: int, config: TransformerConfig, flag: str = "--blocks_to_swap", split: Sequence[int] = ()) -> None:
     """Raise a UserError, with the maximum, for more blocks than there are to swap."""
-    limit = max_blocks_to_swap(config)
+    limit = max_blocks_to_swap(config, split)
     if not 0 <= count <= limit:
         raise UserError(
             f"{flag} {count} is more than this transformer allows: of its {config.double_depth} double and {config.single_depth} "
-            f"single blocks the device holds two at a time. Use at most {limit}."
+            f"single blocks {'each' if split else 'the'} device holds two at a time. Use at most {limit}."
         )
 
 
@@ -120,14 +120,29 @@ def _spread(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def streamed_by_device(settings: SwapSettings, config: TransformerConfig) -> list[tuple[int, ...]]:
+    """The numbers of the blocks that share the slots of each device. Raises as ``check_blocks_to_swap``.
+
+    Every device keeps the same part of its blocks in host memory.
+    """
+    check_blocks_to_swap(settings.blocks, config, split=settings.split)
+    sizes, whole, before, found = block_sizes(config), max(1, max_blocks_to_swap(config, settings.split)), 0, []
+    for share in shares(settings.split, config):
+        end = before + max(0, len(share.blocks) - SLOTS)
+        upto_end, upto_before = ((2 * settings.blocks * place + whole) // (2 * whole) for place in (end, before))  # rounded
+        own = streamed_blocks([sizes[block] for block in share.blocks], upto_end - upto_before)
+        found.append(tuple(share.blocks.start + block for block in own))
+        before = end
+    return found
+
+
 def on_host(settings: SwapSettings, config: TransformerConfig) -> Callable[[str], bool]:
     """Whether the weight of a name is kept in host memory. Raises as ``check_blocks_to_swap``."""
-    check_blocks_to_swap(settings.blocks, config)
-    streamed = set(streamed_blocks(block_sizes(config), settings.blocks))
+    streamed = set(itertools.chain(*streamed_by_device(settings, config)))
 
     def answer(name: str) -> bool:
-        if match := _BLOCK_NAME.match(name):
-            return int(match[2]) + (config.double_depth if match[1] == "single" else 0) in streamed
+        if (number := block_number(name, config)) is not None:
+            return number in streamed
         return settings.embedders and name.startswith(tuple(f"{embedder}." for embedder in EMBEDDERS))
 
     return answer
@@ -144,7 +159,7 @@ class SwappedParts:
         self,
         transformer: nn.Module,
         settings: SwapSettings,
-        device: torch.device,
+        device: torch.device | DeviceSplit,
         shared: SharedWeights | None = None,
     ) -> None:
         self.weights: dict[str, HostWeights] = {}  # by the names of modules
@@ -152,7 +167,7 @@ class SwappedParts:
         self._missing: Counter[str] = Counter()  # weights of the parts that this process loads
         self._transformer = transformer
         self._shared = shared
-        self._device = device
+        self._split = _split(device, transformer.config)
         sizes: Counter[str] = Counter()
         for name, tensor in transformer.state_dict().items():
             if self.wants(name):
@@ -183,7 +198,7 @@ class SwappedParts:
         """The weights of the module ``part``, in host memory from now on."""
         if part not in self.weights:
             allocate = None if self._shared is None else partial(self._shared.take, part)
-            self.weights[part] = HostWeights.moved(self._transformer.get_submodule(part), self._device, allocate)
+            self.weights[part] = HostWeights.moved(self._transformer.get_submodule(part), self._split.device_of(part), allocate)
         return self.weights[part]
 
     def complete(self) -> None:
@@ -192,58 +207,67 @@ class SwappedParts:
             loaded = {part: weights.places for part, weights in self.weights.items()}
             for part, (memory, places) in self._shared.exchange(loaded).items():
                 module = self._transformer.get_submodule(part)
-                self.weights[part] = HostWeights.found(module, self._device, memory, places)
+                self.weights[part] = HostWeights.found(module, self._split.device_of(part), memory, places)
 
 
 def _part_of(name: str) -> str:
-    match = _BLOCK_NAME.match(name)
-    return match[0].rstrip(".") if match else name.partition(".")[0]
+    kind, number, *_ = name.split(".")
+    return f"{kind}.{number}" if kind.endswith("_blocks") else kind
+
+
+def _split(device: torch.device | DeviceSplit, config: TransformerConfig) -> DeviceSplit:
+    return device if isinstance(device, DeviceSplit) else make_split((), (device,), config)
 
 
 def enable_block_swap(
-    transformer: nn.Module, settings: SwapSettings, device: torch.device, parts: SwappedParts | None = None
+    transformer: nn.Module, settings: SwapSettings, device: torch.device | DeviceSplit, parts: SwappedParts | None = None
 ) -> None:
     """Keep blocks and embedders of ``transformer`` in host memory and compute them on ``device``, from outside.
 
     Classes, names and parameter objects stay; only the parameters' values are elsewhere, and must not be written to from then
     on. Parameters that are trainable now, and buffers, stay on the device. Call it once, after ``enable_quantized_linears`` and
     before ``enable_gradient_checkpointing``. Each block's ``branches`` becomes a ``SwappedForward``; ``transformer.block_swap``
-    is the ``BlockSwapper``, if there is one. Raises as ``check_blocks_to_swap``.
+    is the ``BlockSwapper``, if there is one; of the last device where there are several. Raises as ``check_blocks_to_swap``.
 
     Args:
         transformer: its weights may be on any device: blocks that are in host memory never fill the device.
         parts: those of ``transformer`` that were moved to host memory already, with these settings.
     """
-    check_blocks_to_swap(settings.blocks, transformer.config)
+    split = _split(device, transformer.config)
     blocks = [*transformer.double_blocks, *transformer.single_blocks]
-    streamed = streamed_blocks(block_sizes(transformer.config), settings.blocks)
-    parts = parts or SwappedParts(transformer, settings, device)
+    by_device = streamed_by_device(settings, transformer.config)
+    parts = parts or SwappedParts(transformer, settings, split)
     names = [f"double_blocks.{index}" for index in range(transformer.config.double_depth)]
     names += [f"single_blocks.{index}" for index in range(transformer.config.single_depth)]
-    weights = {index: parts.move(names[index]) for index in streamed}
+    weights = [{number: parts.move(names[number]) for number in streamed} for streamed in by_device]
     embedders = {name: parts.move(name) for name in EMBEDDERS if settings.embedders}
 
-    every = [*weights.values(), *embedders.values()]
-    pinned = device.type == "cuda" and settings.pinned and all(one.pin(device) for one in every)
-    if device.type == "cuda" and settings.pinned and not pinned:
+    every = [*(one for own in weights for one in own.values()), *embedders.values()]
+    first, on_gpu = split.devices[0], split.devices[0].type == "cuda"
+    pinned = on_gpu and settings.pinned and all(one.pin(first) for one in every)
+    if on_gpu and settings.pinned and not pinned:
         logger.warning("the system does not allow to pin the memory of all swapped weights; copying them takes longer.")
-    if every and device.type != "cuda":
+    if every and not on_gpu:
         logger.warning("swapped weights save no memory where the CPU itself computes.")
 
     for name, embedder_weights in embedders.items():
         embedder = getattr(transformer, name)
-        embedder.forward = partial(_forward_with_copy, embedder_weights, device, embedder.forward)
-    if weights:
-        swapper = BlockSwapper(weights, make_transfers(device, pinned), recomputed=settings.recomputed)
-        for index, block in enumerate(blocks):
-            block.branches = SwappedForward(swapper, index, block.branches)
+        embedder.forward = partial(_forward_with_copy, embedder_weights, first, embedder.forward)
+    for own_device, share, own in zip(split.devices, split.shares, weights):
+        if not own:
+            continue
+        numbered = {number - share.blocks.start: one for number, one in own.items()}  # as in a transformer of these blocks alone
+        swapper = BlockSwapper(numbered, make_transfers(own_device, pinned), recomputed=settings.recomputed)
+        for index, number in enumerate(share.blocks):
+            blocks[number].branches = SwappedForward(swapper, index, blocks[number].branches)
         transformer.block_swap = swapper
         logger.info(
-            "%d of %d blocks share %d places on the device; %.1f GiB of weights are in host memory",
-            len(weights),
-            len(blocks),
+            "%d of %d blocks share %d places on %s; %.1f GiB of weights are in host memory",
+            len(own),
+            len(share.blocks),
             SLOTS,
-            sum(one.memory.nbytes for one in every) / 2**30,
+            "the device" if len(split.devices) == 1 else own_device,
+            sum(one.memory.nbytes for one in (every if len(split.devices) == 1 else own.values())) / 2**30,
         )
 
 

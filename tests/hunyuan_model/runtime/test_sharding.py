@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.quantization.linear import dequantized_weight
+from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.settings import RuntimeSettings
 from hunyuan_model.runtime.sharding import ShardingSettings, whole_weights
@@ -25,7 +26,7 @@ CASES = {
         RuntimeSettings(),
         RuntimeSettings(**CHECKPOINTING),
         RuntimeSettings(WeightFormat.INT8, **CHECKPOINTING, keep_attention=True),
-        RuntimeSettings(WeightFormat.INT8),
+        RuntimeSettings(WeightFormat.INT8, sharding=ShardingSettings(2, offload=True)),
         RuntimeSettings(WeightFormat.FP8),
         RuntimeSettings(WeightFormat.FP8_SCALED, **CHECKPOINTING, gradient_checkpointing_cpu_offload=True),
     ],
@@ -63,8 +64,8 @@ def in_process(rank: int, count: int, folder: str) -> None:
     path = Path(folder) / "m.safetensors"
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     for runtime in CASES[count]:
-        one = load_transformer(path, device=CPU, dtype=torch.float32, runtime=runtime)
-        own = load_transformer(path, device=CPU, dtype=torch.float32, runtime=replace(runtime, sharding=ShardingSettings(count)))
+        settings = replace(runtime, sharding=None), replace(runtime, sharding=runtime.sharding or ShardingSettings(count))
+        one, own = (load_transformer(path, device=CPU, dtype=torch.float32, runtime=each) for each in settings)
         of_one, held = (sum(part(p).nbytes for p in model.parameters()) for model, part in ((one, Tensor.detach), (own, local)))
         assert held / of_one == pytest.approx(1 / count, rel=0.05), "each holds its part"
         for block, other in zip((*one.double_blocks, *one.single_blocks), (*own.double_blocks, *own.single_blocks)):
@@ -99,5 +100,7 @@ def test_what_shards_exclude_is_refused_in_a_sentence() -> None:
     for given in ({"blocks_to_swap": 1}, {"blocks_to_swap": "auto"}, {"img_in_txt_in_offloading": True}):
         with pytest.raises(UserError, match="fsdp_offload_params"):
             RuntimeSettings(sharding=shared, **given)
+    with pytest.raises(UserError, match="leave --compile out"):
+        RuntimeSettings(sharding=shared, compile=CompileSettings())
     with pytest.raises(UserError, match="two processes or more"):
         ShardingSettings(1)

@@ -56,7 +56,7 @@ from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.devices import pick_device, warn_of_cpu
 from utils.errors import STATUS_FAILED, UserError, run_script
 from utils.output import show
-from utils.processes.ranks import Ranks, joined_ranks
+from utils.processes.ranks import ALONE, Ranks, joined_ranks
 
 logger = logging.getLogger("generate")
 
@@ -131,17 +131,22 @@ def decode_stored(parser: argparse.ArgumentParser, args: argparse.Namespace, dev
 
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
-    """Encode, sample, decode and write what the flags ask for. Returns the exit status."""
+    """Encode, sample, decode and write what the flags ask for. Returns the exit status.
+
+    Several processes share out the results, or compute each together where results are fewer.
+    """
     if args.interactive and ranks.count > 1:
-        raise UserError("--interactive runs in one process; start it without a launcher.")
+        raise UserError(f"--interactive reads one terminal, and there are {ranks.count} processes. Start it with python.")
     flags = given_flags(parser, args)
     lines = line_settings(args) if args.interactive else None
+    # Seeds, times in names and folders are those that the main process finds.
     asked = Asked([lines.base], lines.files) if lines else ranks.from_main(lambda: asked_for(args, find_starts))
-    settings = generation_settings(args, device, asked, processes=ranks.count)
+    together = len(asked.requests) < ranks.count
+    settings = generation_settings(args, device, asked, processes=ranks.count if together else 1)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)
-    if not ranks.is_main:
+    if together and not ranks.is_main:
         sample_for_main(settings, device, ranks)
         return 0
     versions = versions_of(args.attn_mode, device, settings.runtime.sequence_parallel)
@@ -151,33 +156,43 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
         warn_of_changes(args.repeat, metadata[0])
     if lines:
         return run_session(Session(settings, device, recorder.metadata, find_starts, read_start), lines)
-    batch = Batch(settings, asked.requests, device, recorder, read_start, asked.sheet, ranks)
+    groups = {"helpers": ranks} if together else {"ranks": ranks}
+    batch = Batch(settings, asked.requests, device, recorder, read_start, asked.sheet, **groups)
     batch.run()
+    if not ranks.is_main:
+        return 0
     if batch.failures:
         logger.error("%d of %d were not made: %s", len(batch.failures), len(asked.requests), "; ".join(batch.failures))
     return STATUS_FAILED if batch.failures else 0
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, ranks: Ranks) -> int | None:
-    """Do what the flags ask for; what does not sample is done by the main process alone."""
+    """What the flags ask for. Several processes share out what is sampled; the main one does everything else."""
+    decodes = args.latent_path and not args.interactive and (args.prompt, args.from_file, args.xy) == (None, None, None)
+    if args.show is not None or args.save_merged_model or decodes:
+        if not ranks.is_main:
+            return None
+        ranks = ALONE
+    if args.show is not None:
+        return show(described(args.show))
     device = pick_device(args.device, ranks)
     kernel_settings(args).apply(device)
     if args.save_merged_model:
         warn_of_unused(parser, args, "--save_merged_model", MERGING_FLAGS)
-        return save_merged(args) if ranks.is_main else None
-    if args.latent_path and not args.interactive and (args.prompt, args.from_file, args.xy) == (None, None, None):
+        save_merged(args)
+    elif decodes:
         warn_of_unused(parser, args, "--latent_path", DECODING_FLAGS)
-        return decode_stored(parser, args, device) if ranks.is_main else None
-    if not (args.lora_weight or args.xy):
-        warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
-    return generate(parser, args, device, ranks)
+        decode_stored(parser, args, device)
+    else:
+        if not (args.lora_weight or args.xy):
+            warn_of_unused(parser, args, "no --lora_weight", vars(args).keys() - {"lora_mode", "lora_partial"} - BLOCK_FLAGS)
+        return generate(parser, args, device, ranks)
+    return None
 
 
 def main() -> int | None:
     parser = build_parser()
     args = parse_with_config(parser, sources={REPEAT_FLAG: recorded_flags})
-    if args.show is not None:
-        return show(described(args.show))
     with joined_ranks(args.device) as ranks:
         return run(parser, args, ranks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +17,17 @@ from hunyuan_model.sampling.preview import Preview, removed_on_failure
 from networks.generation.background import start_decoding
 from networks.generation.earlier import Earlier, Sampled, find_earlier
 from networks.generation.record import Recorder, with_flags
-from networks.generation.requests import Request
+from networks.generation.requests import Request, share_of
 from networks.generation.sampler import Sampler, read_loras
 from networks.generation.settings import GenerationSettings
 from networks.generation.sheets import BatchSheet
 from networks.generation.starts import ReadStart, prepare_with_vae
 from utils.devices import explain_out_of_memory, free_memory
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, name_some
+from utils.files import wait_for_files
 from utils.media.reading import read_frames
 from utils.output import show
-from utils.processes.ranks import ALONE, Ranks
+from utils.processes.ranks import ALONE, Ranks, split_by_cost
 from utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Batch:
         recorder: writes the metadata of files.
         read_start: reads pictures and clips to start from.
         sheet: shows them all, and is written at the end.
+        ranks: the processes that share out the requests; the main one writes the sheet.
         helpers: in the main one of processes that compute each video together, all of them: the others ``sample_for_main``.
-        failures: sentences on requests that were not made; a run of one request raises instead.
+        failures: sentences on requests that were not made, in the end of all processes; a run of one request raises instead.
     """
 
     settings: GenerationSettings
@@ -50,8 +52,11 @@ class Batch:
     recorder: Recorder
     read_start: ReadStart
     sheet: BatchSheet | None = None
+    ranks: Ranks = ALONE
     helpers: Ranks = ALONE
     failures: list[str] = field(default_factory=list)
+    _reasons: dict[Request, str] = field(default_factory=dict)  # of failures, short
+    _stems: dict[Request, str] = field(default_factory=dict)  # of what was decoded
 
     def run(self) -> None:
         """Make everything; the networks are in memory one after the other.
@@ -59,23 +64,52 @@ class Batch:
         Raises:
             UserError: what concerns all results, or the only one.
         """
-        settings, earlier = self.settings, Earlier(wanted=list(self.requests))
-        if settings.skip_existing:
-            earlier = find_earlier(self.requests, settings.output, self.recorder.metadata)
-            self.requests = [earlier.as_made[request] for request in self.requests]
-            if self.sheet is not None:
-                self.sheet.grid = [[earlier.as_made[request] for request in row] for row in self.sheet.grid]
-        if not earlier.wanted:
+        settings, earlier = self.settings, self.ranks.from_main(self._find_earlier)
+        self.requests = [earlier.as_made.get(request, request) for request in self.requests]
+        if self.sheet is not None:
+            self.sheet.grid = [[earlier.as_made.get(request, request) for request in row] for row in self.sheet.grid]
+        waiting = split_by_cost([result.request.cost for result in earlier.waiting], self.ranks.count)[self.ranks.index]
+        wanted = share_of(earlier.wanted, self.ranks)
+        if not wanted:
             self.helpers.gather(None)
-        sampled = earlier.waiting + (self._sample_all(earlier.wanted) if earlier.wanted else [])
+        sampled = [earlier.waiting[position] for position in waiting] + (self._sample_all(wanted) if wanted else [])
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
-        if self.sheet is not None and (earlier.wanted or earlier.waiting or not self.sheet.path.exists()):
-            for request, stem in earlier.done:
-                self.sheet.add(request, read_frames(settings.output.path_of_frames(stem)))
-            metadata = {**self.recorder.of_batch(self.requests), **self.sheet.about}
-            for path in self.sheet.save({} if settings.output.no_metadata else metadata):
-                show(path)
+        others = self._gather()
+        if self.ranks.is_main and self.sheet is not None and (earlier.wanted or earlier.waiting or not self.sheet.path.exists()):
+            self._save_sheet(self.sheet, dict(earlier.done) | others)
+
+    def _find_earlier(self) -> Earlier:
+        if self.settings.skip_existing:
+            return find_earlier(self.requests, self.settings.output, self.recorder.metadata)
+        return Earlier(wanted=list(self.requests))
+
+    def _gather(self) -> dict[Request, str]:
+        """Wait for all processes, and take over their failures; returns the stems of what the others have decoded."""
+        own, others = self._stems, {}
+        told = self.ranks.gather((self.failures, self._reasons, self._stems))
+        self.failures = [failure for failures, _, _ in told for failure in failures]
+        for _, reasons, stems in told:
+            self._reasons |= reasons
+            others |= {request: stem for request, stem in stems.items() if request not in own}
+        return others
+
+    def _save_sheet(self, sheet: BatchSheet, stems: Mapping[Request, str]) -> None:
+        """With what ``stems`` names from its files."""
+        output = self.settings.output
+        paths = {request: output.path_of_frames(stem) for request, stem in stems.items()}
+        if missing := wait_for_files(paths.values()):
+            logger.error("not seen here: %s. All machines must share --save_path.", name_some(missing))
+        for request, path in paths.items():
+            if path in missing:
+                sheet.add_failure(request, "not seen by the process that makes this sheet")
+            else:
+                sheet.add(request, read_frames(path))
+        for request, reason in self._reasons.items():
+            sheet.add_failure(request, reason)
+        metadata = {**self.recorder.of_batch(self.requests), **sheet.about}
+        for path in sheet.save({} if output.no_metadata else metadata):
+            show(path)
 
     def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them.
@@ -89,18 +123,20 @@ class Batch:
         with explain_out_of_memory("encoding the prompts", "use --fp8_llm", self.device):
             encoded = dict(zip(texts, hunyuan_model.encode_prompts(texts, settings.text, self.device)))
         starts, colours = prepare_with_vae(settings, requests, self.read_start, self.device)
-        if len(requests) == 1:
+        if len(self.requests) == 1:
             starts.of(requests[0])  # raises before the transformer is loaded
         self.helpers.gather((requests, encoded))
         sampler = Sampler(settings, loras, requests, encoded, self.device, self.helpers)
         decodes = settings.decode_on_cpu and output.output_type != "latent"
         background = start_decoding(settings.vae, requests, sampler.host_bytes) if decodes else None
         steps = [request.sampling.steps_with_checks(request.start) for request in requests]
-        with background or nullcontext(), ProgressBar(total=sum(steps), desc="sampling", unit="step") as progress:
+        share = f", 1 of {self.ranks.count} shares" if self.ranks.count > 1 else ""
+        bar = ProgressBar(total=sum(steps), desc=f"sampling{share}", unit="step", disable=not self.ranks.is_main)
+        with background or nullcontext(), bar as progress:
             for number, request in enumerate(requests, 1):
                 begun = progress.n
                 if len(requests) > 1:
-                    progress.set_description(f"sampling {number} of {len(requests)}")
+                    progress.set_description(f"sampling {number} of {len(requests)}{share}")
                 with self._others_go_on(request):
                     stem, metadata = output.unused_stem(request.stem), self.recorder.metadata(request)
                     if decodes and background is None:
@@ -124,7 +160,8 @@ class Batch:
 
     def _decode_all(self, sampled: Sequence[Sampled]) -> None:
         decode = load_decoder(self.settings.vae, self.device)
-        with ProgressBar(total=len(sampled), desc="decoding", unit="result", disable=len(sampled) == 1) as progress:
+        quiet = len(sampled) == 1 or not self.ranks.is_main
+        with ProgressBar(total=len(sampled), desc="decoding", unit="result", disable=quiet) as progress:
             for result in sampled:
                 self._decode(result, decode)
                 progress.update()
@@ -133,22 +170,23 @@ class Batch:
         with self._others_go_on(result.request, kept=result.stored):
             latents, _ = read_latents(result.stored, "the latents")
             frames = decode(latents)[0]
-            if self.sheet is not None:
+            if self.sheet is not None and self.ranks.is_main:
                 self.sheet.add(result.request, frames.numpy())
             if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
                 result.preview.remove()
             show(self.settings.output.save_frames(result.stem, frames, result.metadata))
+            self._stems[result.request] = result.stem
             if result.disposable:
                 result.stored.unlink()
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:
-        """One result that fails costs one result, where no other process waits for it."""
+        """One result that fails costs one result."""
         try:
             yield
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             latents = f" Its latents are in {kept}: --latent_path decodes them." if kept else ""
-            if len(self.requests) == 1 or (kept is None and self.helpers.count > 1):
+            if len(self.requests) == 1:
                 if isinstance(error, UserError):
                     raise UserError(f"{error}{latents}") from error
                 if latents:
@@ -157,6 +195,5 @@ class Batch:
             reason = f"{first_line(error).rstrip('.')}.{latents}"
             self.failures.append(f"{request}: {reason}")
             logger.error("%s was not made: %s", request, reason)
-            if self.sheet is not None:
-                self.sheet.add_failure(request, first_line(error))
+            self._reasons[request] = first_line(error)
             free_memory(self.device)

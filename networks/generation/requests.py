@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from hunyuan_model.sampling.generation import SamplingSettings
 from utils.errors import UserError, name_some
+from utils.processes.ranks import Ranks, split_by_cost
 
 TIME = "%Y%m%d-%H%M%S"  # in names
 START_FIELDS = ("image_path", "video_path", "latent_path")
@@ -59,6 +61,13 @@ class Request:
         """Of its files' names, where nothing has that name yet."""
         return f"{self.name or time.strftime(TIME)}_{self.sampling.seed}"
 
+    @property
+    def cost(self) -> int:
+        """Latent pixels that the transformer computes, over all of its steps; guided ones count twice."""
+        steps = self.sampling.steps_from(self.start)
+        guided = len(set(steps).intersection(self.sampling.guided_steps))
+        return math.prod(self.sampling.latent_size) * max(len(steps) + guided, 1)
+
     def metadata(self) -> dict[str, str]:
         """Texts and settings for the metadata of files."""
         negative = {"negative_prompt": self.negative_prompt or ""} if self.sampling.guided else {}
@@ -85,6 +94,17 @@ class Request:
             return replace(self, sampling=replace(self.sampling, **sampling), where=where, **values)
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+
+def share_of(requests: Sequence[Request], ranks: Ranks) -> list[Request]:
+    """Those that this process samples. Whose files would have one name stay together: they are numbered in their order."""
+    named: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        named.setdefault(request.stem, []).append(position)
+    groups = list(named.values())
+    costs = [sum(requests[position].cost for position in group) for group in groups]
+    own = split_by_cost(costs, ranks.count)[ranks.index]
+    return [requests[position] for position in sorted(position for group in own for position in groups[group])]
 
 
 def without_effect(requests: Sequence[Request]) -> list[str]:

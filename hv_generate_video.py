@@ -136,7 +136,7 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
     Several processes share out the results, or compute each together where results are fewer.
     """
     if args.interactive and ranks.count > 1:
-        raise UserError(f"--interactive reads one terminal, and there are {ranks.count} processes. Start it with python.")
+        raise UserError("--interactive runs in one process; start it without a launcher.")
     flags = given_flags(parser, args)
     lines = line_settings(args) if args.interactive else None
     # Seeds, times in names and folders are those that the main process finds.

@@ -181,12 +181,12 @@ class Batch:
 
     @contextmanager
     def _others_go_on(self, request: Request, kept: Path | None = None) -> Iterator[None]:
-        """One result that fails costs one result."""
+        """One result that fails costs one result, where no other process waits for it."""
         try:
             yield
         except Exception as error:  # encoders of videos, drivers and file systems fail in many ways
             latents = f" Its latents are in {kept}: --latent_path decodes them." if kept else ""
-            if len(self.requests) == 1:
+            if len(self.requests) == 1 or (kept is None and self.helpers.count > 1):
                 if isinstance(error, UserError):
                     raise UserError(f"{error}{latents}") from error
                 if latents:

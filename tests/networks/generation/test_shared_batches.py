@@ -115,11 +115,6 @@ def test_what_is_there_is_left_out(generate, bench, monkeypatch) -> None:
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_terminal_is_refused(generate) -> None:
-    ended, _, _ = generate(2, asks=("--interactive",))
-    assert {str(error) for error in ended} == {"--interactive reads one terminal, and there are 2 processes. Start it with python."}
-
-
 def test_one_process_decodes_and_shows(generate, bench) -> None:
     assert generate(2, "--output_type", "latent", "--seed", 5)[0] == [0, 0]
     latents = sorted((bench.folder / "out").iterdir())

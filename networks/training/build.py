@@ -19,6 +19,7 @@ from networks.network_module import create_network, network_off, parameter_group
 from networks.training.distributed.gradients import SharedGradients, same_in_all
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights
+from networks.training.logging.watchdog import Watchdog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
@@ -110,6 +111,7 @@ def build_training(
         samples=samples,
         logs=logs,
         gradients=gradients,
+        watchdog=Watchdog(process=accelerator.process_index),
         changed=measure_changed_weights(network, transformer, accelerator.device) if measures else None,
         uploads=uploads,
     )

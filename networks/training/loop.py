@@ -12,6 +12,7 @@ from networks.network_module import call_if_there
 from networks.training.data import StepBatches
 from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
+from networks.training.logging.watchdog import OTHERS, STEP
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
 from networks.training.pause import paused_training
 from networks.training.requests import Request, TrainingRequests
@@ -122,7 +123,7 @@ def train_epoch(
     for batches in watched(training, steps):
         rates = learning_rates(training.optimizer, training.group_names)  # of this step: the schedule moves on within it
         compiling = CompileWatch()
-        watch = training.watchdog.during("making step", lambda: str(progress.step + 1))
+        watch = training.watchdog.during(STEP, lambda: str(progress.step + 1))
         with watch, explain_batch_out_of_memory(training.plan.memory, [*batches.own.values()], "training on"):
             step = train_step(training, batches)
         seconds = time.monotonic() - started
@@ -205,7 +206,7 @@ def measure_validation_loss(training: Training) -> float | None:
 
 def poll(training: Training, requests: TrainingRequests) -> Request:
     """What is asked of all processes."""
-    with training.watchdog.during("waiting for the other processes"):
+    with training.watchdog.during(OTHERS):
         return requests.poll()
 
 

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 60.0
 SLOWER = 3  # times as long as the same thing took before is no progress either, where that took minutes
 LOOKS = 4  # at what is done, in so many seconds
+STEP, OTHERS = "making step", "waiting for the other processes"  # what all processes do while one of them does something else
 
 
 @dataclass
@@ -26,10 +27,13 @@ class Doing:
 
 
 class Watchdog:
-    """While it is open, a thread looks whether what was begun last takes too long; it says so once, and at twice the time again."""
+    """While it is open, a thread looks whether what was begun last takes too long; it says so once, and at twice the time again.
 
-    def __init__(self, seconds: float = SECONDS) -> None:
-        self._seconds = seconds
+    ``process``: of several the first one says so of itself; another one where it may be what the first one waits for.
+    """
+
+    def __init__(self, seconds: float = SECONDS, process: int = 0) -> None:
+        self._seconds, self._process = seconds, process
         self._doing: list[Doing] = []
         self._longest: dict[str, float] = {}
         self._closed = threading.Event()
@@ -70,7 +74,13 @@ class Watchdog:
                     allowed = 2 * said[2]
                 if seconds >= allowed:
                     said = (doing, since, seconds)
-                    logger.warning("no progress for %.0f s: %s %s", seconds, doing.what, _asked(doing.where))
+                    self._say(f"no progress for {seconds:.0f} s: {doing.what} {_asked(doing.where)}", doing.what)
+
+    def _say(self, sentence: str, what: str) -> None:
+        if self._process == 0:
+            logger.warning("%s", sentence)
+        elif what not in (STEP, OTHERS):  # as an error: warnings are those of the first process
+            logger.error("process %d: %s", self._process, sentence)
 
 
 def _asked(where: Callable[[], str]) -> str:

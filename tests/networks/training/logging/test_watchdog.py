@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from networks.training.logging.watchdog import Watchdog
+from networks.training.logging.watchdog import STEP, Watchdog
 
 
 def lines(caplog) -> list[str]:
@@ -49,3 +49,13 @@ def test_its_thread_ends_and_a_place_that_cannot_be_named_is_no_error(caplog) ->
         raise ValueError("of the training")
     assert lines(caplog)[0].endswith("saving (KeyError)")
     assert wait_for(lambda: all(thread.name != "watchdog" for thread in threading.enumerate()))
+
+
+def test_another_process_speaks_of_what_only_it_does(caplog) -> None:
+    with Watchdog(0.02, process=3) as watchdog:
+        with watchdog.during(STEP), pytest.raises(AssertionError):
+            assert wait_for(lambda: bool(lines(caplog)), 0.2)
+        with watchdog.during("reading", lambda: "a_hv.safetensors"):
+            assert wait_for(lambda: bool(lines(caplog)))
+    assert caplog.records[0].levelname == "ERROR", "warnings are those of the first process"
+    assert lines(caplog)[0] == "process 3: no progress for 0 s: reading a_hv.safetensors"

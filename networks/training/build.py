@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
 import hunyuan_model
@@ -85,7 +84,6 @@ def build_training(
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         same_in_all(trained)
         gradients = SharedGradients(trained, values=VALUES)
-        set_seed(plan.beginning.seed + accelerator.process_index)  # dropout is of each process
     seed = plan.beginning.seed
     flow_matching = FlowMatching(
         transformer,

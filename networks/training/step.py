@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from hunyuan_model.sampling.flow import TIMESTEPS
@@ -53,6 +54,9 @@ def train_step(training: Training, batches: StepBatches) -> Step:
     call_if_there(network, "on_step_start")
     if training.gradients is not None:
         training.gradients.begin()
+        # Dropout is of each process, and a training that goes on without one of them has it again.
+        place = f"{training.plan.beginning.seed}:{training.progress.step}:{accelerator.process_index}"
+        set_seed(random.Random(place).getrandbits(32))
     computed = [_backward(training, *each) for each in _with_noise(training, batches)]
     losses, weights, named = [one.loss for one in computed], [one.weight for one in computed], [one.named for one in computed]
     sums = _sums(training, losses, weights, any(one.has_gradient for one in computed))

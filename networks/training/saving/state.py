@@ -5,7 +5,7 @@ A state is a folder that appears only when whole:
     state.json            where the training stands, and what it was
     network.safetensors   the network's tensors as they are in memory
     optimizer.pt          states of optimizer, schedule and gradient scaler; tensors and plain values only
-    random-{rank}.pt      the random generators of each process; those of noise and timesteps are the same in all
+    random-0.pt           the random generators; with several processes dropout is seeded in each step, the rest is the same in all
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from hunyuan_model.checkpoints.reading import require_plain_torch_file
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 DATA = "data sets"  # in the order of a state: a fingerprint of the items; the name in states that people have
-STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE = "state.json", "network.safetensors", "optimizer.pt"
+STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE, RANDOM_FILE = "state.json", "network.safetensors", "optimizer.pt", "random-0.pt"
 LATEST = "latest"
 REMEDY = "Give the folder of a state that training saved (its name ends with -state), or leave --resume out to start over."
 MAX_COUNT = 2**53
@@ -113,11 +112,6 @@ class Restorable:
     accelerator: Accelerator
 
 
-def random_name(rank: int) -> str:
-    """The file with the random generators of a process."""
-    return f"random-{rank}.pt"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving
 
@@ -136,12 +130,9 @@ def save_state(
     """
     accelerator = parts.accelerator
     main = accelerator.is_main_process
-    own = [random_state or random_state_of(parts)]
-    every = own if alone else gather_object(own)  # the others may be on machines that do not see this folder
     if main:
         with atomic_folder(folder) as temporary:
-            for rank, one in enumerate(every):
-                (temporary / random_name(rank)).write_bytes(_plain_content(one))
+            (temporary / RANDOM_FILE).write_bytes(_plain_content(random_state or random_state_of(parts)))
             _write_parts(temporary, parts, state)
         logger.info("saved the state %s", folder)
     if not alone:
@@ -362,26 +353,17 @@ def _require_optimizer_state(given: Any, optimizer: torch.optim.Optimizer) -> No
 
 
 def _load_random_state(folder: Path, parts: Restorable) -> None:
-    state = _read_random_state(folder, 0)
+    path = folder / RANDOM_FILE
+    require_plain_torch_file(path, f"the state {folder} cannot be loaded:")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
     parts.timesteps.load_state_dict(state["timesteps"])
     if state["noise"].shape == parts.noise.get_state().shape:
         parts.noise.set_state(state["noise"])
     else:
         logger.warning("%s was saved on another kind of device; the noise starts over.", folder)
-    rank = parts.accelerator.process_index
-    if rank > 0:
-        if not (folder / random_name(rank)).is_file():
-            return  # dropout starts with a seed of its own
-        state = _read_random_state(folder, rank)
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
     if parts.accelerator.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _read_random_state(folder: Path, rank: int) -> dict[str, Any]:
-    path = folder / random_name(rank)
-    require_plain_torch_file(path, f"the state {folder} cannot be loaded:")
-    return torch.load(path, map_location="cpu", weights_only=True)

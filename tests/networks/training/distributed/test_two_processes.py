@@ -214,10 +214,6 @@ def test_two_processes_go_on_to_the_very_same_lora(launch, tmp_path: Path) -> No
     whole = launch("--output_name", "whole", *dropout, "--save_every_n_steps", 1, "--save_state", "--loss_log", out / "whole.csv")
     assert whole.returncode == 0, whole.stderr
     state = out / "whole-step00000002-state"
-    assert {path.name for path in state.glob("random-*.pt")} == {"random-0.pt", "random-1.pt"}
-    random = [torch.load(state / f"random-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert torch.equal(*(one["noise"] for one in random)), "noise is that of the step"
-    assert not torch.equal(*(one["torch"] for one in random)), "each process has its own dropout"
     assert not broken(out) and not unfinished(out)
     assert whole.stderr.count(f"saved {out / 'whole_comfyui.safetensors'}") == 1, "one process saves"
 

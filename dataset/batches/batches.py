@@ -41,10 +41,12 @@ class StepBatches(NamedTuple):
 
     shapes: of the latents of every batch, also of other processes, (B, C, F, H, W), in the order of the epoch.
     own: the batches that this process computes, by their places in ``shapes``.
+    most: how many batches the process has that has the most.
     """
 
     shapes: Sequence[tuple[int, ...]]
     own: Mapping[int, Batch]
+    most: int
 
 
 def read_batch(items: Sequence[CachedItem]) -> Batch:

@@ -20,11 +20,13 @@ class PlannedStep:
         batches: of all processes, in the order of the epoch.
         shapes: of the latents of each, (B, C, F, H, W).
         own: the places in ``batches`` of those that this process computes, in their order; none where it only waits.
+        most: how many batches the process has that has the most.
     """
 
     batches: Sequence[list[int]]
     shapes: Sequence[tuple[int, ...]]
     own: Sequence[int]
+    most: int
 
 
 class BatchOrder:
@@ -76,8 +78,9 @@ class BatchOrder:
         batches = self.batches(epoch, per_step)
         for place in range(start, len(batches), self.batches_per_step):
             step = batches[place : place + self.batches_per_step]
-            own = split_by_cost([self._cost(batch) for batch in step], self.world_size)[self.rank]
-            yield PlannedStep(step, [(len(batch), *self._shapes[batch[0]]) for batch in step], own)
+            shares = split_by_cost([self._cost(batch) for batch in step], self.world_size)
+            shapes = [(len(batch), *self._shapes[batch[0]]) for batch in step]
+            yield PlannedStep(step, shapes, shares[self.rank], max(map(len, shares)))
 
     def imbalance(self) -> float:
         """By how much the steps of the first epoch take longer than if all processes had the same number of tokens: 0.1 is 10 %."""

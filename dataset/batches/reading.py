@@ -154,7 +154,7 @@ class EpochReader:
         self._due = 0
         batches = self._batches()
         for step in self._own.steps:
-            yield StepBatches(step.shapes, {place: next(batches) for place in step.own})
+            yield StepBatches(step.shapes, {place: next(batches) for place in step.own}, step.most)
         next(batches, None)  # so that the loader knows that it is done
 
     def _batches(self) -> Iterator[Batch]:

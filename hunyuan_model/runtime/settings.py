@@ -87,8 +87,9 @@ class RuntimeSettings:
                 "--blocks_to_swap and --img_in_txt_in_offloading keep weights in RAM that FSDP shares out to the processes; leave "
                 "them out, and keep the shards in RAM with fsdp_offload_params where memory is short, or train without FSDP."
             )
-        if self.sharding is not None and self.compile is not None:
-            raise UserError("--compile does not go with weights that FSDP shares out; leave --compile out, or train without FSDP.")
+        given = [f"--{name}" for name in ("compile", "split_blocks") if getattr(self, name)]
+        if self.sharding is not None and given:
+            raise UserError(f"{given[0]} does not go with weights that FSDP shares out; leave it out, or train without FSDP.")
         if self.sequence_parallel > 1 and self.gradient_checkpointing:
             raise UserError("processes compute one video together only where nothing is trained: leave checkpointing out.")
 

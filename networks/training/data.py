@@ -16,10 +16,12 @@ class StepBatches(Protocol):
     Attributes:
         shapes: of the latents of every batch, also of other processes, (B, C, F, H, W), in the order of the epoch.
         own: the batches that this process computes, by their places in ``shapes``; none where the others have them all.
+        most: how many batches the process has that has the most.
     """
 
     shapes: Sequence[tuple[int, ...]]
     own: Mapping[int, Mapping[str, Any]]
+    most: int
 
 
 class BatchReader(Protocol):

@@ -58,6 +58,9 @@ def train_step(training: Training, batches: StepBatches) -> Step:
         place = f"{training.plan.beginning.seed}:{training.progress.step}:{accelerator.process_index}"
         set_seed(random.Random(place).getrandbits(32))
     computed = [_backward(training, *each) for each in _with_noise(training, batches)]
+    if training.plan.memory.runtime.sharding is not None:  # the passes of the others need this one's part of the weights
+        for _ in range(batches.most - len(computed)):
+            accelerator.backward(training.flow_matching.empty_loss())
     losses, weights, named = [one.loss for one in computed], [one.weight for one in computed], [one.named for one in computed]
     sums = _sums(training, losses, weights, any(one.has_gradient for one in computed))
     scaled = accelerator.scaler is not None  # a scaler looks at the gradients once, when it divides them

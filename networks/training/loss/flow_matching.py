@@ -70,6 +70,17 @@ class FlowMatching:
         losses = nn.functional.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)  # (B,)
         return (losses * loss_weights(t, self.timesteps.settings.weighting_scheme)).mean()
 
+    def empty_loss(self) -> Tensor:
+        """Zero, and so are its gradients, from a pass over the smallest latents and caption."""
+        config, device = self.transformer.config, self.accelerator.device
+        batch = {
+            "text_states": torch.zeros(1, 1, config.text_dim),
+            "text_mask": torch.ones(1, 1),
+            "text_states_2": torch.zeros(1, config.pooled_dim),
+        }
+        latents = torch.zeros(1, config.in_channels, *config.patch_size, device=device)
+        return 0 * self._predict(batch, latents, torch.zeros(1, device=device)).float().mean()
+
     def _predict(self, batch: Mapping[str, Any], noisy: Tensor, t: Tensor) -> Tensor:
         device = self.accelerator.device
         guidance = torch.full((len(noisy),), self.guidance_scale * GUIDANCE_UNIT, device=device)

@@ -100,7 +100,8 @@ def test_what_shards_exclude_is_refused_in_a_sentence() -> None:
     for given in ({"blocks_to_swap": 1}, {"blocks_to_swap": "auto"}, {"img_in_txt_in_offloading": True}):
         with pytest.raises(UserError, match="fsdp_offload_params"):
             RuntimeSettings(sharding=shared, **given)
-    with pytest.raises(UserError, match="leave --compile out"):
-        RuntimeSettings(sharding=shared, compile=CompileSettings())
+    for given in ({"compile": CompileSettings()}, {"split_blocks": (3, 4)}):
+        with pytest.raises(UserError, match="does not go with weights that FSDP shares out"):
+            RuntimeSettings(sharding=shared, **given)
     with pytest.raises(UserError, match="two processes or more"):
         ShardingSettings(1)

@@ -37,7 +37,7 @@ class Sampler:
         loras: of the run; the list is emptied where they are merged, as nobody needs their tensors any more.
         requests: what will be sampled, for the memory plan, which is of the largest.
         texts: of the requests; there may be more of them later.
-        helpers: in the main one of processes that compute each video together, all of them: the others ``sample_for_main``.
+        helpers: the processes that compute each video together; all but the main one ``sample_for_main``.
 
     Raises:
         UserError: memory does not suffice; files that do not belong together.
@@ -60,11 +60,12 @@ class Sampler:
         injected = loras if injects else []
         beside = injected_bytes(injected)
         plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)
-        self._plan = plan.resolved(free_device_memory(device))
+        free = helpers.gather(free_device_memory(device))
+        self._plan = plan.resolved(None if None in free else min(free))  # all swap the same blocks
         with self._explained(batch):
             patch = MergePatch(loras, weight_shapes(settings.config)) if loras and not injects else None
             self._transformer = hunyuan_model.load_transformer(
-                settings.dit, device=device, dtype=dtype, runtime=self._plan.runtime, patch=patch
+                settings.dit, device=device, dtype=dtype, runtime=self._plan.runtime, ranks=helpers, patch=patch
             )
             self._loras = InjectedLoras(self._transformer, injected, device)
         self._injects = injects
@@ -77,7 +78,7 @@ class Sampler:
         on_step: Callable[[int], None] = lambda step: None,
         on_estimate: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Latents (1, 16, F, H, W), float32, on the CPU. Arguments as of ``generate_latents``.
+        """Latents (1, 16, F, H, W), float32, on the CPU, which the main process asks for. Arguments as of ``generate_latents``.
 
         Raises:
             UserError: memory does not suffice, or the transformer gives NaN.
@@ -131,7 +132,8 @@ class Sampler:
 
     def close(self) -> None:
         """Give the memory back, in other processes too."""
-        self._helpers.gather(None)
+        if self._helpers.is_main:
+            self._helpers.gather(None)
         del self._transformer, self._loras
         if self._settings.runtime.compile:
             torch._dynamo.reset()  # it holds on to what it compiled, whose memory decoding needs
@@ -147,7 +149,7 @@ def sample_for_main(settings: GenerationSettings, device: torch.device, ranks: R
     if asked is None:
         return
     requests, texts = asked
-    sampler = Sampler(settings, read_loras(settings, requests[0]), requests, texts, device)
+    sampler = Sampler(settings, read_loras(settings, requests[0]), requests, texts, device, ranks)
     while (given := ranks.gather(None)[0]) is not None:
         sampler.latents_of(*given)
     sampler.close()

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import multiprocessing
 import os
 import threading
 from collections import Counter
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from small_transformer import CPU, GOLDENS, add_lora, blocks_of, make_inputs, same
-from threads_as_processes import in_threads
+from conftest import ROOT
+from launching import launch
+from safetensors.torch import save_file
+from several_processes import in_each
+from small_transformer import CONFIG, CPU, GOLDENS, add_lora, blocks_of, make_inputs, same
 from torch import nn
 
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime.loading import load_transformer
-from hunyuan_model.runtime.offload.block_swap import on_host
+from hunyuan_model.runtime.offload.block_swap import max_blocks_to_swap, on_host
 from hunyuan_model.runtime.offload.host_weights import page_lock
 from hunyuan_model.runtime.offload.shared_weights import Address, SharedMemory
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.transformer.model import HYVideoDiffusionTransformer
 from networks.merging import merge_patch, read_lora_files
 from utils.errors import UserError
 from utils.processes.ranks import Ranks
@@ -146,7 +152,7 @@ def test_each_loads_a_part_and_all_have_the_bits_of_one_process(weights, merged,
 
     expected = load_transformer(FILE, device=CPU, dtype=torch.float32, runtime=RuntimeSettings(weights), patch=update)
     with caplog.at_level(logging.INFO):
-        transformers = in_threads(load_here, (0, 1, 2))
+        transformers = in_each(3, load_here)
     assert caplog.text.count("shared by 3 processes") == 3 and "copies" not in caplog.text
     names = dict(expected.named_parameters())
     for transformer in transformers:
@@ -159,7 +165,7 @@ def test_each_loads_a_part_and_all_have_the_bits_of_one_process(weights, merged,
 
 @linux
 def test_two_models_hold_one_copy_and_training_never_writes_to_it():
-    first, second = in_threads(load, (0, 1))
+    first, second = in_each(2, load)
     alone = load(Ranks())
     pieces = [model.block_swap._weights for model in (first, second)]
     before = [weights.memory.clone() for weights in pieces[0].values()]
@@ -174,14 +180,14 @@ def test_two_models_hold_one_copy_and_training_never_writes_to_it():
 
 @linux
 def test_more_processes_than_parts():
-    transformers = in_threads(load, range(9))
+    transformers = in_each(9, load)
     assert all(same([*transformers[0].state_dict().values()], [*one.state_dict().values()]) for one in transformers[1:])
 
 
 @linux
-@pytest.mark.parametrize(("local_indices", "copies"), [((0, 1, 0, 1), 0), ((0, 1, 2, 3), 2)], ids=["machines", "containers"])
-def test_who_cannot_reach_others_shares_with_whom_it_reaches(local_indices, copies, caplog, monkeypatch):
-    here, rooms = threading.local(), {}
+@pytest.mark.parametrize("machines", [1, 2], ids=["containers", "machines"])
+def test_who_cannot_reach_others_shares_with_whom_it_reaches(machines, caplog, monkeypatch):
+    here, rooms = threading.local(), {}  # two processes in each room
     create, reach = SharedMemory.create, SharedMemory.open
 
     def create_here() -> SharedMemory:
@@ -194,16 +200,15 @@ def test_who_cannot_reach_others_shares_with_whom_it_reaches(local_indices, copi
 
     def load_here(ranks: Ranks) -> nn.Module:
         here.room = ranks.index // 2
-        return load(ranks)
+        return load(replace(ranks, local_index=ranks.index % (4 // machines)))
 
     monkeypatch.setattr(SharedMemory, "create", create_here)
     monkeypatch.setattr(SharedMemory, "open", open_here)
     with caplog.at_level(logging.INFO):
-        transformers = in_threads(load_here, local_indices)
+        transformers = in_each(4, load_here)
     assert caplog.text.count("shared by 2 processes") == 4
-    assert (
-        caplog.text.count("4 processes hold 2 copies of the swapped weights in RAM: they are in different containers") == 2 * copies
-    )
+    said = caplog.text.count("4 processes hold 2 copies of the swapped weights in RAM: they are in different containers")
+    assert said == (4 if machines == 1 else 0)
     for block in transformers[0].block_swap._weights:
         pieces = [model.block_swap._weights[block].memory for model in transformers]
         assert all(torch.equal(piece, pieces[0]) for piece in pieces)
@@ -214,12 +219,78 @@ def test_who_cannot_reach_others_shares_with_whom_it_reaches(local_indices, copi
 def test_without_such_memory_every_process_holds_a_copy(monkeypatch, caplog):
     monkeypatch.delattr(os, "memfd_create", raising=False)
     with caplog.at_level(logging.INFO):
-        first, second = in_threads(load, (0, 1))
+        first, second = in_each(2, load)
     assert same([*first.state_dict().values()], [*second.state_dict().values()])
     assert len({parameter.untyped_storage().data_ptr() for model in (first, second) for parameter in model.parameters()}) > 40
     (line,) = {record.message for record in caplog.records if "copies" in record.message}
     assert line == "2 processes hold 2 copies of the swapped weights in RAM: only Linux has memory for that."
     assert "shared by" not in caplog.text
+
+
+MEASURED = """
+import json, sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+
+import torch
+
+from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.loading import load_transformer
+from hunyuan_model.runtime.settings import RuntimeSettings
+from utils.output import show
+from utils.processes.ranks import join_ranks, leave_ranks
+
+
+def measured(name, line):
+    lines = Path("/proc/self", name).read_text(encoding="ascii").splitlines()
+    return next(int(text.split()[1]) for text in lines if text.startswith(line + ":"))
+
+
+def load(path, ranks, blocks):
+    runtime = RuntimeSettings(WeightFormat.INT8, blocks_to_swap=blocks)
+    return load_transformer(path, device="cpu", dtype=torch.bfloat16, runtime=runtime, ranks=ranks)
+
+
+ranks = join_ranks("cpu")
+load({small!r}, ranks, 3)  # what only a first load takes
+ranks.wait()
+before = measured("smaps_rollup", "Pss"), measured("io", "read_bytes")
+transformer = load({file!r}, ranks, {blocks})
+ranks.wait()
+memory, read = measured("smaps_rollup", "Pss") - before[0], measured("io", "read_bytes") - before[1]
+found = ranks.gather((memory * 1024, read))
+if ranks.is_main:
+    show(json.dumps([sum(values) for values in zip(*found)]))
+leave_ranks(ranks)
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_two_processes_take_the_memory_of_one_copy_and_read_the_file_once(tmp_path):
+    config = replace(CONFIG, hidden_size=512, heads=16, mlp_size=2048, double_depth=2, single_depth=8)
+    with torch.device("meta"):
+        tensors = HYVideoDiffusionTransformer(config).state_dict()
+    file, script = tmp_path / "dit.safetensors", tmp_path / "measured.py"
+    save_file({name: torch.full(tensor.shape, 0.01, dtype=torch.bfloat16) for name, tensor in tensors.items()}, file)
+    options = {"root": str(ROOT), "small": str(FILE), "file": str(file), "blocks": max_blocks_to_swap(config)}
+    script.write_text(MEASURED.format(**options), encoding="utf-8")
+    memory, read = {}, {}
+    for processes in (1, 2):
+        with open(file, "rb+") as opened:  # what is not on disk yet stays in memory
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        ended = launch(processes, script, home=tmp_path / "no_settings")
+        assert ended.returncode == 0, ended.stderr
+        memory[processes], read[processes] = json.loads(ended.stdout)
+    size = file.stat().st_size
+    print(f"{size / 1e6:.0f} MB; memory of 1 and 2 processes: {memory}; read from disk: {read}")
+    assert memory[2] < memory[1] + 0.3 * size, "a second copy takes half the size of the file"
+    assert read[2] <= 1.02 * size
+    if read[1] < size:
+        pytest.skip("what is read of this disk is not counted, or stays in memory")
+    assert read[2] >= 0.98 * size
 
 
 @linux
@@ -240,5 +311,5 @@ def test_a_gpu_reads_memory_that_is_page_locked_by_all_who_share_it():
 def test_on_a_gpu():
     device = torch.device("cuda")
     alone = gradients(load(Ranks(), device=device), device)
-    for model in in_threads(lambda ranks: load(ranks, device=device), (0, 1)):
+    for model in in_each(2, lambda ranks: load(ranks, device=device)):
         assert same(gradients(model, device), alone)

@@ -78,12 +78,12 @@ def enable_sharding(transformer: nn.Module, weights: ShardedWeights, device: tor
         device: where the transformer computes; the current one of this process.
         pinned: page-lock shards in host memory; matters for CUDA only.
     """
-    from torch.distributed import DeviceMesh, init_device_mesh
+    from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard
 
     sharding = weights.sharding
-    mesh: DeviceMesh = init_device_mesh(device.type, (sharding.processes,))
+    mesh = init_device_mesh(device.type, (sharding.processes,))
     offload = CPUOffloadPolicy(pin_memory=pinned and device.type == "cuda") if sharding.offload else OffloadPolicy()
     shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
     for unit in (*transformer.double_blocks, *transformer.single_blocks, transformer):

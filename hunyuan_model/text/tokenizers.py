@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from hunyuan_model.checkpoints.reading import Checkpoint
 from hunyuan_model.text.tokenizer_files import MOST_BYTES, check_tokenizer_json, check_vocabulary, read_entries, read_tokenizer_json
 from utils.errors import UserError, first_line, shown
-from utils.files import require_file
+from utils.files import read_text
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # tokenizer.model would need packages that read anything in this process
 # What the hub is asked for; nothing else is needed, and the weights beside these files are large.
 HUB_FILES = [
     "tokenizer.json",
@@ -34,7 +33,6 @@ HUB_FILES = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
 ]
 # Classes of transformers for tokenizers without tokenizer.json, and the settings that they may have.
 KINDS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"})
@@ -191,16 +189,15 @@ def _of_class(folder: Path, stored: Mapping[str, object], place: TokenizerPlace)
     kind = stored.get("tokenizer_class") or place.kind
     if kind not in KINDS:
         raise ValueError(f"it is of the class {shown(kind)}, which would need Python code in that folder, which is never executed")
+    files = [name for name in ("vocab.json", "added_tokens.json") if (folder / name).is_file()]
+    entries = {name: read_entries(folder / name) for name in files}
+    check_vocabulary(entries["vocab.json"], entries.get("added_tokens.json", {}))
     with TemporaryDirectory() as temporary:
-        for name in ("vocab.json", "added_tokens.json"):
-            if (folder / name).is_file():
-                check_vocabulary(entries := read_entries(folder / name), {} if name == "vocab.json" else entries)
-                Path(temporary, name).write_text(json.dumps(entries), encoding="utf-8")
-        for name in ("merges.txt", "tokenizer.model"):
-            if (folder / name).is_file():
-                if (folder / name).stat().st_size > MOST_BYTES:
-                    raise ValueError(f"{name} is larger than {MOST_BYTES >> 20} MB")
-                shutil.copyfile(require_file(folder / name, "the file of a tokenizer"), Path(temporary, name))
+        for name in files:
+            Path(temporary, name).write_text(json.dumps(entries[name]), encoding="utf-8")
+        if (folder / "merges.txt").is_file():
+            merges = read_text(folder / "merges.txt", "the file of a tokenizer", MOST_BYTES)
+            Path(temporary, "merges.txt").write_text(merges, encoding="utf-8", newline="")
         settings = {key: value for key, value in stored.items() if key in SETTINGS} | {"tokenizer_class": kind}
         Path(temporary, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)

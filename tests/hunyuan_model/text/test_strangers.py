@@ -179,6 +179,25 @@ def test_vocabularies_without_tokenizer_json(tmp_path: Path, numbers: object) ->
         load_text_encoder_2(folder, **CPU)
 
 
+def test_tokens_added_beside_a_vocabulary(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "text_encoder_2")
+    known, count = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))), 49408  # CLIP's
+    edit(folder / "vocab.json", **{f"other {number}": number for number in range(known, count)})
+    edit(folder / "added_tokens.json", **{"<zorp>": count})
+    assert load_tokenizer(folder, None, clip.TOKENIZER).convert_tokens_to_ids("<zorp>") == count
+    edit(folder / "added_tokens.json", **{"<zorp>": 1 << 40})
+    with pytest.raises(UserError, match="1099511627776"):
+        load_tokenizer(folder, None, clip.TOKENIZER)
+
+
+def test_a_tokenizer_that_only_other_packages_read(tmp_path: Path) -> None:
+    """They would parse whatever it holds in this process."""
+    folder = folder_of(tmp_path, "text_encoder_2")
+    (folder / "vocab.json").rename(folder / "tokenizer.model")
+    with pytest.raises(UserError, match=r"without a tokenizer \(tokenizer.json or vocab.json\)"):
+        load_text_encoder_2(folder, tokenizer=folder, **CPU)
+
+
 CONFIGS = {
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     "more layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but the weights have 5"),

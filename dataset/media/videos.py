@@ -28,8 +28,12 @@ FIRST_FRAMES = 5  # that are looked at to know how to read the others
 PICTURE_CODECS = frozenset({"png", "apng", "mjpeg", "jpegxl", "tiff", "webp"})
 MOST_UNEVEN_PIXELS = 16  # times as wide as high, or as high as wide; more is a fault of the file
 MAX_FRAMES = 500_000  # of a file: five hours
-MAX_PIXELS, MAX_PIXELS_PER_BYTE = 4 * 10**9, 10**6  # more are made only to keep a program busy
-MOST_FRAME_PIXELS = 40_000_000  # 8192x4320 has 35 million
+MAX_PIXELS = 4 * 10**9  # of a file, beyond those that its bytes account for: more are made only to keep a program busy
+PIXELS_PER_BYTE = 10**5  # a picture that never changes has up to 30 thousand in H.264
+PIXELS_PER_BYTE_OF_GIF = 5000
+MAX_WEBP_PIXELS, PIXELS_PER_BYTE_OF_WEBP = 5 * 10**8, 1000  # Pillow makes 50 million in a second
+MOST_FRAME_PIXELS, MOST_FRAME_BYTES = 40_000_000, 160_000_000  # 8192x4320 has 35 million pixels; HDR of 4:2:2 141 MB
+LARGE_FRAME_PIXELS = 10_000_000  # of larger frames as few as possible are kept: one is looked at, and threads share it
 DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
@@ -56,10 +60,12 @@ def open_video(path: Path) -> Iterator[Video | Animation]:
             yield Video(path, container, container.streams.best("video"))
 
 
-def _require_small(path: Path, width: int, height: int) -> None:
+def _require_small(path: Path, width: int, height: int, format: av.VideoFormat | None = None) -> None:
     """Decoders keep many frames, and so does each thread."""
-    if width * height > MOST_FRAME_PIXELS:
-        raise MediaError(f"video {path} is too large to open safely ({width}x{height} pixels); shrink it first.")
+    bits = 0 if format is None else format.padded_bits_per_pixel
+    if width * height > MOST_FRAME_PIXELS or width * height * bits > 8 * MOST_FRAME_BYTES:
+        kind = f" of {bits} bits" if bits else ""
+        raise MediaError(f"video {path} is too large to open safely ({width}x{height} pixels{kind}); shrink it first.")
 
 
 def _is_webp(path: Path) -> bool:
@@ -84,11 +90,12 @@ class Video:
         _require_small(path, stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}  # a later frame may be larger than the file says
         self._is_gif = stream.codec_context.name == "gif"
-        stream.thread_type = "AUTO"
+        is_large = stream.codec_context.width * stream.codec_context.height > LARGE_FRAME_PIXELS
+        stream.thread_type = "SLICE" if is_large else "AUTO"
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate else None
         decoded = _decode(container, stream, path)
-        first = list(islice(decoded, FIRST_FRAMES))
+        first = list(islice(decoded, 1 if is_large else FIRST_FRAMES))
         if not first:
             raise MediaError(f"video {path} has no frames.")
         self.decoded: Iterator[av.VideoFrame] = chain(first, decoded)
@@ -98,7 +105,7 @@ class Video:
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
         if not 1 / MOST_UNEVEN_PIXELS <= self._pixel_aspect <= MOST_UNEVEN_PIXELS:
             raise MediaError(f"video {path} says that its pixels are {self._pixel_aspect} times as wide as high; save it anew.")
-        _require_small(path, *_with_square_pixels(first[0], self._pixel_aspect))
+        _require_small(path, *_with_square_pixels(first[0], self._pixel_aspect), first[0].format)
         self._is_interlaced = any(frame.interlaced_frame for frame in first)
         self._has_alpha = any(component.is_alpha for component in first[0].format.components)
         self._is_of_pictures = stream.codec_context.name in PICTURE_CODECS
@@ -212,7 +219,8 @@ Frame = av.VideoFrame | AnimationFrame
 
 def _animation_frames(image: Image.Image, path: Path) -> Iterator[AnimationFrame]:
     milliseconds, count = 0, getattr(image, "n_frames", 1)
-    _require_end(path, count, path.stat().st_size, count * image.width * image.height)
+    pixels, size = count * image.width * image.height, path.stat().st_size
+    _require_end(path, count, size, pixels, max(MAX_WEBP_PIXELS, size * PIXELS_PER_BYTE_OF_WEBP))
     for frame in ImageSequence.Iterator(image):
         yield AnimationFrame(picture_to_rgb(frame, path), milliseconds / 1000)
         milliseconds += frame.info.get("duration", 0)
@@ -223,20 +231,21 @@ def _decode(container: av.container.InputContainer, stream: av.video.stream.Vide
     decode = stream.decode
     if name is not None and stream.metadata.get("alpha_mode") == "1":
         decode = av.CodecContext.create(name, "r").decode
+    per_byte = PIXELS_PER_BYTE_OF_GIF if stream.codec_context.name == "gif" else PIXELS_PER_BYTE
     count = size = pixels = 0
     for packet in container.demux(stream):  # the last one is empty, which gives what is left
         size += packet.size
         for frame in decode(packet):
             count, pixels = count + 1, pixels + frame.width * frame.height
-            _require_end(path, count, size, pixels)
+            _require_end(path, count, size, pixels, max(MAX_PIXELS, size * per_byte))
             yield frame
 
 
-def _require_end(path: Path, count: int, size: int, pixels: int) -> None:
+def _require_end(path: Path, count: int, size: int, pixels: int, most: int) -> None:
     """Refuse a file that would be read for ever, or as good as: of ``count`` frames that took ``size`` bytes."""
     if count > MAX_FRAMES:
         raise MediaError(f"video {path} has more than {MAX_FRAMES} frames; cut it into shorter ones.")
-    if pixels > max(MAX_PIXELS, size * MAX_PIXELS_PER_BYTE):
+    if pixels > most:
         raise MediaError(
             f"video {path} makes {pixels // 10**6} million pixels of {size} bytes, as no video does, and reading it may never end. "
             "Remove it, or save it anew at a smaller size."

@@ -357,10 +357,23 @@ def test_a_file_of_endless_frames_is_refused(tmp_path, monkeypatch):
     assert len(list(islice(iterate_frames(tmp_path / "long.gif"), 20))) == 20, "as far as it is needed"
 
 
+def test_a_frame_of_many_bytes_is_refused(tmp_path, monkeypatch):
+    with av.open(str(tmp_path / "deep.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p10le"
+        frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), "rgb24").reformat(format="yuv444p10le")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert len(frame_times(tmp_path / "deep.mp4")) == 1
+    monkeypatch.setattr(videos, "MOST_FRAME_BYTES", 64 * 48 * 6 - 1)
+    with pytest.raises(MediaError, match=r"too large to open safely \(64x48 pixels of 48 bits\)"):
+        frame_times(tmp_path / "deep.mp4")
+
+
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_a_small_file_of_endless_pixels_is_refused(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(videos, "MAX_PIXELS", 10**6)
-    monkeypatch.setattr(videos, "MAX_PIXELS_PER_BYTE", 3000)
+    monkeypatch.setattr(videos, "MAX_WEBP_PIXELS", 10**6)
     path = endless_gif(tmp_path / "a.gif", 500, 20)
     if ending == "webp":
         frames = [Image.new("RGB", (500, 500), (number, 0, 0)) for number in range(20)]

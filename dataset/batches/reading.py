@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.queues import Queue
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -45,9 +46,11 @@ def _remedy() -> str:
 def _leave_it_to_the_training(_worker: int) -> None:
     """Ctrl-C and the end of a terminal reach all of its processes; only the training itself answers, and stops its workers.
 
-    They say nothing of a training that is gone, and of anything else one line.
+    They say nothing of a training that is gone, and of anything else one line. One that cannot hand on a batch, as shared memory is
+    full say, ends: the training would wait for that batch for ever.
     """
     sys.excepthook = _say_in_a_line
+    Queue._on_queue_feeder_error = staticmethod(_end_without_handing_on)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -56,6 +59,11 @@ def _leave_it_to_the_training(_worker: int) -> None:
 def _say_in_a_line(kind: type[BaseException], error: BaseException, _: object) -> None:
     if not issubclass(kind, (ConnectionError, EOFError)):
         show(f"a process that reads the caches: {kind.__name__}: {first_line(error)}", error=True)
+
+
+def _end_without_handing_on(error: Exception, _batch: object) -> None:
+    show(f"a process that reads the caches cannot hand on a batch: {type(error).__name__}: {first_line(error)}", error=True)
+    os._exit(1)
 
 
 def possible_workers(wanted: int) -> int:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -224,6 +225,14 @@ def test_a_worker_that_is_killed_between_epochs_is_a_sentence_too(group):
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"died, killed or out of memory.*_hv\.safetensors"):
         list(reader.epoch(1))
+
+
+def test_a_worker_that_cannot_hand_on_what_it_read_does_not_hang(group, monkeypatch):
+    groups = find_cached_items(group)
+    monkeypatch.setattr("dataset.batches.reading.read_batch", lambda items: threading.Lock())  # which no process can send
+    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=False)
+    with pytest.raises(UserError, match=r"a process that reads the caches died.*_hv\.safetensors"):
+        list(reader.epoch(0))
 
 
 def test_what_fails_in_a_worker_is_one_sentence(group, monkeypatch):

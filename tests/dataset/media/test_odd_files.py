@@ -90,6 +90,18 @@ def test_a_transparent_clip_is_white(name: str) -> None:
     assert all((frame == 255).all() for frame in iterate_frames(CASES / name))
 
 
+def test_every_transparency_of_every_value_is_over_white(tmp_path: Path) -> None:
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 256, 256, "rgba"
+        frame = av.VideoFrame.from_ndarray(np.stack([value, value, value, alpha], axis=-1), "rgba")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    [found] = iterate_frames(tmp_path / "a.mov")
+    share = alpha / 255
+    assert np.array_equal(found[..., 0], np.floor(value * share + 255 * (1 - share) + 0.5 + 1e-9))
+
+
 def test_a_circle_on_a_disc_is_round() -> None:
     frame = next(iterate_frames(CASES / "dvd.mp4")).astype(int)
     assert frame.shape == (576, 1024, 3)

@@ -230,7 +230,7 @@ def test_a_worker_that_is_killed_between_epochs_is_a_sentence_too(group):
 def test_a_worker_that_cannot_hand_on_what_it_read_does_not_hang(group, monkeypatch):
     groups = find_cached_items(group)
     monkeypatch.setattr("dataset.batches.reading.read_batch", lambda items: threading.Lock())  # which no process can send
-    reader = EpochReader(groups, ShapeBatchSampler(groups, seed=1), 1, persistent=False)
+    reader = EpochReader(groups, BatchOrder(groups, seed=1), 1, persistent=False)
     with pytest.raises(UserError, match=r"a process that reads the caches died.*_hv\.safetensors"):
         list(reader.epoch(0))
 

@@ -199,6 +199,11 @@ class MemoryPlan:
             yield "--int8_base" if self.trains else "--int8", self.changed(weights=WeightFormat.INT8)
         if self.trains and on_gpu and runtime.gradient_checkpointing and not runtime.gradient_checkpointing_cpu_offload:
             yield "--gradient_checkpointing_cpu_offload", self.changed(gradient_checkpointing_cpu_offload=True)
+        if on_gpu and runtime.sharding is not None and not runtime.sharding.offload:
+            yield (
+                "fsdp_offload_params: true in the config of accelerate",
+                self.changed(sharding=replace(runtime.sharding, offload=True)),
+            )
         limit = max_blocks_to_swap(self.config)
         swaps = on_gpu and runtime.sharding is None
         if swaps and runtime.blocks_to_swap < limit:

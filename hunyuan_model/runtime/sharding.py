@@ -98,7 +98,7 @@ def enable_sharding(transformer: nn.Module, weights: ShardedWeights, device: tor
         )
     transformer.load_state_dict(parameters, assign=True)
     transformer.register_forward_pre_hook(_with_gradient)
-    logger.info("the weights of the transformer are shared by %d processes", sharding.processes)
+    logger.info("the weights of the transformer are shared by %d processes, each block as a unit", sharding.processes)
 
 
 def _with_gradient(transformer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

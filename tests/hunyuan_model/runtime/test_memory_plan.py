@@ -63,7 +63,8 @@ def test_sharded_weights_are_counted_once_over_all_devices(picture: MemoryPlan) 
     kept = picture.changed(sharding=ShardingSettings(8, offload=True)).need()
     assert kept.weights == 0 and kept.host_weights == sharded.need().weights
     flags, _ = sharded.until_it_fits(GB)
-    assert "--int8_base" in flags and not any("swap" in flag or "offloading" in flag for flag in flags)
+    assert "--int8_base" in flags and "fsdp_offload_params: true in the config of accelerate" in flags
+    assert not any("swap" in flag or "offloading" in flag for flag in flags)
 
 
 def test_a_lora_beside_the_weights_is_counted(picture: MemoryPlan) -> None:

@@ -278,6 +278,43 @@ class TestFailures:
         assert len(asked) == 3 and states_of(training) == before
 
 
+class TestSampledTogether:
+    """All processes compute each sample, as where they share sharded weights."""
+
+    @pytest.fixture
+    def round_of(self, sampling, tiny_model, monkeypatch):
+        training = TinyTraining(tiny_model.dit)
+        prompts = training.samples(sampling()).prompts
+
+        def of(main: bool = True, stop_elsewhere: bool = False) -> list:
+            monkeypatch.setattr(Accelerator, "is_main_process", main)
+            monkeypatch.setattr(Accelerator, "reduce", lambda _, value: value + stop_elsewhere)
+            arguments = (sampling(), training.accelerator, training.transformer, torch.float32, "000002", 2, lambda: False)
+            with torch.no_grad():
+                return training_samples.SampleRound(*arguments, together=True).run(prompts)
+
+        return of
+
+    def test_the_main_process_writes(self, round_of, sampling):
+        assert round_of(main=False) == [] and not list(Path(sampling().output_dir).rglob("*.*"))
+        assert [sample.index for sample in round_of()] == [0, 1]
+
+    def test_a_stop_of_any_process_is_one_of_all(self, round_of):
+        assert round_of(stop_elsewhere=True) == []
+
+    def test_what_fails_in_one_process_ends_the_training(self, round_of, monkeypatch):
+        def fails(*_args, **_options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(training_samples, "generate_latents", fails)
+        with pytest.raises(UserError, match="out of memory while sampling"):
+            round_of()
+
+    def test_samples_that_are_not_finite_do_not(self, round_of, monkeypatch):
+        monkeypatch.setattr(training_samples, "generate_latents", lambda *_args, **_options: torch.full((1,), torch.nan))
+        assert round_of() == []
+
+
 def test_encoders_are_loaded_once_before_the_transformer_and_move_no_generator(sampling, tiny_model, monkeypatch):
     training, args = TinyTraining(tiny_model.dit), sampling()
     before = states_of(training)

@@ -104,12 +104,12 @@ class SharedWeights:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._starts: dict[str, tuple[int, int]] = {}
+        self._pieces: dict[str, tuple[int, int]] = {}  # of each part taken here, where it begins, and its size
         try:
             own, reason = SharedMemory.create(), ""
         except OSError as error:
             own, reason = None, first_line(error)
-        self._memories = {ranks.index: own}
+        self._memories = {ranks.index: own}  # those that this process reaches
         told = ranks.gather((own and own.address, ranks.local_index))
         for rank, (address, _) in enumerate(told):
             if own is not None and address is not None and rank != ranks.index:
@@ -118,8 +118,7 @@ class SharedWeights:
                 except OSError:
                     reason = UNREACHABLE
         reached = ranks.gather((frozenset(self._memories), reason))
-        mine = frozenset(self._memories)
-        self.members = [rank for rank, (others, _) in enumerate(reached) if others == mine]
+        self.members = [rank for rank, (others, _) in enumerate(reached) if others == self._memories.keys()]
         copies, machines = len({others for others, _ in reached}), sum(local_index == 0 for _, local_index in told)
         if copies > machines:
             reason = next(reason for _, reason in reached if reason)
@@ -134,7 +133,7 @@ class SharedWeights:
         if len(self.members) == 1:
             return host_memory(size)
         start, memory = self._memories[self._ranks.index].take(size)
-        self._starts[part] = (start, size)
+        self._pieces[part] = (start, size)
         return memory
 
     def exchange(self, loaded: Mapping[str, Sequence[Place]]) -> dict[str, tuple[Tensor, Sequence[Place]]]:
@@ -143,7 +142,7 @@ class SharedWeights:
         Args:
             loaded: how the parts of this process are laid out.
         """
-        told = self._ranks.gather({part: (*self._starts[part], loaded[part]) for part in self._starts})
+        told = self._ranks.gather({part: (*piece, loaded[part]) for part, piece in self._pieces.items()})
         if len(self.members) > 1:
             size = sum(size for member in self.members for _, size, _ in told[member].values())
             logger.info("swapped weights: %.1f GB, shared by %d processes", size / 1e9, len(self.members))

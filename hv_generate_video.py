@@ -143,6 +143,8 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, device: 
     asked = Asked([lines.base], lines.files) if lines else ranks.from_main(lambda: asked_for(args, find_starts))
     together = len(asked.requests) < ranks.count
     settings = generation_settings(args, device, asked, processes=ranks.count if together else 1)
+    for other in settings.runtime.devices(device)[1:]:
+        kernel_settings(args).apply(other)
     if not settings.config.guidance and args.embedded_cfg_scale != SamplingSettings.embedded_cfg_scale:
         logger.warning("--embedded_cfg_scale: no effect, as the transformer in --dit has no guidance embedding.")
     warn_of_cpu(args.device, device)

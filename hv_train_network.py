@@ -103,7 +103,7 @@ def train(settings: TrainingSettings, accelerator: Accelerator) -> int:
         logger.warning("training on the CPU, which the real model makes very slow.")
     with (
         open_run_logs(settings, plan, accelerator) as logs,
-        explain_out_of_memory("training", lambda: advice(plan.memory), accelerator.device),
+        explain_out_of_memory("training", lambda: advice(plan.memory), *plan.memory.devices),
     ):
         return run_training(build_training(settings, plan, data, logs, accelerator))
 

@@ -132,22 +132,24 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(doing: str, advice: str | Callable[[], str], device: torch.device | None = None) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str | Callable[[], str], *devices: torch.device) -> Iterator[None]:
     """Turn running out of memory into a UserError: what was being done, what is free, and what to change.
 
     Args:
         advice: or what makes it, when it is wanted.
-        device: whose memory is reported; the current GPU if None.
+        devices: whose memory is reported; the current GPU if there are none.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        memory = ""
-        if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-            free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
-            peak = torch.cuda.max_memory_allocated(device) / 1e9
-            memory = f" ({free:.1f} of {total:.1f} GB are free on the GPU, and this process used up to {peak:.1f} GB)"
+        memory = []
+        for device in devices or (None,):
+            if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+                free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
+                peak, gpu = torch.cuda.max_memory_allocated(device) / 1e9, "the GPU" if len(devices) < 2 else device
+                memory.append(f"{free:.1f} of {total:.1f} GB are free on {gpu}, and this process used up to {peak:.1f} GB")
         what = advice if isinstance(advice, str) else advice()
-        raise UserError(f"out of memory while {doing}{memory}; {what}.") from error
+        numbers = f" ({'; '.join(memory)})" if memory else ""
+        raise UserError(f"out of memory while {doing}{numbers}; {what}.") from error

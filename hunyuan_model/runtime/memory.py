@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from hunyuan_model.quantization.formats import GROUP, WeightFormat, is_quantized_name
+from hunyuan_model.runtime.device_split import Share
 from hunyuan_model.runtime.offload.activation_offload import ON_DEVICE
 from hunyuan_model.runtime.offload.block_swap import SLOTS, on_host
 from hunyuan_model.runtime.offload.host_weights import ALIGNMENT
@@ -66,45 +67,83 @@ class WeightBytes(NamedTuple):
 
 
 @lru_cache
-def weight_bytes(config: TransformerConfig, dtype: torch.dtype, runtime: RuntimeSettings) -> WeightBytes:
+def weight_bytes(
+    config: TransformerConfig, dtype: torch.dtype, runtime: RuntimeSettings, share: Share | None = None
+) -> WeightBytes:
     """Where the weights are, and how large; those that are not quantized have ``dtype``.
+
+    Args:
+        share: only what is on this device; None for all.
 
     Raises:
         UserError: see ``check_blocks_to_swap``.
     """
-    is_on_host = on_host(runtime.swap, config)
-    resident = host = largest = 0
-    swapped_blocks: Counter[str] = Counter()
-    units: Counter[str] = Counter()  # of sharded weights
-    for name, shape in weight_shapes(config).items():
-        count = shape.numel()
-        size = count * dtype.itemsize
-        if runtime.quantized and is_quantized_name(name):
-            largest = max(largest, count)
-            size = count
-            if runtime.weights is WeightFormat.FP8_SCALED:
-                size += FLOAT32 * shape[0]
-            elif runtime.weights is WeightFormat.INT8:
-                size += torch.bfloat16.itemsize * (count // GROUP if shape[1] % GROUP == 0 else shape[0])
-        if runtime.sharding is not None:
-            units[".".join(name.split(".")[:2]) if "_blocks." in name else ""] += size
-        elif is_on_host(name):
-            size = -(-size // ALIGNMENT) * ALIGNMENT
-            host += size
-            if "_blocks." in name:
-                swapped_blocks[".".join(name.split(".")[:2])] += size
-        else:
-            resident += size
+    is_on_host, parts, largest = on_host(runtime.swap, config), *_part_bytes(config, dtype, runtime.weights)
+    parts = {part: size for part, size in parts.items() if share is None or share.has(part, config)}
     if runtime.fp8_fast:
         itemsize = 1  # transposed, for the backward pass
     else:  # scales may be too small for float16, so the product of codes and scales is made in float32
         itemsize = dtype.itemsize + (FLOAT32 if dtype == torch.float16 and runtime.weights is not WeightFormat.FP8 else 0)
+    blocks = [part for part in parts if "_blocks." in part]
     if runtime.sharding is not None:
-        shard, rest = -(-units.total() // runtime.sharding.processes), units.pop("")
-        gathered = rest + GATHERED_BLOCKS * max(units.values())
+        whole = sum(size.plain for size in parts.values())
+        shard, rest = -(-whole // runtime.sharding.processes), whole - sum(parts[part].plain for part in blocks)
+        gathered = rest + GATHERED_BLOCKS * max(parts[part].plain for part in blocks)
         resident, host = (0, shard) if runtime.sharding.offload else (shard, 0)
         return WeightBytes(resident, gathered, host, largest * itemsize)
-    return WeightBytes(resident, SLOTS * max(swapped_blocks.values(), default=0), host, largest * itemsize)
+    swapped = {part: size.aligned for part, size in parts.items() if is_on_host(f"{part}.")}
+    slots = SLOTS * max((swapped[part] for part in blocks if part in swapped), default=0)
+    resident = sum(size.plain for part, size in parts.items() if part not in swapped)
+    return WeightBytes(resident, slots, sum(swapped.values()), largest * itemsize)
+
+
+class _PartBytes(NamedTuple):
+    """Of the weights of a block, or of what is in none; ``aligned``: as they lie in one piece."""
+
+    plain: int
+    aligned: int
+
+
+@lru_cache
+def _part_bytes(config: TransformerConfig, dtype: torch.dtype, weights: WeightFormat) -> tuple[dict[str, _PartBytes], int]:
+    """Bytes by the names of modules, and the numbers in the largest weight that is quantized, 0 without one."""
+    parts, largest = {}, 0
+    for name, shape in weight_shapes(config).items():
+        count = shape.numel()
+        size = count * dtype.itemsize
+        if weights is not WeightFormat.PLAIN and is_quantized_name(name):
+            largest = max(largest, count)
+            size = count
+            if weights is WeightFormat.FP8_SCALED:
+                size += FLOAT32 * shape[0]
+            elif weights is WeightFormat.INT8:
+                size += torch.bfloat16.itemsize * (count // GROUP if shape[1] % GROUP == 0 else shape[0])
+        part = _part_of(name)
+        before = parts.get(part, _PartBytes(0, 0))
+        parts[part] = _PartBytes(before.plain + size, before.aligned + -(-size // ALIGNMENT) * ALIGNMENT)
+    return parts, largest
+
+
+@lru_cache
+def trained_share(config: TransformerConfig, share: Share) -> float:
+    """The part of a LoRA on every Linear layer of the blocks that is on a device: ranks are the same everywhere."""
+    sides = _part_sides(config)
+    return sum(size for part, size in sides.items() if share.has(part, config)) / max(1, sides.total())
+
+
+@lru_cache
+def _part_sides(config: TransformerConfig) -> Counter[str]:
+    """By block, the sides of its Linear layers that are quantized: as many values has a LoRA of rank 1."""
+    sides: Counter[str] = Counter()
+    for name, shape in weight_shapes(config).items():
+        if is_quantized_name(name):
+            sides[_part_of(name)] += sum(shape)
+    return sides
+
+
+def _part_of(name: str) -> str:
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0].endswith("_blocks") else words[0]
 
 
 @lru_cache
@@ -172,7 +211,7 @@ def training_activations(
         return ActivationBytes(depth * value * hidden + final, 0, 0, kept, working)
     # The peak is in the backward pass of the last single block or of the last double block, where fewer inputs are left.
     peaks = [(config.double_depth, value * double, double_working), (depth, value * single, single_working)]
-    peaks = peaks if config.single_depth else peaks[:1]
+    peaks = [peak for peak, count in zip(peaks, (config.double_depth, config.single_depth)) if count]
     # Of each block's attention the output and, for each token and head, the log-sum-exp.
     results = value * hidden + batch.tokens(config) * config.heads * FLOAT32 if runtime.keep_attention is True else 0
     left, kept, working = max(peaks, key=lambda peak: peak[0] * (value * hidden + results) + peak[1] + peak[2])
@@ -212,8 +251,9 @@ def sampling_activations(
         image_tokens = -(-image_tokens // processes)
         double, single = max(double, 12 * hidden + 2 * hidden), max(single, 10 * hidden + mlp)
     tokens = image_tokens + max(1, batch.text_tokens)
-    values = max(tokens * single if config.single_depth else 0, tokens * double + (embedded - image_tokens) * hidden)
-    return values * batch.samples * dtype.itemsize + dequantized
+    of_single = tokens * single if config.single_depth else 0
+    of_double = tokens * double + (embedded - image_tokens) * hidden if config.double_depth else 0
+    return max(of_single, of_double) * batch.samples * dtype.itemsize + dequantized
 
 
 def table_bytes(config: TransformerConfig, batch: BatchSize) -> int:

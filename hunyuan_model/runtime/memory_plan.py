@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 
 import torch
 
 from hunyuan_model.quantization.formats import WeightFormat
+from hunyuan_model.runtime.device_split import FLAG, Share, shares
 from hunyuan_model.runtime.memory import (
     ActivationBytes,
     BatchSize,
     loss_bytes,
     sampling_activations,
     table_bytes,
+    trained_share,
     training_activations,
     weight_bytes,
 )
@@ -33,6 +36,15 @@ FRAGMENTS = 0.04
 SWAP_STEPS = 4  # in which blocks are offered for swapping
 SPARE_SHARE = 0.1  # of free memory, left free where more of it only makes a step faster
 CLEAR_SHARE, LEAST_SHARE = 0.1, 0.02  # of the whole: what a change should save to be offered at once, and to be offered at all
+
+
+Free = int | None | Sequence[int | None]
+"""Bytes that are free on the device of a plan, or on each of its devices; None where that is not known."""
+
+
+def of_each(free: Free) -> Sequence[int | None]:
+    """By device, also where there is one."""
+    return free if isinstance(free, Sequence) else (free,)
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class MemoryPlan:
         sample: the largest that is sampled during training.
         may_quantize: whether quantized weights may be recommended.
         injected_bytes: of LoRA files beside the weights.
+        others: the further devices of a split transformer.
     """
 
     config: TransformerConfig
@@ -103,12 +116,27 @@ class MemoryPlan:
     trains: bool = True
     may_quantize: bool = True
     injected_bytes: int = 0
+    others: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Those that have a part of the transformer."""
+        return (self.device, *self.others)[: max(1, len(self.runtime.split_blocks))]
 
     def need(self) -> Need:
-        """What the plan comes to. On the CPU swapped weights are in the same memory."""
-        config, runtime = self.config, self.runtime
-        weights = weight_bytes(config, self.dtype, runtime)
-        values = self.network_values or 0
+        """What the plan comes to, on all devices together. On the CPU swapped weights are in the same memory."""
+        needs = self.needs()
+        return needs[0] if len(needs) == 1 else Need(*map(sum, zip(*map(astuple, needs))))
+
+    def needs(self) -> tuple[Need, ...]:
+        """What each device needs, and the host for it."""
+        return tuple(self._need_of(share) for share in shares(self.runtime.split_blocks, self.config))
+
+    def _need_of(self, share: Share) -> Need:
+        whole, runtime = self.config, self.runtime
+        weights = weight_bytes(whole, self.dtype, runtime, share)
+        config, part = share.part_of(whole), trained_share(whole, share)
+        values, injected_bytes = round(part * (self.network_values or 0)), round(part * self.injected_bytes)
         step = ActivationBytes(0, 0, 0, 0, 0)
         if self.trains:
             step = training_activations(config, self.batch, self.compute_dtype, runtime, values, weights.dequantized)
@@ -127,7 +155,7 @@ class MemoryPlan:
         return Need(
             weights=weights.resident,
             swap_slots=weights.slots,
-            network=torch.float32.itemsize * values + self.injected_bytes,
+            network=torch.float32.itemsize * values + injected_bytes,
             gradients=torch.float32.itemsize * values if self.trains else 0,
             optimizer=round(self.optimizer_bytes * values),
             block_inputs=step.inputs,
@@ -135,7 +163,7 @@ class MemoryPlan:
             activations=step.kept,
             working=step.working,
             sampling=temporary - step.device,
-            tables=loss_bytes(config, self.batch) + table_bytes(config, self.batch),
+            tables=(loss_bytes(config, self.batch) if share.is_first else 0) + table_bytes(config, self.batch),
             kernels=KERNEL_BYTES + round(FRAGMENTS * temporary) if self.device.type == "cuda" else 0,
             host_weights=weights.host,
             host_inputs=step.host_inputs,
@@ -149,21 +177,57 @@ class MemoryPlan:
         """With ``count`` blocks swapped."""
         return self.changed(blocks_to_swap=count)
 
-    def blocks_that_fit(self, free: int | None) -> int:
-        """The fewest blocks to swap so that the device suffices; as many as possible if it never does; none on the CPU."""
-        if self.device.type != "cuda" or free is None:
-            return 0
-        limit = max_blocks_to_swap(self.config)
-        return next((count for count in range(limit) if self.with_blocks(count).need().on_device <= free), limit)
+    def room(self, free: Free) -> int | None:
+        """Bytes that the device with the least room has left; negative where they are missing, None where nothing is known."""
+        known = [there - need.on_device for need, there in zip(self.needs(), of_each(free)) if there is not None]
+        return min(known, default=None)
 
-    def resolved(self, free: int | None, free_main: int | None = None) -> MemoryPlan:
+    def blocks_that_fit(self, free: Free) -> int:
+        """The fewest blocks to swap so that the devices suffice; as many as possible if they never do; none on the CPU."""
+        if self.device.type != "cuda" or all(there is None for there in of_each(free)):
+            return 0
+        limit = max_blocks_to_swap(self.config, self.runtime.split_blocks)
+        return next((count for count in range(limit) if self.with_blocks(count).room(free) >= 0), limit)
+
+    def balanced_split(self, free: Free) -> tuple[int, ...]:
+        """How many blocks each device has so that the one with the least room has as much as possible; nothing is swapped yet."""
+        depth = self.config.double_depth + self.config.single_depth
+        plan = self.changed(split_blocks=(), blocks_to_swap=0, keep_attention=self.runtime.keep_attention is True)
+        devices = list(of_each(free))[:depth]
+        last = len(devices) - 1
+
+        @cache
+        def need(share: Share) -> int:
+            return plan._need_of(share).on_device
+
+        @cache
+        def best(position: int, start: int) -> tuple[int, tuple[int, ...]]:
+            """The least room of the devices from ``position`` on, with the blocks from ``start`` on, and their numbers."""
+
+            def left(stop: int) -> int:
+                share = Share(range(start, stop), position == 0, position == last)
+                return (devices[position] or 0) - need(share)
+
+            if position == last:
+                return left(depth), (depth - start,)
+            options = []
+            for stop in range(start + 1, depth - (last - position) + 1):
+                room, counts = best(position + 1, stop)
+                options.append((min(left(stop), room), (stop - start, *counts)))
+            return max(options, key=lambda option: option[0])
+
+        return best(0, 0)[1]
+
+    def resolved(self, free: Free, free_main: int | None = None) -> MemoryPlan:
         """With what follows from the memory in the place of auto; attention is kept in what swapping leaves.
 
         Args:
-            free: bytes of the device; None where that is not known.
             free_main: bytes of RAM for this process.
         """
         plan = self
+        if plan.runtime.split_blocks == AUTO:
+            plan = plan.changed(split_blocks=plan.balanced_split(free))
+            logger.info("%s auto: %s", FLAG, ",".join(map(str, plan.runtime.split_blocks)))
         if plan.runtime.blocks_to_swap == AUTO:
             plan = plan.with_blocks(plan.blocks_that_fit(free))
             logger.info("--blocks_to_swap auto: %d", plan.runtime.blocks_to_swap)
@@ -173,15 +237,16 @@ class MemoryPlan:
                 logger.info("--keep_attention auto: %s", "on" if plan.runtime.keep_attention else "off")
         return plan
 
-    def _has_room_for_attention(self, free: int | None, free_main: int | None) -> bool:
+    def _has_room_for_attention(self, free: Free, free_main: int | None) -> bool:
         """Whether its results can be kept with memory to spare: what is only faster must not make anyone run out of memory."""
         runtime = self.runtime
         if not (self.trains and runtime.gradient_checkpointing) or runtime.compile is not None:
             return False
-        need = self.changed(keep_attention=True).need()
-        needs = [(need.on_device, free)]
+        plan = self.changed(keep_attention=True)
+        need = plan.need()
+        needs = [(own.on_device, there) for own, there in zip(plan.needs(), of_each(free))]
         if self.device.type != "cuda":
-            needs = [(need.on_device + need.on_host, free)]
+            needs = [(need.on_device + need.on_host, of_each(free)[0])]
         elif need.host_inputs:
             needs.append((need.on_host, free_main))
         return all(there is not None and size <= (1 - SPARE_SHARE) * there for size, there in needs)
@@ -204,7 +269,7 @@ class MemoryPlan:
                 "fsdp_offload_params: true in the config of accelerate",
                 self.changed(sharding=replace(runtime.sharding, offload=True)),
             )
-        limit = max_blocks_to_swap(self.config)
+        limit = max_blocks_to_swap(self.config, runtime.split_blocks)
         swaps = on_gpu and runtime.sharding is None
         if swaps and runtime.blocks_to_swap < limit:
             step = -(-limit // SWAP_STEPS)
@@ -219,20 +284,24 @@ class MemoryPlan:
     def next_remedy(self) -> tuple[str, MemoryPlan, int] | None:
         """The first one that saves much, else the first that saves a little, and the bytes that it saves on the device.
 
-        None where only a smaller video is left.
+        Where there are several, on the one where it saves the least. None where only a smaller video is left.
         """
-        whole = self.need().on_device
-        remedies = [(text, plan, whole - plan.need().on_device) for text, plan in self.remedies()]
+        needs = [need.on_device for need in self.needs()]
+        whole = max(needs)
+        remedies = [
+            (text, plan, min(before - need.on_device for before, need in zip(needs, plan.needs())))
+            for text, plan in self.remedies()
+        ]
         clear, any_ = ([remedy for remedy in remedies if remedy[2] >= share * whole] for share in (CLEAR_SHARE, LEAST_SHARE))
         return next(iter([*clear, *any_]), None)
 
-    def until_it_fits(self, free: int) -> tuple[list[str], MemoryPlan]:
-        """What to give, one after the other, for ``free`` bytes of the device to suffice, and the plan with all of it.
+    def until_it_fits(self, free: int | Sequence[int | None]) -> tuple[list[str], MemoryPlan]:
+        """What to give, one after the other, for ``free`` bytes to suffice, and the plan with all of it.
 
         Where nothing suffices, that is everything that saves memory.
         """
         plan, given = self, {}
-        while plan.need().on_device > free and (remedy := plan.next_remedy()) is not None:
+        while plan.room(free) < 0 and (remedy := plan.next_remedy()) is not None:
             text, plan, _ = remedy
             given[text.split()[0]] = text
             if "--blocks_to_swap" in given:  # as few as fit; what is given after it may make room for some

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hunyuan_model.runtime.memory import BatchSize
-from hunyuan_model.runtime.memory_plan import MemoryPlan
+from hunyuan_model.runtime.memory_plan import Free, MemoryPlan, of_each
 from hunyuan_model.vae.model import SPATIAL_COMPRESSION, TIME_COMPRESSION
 from utils.devices import explain_out_of_memory
 from utils.disk_space import readable
@@ -35,26 +35,31 @@ LABELS = {  # of the fields of ``Need``
 }
 
 
-def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str:
-    """What the plan needs, part by part, beside what is free, and which flags would make it fit. Several lines.
+def plan_table(plan: MemoryPlan, free: Free, free_main: int | None) -> str:
+    """What the plan needs, part by part and device by device, beside what is free, and which flags would make it fit.
 
     Args:
-        free: bytes on the plan's device; None where that is not known.
         free_main: bytes of RAM.
     """
-    need, on_gpu = plan.need(), plan.device.type == "cuda"
-    place = f"memory on {plan.device}" if on_gpu else "RAM"
+    need, needs, on_gpu, known = plan.need(), plan.needs(), plan.device.type == "cuda", of_each(free)
+    several, is_known = len(needs) > 1, any(there is not None for there in known)
+    place = f"memory on {' and '.join(map(str, plan.devices))}" if on_gpu else "RAM"
     tokens = plan.batch.tokens(plan.config)
     lines = [f"{place} for the largest batch, {batch_name(plan.batch)} ({tokens} tokens):"]
-    rows = [(text, getattr(need, name)) for name, text in LABELS.items() if not (on_gpu and name.startswith("host_"))]
-    rows = [row for row in rows if row[1] > 0] + [("in all", need.on_device + (0 if on_gpu else need.on_host))]
-    width = max(len(text) for text, _ in rows)
-    lines += [f"  {text:<{width}}  {readable(size):>9}" for text, size in rows]
-    lines[-1] += "" if free is None else f" of {readable(free)} free"
+    rows = {LABELS[name]: [getattr(each, name) for each in needs] for name in LABELS if not (on_gpu and name.startswith("host_"))}
+    rows = {text: sizes for text, sizes in rows.items() if any(sizes)}
+    rows["in all"] = [each.on_device + (0 if on_gpu else each.on_host) for each in needs]
+    columns = {text: [readable(size) for size in sizes] for text, sizes in rows.items()}
+    if several:
+        columns = {"": [str(device) for device in plan.devices], **columns}
+        columns |= {"free": ["" if there is None else readable(there) for there in known]} if is_known else {}
+    width = max(map(len, columns))
+    lines += [f"  {text:<{width}}" + "".join(f"  {cell:>9}" for cell in cells) for text, cells in columns.items()]
+    lines[-1] += "" if several or not is_known else f" of {readable(known[0])} free"
     if plan.trains and plan.network_values is None:
         lines.append("  without the trained network, whose size its module shows only later")
-    if free is not None:
-        lines.append(f"  {verdict(plan, free if on_gpu else free - need.on_host)}")
+    if is_known:
+        lines.append(f"  {verdict(plan, known if on_gpu else [known[0] - need.on_host])}")
     if on_gpu and need.on_host:
         held = f"  RAM holds {readable(need.on_host)} more"
         if free_main is not None and need.on_host > free_main:
@@ -63,16 +68,18 @@ def plan_table(plan: MemoryPlan, free: int | None, free_main: int | None) -> str
     return "\n".join(lines)
 
 
-def verdict(plan: MemoryPlan, free: int) -> str:
-    """Whether the plan fits into ``free`` bytes of its device, and what would make it fit."""
-    missing = plan.need().on_device - free
-    if missing <= 0:
+def verdict(plan: MemoryPlan, free: int | Sequence[int | None]) -> str:
+    """Whether the plan fits into ``free`` bytes of its device, or of each of them, and what would make it fit."""
+    pairs = zip(plan.devices, plan.needs(), of_each(free))
+    missing = {device: need.on_device - there for device, need, there in pairs if there is not None}
+    tightest = max(missing, key=missing.get)
+    if missing[tightest] <= 0:
         return "It fits."
-    short = f"{readable(missing)} are missing"
+    short = f"{readable(missing[tightest])} are missing{f' on {tightest}' if len(plan.devices) > 1 else ''}"
     flags, fitting = plan.until_it_fits(free)
     if not flags:
         return f"{short}: use {SMALLER}."
-    return f"{short}: give {' '.join(flags)}{'' if fitting.need().on_device <= free else f', and use {SMALLER}'}."
+    return f"{short}: give {' '.join(flags)}{'' if fitting.room(free) >= 0 else f', and use {SMALLER}'}."
 
 
 def advice(plan: MemoryPlan) -> str:
@@ -80,7 +87,8 @@ def advice(plan: MemoryPlan) -> str:
     remedy = plan.next_remedy()
     if remedy is None:
         return f"use {SMALLER}: every flag that saves memory is in use"
-    return f"give {remedy[0]} next, which saves about {readable(remedy[2])}"
+    where = " on each GPU" if len(plan.devices) > 1 else ""
+    return f"give {remedy[0]} next, which saves about {readable(remedy[2])}{where}"
 
 
 def batch_name(batch: BatchSize) -> str:
@@ -99,8 +107,8 @@ def size_of(batch: Mapping[str, Any]) -> BatchSize:
 def explain_batch_out_of_memory(plan: MemoryPlan, batches: Sequence[Mapping[str, Any]], doing: str) -> AbstractContextManager[None]:
     """For computing ``batches`` inside: running out of memory names the largest of them and what to change next."""
     if not batches:  # all of them are those of other processes
-        return explain_out_of_memory("updating the network", lambda: advice(plan), plan.device)
+        return explain_out_of_memory("updating the network", lambda: advice(plan), *plan.devices)
     largest = max(batches, key=lambda batch: size_of(batch).tokens(plan.config))
     size = size_of(largest)
     where = f"{doing} {batch_name(size)} ({', '.join(largest['names'])})"
-    return explain_out_of_memory(where, lambda: advice(replace(plan, batch=size)), plan.device)
+    return explain_out_of_memory(where, lambda: advice(replace(plan, batch=size)), *plan.devices)

@@ -59,9 +59,20 @@ class Sampler:
         injects = settings.lora_mode == "inject"
         injected = loras if injects else []
         beside = injected_bytes(injected)
-        plan = MemoryPlan(settings.config, device, settings.runtime, batch, dtype, dtype, trains=False, injected_bytes=beside)
-        free = helpers.gather(free_device_memory(device))
-        self._plan = plan.resolved(None if None in free else min(free))  # all swap the same blocks
+        devices = settings.runtime.devices(device)
+        plan = MemoryPlan(
+            settings.config,
+            devices[0],
+            settings.runtime,
+            batch,
+            dtype,
+            dtype,
+            trains=False,
+            injected_bytes=beside,
+            others=devices[1:],
+        )
+        free = helpers.gather([free_device_memory(each) for each in devices])
+        self._plan = plan.resolved([None if None in each else min(each) for each in zip(*free)])  # all swap the same blocks
         with self._explained(batch):
             patch = MergePatch(loras, weight_shapes(settings.config)) if loras and not injects else None
             self._transformer = hunyuan_model.load_transformer(
@@ -140,7 +151,7 @@ class Sampler:
         free_memory(self._device)
 
     def _explained(self, batch: BatchSize):
-        return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), self._device)
+        return explain_out_of_memory(f"sampling {batch_name(batch)}", lambda: advice(self._plan), *self._plan.devices)
 
 
 def sample_for_main(settings: GenerationSettings, device: torch.device, ranks: Ranks) -> None:

@@ -37,10 +37,14 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     device, plan = training.accelerator.device, training.plan.memory
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    with kept_random_state(device), explain_batch_out_of_memory(plan, [batch], "trying the largest batch,"):
-        coming = plan.need().optimizer if on_gpu and not without_wrapper(training.optimizer).state else 0
-        held = torch.empty(coming, dtype=torch.uint8, device=device)
+        for each in plan.devices:
+            torch.cuda.reset_peak_memory_stats(each)
+    with kept_random_state(*plan.devices), explain_batch_out_of_memory(plan, [batch], "trying the largest batch,"):
+        coming = on_gpu and not without_wrapper(training.optimizer).state
+        held = [
+            torch.empty(need.optimizer if coming else 0, dtype=torch.uint8, device=each)
+            for each, need in zip(plan.devices, plan.needs())
+        ]
         noise = torch.zeros(batch["latents"].shape, device=device)
         loss = training.flow_matching.loss_at(batch, noise, torch.full((len(noise),), TIMESTEP))
         if loss.requires_grad:  # dropout may leave out the whole network
@@ -49,6 +53,7 @@ def dry_step(training: Training, batch: Mapping[str, Any]) -> None:
     for parameter in training.network.parameters():
         parameter.grad = None
     if on_gpu:
-        peak, planned = torch.cuda.max_memory_allocated(device), plan.need().of_step
-        logger.info("the largest batch took %s at its peak; %s were expected", readable(peak), readable(planned))
+        for each, need in zip(plan.devices, plan.needs()):
+            peak, where = torch.cuda.max_memory_allocated(each), "" if len(plan.devices) == 1 else f" on {each}"
+            logger.info("the largest batch took %s at its peak%s; %s were expected", readable(peak), where, readable(need.of_step))
     free_memory(device)

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from hunyuan_model.runtime.device_split import devices_of
 from networks.training.optim.optimizers import set_optimizer_mode, without_wrapper
 
 
 @contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Put the generators of Python, numpy and torch (CPU, and ``device``) back to where they stood before."""
+def kept_random_state(*devices: torch.device) -> Iterator[None]:
+    """Put the generators of Python, numpy and torch (CPU, and ``devices``) back to where they stood before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
             yield
     finally:
         random.setstate(python_state)
@@ -57,7 +58,7 @@ def paused_training(
     What is computed inside must be under ``torch.no_grad``. The optimizer is in training mode before.
     """
     modes = [(module, module.training) for model in (transformer, network) for module in model.modules()]
-    with kept_random_state(device), evaluation_weights(optimizer):
+    with kept_random_state(*devices_of(transformer, device)), evaluation_weights(optimizer):
         try:
             transformer.eval()
             network.eval()

@@ -132,7 +132,9 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     config = check_transformer_file(settings.model.dit, "--dit")
     precision = Precision.of(settings, accelerator)
     settings.runtime.check(accelerator.device, precision.compute, config)
-    settings.kernels.apply(accelerator.device)
+    devices = settings.runtime.devices(accelerator.device)
+    for device in devices:
+        settings.kernels.apply(device)
     with torch.device("meta"):
         transformer = HYVideoDiffusionTransformer(config)
     if settings.runtime.sharding is not None and any(prompt.sampling.step_cache for prompt in prompts):
@@ -163,7 +165,7 @@ def inspect_model(settings: TrainingSettings, accelerator: Accelerator) -> Model
     if ours and not sizes:
         sizes = {(lora.rank, lora.scale * lora.rank) for lora in planned.loras()}
     rates = [group["lr"] for group in parameter_groups(planned, rate)[0]] if ours else [rate]
-    optimizer = check_optimizer(settings.optimizer, accelerator.device, rates)
+    optimizer = check_optimizer(settings.optimizer, rates, *devices)
     for sentence in (*settings.without_effect(), *_guidance_without_effect(settings, config, prompts), *without_effect(prompts)):
         logger.warning("%s", sentence)
     lora = planned_lora(planned)
@@ -280,10 +282,11 @@ def _plan_memory(
     """The memory plan, with the same number of swapped blocks in all processes."""
     samplings = [prompt.sampling for prompt in model.prompts]
     sizes = [BatchSize(2 if each.batched else 1, each.latent_size, MAX_TEXT_TOKENS) for each in samplings]
-    free = free_device_memory(accelerator.device)
+    device, *others = settings.runtime.devices(accelerator.device)
+    free = [free_device_memory(each) for each in (device, *others)]
     memory = MemoryPlan(
         model.config,
-        accelerator.device,
+        device,
         settings.runtime,
         data.largest.size,
         model.precision.base,
@@ -292,6 +295,7 @@ def _plan_memory(
         state_bytes_per_value(model.optimizer),
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,
+        others=tuple(others),
     ).resolved(free, free_host_memory() // accelerator.num_processes)
     if shown:
         show(plan_table(memory, free, free_host_memory()))

@@ -110,26 +110,28 @@ def _with_own_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def check_optimizer(
-    settings: OptimizerSettings, device: torch.device | str = "cpu", group_rates: Sequence[float] | None = None
+    settings: OptimizerSettings, group_rates: Sequence[float] | None = None, *devices: torch.device
 ) -> torch.optim.Optimizer:
     """The optimizer over scratch parameters, after one step: what cannot train shows here, before a model is loaded.
 
-    A step may fail because there is no kernel for ``device``, or because more is needed than a gradient (LBFGS).
+    A step may fail because there is no kernel for one of ``devices`` (the CPU if there are none), because an optimizer does not
+    go with several, or because more is needed than a gradient (LBFGS).
 
     Args:
         group_rates: the learning rates of the parameter groups that training will have, where it has several.
     """
     rates = [settings.learning_rate] if group_rates is None else group_rates
-    scratch = [torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device)) for _ in rates]
-    optimizer = make_optimizer(settings, [{"params": [parameter], "lr": rate} for parameter, rate in zip(scratch, rates)])
-    for parameter in scratch:
+    devices = devices or (torch.device("cpu"),)
+    groups = [[torch.nn.Parameter(torch.zeros(SCRATCH_SHAPE, device=device)) for device in devices] for _ in rates]
+    optimizer = make_optimizer(settings, [{"params": group, "lr": rate} for group, rate in zip(groups, rates)])
+    for parameter in (parameter for group in groups for parameter in group):
         parameter.grad = torch.ones_like(parameter)
     set_optimizer_mode(optimizer, training=True)
     try:
         optimizer.step()
     except Exception as error:  # third-party optimizers fail in ways of their own
         raise UserError(
-            f"--optimizer_type {settings.optimizer_type} cannot make a training step on {torch.device(device).type} "
+            f"--optimizer_type {settings.optimizer_type} cannot make a training step on {' and '.join(map(str, devices))} "
             f"({first_line(error)}). Use --optimizer_type adamw."
         ) from error
     return optimizer

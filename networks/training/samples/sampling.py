@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 import hunyuan_model
+from hunyuan_model.runtime.device_split import devices_of
 from hunyuan_model.sampling.decoding import load_decoder
 from hunyuan_model.sampling.generation import generate_latents
 from hunyuan_model.sampling.prompts import shortened
@@ -310,7 +311,8 @@ class SampleRound:
             progress.update()
             self._stop_if_asked(self.together)
 
-        smaller = explain_out_of_memory("sampling", "make it smaller or shorter", self.accelerator.device)
+        devices = devices_of(self.transformer, self.accelerator.device)
+        smaller = explain_out_of_memory("sampling", "make it smaller or shorter", *devices)
         with smaller, self.accelerator.autocast():  # as in training
             latents = generate_latents(
                 self.transformer,

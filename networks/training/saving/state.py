@@ -213,7 +213,14 @@ def random_state_of(parts: Restorable) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+        state["other GPUs"] = [torch.cuda.get_rng_state(device) for device in _other_gpus(parts)]
     return state
+
+
+def _other_gpus(parts: Restorable) -> list[torch.device]:
+    """On which a network also computes whose layers are on several, in their order."""
+    used = {parameter.device for parameter in parts.network.parameters() if parameter.device.type == "cuda"}
+    return sorted((device for device in used if device.index != torch.cuda.current_device()), key=lambda device: device.index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,3 +374,5 @@ def _load_random_state(folder: Path, parts: Restorable) -> None:
         logger.warning("%s was saved on another kind of device; the noise starts over.", folder)
     if parts.accelerator.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+        for device, one in zip(_other_gpus(parts), state.get("other GPUs", ())):
+            torch.cuda.set_rng_state(one, device)

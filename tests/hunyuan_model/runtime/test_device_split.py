@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from device_tags import DEVICES, device_tags
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_transformer import CONFIG, CPU, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import networks.lora
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import device_split
-from hunyuan_model.runtime.device_split import parse_split
+from hunyuan_model.runtime.device_split import enable_device_split, make_split, parse_split
+from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.loading import load_transformer
 from hunyuan_model.runtime.offload.block_swap import SLOTS, SwapSettings, max_blocks_to_swap, streamed_by_device
 from hunyuan_model.runtime.settings import RuntimeSettings
+from hunyuan_model.transformer import model
 from networks.formats.reading import lora_of
 from networks.injection import InjectedLoras
 from networks.merging import LoraToMerge
@@ -208,3 +213,112 @@ def test_every_device_swaps_its_part(counts) -> None:
         assert sum(fewer) == swapped and all(one <= most for one, most in zip(fewer, room))
         assert all(abs(one - swapped * most / sum(room)) < 1 for one, most in zip(fewer, room))
         assert sorted(set(itertools.chain(*by_device))) == list(itertools.chain(*by_device))
+
+
+def move(module: nn.Module, *where: object) -> nn.Module:
+    """In place of ``nn.Module.to``, which cannot exchange parameters without values."""
+    device = next((one for one in where if isinstance(one, torch.device)), None)
+    for owner in module.modules() if device is not None else ():
+        for name, old in list(owner._parameters.items()):
+            if old is not None:
+                owner._parameters[name] = nn.Parameter(torch.empty(old.shape, device=device), requires_grad=old.requires_grad)
+    return module
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_torch_finds_the_operands_of_a_training_step_on_one_device(monkeypatch, checkpointing) -> None:
+    """With tensors without values that say which device they are on: torch itself refuses operators between devices."""
+    monkeypatch.setattr(model, "_valid_text", lambda text, mask: (text, None))  # it reads values
+    monkeypatch.setattr(nn.Module, "to", move)
+    with FakeTensorMode():
+        transformer = model.HYVideoDiffusionTransformer(CONFIG).requires_grad_(False)
+        split = make_split((4, 3), DEVICES, CONFIG)
+        for name, module in transformer.named_modules():
+            if not list(module.children()):
+                module.to(split.device_of(name))
+        if checkpointing:
+            enable_gradient_checkpointing(transformer)
+        enable_device_split(transformer, split)
+        network = with_lora(transformer, DEVICES[0])
+        assert {parameter.device for parameter in network.parameters()} == set(DEVICES)
+        optimizer = torch.optim.AdamW(network.parameters(), foreach=True)
+        inputs = [torch.empty(value.shape, device=DEVICES[0]) for value in make_inputs(lengths=(6,))]
+        output = transformer(*inputs)
+        assert output.device == DEVICES[0]
+        output.square().mean().backward()
+        assert all(parameter.grad.device == parameter.device for parameter in network.parameters())
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        with pytest.raises(DataDependentOutputException):  # where it reads the norms, after everything else
+            network.apply_max_norm_regularization(1.0)
+        network.lora_unet_single_blocks_3_linear2.to(DEVICES[0])
+        with pytest.raises(RuntimeError, match="found at least two devices"):
+            transformer(*inputs)
+
+
+@pytest.mark.parametrize("computes_on", [GPUS[1], DEVICES[1]], ids=str)
+def test_a_block_computes_while_its_device_is_the_current_one(monkeypatch, computes_on) -> None:
+    current = [None]
+
+    @contextmanager
+    def set_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", set_current)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    transformer, seen = make_transformer(), []
+    for name, block in (*transformer.double_blocks.named_children(), *transformer.single_blocks.named_children()):
+        block.branches = lambda *inputs, own=block.branches, name=name: (seen.append(current[-1]), own(*inputs))[1]
+    enable_device_split(transformer, make_split((2, 5), (GPUS[0], computes_on), CONFIG))
+    transformer(*make_inputs())
+    assert seen == [None] * 2 + [computes_on if computes_on.type == "cuda" else None] * 5 and current == [None]
+
+
+# Through the scripts.
+
+
+FLAGS = ("--max_train_steps", 3, "--network_dropout", 0.1, "--scale_weight_norms", 0.05, "--learning_rate", 0.01, "--save_state")
+SAMPLING = ("--infer_steps", 3, "--video_size", 32, 32, "--video_length", 1, "--seed", 1, "--output_type", "latent")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gradient_checkpointing", "--int8_base", "--blocks_to_swap", 2, "--mixed_precision", "bf16"),
+        ("--network_module", "lycoris.kohya", "--network_args", "algo=lora"),
+    ],
+    ids=["ours", "lycoris"],
+)
+def test_a_lora_is_trained_as_on_one_device(train, tmp_path, two_devices, flags) -> None:
+    if "lycoris.kohya" in flags:
+        pytest.importorskip("lycoris")
+    assert train(*FLAGS, *flags, name="one").status == 0
+    assert train(*FLAGS, *flags, "--split_blocks", "2,4", name="two").status == 0
+    one, two = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and same(list(one.values()), list(two.values()))
+
+
+def test_a_training_resumes_with_another_split(train, tmp_path, two_devices) -> None:
+    assert train(*FLAGS, name="whole").status == 0
+    assert train(*FLAGS, "--max_train_steps", 2, "--split_blocks", "1,5", name="part").status == 0
+    state = tmp_path / "out" / "part-state"
+    assert train(*FLAGS, "--split_blocks", "4,2", "--resume", state, name="resumed").status == 0
+    whole, resumed = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("whole", "resumed"))
+    assert same(list(whole.values()), list(resumed.values()))
+
+
+@pytest.mark.parametrize("mode", ["merge", "inject"])
+def test_a_video_is_sampled_as_on_one_device(call_script, tiny_model, train, tmp_path, two_devices, caplog, mode) -> None:
+    caplog.set_level("INFO")
+    assert train("--max_train_steps", 1, "--learning_rate", 0.1).status == 0
+    encoders = ("--text_encoder1", tiny_model.text_encoder1, "--text_encoder2", tiny_model.text_encoder2)
+    lora = ("--lora_weight", tmp_path / "out" / "lora.safetensors", "--lora_mode", mode, "--step_cache", 0.1)
+    latents = []
+    for folder, split in (("one", ()), ("two", ("--split_blocks", "auto"))):
+        base = ("--dit", tiny_model.dit, *encoders, "--prompt", "a", *SAMPLING, *lora, "--save_path", tmp_path / folder)
+        assert call_script("hv_generate_video", *base, "--infer_steps", 5, *split).status == 0
+        latents.append(load_file(next((tmp_path / folder).glob("*.safetensors")))["latent"])
+    assert same(latents[:1], latents[1:])
+    assert "--split_blocks auto: " in caplog.text and "blocks by device: " in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -208,7 +209,7 @@ def test_of_a_gpu_is_said_what_is_free_and_what_was_used(monkeypatch) -> None:
 def test_training_swaps_what_auto_finds(train, monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(preflight, "free_device_memory", lambda device: 0)
-    monkeypatch.setattr(MemoryPlan, "blocks_that_fit", lambda plan, free: 3 if free == 0 else 0)
+    monkeypatch.setattr(MemoryPlan, "blocks_that_fit", lambda plan, free: 3 if free == [0] else 0)
     ended = train("--max_train_steps", 1, "--blocks_to_swap", "auto")
     assert ended.status == 0
     assert "--blocks_to_swap auto: 3" in caplog.text and "5 of 6 blocks" in caplog.text
@@ -236,3 +237,90 @@ def test_a_config_without_single_blocks_has_a_plan() -> None:
     plan = training_plan(PICTURE, rank=1)
     plan = replace(plan, config=config, network_values=None)
     assert plan.need().on_device > plan.changed(gradient_checkpointing=True).need().on_device
+
+
+GPUS = tuple(torch.device("cuda", index) for index in range(3))
+
+
+def split(plan: MemoryPlan, *counts: int | str) -> MemoryPlan:
+    others = GPUS[1:] if counts == ("auto",) else GPUS[1 : len(counts)]
+    return replace(plan.changed(split_blocks="auto" if counts == ("auto",) else counts), device=GPUS[0], others=others)
+
+
+def test_the_parts_of_a_split_are_those_of_the_whole(clip: MemoryPlan) -> None:
+    whole = clip.changed(gradient_checkpointing=True, keep_attention=False, weights=WeightFormat.INT8)
+    for counts in ((20, 40), (35, 25), (1, 58, 1)):
+        plan = split(whole, *counts)
+        needs, one, together = plan.needs(), whole.need(), plan.need()
+        assert together.weights == one.weights and plan.devices == GPUS[: len(counts)]
+        assert together.network == pytest.approx(one.network, abs=8) and together.optimizer == pytest.approx(one.optimizer, abs=8)
+        # Each device keeps the inputs of its blocks, and what one of them keeps for its backward pass.
+        value = clip.batch.tokens(clip.config) * 2 * clip.config.hidden_size
+        assert [round(need.block_inputs / value) for need in needs] == [count + 1 for count in counts]
+        assert all(need.on_device < one.on_device for need in needs)
+    _, singles = split(whole, 20, 40).needs()
+    quantized, modulation = 3072 * (4 * 3072 + 2 * 12288), 3072 * 3 * 3072  # numbers of a single block
+    assert singles.weights == pytest.approx(40 * (quantized * (1 + 2 / 64) + modulation * 2) + 38e6, rel=0.01)
+
+
+def test_a_split_swaps_on_each_gpu(picture: MemoryPlan) -> None:
+    plan = split(picture, 20, 40).with_blocks(28)
+    first, last = plan.needs()
+    assert first.host_weights > 0 and last.host_weights > 0 and first.swap_slots > last.swap_slots > 0
+    unswapped = split(picture, 20, 40).need()
+    saved = unswapped.on_device - plan.need().on_device
+    assert saved == pytest.approx(plan.need().host_weights - first.swap_slots - last.swap_slots, rel=0.01)
+
+
+@pytest.mark.parametrize("free", [(12, 12), (24, 24), (12, 24), (24, 8), (12, 12, 12), (None, None)], ids=str)
+def test_auto_splits_so_that_the_tightest_gpu_has_most_room(clip: MemoryPlan, free) -> None:
+    free = [there and there * GB for there in free]
+    plan = split(clip.changed(gradient_checkpointing=True, weights=WeightFormat.INT8, keep_attention="auto"), "auto")
+    plan = replace(plan, others=GPUS[1 : len(free)])
+    counts = plan.resolved(free).runtime.split_blocks
+    assert sum(counts) == 60 and len(counts) == len(free) and min(counts) >= 1
+    best, known = split(plan.changed(keep_attention=False), *counts), [there or 0 for there in free]
+    for first in range(1, 60) if len(free) == 2 else ():
+        assert split(best, first, 60 - first).room(known) <= best.room(known)
+    if len(free) == 3:
+        assert (
+            max(best.needs(), key=lambda need: need.on_device).on_device
+            < split(best, counts[0], 60 - counts[0]).needs()[1].on_device
+        )
+
+
+def test_auto_splits_and_swaps_what_does_not_fit(clip: MemoryPlan) -> None:
+    plan = clip.changed(gradient_checkpointing=True, blocks_to_swap="auto", split_blocks="auto")
+    plan = replace(plan, device=GPUS[0], others=GPUS[1:2]).resolved([14 * GB, 14 * GB])
+    count = plan.runtime.blocks_to_swap
+    assert plan.room([14 * GB, 14 * GB]) >= 0 > plan.with_blocks(count - 1).room([14 * GB, 14 * GB])
+
+
+def test_eight_gpus_are_split_in_a_moment(clip: MemoryPlan) -> None:
+    started = time.monotonic()
+    plan = replace(clip, device=GPUS[0], others=GPUS[1:2] * 7)
+    assert sum(plan.changed(gradient_checkpointing=True).balanced_split([12 * GB] * 8)) == 60
+    assert time.monotonic() - started < 20
+
+
+def test_the_table_of_a_split_has_a_column_for_each_gpu(picture: MemoryPlan) -> None:
+    plan = split(picture.changed(gradient_checkpointing=True, weights=WeightFormat.INT8), 20, 40)
+    lines = plan_table(plan, [24 * GB, 12 * GB], 64 * GB).splitlines()
+    assert lines[0].startswith("memory on cuda:0 and cuda:1 for the largest batch")
+    assert lines[1].split() == ["cuda:0", "cuda:1"]
+    assert next(line for line in lines if "weights of the transformer" in line).split()[-4:] == ["9.9", "GB", "7.0", "GB"]
+    assert lines[-2].split() == ["free", "24.0", "GB", "12.0", "GB"] and lines[-1].strip() == "It fits."
+    short = plan_table(plan, [24 * GB, 8 * GB], 64 * GB).splitlines()[-1]
+    assert "are missing on cuda:1: give --blocks_to_swap" in short
+    assert advice(plan).endswith("on each GPU") and advice(plan).startswith("give --blocks_to_swap 14 next")
+
+
+def test_running_out_of_memory_reports_every_gpu_of_a_split(picture: MemoryPlan, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((device.index + 1) * GB, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22_500_000_000)
+    with pytest.raises(UserError) as caught, explain_batch_out_of_memory(split(picture, 20, 40), [], "training on"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "(1.0 of 24.0 GB are free on cuda:0, and this process used up to 22.5 GB; 2.0 of 24.0 GB are free on cuda:1" in str(
+        caught.value
+    )

@@ -156,7 +156,13 @@ def _write_parts(folder: Path, parts: Restorable, state: StateFile) -> None:
     sizes = {path.name: path.stat().st_size for path in files}
     checksums = {path.name: summed[path.name].result() if path.name in summed else file_checksum(path) for path in files}
     content = {"format": FORMAT} | asdict(state) | {"files": sizes, "checksums": checksums}
+    content["checksum"] = _checksum_of(json.loads(json.dumps(content, default=str)))
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _checksum_of(content: Mapping[str, Any]) -> str:
+    """Of what state.json holds besides this checksum itself."""
+    return content_checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def plain_state(value: Any) -> Any:
@@ -237,6 +243,7 @@ def read_state_file(folder: Path) -> StateFile:
         raise UserError(f"--resume {folder} is not a folder. {REMEDY}")
     try:
         content = json.loads(read_text(folder / STATE_FILE, "the file of a state"))
+        saved, found = content.pop("checksum", None), _checksum_of(content)
         if (version := content.pop("format", None)) != FORMAT:
             raise ValueError(f"its format is {version!r}, and this version reads {FORMAT}")
         progress = _of_types(Progress, content.pop("progress"))
@@ -247,6 +254,8 @@ def read_state_file(folder: Path) -> StateFile:
             raise ValueError("a number in it is too small or too large")
         if strange := [name for name in (*state.files, *state.checksums) if Path(name).name != name or name in ("", ".", "..")]:
             raise ValueError(f"{shown(strange[0])} is no name of a file")
+        if is_changed(saved, found):
+            raise ValueError("it is not what was saved")
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder} is not a state of this trainer ({reason}). {REMEDY}") from error

@@ -116,6 +116,7 @@ CONTENTS = {
 
 def edit(state: Path, change: Callable[[dict], object]) -> None:
     content = json.loads((state / "state.json").read_text("utf-8"))
+    content.pop("checksum")
     change(content)
     (state / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -258,3 +259,12 @@ def test_checksums_see_what_happens_to_files(tmp_path: Path) -> None:
     assert len(found) == 8
     path.write_bytes(content.tobytes())
     assert file_checksum(path) in found
+
+
+def test_a_digit_of_a_state_that_changed_is_noticed(saved: Path) -> None:
+    path = saved / "state.json"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace('"step": 2', '"step": 3'), encoding="utf-8")
+    assert path.read_text("utf-8") != text
+    with pytest.raises(UserError, match="it is not what was saved"):
+        read_state_file(saved)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from small_transformer import CONFIG, CPU, make_inputs, make_transformer, same, train_and_sample
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import networks.lora
 from hunyuan_model.quantization.formats import WeightFormat
 from hunyuan_model.runtime import device_split
+from hunyuan_model.runtime.compilation import CompileSettings
 from hunyuan_model.runtime.device_split import enable_device_split, make_split, parse_split
 from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
 from hunyuan_model.runtime.loading import load_transformer
@@ -97,6 +100,14 @@ def test_no_operator_reads_tensors_of_two_devices(dit, two_devices, runtime) -> 
         transformer = load(dit, DEVICES[0], **runtime, split_blocks=(2, 5))
         short_run(transformer, with_lora(transformer, DEVICES[0]))
     assert tags.moved[0, 1] and tags.moved[1, 0]
+
+
+def test_compiled_blocks_give_the_same_on_two_devices(dit, two_devices) -> None:
+    def run(**split: object) -> list[torch.Tensor]:
+        transformer = load(dit, CPU, compile=CompileSettings(backend="aot_eager"), **CHECKPOINTING, **split)
+        return short_run(transformer, with_lora(transformer, CPU))
+
+    assert same(run(split_blocks=(2, 5), blocks_to_swap=3), run())
 
 
 def test_tags_find_what_is_on_the_wrong_device(dit, two_devices) -> None:
@@ -225,11 +236,23 @@ def move(module: nn.Module, *where: object) -> nn.Module:
     return module
 
 
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes tensors of one device alone."""
+
+    def checked(*inputs: Any, **options: Any) -> Any:
+        assert len({value.device for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)}) == 1
+        return function(*inputs, **options)
+
+    return checked
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_torch_finds_the_operands_of_a_training_step_on_one_device(monkeypatch, checkpointing) -> None:
     """With tensors without values that say which device they are on: torch itself refuses operators between devices."""
     monkeypatch.setattr(model, "_valid_text", lambda text, mask: (text, None))  # it reads values
     monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(torch, "stack", on_one_device(torch.stack))  # torch lets single numbers on CPUs pass
+    monkeypatch.setattr(torch.Tensor, "mul_", on_one_device(torch.Tensor.mul_))
     with FakeTensorMode():
         transformer = model.HYVideoDiffusionTransformer(CONFIG).requires_grad_(False)
         split = make_split((4, 3), DEVICES, CONFIG)

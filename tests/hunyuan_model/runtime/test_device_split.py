@@ -102,9 +102,10 @@ def test_no_operator_reads_tensors_of_two_devices(dit, two_devices, runtime) -> 
     assert tags.moved[0, 1] and tags.moved[1, 0]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_on_two_devices(dit, two_devices) -> None:
     def run(**split: object) -> list[torch.Tensor]:
-        transformer = load(dit, CPU, compile=CompileSettings(backend="aot_eager"), **CHECKPOINTING, **split)
+        transformer = load(dit, CPU, compile=CompileSettings(backend="eager"), **CHECKPOINTING, **split)
         return short_run(transformer, with_lora(transformer, CPU))
 
     assert same(run(split_blocks=(2, 5), blocks_to_swap=3), run())

@@ -1,11 +1,11 @@
 """What a second process brings: items a second of whole commands with one process and with several, as a Markdown table.
 
-The toy model caches pictures and clips that are drawn for it, each process with one thread of the CPU. A run of few items is taken
-off the long one: what is left has no start of processes, imports and loading in it. Between the runs of one process and of several
-nothing else changes; they alternate, and medians count. CPU seconds are those of all processes: where they grow, the processes
-disturb each other, or something else runs on the machine.
+The toy model caches pictures and clips that are drawn for it, and trains on them, each process with one thread of the CPU. A run of
+few items is taken off the long one: what is left has no start of processes, imports and loading in it. Between the runs of one
+process and of several nothing else changes; they alternate, and medians count. CPU seconds are those of all processes: where they
+grow, the processes disturb each other, or something else runs on the machine.
 
-    python benchmarks/processes.py [--processes 2] [--runs 3] [latents texts]
+    python benchmarks/processes.py [--processes 2] [--runs 3] [latents texts training]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples.toy import world  # noqa: E402
+from examples.toy.model_files import require_model  # noqa: E402
 from utils.media.writing import save_picture, save_video  # noqa: E402
 
 TOY = ROOT / "examples" / "toy"
@@ -103,9 +105,24 @@ def texts(folder: Path, items: int) -> list[object]:
     return ["--dataset_config", draw_dataset(folder, items, clips=False), *ENCODERS, "--device", "cpu", "--num_workers", 1]
 
 
+def training(folder: Path, items: int) -> list[object]:
+    """One epoch over the caches of so many clips."""
+    flags = latents(folder, items)
+    run("cache_latents.py", flags, 1)
+    run("cache_text_encoder_outputs.py", [*flags[:2], *ENCODERS, "--device", "cpu", "--num_workers", 1], 1)
+    model = ("--dit", require_model().dit, "--network_dim", 16, "--learning_rate", 1e-3, "--gradient_checkpointing")
+    loop = ("--max_train_epochs", 1, "--max_data_loader_n_workers", 0, "--seed", 1)
+    return [*flags[:2], *model, *loop, "--output_dir", folder / "out", "--output_name", "lora"]
+
+
+def forget_network(folder: Path) -> None:
+    shutil.rmtree(folder / "out", ignore_errors=True)
+
+
 WORKS = {
     "latents": Work("cache_latents.py", 128, 8, latents, forget_caches),
     "texts": Work("cache_text_encoder_outputs.py", 2000, 16, texts, forget_caches),
+    "training": Work("hv_train_network.py", 128, 8, training, forget_network),
 }
 
 

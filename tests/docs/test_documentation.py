@@ -9,12 +9,14 @@ import re
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented_commands import FLAG, ROOT, SCRIPTS, ScriptCommand, command_lines, documents, script_command, script_commands
+from torch.distributed.run import get_args_parser
 
 from hunyuan_model.sampling.prompts import PROMPT_OPTIONS
 
 # The flags of programs that are not ours.
 DOWNLOAD_FLAG = "--local-dir"
 TENSORBOARD_FLAG = "--logdir"
+SLURM_FLAGS = {"--nodes", "--ntasks-per-node", "--gres", "--cpus-per-task", "--time", "--signal"}
 # Modules of the toy model that can be run.
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -62,7 +64,7 @@ def test_a_command_with_an_unknown_flag_would_be_noticed() -> None:
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:
-    known = {DOWNLOAD_FLAG, TENSORBOARD_FLAG, *PROMPT_OPTIONS}
+    known = {DOWNLOAD_FLAG, TENSORBOARD_FLAG, *SLURM_FLAGS, *PROMPT_OPTIONS, *get_args_parser()._option_string_actions}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z0-9_-]+)"', benchmark.read_text(encoding="utf-8")))
     for script in (*SCRIPTS, *MODULES):

@@ -31,6 +31,7 @@ from utils.devices import pick_device, warn_of_cpu
 from utils.errors import UserError, run_script
 from utils.output import show
 from utils.processes.ranks import Ranks, joined_ranks
+from utils.processes.watchdog import OTHERS, Watchdog
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
@@ -103,16 +104,19 @@ class LatentJob:
         self._verdicts[target.key] = verdict
         return verdict.reason is not None
 
-    def run(self, items: Sequence[Item], settings: CachingSettings, ranks: Ranks) -> None:
+    def run(self, items: Sequence[Item], settings: CachingSettings, ranks: Ranks, watchdog: Watchdog) -> None:
         """Cache ``items``, and fill in the report."""
         report, dataset, verdicts = self.job.report, self.job.dataset, self._verdicts
         batch_size = min(settings.batch_size or dataset.batch_size, dataset.batch_size)
         report.decoded = report.too_short = 0
         share = f", 1 of {ranks.count} shares" if ranks.count > 1 else ""
         with ProgressBar(total=len(items), desc=f"{dataset.label}{share}", unit="item", disable=not ranks.is_main) as progress:
-            for result in collect_batches(prepare(items, settings.num_workers, self.wants), batch_size):
+            results = prepare(items, settings.num_workers, self.wants, watchdog)
+            for result in collect_batches(results, batch_size):
                 if isinstance(result, list):
-                    for saved in self._encoder.save(result):
+                    with watchdog.during("encoding", result[0].target.label.__str__):
+                        done = list(self._encoder.save(result))
+                    for saved in done:
                         if isinstance(saved, Failure):
                             self.failures.append(saved)
                         else:
@@ -158,9 +162,11 @@ def cache(settings: CachingSettings, encoder: LatentEncoder, jobs: Sequence[Job]
     """Cache all datasets, each process its share, and fill in the reports of the main process; returns what failed."""
     works = [LatentJob(job, encoder, settings.skip_existing) for job in jobs]
     shares = share_items([job.items for job in jobs], ranks, settings.num_workers, [work.wants for work in works])
-    for work, items in zip(works, shares):
-        work.run(items, settings, ranks)
-    _, *others = ranks.gather([work.done() for work in works])
+    with Watchdog(process=ranks.index) as watchdog:
+        for work, items in zip(works, shares):
+            work.run(items, settings, ranks, watchdog)
+        with watchdog.during(OTHERS):
+            _, *others = ranks.gather([work.done() for work in works])
     for work, *done in zip(works, *others) if ranks.is_main else ():
         for each in done:
             work.add(each)

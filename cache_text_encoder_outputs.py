@@ -9,8 +9,9 @@ from __future__ import annotations
 import utils.startup  # noqa: F401  # isort: skip
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ from utils.devices import explain_out_of_memory, free_memory, pick_device, warn_
 from utils.errors import name_some, run_script
 from utils.output import show
 from utils.processes.ranks import Ranks, joined_ranks, split_by_cost
+from utils.processes.watchdog import OTHERS, Watchdog
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -75,12 +77,19 @@ def make_batches(items: Sequence[Item], batch_size: int | None, processes: int =
     return batches
 
 
+@contextmanager
+def _encoding(batch: Sequence[Item], watchdog: Watchdog) -> Iterator[None]:
+    with explain_out_of_memory(f"encoding {len(batch)} captions", ADVICE), watchdog.during("encoding", batch[0].path.__str__):
+        yield
+
+
 def encode_pooled(
     encoders: TextEncoderSettings,
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[Sequence[Item]],
     device: torch.device,
     is_main: bool,
+    watchdog: Watchdog,
 ) -> dict[str, torch.Tensor]:
     """The pooled output (768,) for each caption, on the CPU. Encoder 2 is gone from the device afterwards."""
     dtype = encoders.text_encoder_dtype
@@ -89,7 +98,7 @@ def encode_pooled(
     with ProgressBar(batches, desc="text encoder 2", unit="batch", disable=not is_main) as progress:
         for batch in progress:
             captions = [item.caption for item in batch]
-            with explain_out_of_memory(f"encoding {len(batch)} captions", ADVICE):
+            with _encoding(batch, watchdog):
                 pooled |= zip(captions, encoder.encode(captions).cpu())
     del encoder
     free_memory(device)
@@ -103,13 +112,14 @@ def cache(
     tokenizers: Sequence[PreTrainedTokenizerBase],
     record: dict[str, str],
     device: torch.device,
-    is_main: bool = True,
+    is_main: bool,
+    watchdog: Watchdog,
 ) -> list[Failure]:
     """Make the cache files of ``batches``, and write them while the next batch is computed; returns what failed.
 
     ``record``: the fingerprints that go into the files. ``is_main``: whether bars are shown.
     """
-    pooled = encode_pooled(encoders, tokenizers[1], batches, device, is_main)
+    pooled = encode_pooled(encoders, tokenizers[1], batches, device, is_main, watchdog)
     encoder = hunyuan_model.load_text_encoder_1(
         encoders.text_encoder1, device=device, dtype=encoders.text_encoder_dtype, fp8=encoders.fp8_llm, tokenizer=tokenizers[0]
     )
@@ -127,13 +137,16 @@ def cache(
     ):
         writing: list[Future] = []
         for batch in progress:
-            with explain_out_of_memory(f"encoding {len(batch)} captions", ADVICE):
+            folder = batch[0].dataset.cache_directory.__str__
+            with _encoding(batch, watchdog):
                 states, masks = (output.cpu() for output in encoder.encode([item.caption for item in batch]))
+            with watchdog.during("writing", folder):
+                for future in writing:
+                    future.result()
+            writing = [writers.submit(save, *each) for each in zip(batch, states, masks)]
+        with watchdog.during("writing", folder):
             for future in writing:
                 future.result()
-            writing = [writers.submit(save, *each) for each in zip(batch, states, masks)]
-        for future in writing:
-            future.result()
     return failures
 
 
@@ -197,8 +210,12 @@ def main() -> int:
             items = [item for reasons in judged for item, reason in reasons.items() if reason]
             warn_of_cpu(args.device, device)
             batches = share_batches(items, settings.batch_size, ranks)
-            failed = cache(batches, settings, encoders, tokenizers, record, device, ranks.is_main) if batches else []
-            failures = [failure for each in ranks.gather(failed) for failure in each]
+            failed = []
+            with Watchdog(process=ranks.index) as watchdog:
+                if batches:
+                    failed = cache(batches, settings, encoders, tokenizers, record, device, ranks.is_main, watchdog)
+                with watchdog.during(OTHERS):
+                    failures = [failure for each in ranks.gather(failed) for failure in each]
             if not ranks.is_main:
                 return 0
             if ranks.count > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from dataset.media.frame_rate import EVERY_FRAME, Resampling
 from dataset.media.frames import Window, frames_needed
 from dataset.media.pictures import probe_image, read_image
 from utils.errors import UserError, first_line
+from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -147,21 +148,32 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         yield Finished(item, targets, decoded=bool(missing))
 
 
-def prepare(items: Iterable[Item], num_workers: int, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
+def prepare(
+    items: Iterable[Item],
+    num_workers: int,
+    wanted: Callable[[Target], bool] = lambda target: True,
+    watchdog: Watchdog | None = None,
+) -> Iterator[Result]:
     """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
 
     Memory is bounded: of the item that is due and of ``num_workers + 1`` items after it one result each is prepared ahead, besides
-    the windows that are being cut. ``wanted`` is called in the threads.
+    the windows that are being cut. ``wanted`` is called in the threads. ``watchdog`` says which file is waited for.
     """
-    started = (prepare_item(item, wanted) for item in items)
+    watchdog = watchdog or Watchdog()
+    started = ((item, prepare_item(item, wanted)) for item in items)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
-        waiting = deque((results, pool.submit(next, results, None)) for results in islice(started, num_workers + 1))
+        waiting = deque((item, results, pool.submit(next, results, None)) for item, results in islice(started, num_workers + 1))
         try:
             while waiting:
-                results, ahead = waiting.popleft()
-                waiting.extend((results, pool.submit(next, results, None)) for results in islice(started, 1))
-                while (result := ahead.result()) is not None:
+                item, results, ahead = waiting.popleft()
+                waiting.extend((item, results, pool.submit(next, results, None)) for item, results in islice(started, 1))
+                while (result := _awaited(ahead, item, watchdog)) is not None:
                     ahead = pool.submit(next, results, None)
                     yield result
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _awaited(ahead: Future[Result | None], item: Item, watchdog: Watchdog) -> Result | None:
+    with watchdog.during("reading", item.path.__str__):
+        return ahead.result()

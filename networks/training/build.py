@@ -18,7 +18,6 @@ from networks.network_module import create_network, network_off, parameter_group
 from networks.training.distributed.gradients import SharedGradients, same_in_all
 from networks.training.logging.logs import TrainingLogs, open_logs
 from networks.training.logging.update_size import measure_changed_weights
-from networks.training.logging.watchdog import Watchdog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
@@ -33,6 +32,7 @@ from networks.training.settings import TrainingSettings
 from networks.training.step import VALUES
 from utils.hub import open_uploads
 from utils.processes.ranks import Ranks
+from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from networks.network_module import call_if_there
 from networks.training.data import StepBatches
 from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
-from networks.training.logging.watchdog import OTHERS, STEP
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
 from networks.training.pause import paused_training
 from networks.training.requests import Request, TrainingRequests
@@ -33,6 +32,7 @@ from networks.training.step import Step, require_some_made, train_step
 from utils.errors import STATUS_FAILED, first_line
 from utils.free_memory import SpillWatch
 from utils.output import show
+from utils.processes.watchdog import OTHERS, STEP
 from utils.progress import ProgressBar
 
 logger = logging.getLogger("train")

@@ -18,7 +18,6 @@ from networks.training.data import BatchReader, TrainingData
 from networks.training.distributed.gradients import SharedGradients
 from networks.training.logging.logs import TrainingLogs
 from networks.training.logging.update_size import ChangedWeights, log_size
-from networks.training.logging.watchdog import Watchdog
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights
@@ -33,6 +32,7 @@ from networks.training.settings import TrainingSettings
 from utils.devices import free_memory
 from utils.errors import UserError, first_line
 from utils.hub import HubUploads
+from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
 from dataset.media.decoding import iterate_frames
 from utils.media.writing import save_video
+from utils.processes.watchdog import Watchdog
 
 
 def image_dataset(folder: Path, **values) -> DatasetConfig:
@@ -152,3 +153,22 @@ def test_unforeseen_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
 def test_failures_show_characters_that_nobody_sees(capsys):
     print_failures([Failure(None, "picture a\u200b.png does not exist.")])
     assert "picture a<U+200B>.png does not exist." in capsys.readouterr().err
+
+
+def test_a_file_that_is_read_for_too_long_is_named(tmp_path, monkeypatch, caplog):
+    write_pictures(tmp_path, 3)
+    read_image = preparation.read_image
+
+    def is_said() -> bool:
+        return any(line.endswith(f"reading {tmp_path / '001.png'}") for line in caplog.messages)
+
+    def hangs(path, bucket):
+        ends = time.monotonic() + 10
+        while path.name == "001.png" and not is_said() and time.monotonic() < ends:
+            time.sleep(0.01)
+        return read_image(path, bucket)
+
+    monkeypatch.setattr(preparation, "read_image", hangs)
+    with Watchdog(0.05) as watchdog:
+        results = list(prepare(list_items(image_dataset(tmp_path)), 2, watchdog=watchdog))
+    assert is_said() and sum(isinstance(result, Prepared) for result in results) == 3

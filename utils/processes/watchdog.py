@@ -1,4 +1,4 @@
-"""A line in the log when a training makes no progress for a minute: what it waits for, and where."""
+"""A line in the log when a run makes no progress for a minute: what it waits for, and where."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from networks.training.logging.watchdog import STEP, Watchdog
+from utils.processes.watchdog import STEP, Watchdog
 
 
 def lines(caplog) -> list[str]:

@@ -83,13 +83,13 @@ class BatchOrder:
             yield PlannedStep(step, shapes, shares[self.rank], max(map(len, shares)))
 
     def imbalance(self) -> float:
-        """By how much the steps of the first epoch take longer than if all processes had the same number of tokens: 0.1 is 10 %."""
+        """The share of the first epoch in which a process waits for others, on average: 0.1 is 10 %."""
         longest = even = 0.0
         for step in self.steps(0):
             costs = [self._cost(batch) for batch in step.batches]
             longest += max(sum(costs[place] for place in places) for places in split_by_cost(costs, self.world_size))
             even += sum(costs) / self.world_size
-        return longest / even - 1
+        return 1 - even / longest
 
     def _cost(self, batch: Sequence[int]) -> int:
         """In proportion to the tokens of a batch."""

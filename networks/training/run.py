@@ -32,6 +32,7 @@ from networks.training.settings import TrainingSettings
 from utils.devices import free_memory
 from utils.errors import UserError, first_line
 from utils.hub import HubUploads
+from utils.processes.command_line import launcher_words
 from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -207,11 +208,13 @@ def say_how_to_go_on(training: Training) -> None:
     """Log the newest state that can be used, and the command that goes on from it; or that there is none."""
     if not training.accelerator.is_main_process:
         return
-    saving, processes = training.settings.saving, training.accelerator.num_processes
+    saving, launcher = training.settings.saving, ["python"]
     if (state := _usable_state(training)) is None:
         logger.info("there is no state of this training to go on from")
         return
-    command = command_to_go_on(sys.argv, state, saving.folder, processes)
+    if training.accelerator.num_processes > 1:
+        launcher = launcher_words() or ["accelerate", "launch"]
+    command = command_to_go_on(sys.argv, state, saving.folder, launcher)
     more = ", and a higher --max_train_steps" if training.progress.step >= training.plan.steps else ""
     logger.info("the newest state is %s; go on with: %s%s", state, command, more)
 

@@ -36,12 +36,13 @@ def usable_state(folder: Path, name: str, lineage: int, resumed: Resumed | None)
     return None
 
 
-def command_to_go_on(words: Sequence[str], state: Path, folder: Path, processes: int = 1) -> str:
+def command_to_go_on(words: Sequence[str], state: Path, folder: Path, launcher: Sequence[str] = ("python",)) -> str:
     """The command line of a training, with the flag that goes on from ``state``.
 
     Args:
         words: ``sys.argv``, without secrets.
         folder: where the training saves. From states there --resume latest goes on.
+        launcher: the words before the script.
     """
     kept: list[str] = []
     takes_value = False
@@ -49,7 +50,6 @@ def command_to_go_on(words: Sequence[str], state: Path, folder: Path, processes:
         if not takes_value and not word.startswith("--resume=") and word not in ("--resume", "--resume_from_huggingface"):
             kept.append(word)
         takes_value = word == "--resume"
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch"]
     inside = state.parent.resolve() == folder.resolve()
     command = [*launcher, *kept, "--resume", LATEST if inside else str(state)]
     return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)

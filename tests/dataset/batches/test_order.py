@@ -75,7 +75,8 @@ def test_no_process_waits_for_the_long_clip_of_another():
     for processes in (2, 4, 8):
         assert BatchOrder(groups, 3, 1, 0, processes).imbalance() == pytest.approx(0)
     # 24 batches in steps of 5: the steps at the borders between sizes are mixed
-    assert 0 < BatchOrder(groups, 3, 1, 0, 5).imbalance() < 0.7
+    assert 0 < BatchOrder(groups, 3, 1, 0, 5).imbalance() < 0.4
+    assert BatchOrder(groups_of(PICTURE), 3, 3, 0, 4).imbalance() == pytest.approx(3 / 4), "one batch for four processes"
     steps = [step.shapes for step in BatchOrder(groups, 3, 4).steps(0)]
     sizes = [{frames * height * width // 16 for _, _, frames, height, width in shapes} for shapes in steps]
     assert all(len(each) == 1 for each in sizes) and set().union(*sizes) == {1, 5, 36}

@@ -218,7 +218,8 @@ def test_the_command_to_go_on(tmp_path: Path) -> None:
     state = tmp_path / "lora-step00000001-state"
     kept = ["hv train.py", "--wandb_api_key", "***", "--seed", "3", "--resume"]
     assert shlex.split(command_to_go_on(words, state, tmp_path)) == ["python", *kept, "latest"]
-    assert shlex.split(command_to_go_on(words, state, tmp_path / "other", 2)) == ["accelerate", "launch", *kept, str(state)]
+    other = command_to_go_on(words, state, tmp_path / "other", ["torchrun", "--standalone"])
+    assert shlex.split(other) == ["torchrun", "--standalone", *kept, str(state)]
 
 
 def test_a_secret_is_in_no_command(train, caplog, monkeypatch) -> None:

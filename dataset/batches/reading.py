@@ -83,8 +83,8 @@ def possible_workers(wanted: int) -> int:
     return possible
 
 
-class HeldOut:
-    """Items that training does not see, as batches of one, in the same order every time they are gone through."""
+class HeldOut(Sequence[Batch]):
+    """Items that training does not see, as batches of one, each read when it is taken."""
 
     def __init__(self, items: Sequence[CachedItem]) -> None:
         self._items = items
@@ -92,8 +92,8 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._items)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (read_batch([item]) for item in self._items)
+    def __getitem__(self, index: int) -> Batch:
+        return read_batch([self._items[index]])
 
 
 class _OwnBatches(Sampler[list[int]]):

@@ -13,6 +13,7 @@ from hunyuan_model.runtime.sharding import ShardingSettings
 from networks.training.settings import TrainingSettings
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
+from utils.processes.ranks import LONGEST_WAIT
 
 PROCESSES = frozenset(
     {
@@ -30,8 +31,9 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """What accelerate knows. Raises UserError where it refuses, or was launched with a precision that cannot train here."""
     loop = settings.loop
     try:
-        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=loop.ddp_timeout))] if loop.ddp_timeout else []
-        accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=handlers)
+        # torch's ten minutes are less than one process takes for a sample that is long.
+        wait = timedelta(minutes=loop.ddp_timeout) if loop.ddp_timeout else LONGEST_WAIT
+        accelerator = Accelerator(mixed_precision=loop.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=wait)])
     except (ValueError, ImportError, RuntimeError, AssertionError) as error:
         raise UserError(f"accelerate refuses this setup: {first_line(error).rstrip('.')}.") from error
     if accelerator.distributed_type not in PROCESSES:

@@ -236,7 +236,7 @@ def _add_metadata(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_distributed(group: argparse._ArgumentGroup) -> None:
-    text = "how long processes wait for each other (default: torch's, 10 or 30)"
+    text = "how long processes wait for one that is alive and does not come (default: 30 days)"
     group.add_argument("--ddp_timeout", type=positive_int, metavar="MINUTES", help=text)
     text = "accepted, without effect: gradients are averaged without torch's wrapper"
     for flag in ("gradient_as_bucket_view", "static_graph"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class TrainingData:
     reader: BatchReader
     largest: LargestBatch
     facts: DataFacts
-    held_out: Collection[Mapping[str, Any]] = ()  # batches of one item for the validation loss
+    held_out: Sequence[Mapping[str, Any]] = ()  # batches of one item for the validation loss
     prior_preservation: bool = False  # whether any dataset wants the model's own predictions kept
 
     @property

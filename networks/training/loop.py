@@ -201,7 +201,9 @@ def measure_validation_loss(training: Training) -> float | None:
         return None
     paused = paused_training(training.transformer, training.network, training.optimizer, training.accelerator.device)
     with paused, training.watchdog.during("measuring the validation loss"):
-        return training.flow_matching.validation_loss(training.data.held_out)
+        return training.flow_matching.validation_loss(
+            training.data.held_out, together=training.plan.memory.runtime.sharding is not None
+        )
 
 
 def poll(training: Training, requests: TrainingRequests) -> Request:

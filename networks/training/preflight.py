@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -276,6 +277,11 @@ def _report_scale(settings: TrainingSettings, model: ModelPlan, steps: int) -> N
     warn_of_low_learning_rate(settings.optimizer, model.highest_rate, steps, *strongest)
 
 
+def processes_here() -> int:
+    """How many of the processes share the RAM of this machine. All call it together."""
+    return gather_object([platform.node()]).count(platform.node())
+
+
 def _plan_memory(
     settings: TrainingSettings, model: ModelPlan, data: TrainingData, accelerator: Accelerator, shown: bool
 ) -> MemoryPlan:
@@ -296,7 +302,7 @@ def _plan_memory(
         sample=max(sizes, key=lambda size: size.tokens(model.config), default=None),
         may_quantize=not settings.network.is_lycoris,
         others=tuple(others),
-    ).resolved(free, free_host_memory() // accelerator.num_processes)
+    ).resolved(free, free_host_memory() // processes_here())
     if shown:
         show(plan_table(memory, free, free_host_memory()))
     # auto goes by the GPU of each process

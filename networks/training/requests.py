@@ -6,6 +6,7 @@ import enum
 import logging
 import signal
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,8 @@ from accelerate import Accelerator
 from utils.errors import STATUS_INTERRUPTED, STATUS_TERMINATED
 
 logger = logging.getLogger(__name__)
+
+TOGETHER = 2.0  # seconds in which the signal of a terminal or a cluster and that of a launcher arrive
 
 
 class Request(enum.IntEnum):
@@ -50,6 +53,8 @@ _OF_FILE = {"save_and_stop": Request.SAVE_AND_STOP, "save": Request.SAVE}
 class TrainingRequests:
     """While it is open, SIGINT, SIGTERM and SIGHUP wait for ``poll``; a second signal ends the process at once.
 
+    What is sent to a launcher may reach each of its processes twice, directly and from it: that is one signal.
+
     A file called ``save`` or ``save_and_stop`` in ``folder`` is a request, too; it is removed when it is read.
 
     Attributes:
@@ -61,6 +66,7 @@ class TrainingRequests:
         self._folder, self._accelerator = folder, accelerator
         self.received = Request.NOTHING
         self.answered = False
+        self._received_at = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> TrainingRequests:
@@ -78,11 +84,13 @@ class TrainingRequests:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signalled:
+            if self._accelerator.num_processes > 1 and time.monotonic() - self._received_at < TOGETHER:
+                return
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now must not be interrupted again while it cleans up
             if number != signal.SIGINT:
                 raise SystemExit(128 + number)
             raise KeyboardInterrupt
-        self.received = _OF_SIGNAL[signal.Signals(number)]
+        self.received, self._received_at = _OF_SIGNAL[signal.Signals(number)], time.monotonic()
         if self._accelerator.is_main_process:
             logger.warning("%s: saving after this step and stopping; once more stops at once.", signal.Signals(number).name)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hunyuan_model.sampling.flow import GUIDANCE_UNIT, TIMESTEPS
@@ -95,14 +97,21 @@ class FlowMatching:
             )
 
     @torch.no_grad()
-    def validation_loss(self, items: Iterable[Mapping[str, Any]]) -> float:
-        """The mean loss of batches of one item each, at the same noise and timesteps every time; moves no generator."""
+    def validation_loss(self, items: Sequence[Mapping[str, Any]], together: bool = False) -> float:
+        """The mean loss of batches of one item each, at the same noise and timesteps every time; moves no generator.
+
+        Several processes share out the items, unless they make every pass ``together``.
+        """
         quantiles = (torch.arange(VALIDATION_TIMESTEPS, dtype=torch.float64) + 0.5) / VALIDATION_TIMESTEPS
         timesteps = timesteps_from_uniform(quantiles, self.timesteps.settings)
+        first, count = (0, 1) if together else (self.accelerator.process_index, self.accelerator.num_processes)
         losses = []
-        for index, item in enumerate(items):
+        for index in range(first, len(items), count):
+            item = items[index]
             generator = torch.Generator().manual_seed(index)
             for t in timesteps.split(1):
                 noise = torch.randn(item["latents"].shape, generator=generator)
                 losses.append(self.loss_at(item, to_device(noise, self.accelerator.device), t))
-        return sum(torch.stack(losses).tolist()) / len(losses)  # read at the end: the device is not waited for in between
+        values = torch.stack(losses).tolist() if losses else []  # read at the end: the device is not waited for in between
+        values = values if together else gather_object(values)
+        return math.fsum(values) / len(values)  # which depends on no order

@@ -1,10 +1,12 @@
-"""--blocks_to_swap auto is one number for all processes."""
+"""The memory plan of several processes: one number of swapped blocks, and the RAM of each machine for those on it."""
 
 from __future__ import annotations
 
 import logging
 
 import pytest
+
+from networks.training import preflight
 
 
 def test_auto_goes_by_the_fullest_gpu_of_all_processes(train, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -18,3 +20,8 @@ def test_auto_goes_by_the_fullest_gpu_of_all_processes(train, monkeypatch: pytes
     messages = [record.message for record in caplog.records]
     assert "--blocks_to_swap auto: 2, for the GPU with the least free memory" in messages
     assert any(message.startswith("4 of 6 blocks") for message in messages)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "gather_object", lambda said: [*said, "another", *said, "another"])
+    assert preflight.processes_here() == 2

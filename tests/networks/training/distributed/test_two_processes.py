@@ -201,6 +201,7 @@ def test_the_number_of_processes_changes_no_gradient(watched, tmp_path: Path) ->
 
 def test_a_step_sends_the_gradients_once_and_nothing_while_it_accumulates(watched) -> None:
     run = watched("lora", "--gradient_accumulation_steps", 2, processes=2)
+    assert run.log.count("the processes wait for each other for about") == 1, "pictures and clips do not divide evenly"
     network = run.gradients[0].numel() * 4
     for calls in run.sent:  # of each step
         assert [name for name, _ in calls] == ["all_reduce"]
@@ -257,8 +258,11 @@ def test_a_full_disk_in_one_process_ends_both_soon(launch, tmp_path: Path) -> No
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory that is found through a process")
 def test_two_processes_share_swapped_weights_and_train_the_very_same_lora(launch, tmp_path: Path) -> None:
-    runs = {"plain": (), "swapped": ("--blocks_to_swap", 3, "--img_in_txt_in_offloading")}
-    ended = {name: launch("--output_name", name, *flags) for name, flags in runs.items()}
+    """Beside checkpointing and quantized weights, whose inputs of blocks are in host memory, too."""
+    both = ("--int8_base", "--gradient_checkpointing")
+    swap = ("--blocks_to_swap", 3, "--img_in_txt_in_offloading", "--gradient_checkpointing_cpu_offload")
+    runs = {"plain": (), "swapped": swap}
+    ended = {name: launch("--output_name", name, *both, *flags) for name, flags in runs.items()}
     for run in ended.values():
         assert run.returncode == 0, run.stderr
     assert "shared by" not in ended["plain"].stderr

@@ -22,7 +22,9 @@ from dataset.items import Item
 from dataset.media.decoding import frames_at_rate, probe_video, read_clip_windows
 from dataset.media.frame_rate import EVERY_FRAME, Resampling
 from dataset.media.frames import Window, frames_needed
+from dataset.media.memory import SharedMemory
 from dataset.media.pictures import probe_image, read_image
+from dataset.media.videos import decoding_bytes
 from utils.errors import UserError, first_line
 from utils.processes.watchdog import Watchdog
 
@@ -121,12 +123,27 @@ class Failure:
     message: str
 
 
+@dataclass(frozen=True)
+class Later:
+    """The memory for large frames is not free. Asked again, the item is read anyway."""
+
+
 Result = Prepared | Finished | Failure
+CLIP_MEMORY = SharedMemory(1 << 30)  # for what decodes large frames before it is due
 
 
-def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result]:
-    """Prepare one item: each wanted target, then ``Finished``; or, wherever it fails, a ``Failure`` and nothing more."""
+def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result | Later]:
+    """Prepare one item: each wanted target, then ``Finished``; or, wherever it fails, a ``Failure`` and nothing more.
+
+    Before all that there may be ``Later``.
+    """
+    taken = 0
     try:
+        needed = decoding_bytes(item.path) if item.dataset.kind == "video" else 0
+        if not CLIP_MEMORY.take(needed):
+            yield Later()
+            CLIP_MEMORY.take(needed, anyway=True)
+        taken = needed
         targets = plan_targets(item)
         missing = {target.window: target for target in targets if wanted(target)}
         if missing:
@@ -146,6 +163,8 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
         yield Failure(item, f"{item.path}: {type(error).__name__}: {first_line(error)}")
     else:
         yield Finished(item, targets, decoded=bool(missing))
+    finally:
+        CLIP_MEMORY.give_back(taken)
 
 
 def prepare(
@@ -157,7 +176,8 @@ def prepare(
     """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
 
     Memory is bounded: of the item that is due and of ``num_workers + 1`` items after it one result each is prepared ahead, besides
-    the windows that are being cut. ``wanted`` is called in the threads. ``watchdog`` says which file is waited for.
+    the windows that are being cut; of clips with large frames only as many are read ahead as ``CLIP_MEMORY`` allows. ``wanted`` is
+    called in the threads. ``watchdog`` says which file is waited for.
     """
     watchdog = watchdog or Watchdog()
     started = ((item, prepare_item(item, wanted)) for item in items)
@@ -169,11 +189,12 @@ def prepare(
                 waiting.extend((item, results, pool.submit(next, results, None)) for item, results in islice(started, 1))
                 while (result := _awaited(ahead, item, watchdog)) is not None:
                     ahead = pool.submit(next, results, None)
-                    yield result
+                    if not isinstance(result, Later):
+                        yield result
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _awaited(ahead: Future[Result | None], item: Item, watchdog: Watchdog) -> Result | None:
+def _awaited(ahead: Future[Result | Later | None], item: Item, watchdog: Watchdog) -> Result | Later | None:
     with watchdog.during("reading", item.path.__str__):
         return ahead.result()

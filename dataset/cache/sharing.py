@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from dataset.cache.preparation import Target, plan_targets
+from dataset.cache.preparation import CLIP_MEMORY, Target, plan_targets
 from dataset.items import Item
+from dataset.media.videos import decoding_bytes
 from utils.processes.ranks import Ranks, split_by_cost
 
 LOOKING = 64 * 64  # pixels; encoding them takes about as long as finding out that an item's caches are right
@@ -15,7 +16,9 @@ LOOKING = 64 * 64  # pixels; encoding them takes about as long as finding out th
 def latents_cost(item: Item, wanted: Callable[[Target], bool]) -> int:
     """Pixels that the VAE has to encode for an item, by the header of its file; encoding is most of the work."""
     try:
-        return LOOKING + sum(target.frames * target.bucket[0] * target.bucket[1] for target in plan_targets(item) if wanted(target))
+        with CLIP_MEMORY.of(decoding_bytes(item.path) if item.dataset.kind == "video" else 0):
+            targets = plan_targets(item)
+        return LOOKING + sum(target.frames * target.bucket[0] * target.bucket[1] for target in targets if wanted(target))
     except Exception:  # files are damaged in many ways; whoever has the item in its share reports it
         return LOOKING
 

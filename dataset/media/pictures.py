@@ -11,10 +11,9 @@ import importlib.util
 import io
 import logging
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from dataset.media.colour import Colour, primaries_to_bt709, srgb_of_light, to_srgb
 from dataset.media.errors import MediaError, reading
+from dataset.media.memory import SharedMemory
 from dataset.media.resizing import fit_to_bucket
 
 logger = logging.getLogger(__name__)
@@ -65,28 +65,7 @@ SAME_COLOUR = 2  # of 255: a profile that changes no colour by more is taken for
 UNREADABLE_PROFILE = "unreadable colour profile, taken for sRGB"
 
 
-class _Memory:
-    """What threads share: each waits until what it needs is free. What needs more than there is has it alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total = self._free = total
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def of(self, size: int) -> Iterator[None]:
-        size = min(size, self._total)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += size
-                self._changed.notify_all()
-
-
-_memory = _Memory(MOST_DECODING_BYTES)
+_memory = SharedMemory(MOST_DECODING_BYTES)
 
 
 def read_image(path: Path, bucket: tuple[int, int] | None = None) -> np.ndarray:

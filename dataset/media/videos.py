@@ -34,6 +34,7 @@ PIXELS_PER_BYTE_OF_GIF = 5000
 MAX_WEBP_PIXELS, PIXELS_PER_BYTE_OF_WEBP = 5 * 10**8, 1000  # Pillow makes 50 million in a second
 MOST_FRAME_PIXELS, MOST_FRAME_BYTES = 40_000_000, 160_000_000  # 8192x4320 has 35 million pixels; HDR of 4:2:2 141 MB
 LARGE_FRAME_PIXELS = 10_000_000  # of larger frames as few as possible are kept: one is looked at, and threads share it
+KEPT_FRAMES, CONVERSION_BYTES = 17, 14  # by a decoder of H.264 or HEVC at most; for each pixel, as RGB and while it is fitted
 DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
@@ -45,19 +46,38 @@ def open_video(path: Path) -> Iterator[Video | Animation]:
     Raises:
         MediaError: missing, not a video, cut short or without frames; also from the block, where a frame cannot be decoded.
     """
+    with _open(path) as file:
+        yield Animation(file, path) if isinstance(file, Image.Image) else Video(path, file, file.streams.best("video"))
+
+
+def decoding_bytes(path: Path) -> int:
+    """What decoding a video of large frames takes at most, by its header; 0 for others, which take little. Errors as above."""
+    with _open(path) as file:
+        if isinstance(file, Image.Image):
+            (width, height), bits = file.size, 32
+        else:
+            codec = file.streams.best("video").codec_context
+            width, height, bits = codec.width, codec.height, av.VideoFormat(codec.pix_fmt or "rgba").padded_bits_per_pixel
+    _require_small(path, width, height)
+    is_large = width * height > LARGE_FRAME_PIXELS
+    return width * height * (KEPT_FRAMES * bits // 8 + CONVERSION_BYTES) if is_large else 0
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[av.container.InputContainer | Image.Image]:
     with reading(path, "video"):
         lacking = missing_bytes(path)
         if lacking:
             raise MediaError(f"video {path} is cut short: its last {lacking} bytes are missing. Copy or download it again.")
         if _is_webp(path):  # FFmpeg does not play animated ones
             with Image.open(path, formats=("WEBP",)) as image:
-                yield Animation(image, path)
+                yield image
             return
         # FFmpeg takes "http:x.mp4" or "concat:y.mp4" for a protocol; an absolute path is always a file
         with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise MediaError(f"{path} holds no video stream.")
-            yield Video(path, container, container.streams.best("video"))
+            yield container
 
 
 def _require_small(path: Path, width: int, height: int, format: av.VideoFormat | None = None) -> None:

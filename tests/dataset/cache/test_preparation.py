@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from dataset.cache.caching import print_failures
 from dataset.cache.preparation import Failure, Finished, Prepared, plan_targets, prepare, prepare_item
 from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
+from dataset.media import videos
 from dataset.media.decoding import iterate_frames
+from dataset.media.memory import SharedMemory
+from dataset.media.videos import decoding_bytes
 from utils.media.writing import save_video
 from utils.processes.watchdog import Watchdog
 
@@ -172,3 +176,37 @@ def test_a_file_that_is_read_for_too_long_is_named(tmp_path, monkeypatch, caplog
     with Watchdog(0.05) as watchdog:
         results = list(prepare(list_items(image_dataset(tmp_path)), 2, watchdog=watchdog))
     assert is_said() and sum(isinstance(result, Prepared) for result in results) == 3
+
+
+def test_clips_of_large_frames_are_not_read_all_at_once(tmp_path, monkeypatch):
+    for number in range(6):
+        write_clip(tmp_path / f"{number}.mp4", 9)
+    at_once, most, lock, read_clip_windows = 0, 0, threading.Lock(), preparation.read_clip_windows
+
+    def counted(*arguments):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        yield from read_clip_windows(*arguments)
+        with lock:
+            at_once -= 1
+
+    monkeypatch.setattr(preparation, "read_clip_windows", counted)
+    monkeypatch.setattr(preparation, "decoding_bytes", lambda path: 10)
+    items = list_items(video_dataset(tmp_path, target_frames=(1, 5)))
+    expected = [*((number, frames) for number in range(6) for frames in (1, 5))]
+    for total, allowed in ((9, 1), (25, 3), (1000, 6)):
+        monkeypatch.setattr(preparation, "CLIP_MEMORY", SharedMemory(total))
+        most = 0
+        results = [result for result in prepare(items, 5) if isinstance(result, Prepared)]
+        assert [(int(result.target.item.stem), result.target.frames) for result in results] == expected
+        assert most <= allowed and (total < 1000 or most > 3), (total, most)
+
+
+def test_large_frames_are_known_by_the_header(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.mp4", 2)
+    assert decoding_bytes(tmp_path / "a.mp4") == 0
+    monkeypatch.setattr(videos, "LARGE_FRAME_PIXELS", 64 * 48 - 1)
+    assert decoding_bytes(tmp_path / "a.mp4") == 64 * 48 * (17 * 12 // 8 + 14)

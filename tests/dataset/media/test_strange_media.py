@@ -17,6 +17,7 @@ from dataset.items import list_items
 from dataset.media import pictures, videos
 from dataset.media.decoding import probe_video
 from dataset.media.errors import MediaError, reading
+from dataset.media.memory import SharedMemory
 from dataset.media.pictures import probe_image, read_image
 from utils.errors import UserError
 from utils.media.writing import save_video
@@ -71,7 +72,7 @@ def test_threads_share_the_memory_of_decoding(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pictures, "picture_to_rgb", slowly)
     for total, expected in ((2 * need + 1, 2), (need // 2, 1)):
         most = 0
-        monkeypatch.setattr(pictures, "_memory", pictures._Memory(total))
+        monkeypatch.setattr(pictures, "_memory", SharedMemory(total))
         with ThreadPoolExecutor(8) as pool:
             assert len(list(pool.map(read_image, [tmp_path / "a.png"] * 12))) == 12
         assert most == expected
@@ -81,7 +82,7 @@ def test_a_picture_that_fails_gives_its_memory_back(tmp_path: Path, monkeypatch:
     noise("RGB").save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
-    monkeypatch.setattr(pictures, "_memory", pictures._Memory(1))
+    monkeypatch.setattr(pictures, "_memory", SharedMemory(1))
     for _ in range(2):
         with pytest.raises(MediaError):
             read_image(tmp_path / "b.png")

@@ -72,7 +72,10 @@ class Batch:
         wanted = share_of(earlier.wanted, self.ranks)
         if not wanted:
             self.helpers.gather(None)
-        sampled = [earlier.waiting[position] for position in waiting] + (self._sample_all(wanted) if wanted else [])
+        everybody = all(self.ranks.gather(bool(wanted)))
+        sampled = [earlier.waiting[position] for position in waiting]
+        if wanted:
+            sampled += self._sample_all(wanted, self.ranks if everybody else ALONE)
         if settings.output.output_type != "latent" and sampled:
             self._decode_all(sampled)
         others = self._gather()
@@ -111,10 +114,10 @@ class Batch:
         for path in sheet.save({} if output.no_metadata else metadata):
             show(path)
 
-    def _sample_all(self, requests: Sequence[Request]) -> list[Sampled]:
+    def _sample_all(self, requests: Sequence[Request], loaders: Ranks) -> list[Sampled]:
         """The latents of every request, each on disk as soon as it is made: what ends the run later costs none of them.
 
-        Returns those that are still to be decoded.
+        Returns those that are still to be decoded. ``loaders``: the processes that sample, where that is all of them.
         """
         settings, output, sampled = self.settings, self.settings.output, []
         # First, as it finds out what is wrong with the files.
@@ -126,7 +129,7 @@ class Batch:
         if len(self.requests) == 1:
             starts.of(requests[0])  # raises before the transformer is loaded
         self.helpers.gather((requests, encoded))
-        sampler = Sampler(settings, loras, requests, encoded, self.device, self.helpers)
+        sampler = Sampler(settings, loras, requests, encoded, self.device, self.helpers, loaders)
         decodes = settings.decode_on_cpu and output.output_type != "latent"
         background = start_decoding(settings.vae, requests, sampler.host_bytes) if decodes else None
         steps = [request.sampling.steps_with_checks(request.start) for request in requests]

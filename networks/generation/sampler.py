@@ -38,6 +38,7 @@ class Sampler:
         requests: what will be sampled, for the memory plan, which is of the largest.
         texts: of the requests; there may be more of them later.
         helpers: the processes that compute each video together; all but the main one ``sample_for_main``.
+        loaders: the processes that load the same weights for videos of their own; all make a sampler.
 
     Raises:
         UserError: memory does not suffice; files that do not belong together.
@@ -51,8 +52,10 @@ class Sampler:
         texts: Mapping[str, TextConditions],
         device: torch.device,
         helpers: Ranks = ALONE,
+        loaders: Ranks = ALONE,
     ) -> None:
         self._helpers = helpers
+        loaders = helpers if helpers.count > 1 else loaders
         self._settings, self._device, self._texts = settings, device, texts
         batch = largest_batch(settings, requests, texts)
         dtype = settings.dit_dtype
@@ -72,11 +75,13 @@ class Sampler:
             others=devices[1:],
         )
         free = helpers.gather([free_device_memory(each) for each in devices])
-        self._plan = plan.resolved([None if None in each else min(each) for each in zip(*free)])  # all swap the same blocks
+        plan = plan.resolved([None if None in each else min(each) for each in zip(*free)])
+        # Who holds one copy of swapped weights with others swaps the same blocks.
+        self._plan = plan.with_blocks(max(loaders.gather(plan.runtime.blocks_to_swap)))
         with self._explained(batch):
             patch = MergePatch(loras, weight_shapes(settings.config)) if loras and not injects else None
             self._transformer = hunyuan_model.load_transformer(
-                settings.dit, device=device, dtype=dtype, runtime=self._plan.runtime, ranks=helpers, patch=patch
+                settings.dit, device=device, dtype=dtype, runtime=self._plan.runtime, ranks=loaders, patch=patch
             )
             self._loras = InjectedLoras(self._transformer, injected, device)
         self._injects = injects

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -113,6 +116,20 @@ def test_what_is_there_is_left_out(generate, bench, monkeypatch) -> None:
     assert sampled == {"a cat": 1, "a cow": 1}
     after = pictures(bench.folder / "out")
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_swapped_weights_are_held_once_where_all_processes_sample(generate, bench, caplog) -> None:
+    assert generate(1, "--seed", 5)[0] == [0]
+    with caplog.at_level(logging.INFO):
+        assert generate(2, "--seed", 5, "--blocks_to_swap", 3, folder="shared")[0] == [0, 0]
+    assert "shared by 2 processes" in caplog.text or not hasattr(os, "memfd_create")
+    assert equal(bench.folder / "out", bench.folder / "shared")
+    result = next(path for path in (bench.folder / "shared").iterdir() if path.is_dir())
+    shutil.rmtree(result)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert generate(2, "--seed", 5, "--blocks_to_swap", 3, "--skip_existing", folder="shared")[0] == [0, 0]
+    assert result.exists() and "shared by" not in caplog.text, "one process samples"
 
 
 def test_one_process_decodes_and_shows(generate, bench) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 
 from utils.output import VisibleFormatter, outlast_readers, show, visible, with_names_of_invisible
+from utils.processes.launcher import end_with_launcher, let_first_process_speak, says_that_another_ended
 
 SHOWN_CHARACTERS = 80
 SHOWN_NAMES = 5
@@ -17,6 +18,7 @@ STATUS_FAILED = 1
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 130
 STATUS_TERMINATED = 143
+ANOTHER_ENDED = "another process has ended, and this one with it."
 
 
 class UserError(Exception):
@@ -61,6 +63,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """
     outlast_readers()  # before anything keeps a stream
     _clean_up_on_signals()
+    end_with_launcher()
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
@@ -69,6 +72,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
+        let_first_process_speak()
         show_user_error(error)
         sys.exit(STATUS_USER_ERROR)
     except UnicodeEncodeError as error:
@@ -83,6 +87,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more does not wait for threads that are still at work
         print("interrupted", file=sys.stderr)
         sys.exit(STATUS_INTERRUPTED)
+    except RuntimeError as error:
+        if not says_that_another_ended(error):
+            raise
+        let_first_process_speak()
+        show(f"error: {ANOTHER_ENDED}", error=True)
+        sys.exit(STATUS_FAILED)
     sys.exit(status or 0)
 
 

@@ -29,9 +29,10 @@ from networks.training.run import (
 )
 from networks.training.saving.files import epoch_name, final_name, step_name
 from networks.training.step import Step, require_some_made, train_step
-from utils.errors import STATUS_FAILED, first_line
+from utils.errors import ANOTHER_ENDED, STATUS_FAILED, first_line
 from utils.free_memory import SpillWatch
 from utils.output import show
+from utils.processes.launcher import says_that_another_ended
 from utils.processes.watchdog import OTHERS, STEP
 from utils.progress import ProgressBar
 
@@ -76,7 +77,8 @@ def train(training: Training) -> int:
             save_for_error(training, error)
             if requests.answered or not requests.signalled:
                 raise
-            logger.warning("%s", first_line(error))  # such as of processes that read: the signal reached them, too
+            reason = ANOTHER_ENDED if says_that_another_ended(error) else first_line(error)
+            logger.warning("%s", reason)  # such as of processes that read: the signal reached them, too
             return requests.received.status
         finally:
             training.data.reader.close()  # while signals wait

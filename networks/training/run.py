@@ -32,7 +32,7 @@ from networks.training.settings import TrainingSettings
 from utils.devices import free_memory
 from utils.errors import UserError, first_line
 from utils.hub import HubUploads
-from utils.processes.command_line import launcher_words
+from utils.processes.launcher import launcher_words
 from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from utils.errors import STATUS_USER_ERROR, UserError, shown
 from utils.key_values import nearest_name
 from utils.output import is_secret, keep_secret, visible
 from utils.processes.command_line import hide_on_command_line
+from utils.processes.launcher import let_first_process_speak
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        let_first_process_speak()
         self.exit(STATUS_USER_ERROR, f"{self.prog}: error: {visible(message)}; see --help\n")
 
 

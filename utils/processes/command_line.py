@@ -1,4 +1,4 @@
-"""Command lines: that of this process, which other people of the machine can read, and that of its launcher."""
+"""The command line of this process, which other people of the machine can read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-LAUNCHERS = ("accelerate", "torchrun")
 
 
 def hide_on_command_line(secret: str) -> None:
@@ -23,18 +21,3 @@ def hide_on_command_line(secret: str) -> None:
         words = (ctypes.c_char * (end - start)).from_address(start)
         for found in re.finditer(rb"(?<=[\0=])" + re.escape(os.fsencode(secret)) + rb"(?=\0)", words.raw):
             words[found.start() : found.end()] = b"*" * len(found[0])
-
-
-def launcher_words() -> list[str]:
-    """What stands before the script on the command line of this process's launcher; nothing where that is unknown."""
-    import psutil  # comes with accelerate
-
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-        words = words[: words.index(sys.argv[0])]
-    except (psutil.Error, OSError, ValueError):  # it has ended, or was started in another way
-        return []
-    for place, word in enumerate(words[:2]):  # behind the Python of a console script
-        if (name := re.split(r"[/\\]", word)[-1].removesuffix(".exe")) in LAUNCHERS:
-            return [name, *words[place + 1 :]]
-    return words

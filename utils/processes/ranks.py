@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from utils.errors import STATUS_FAILED, STATUS_USER_ERROR, UserError, show_user_error
+from utils.errors import ANOTHER_ENDED, STATUS_FAILED, STATUS_USER_ERROR, UserError, show_user_error
+from utils.processes.launcher import says_that_another_ended
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Ranks:
             torch.distributed.all_gather_object(values, value, self.group)
         except RuntimeError as error:
             logger.debug("gathering", exc_info=True)
-            logger.error("another process has ended, and this one with it.")
+            logger.error(ANOTHER_ENDED)
             raise SystemExit(STATUS_FAILED) from error
         return values
 
@@ -152,7 +153,10 @@ def joined_ranks(device: str | None = None) -> Iterator[Ranks]:
         sayings.show_error(error)
         raise SystemExit(STATUS_USER_ERROR) from error
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        if says_that_another_ended(error):
+            logger.error(ANOTHER_ENDED)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(STATUS_FAILED) from error
     finally:
         for handler in handlers:

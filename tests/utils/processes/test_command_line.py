@@ -10,7 +10,6 @@ import pytest
 
 from utils.cli.arguments import script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
-from utils.processes.command_line import launcher_words
 
 KEY = "0123-not-a-real-key-4567"
 SHOWS = """
@@ -71,18 +70,3 @@ def test_an_error_of_a_config_file_does_not_hold_the_key(tmp_path: Path, capsys,
     run(["--config_file", str(path)])
     said = capsys.readouterr().err
     assert "wandb_api_key" in said and KEY not in said
-
-
-def test_the_words_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--nproc_per_node", "2"]
-    lines = {
-        ("python3", "/some/bin/accelerate", "launch", *flags, "train.py", "--a"): ["accelerate", "launch", *flags],
-        ("/some/torchrun", *flags, "train.py", "train.py"): ["torchrun", *flags],
-        ("python3", "-m", "torch.distributed.run", *flags, "train.py"): ["python3", "-m", "torch.distributed.run", *flags],
-        ("C:\\some\\accelerate.exe", "launch", "train.py"): ["accelerate", "launch"],
-        ("sh",): [],
-    }
-    monkeypatch.setattr(sys, "argv", ["train.py", "--a"])
-    for line, words in lines.items():
-        monkeypatch.setattr("psutil.Process.cmdline", lambda _, line=line: [*line])
-        assert launcher_words() == words

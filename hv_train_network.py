@@ -71,7 +71,8 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
     processes = accelerator.num_processes
     order = BatchOrder(groups, seed, loop.gradient_accumulation_steps, accelerator.process_index, processes)
     if processes > 1 and (share := order.imbalance()) >= NOTEWORTHY:
-        why = "batches differ in size" if len(order) >= processes else f"there are {len(order)} batches for {processes} processes"
+        few = f"an epoch has {len(order)} batch(es) for {processes} processes"
+        why = few if len(order) < processes else "batches differ in size"
         logger.info("the processes wait for each other for about %.0f %% of the time: %s", 100 * share, why)
     return TrainingData(
         reader=EpochReader(groups, order, loop.max_data_loader_n_workers, loop.persistent_data_loader_workers),

@@ -13,7 +13,7 @@ from hunyuan_model.runtime.sharding import ShardingSettings
 from networks.training.settings import TrainingSettings
 from utils.devices import choose_dtype
 from utils.errors import UserError, first_line
-from utils.processes.ranks import LONGEST_WAIT
+from utils.processes.ranks import LONGEST_WAIT, check_launcher
 
 PROCESSES = frozenset(
     {
@@ -29,6 +29,7 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """What accelerate knows. Raises UserError where it refuses, or was launched with a precision that cannot train here."""
+    check_launcher()
     loop = settings.loop
     try:
         # torch's ten minutes are less than one process takes for a sample that is long.

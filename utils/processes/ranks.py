@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from utils.errors import ANOTHER_ENDED, STATUS_FAILED, STATUS_USER_ERROR, UserError, show_user_error
+from utils.errors import ANOTHER_ENDED, STATUS_FAILED, STATUS_USER_ERROR, UserError, show_user_error, shown
 from utils.processes.launcher import says_that_another_ended
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what launchers set
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 LONGEST_WAIT = timedelta(days=30)  # for processes that still have work; one that has ended is noticed at once
 SAYING = timedelta(seconds=10)  # what is said by another process is out by then
 
@@ -99,6 +101,24 @@ def launched_with_others() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def check_launcher() -> None:
+    """Raise a UserError where the environment speaks of several processes, but not as launchers do."""
+    if not launched_with_others():
+        return
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    missing = [name for name, value in values.items() if not value]
+    numbers = () if missing else NUMBERS
+    wrong = [f"{name} is {shown(values[name])}" for name in numbers if not re.fullmatch("[0-9]{1,9}", values[name])]
+    if not (missing or wrong) and int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        wrong = [f"RANK {values['RANK']} is not below WORLD_SIZE {values['WORLD_SIZE']}"]
+    if missing or wrong:
+        what = f"WORLD_SIZE is {shown(values['WORLD_SIZE'])}, but {', '.join(missing)} are missing" if missing else "; ".join(wrong)
+        raise UserError(
+            f"the environment variables of several processes are not whole: {what}. "
+            "Start several processes with accelerate launch or torchrun; for one process unset WORLD_SIZE."
+        )
+
+
 def join_ranks(device: str | None = None) -> Ranks:
     """Join the process group of the launcher, if there is one.
 
@@ -110,11 +130,7 @@ def join_ranks(device: str | None = None) -> Ranks:
     """
     if not launched_with_others():
         return ALONE
-    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
-        raise UserError(
-            f"the environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are missing. "
-            "Start several processes with accelerate launch or torchrun; for one process unset WORLD_SIZE."
-        )
+    check_launcher()
     import torch
     from torch import distributed
 

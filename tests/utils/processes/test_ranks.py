@@ -11,7 +11,9 @@ from several_processes import in_each
 
 from utils.devices import pick_device
 from utils.errors import UserError
-from utils.processes.ranks import Ranks, join_ranks, joined_ranks, split_by_cost
+from utils.processes.ranks import VARIABLES, Ranks, join_ranks, joined_ranks, split_by_cost
+
+WHOLE = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29777"}
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,11 +28,21 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
         assert ranks == Ranks() and not any(handler.filters for handler in logging.getLogger().handlers)
 
 
-def test_an_environment_that_is_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize(
+    ("values", "refusal"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is '4', but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', but RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "x"} | WHOLE, "RANK is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"} | WHOLE, "RANK 2 is not below WORLD_SIZE 2"),
+    ],
+)
+def test_an_environment_that_is_not_of_a_launcher_is_refused(monkeypatch, values: dict[str, str], refusal: str) -> None:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="WORLD_SIZE is 4, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=refusal):
         join_ranks()
 
 

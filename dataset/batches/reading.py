@@ -44,7 +44,7 @@ def _remedy() -> str:
 
 
 def _leave_it_to_the_training(_worker: int) -> None:
-    """Ctrl-C and the end of a terminal reach all of its processes; only the training itself answers, and stops its workers.
+    """Signals of a terminal or a launcher reach a whole group of processes; only the training answers, and stops its workers.
 
     They say nothing of a training that is gone, and of anything else one line. One that cannot hand on a batch, as shared memory is
     full say, ends: the training would wait for that batch for ever.
@@ -54,6 +54,8 @@ def _leave_it_to_the_training(_worker: int) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def _say_in_a_line(kind: type[BaseException], error: BaseException, _: object) -> None:

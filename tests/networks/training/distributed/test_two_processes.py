@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
+from launching import environment, launcher
 from launching import launch as start
 from safetensors.torch import load_file
 from wholeness import broken, unfinished
@@ -287,3 +290,26 @@ def test_two_processes_are_one_run_and_both_end_where_another_has_the_name(launc
     assert "error: another run trains lora" in ended.stderr and "(exitcode: 2)" in ended.stderr, "which the launcher says"
     assert ended.returncode == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_to_the_launcher_and_its_processes_saves_and_stops(tiny_model, cached: Path, tmp_path: Path) -> None:
+    """As clusters send it; the launcher passes it on to the processes and whatever they started, so that each gets it twice."""
+    flags = ("--dit", tiny_model.dit, "--dataset_config", cached, "--output_dir", tmp_path / "out", "--output_name", "lora")
+    flags += ("--max_train_steps", 100_000, "--max_data_loader_n_workers", 1, "--loss_log", tmp_path / "loss.csv")
+    command = [*launcher(2), "hv_train_network.py", *map(str, flags)]
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path / "no_settings"), stdout=log, stderr=log)
+        try:
+            while process.poll() is None and not (tmp_path / "loss.csv").is_file():
+                time.sleep(0.2)
+            ranks = psutil.Process(process.pid).children()
+            process.terminate()
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
+    text = (tmp_path / "log").read_text("utf-8")
+    assert "stopped after step" in text and "reads the caches" not in text, text
+    saved = sorted(path.name.partition("-step")[2][8:] for path in (tmp_path / "out").iterdir())
+    assert saved == ["-state", ".safetensors"]

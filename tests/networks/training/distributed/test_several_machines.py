@@ -132,7 +132,8 @@ def test_a_killed_process_ends_all_and_they_go_on_by_hand_or_by_the_launcher(fla
         "--standalone",
     )
     command = [sys.executable, *restarting, str(script), *flags("restarted", "--resume", "latest")]
-    ended = subprocess.run(command, env=environment(home), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    own = environment(home) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else the second attempt may read addresses of the first
+    ended = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0 and marker.exists(), ended.stderr
     assert_same_lora(out, "whole", "restarted")
     assert not unfinished(out)

@@ -74,6 +74,7 @@ def test_operations_are_those_of_the_layers():
     assert done - kept == attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [group for group in GROUPS if group.name in ("hardware", "equality", "operations", "decode")])
 def test_a_group_is_measured(group):
     results = {name: measured(measure) for name, measure in group.make(BENCH).items()}
@@ -113,7 +114,7 @@ def test_rows_of_one_model_use_it_again():
         Row("image", short=True, keep=True),
         pytest.param(Row("image", short=True, compile=True), marks=pytest.mark.slow),
         Row("image", short=True, work="forward"),
-        Row("image", "fp8", short=True, who="diffusers"),
+        pytest.param(Row("image", "fp8", short=True, who="diffusers"), marks=pytest.mark.slow),
     ],
     ids=lambda row: row.name,
 )

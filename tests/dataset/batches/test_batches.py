@@ -206,6 +206,7 @@ def test_a_broken_cache_is_one_sentence_from_any_worker(group, workers):
     assert "Traceback" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process with SIGKILL")
 def test_a_killed_worker_is_one_sentence_that_names_files(group):
     groups = find_cached_items(group)
@@ -227,6 +228,7 @@ def test_a_worker_that_is_killed_between_epochs_is_a_sentence_too(group):
         list(reader.epoch(1))
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_hand_on_what_it_read_does_not_hang(group, monkeypatch):
     groups = find_cached_items(group)
     monkeypatch.setattr("dataset.batches.reading.read_batch", lambda items: threading.Lock())  # which no process can send

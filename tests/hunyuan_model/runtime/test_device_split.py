@@ -85,7 +85,7 @@ RUNTIMES = [
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
-@pytest.mark.parametrize("counts", [(2, 5), (4, 3)], ids=str)
+@pytest.mark.parametrize("counts", [(2, 5), pytest.param((4, 3), marks=pytest.mark.slow)], ids=str)
 def test_outputs_and_gradients_are_the_same_to_the_bit(dit, two_devices, runtime, counts) -> None:
     def run(**split: tuple[int, ...]) -> list[torch.Tensor]:
         transformer = load(dit, CPU, **runtime, **split)

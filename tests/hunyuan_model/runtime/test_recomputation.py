@@ -83,7 +83,7 @@ def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool
 
     whole, less = made(), made()
     wholly(whole)
-    enable_gradient_checkpointing(less, make_offloader(4, CPU, pinned=False) if offload else None, keep_attention=keep)
+    enable_gradient_checkpointing(less, make_offloader(DEPTH, CPU, pinned=False) if offload else None, keep_attention=keep)
     wanted = backward_flops(whole, add_lora(whole)) - flops_of_last_products(whole)
     assert backward_flops(less, add_lora(less)) == wanted
 

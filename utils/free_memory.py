@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import statistics
 import sys
 from collections import defaultdict, deque
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -97,3 +100,11 @@ def _left_to_container(group: Path) -> int:
         if line.startswith("inactive_file "):
             used -= int(line.split()[1])
     return max(limit - used, 0)
+
+
+def return_freed_memory() -> None:
+    """Give the system what is not used any more: objects that refer to each other, and what glibc keeps for each thread."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)

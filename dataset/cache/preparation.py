@@ -26,6 +26,7 @@ from dataset.media.memory import SharedMemory
 from dataset.media.pictures import probe_image, read_image
 from dataset.media.videos import decoding_bytes
 from utils.errors import UserError, first_line
+from utils.free_memory import return_freed_memory
 from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,8 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
             CLIP_MEMORY.take(needed, anyway=True)
         taken = needed
         targets = plan_targets(item)
+        if taken:
+            return_freed_memory()
         missing = {target.window: target for target in targets if wanted(target)}
         if missing:
             source = source_record(item.path, item.dataset.kind)
@@ -164,7 +167,9 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
     else:
         yield Finished(item, targets, decoded=bool(missing))
     finally:
-        CLIP_MEMORY.give_back(taken)
+        if taken:
+            return_freed_memory()
+            CLIP_MEMORY.give_back(taken)
 
 
 def prepare(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import platform
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils import free_memory
-from utils.free_memory import USUAL_STEPS, SpillWatch, free_device_memory, free_host_memory, limit_device_memory
+from utils.free_memory import (
+    USUAL_STEPS,
+    SpillWatch,
+    free_device_memory,
+    free_host_memory,
+    limit_device_memory,
+    return_freed_memory,
+)
 
 GIB = 2**30
 
@@ -102,3 +110,16 @@ def test_no_step_is_named_that_may_be_slow_for_another_reason(windows, monkeypat
     assert not said(windows, [*usual, 30.0])
     monkeypatch.setattr(platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
     assert said(windows, [*usual, 30.0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what was freed")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident_megabytes() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    blocks = [bytes([1]) * 100_000 for _ in range(2000)]
+    last = blocks.pop()  # above all others, so that they cannot be cut off
+    del blocks
+    before = resident_megabytes()
+    return_freed_memory()
+    assert before - resident_megabytes() > 100 and last

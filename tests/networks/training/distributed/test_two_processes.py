@@ -300,8 +300,9 @@ def test_a_signal_to_the_launcher_and_its_processes_saves_and_stops(tiny_model, 
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path / "no_settings"), stdout=log, stderr=log)
         try:
-            while process.poll() is None and not (tmp_path / "loss.csv").is_file():
-                time.sleep(0.2)
+            losses = tmp_path / "loss.csv"
+            while process.poll() is None and not (losses.is_file() and len(losses.read_text("utf-8").splitlines()) > 1):
+                time.sleep(0.2)  # until both have made a step
             ranks = psutil.Process(process.pid).children()
             process.terminate()
             for rank in ranks:

@@ -37,7 +37,7 @@ VALUES = 3  # summed over all processes with the gradients, see ``_sums``
 class Step:
     """The result of an optimizer step."""
 
-    loss: float  # mean over its batches; not finite where the step was skipped for that
+    loss: float  # mean over its items, of all processes; not finite where the step was skipped for that
     gradient_norm: float  # before clipping
     skipped: str | None = None  # why the weights were not changed
 

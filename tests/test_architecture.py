@@ -34,6 +34,7 @@ FLOORS = {
     "dataset": 21,  # the dataset config and the items that it describes
     "dataset.cache": 22,
     "dataset.batches": 23,
+    "dataset.preview": 23,
     "networks.formats": 20,
     "networks": 21,
     "networks.generation": 22,

@@ -129,5 +129,5 @@ def test_two_processes_generate_what_one_does(launch, call_script, bench) -> Non
     clips = [name for name in names if name.startswith("p_0") and name.endswith(".mp4")]
     assert all(np.array_equal(read_frames(one / name), read_frames(two / name)) for name in clips) and len(clips) == 5
     assert sorted(ended.stdout.split()) == sorted(str(two / name) for name in names)
-    assert ended.stderr.count("WARNING") == 1 and "swapped weights save no memory" in ended.stderr, "which both would say"
+    assert ended.stderr.count("swapped weights save no memory") == 1, "which both would say"
     assert "Traceback" not in ended.stderr

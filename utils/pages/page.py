@@ -1,0 +1,75 @@
+"""HTML files that stand alone: styles, scripts, pictures and clips are inside, and a browser asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from utils.files import atomic_path
+
+HERE = Path(__file__).parent
+# Scripts run only with the page's own nonce, which whoever wrote a caption or a file name could not know.
+POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; media-src data: blob:; "
+    "style-src 'unsafe-inline'; script-src 'nonce-{}'"
+)
+
+
+def render(template: Path, **values: Any) -> str:
+    """A page from a Jinja2 template that extends ``base.html.j2``. All ``values`` are escaped where they stand.
+
+    Besides ``values`` a template has:
+        script(name), style(name): a file beside it, or in this folder, inside the page.
+        data(id, value): ``value`` as JSON, for scripts to read; floats must be finite.
+        chart_library(): Plotly.
+    """
+    nonce = secrets.token_urlsafe(16)
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def source(name: str) -> str:
+        return environment.loader.get_source(environment, name)[0]
+
+    environment.globals |= {
+        "policy": POLICY.format(nonce),
+        "script": lambda name: _script(source(name), nonce),
+        "style": lambda name: Markup("<style>\n{}</style>").format(Markup(source(name))),
+        "data": _data,
+        "chart_library": lambda: _script(chart_library(), nonce),
+    }
+    return environment.get_template(template.name).render(values)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all. Halves of surrogates, which file names may hold, are written as escapes."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
+
+
+@cache
+def chart_library() -> str:
+    """The source of Plotly, as its package ships it."""
+    return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+
+
+def _script(source: str, nonce: str) -> Markup:
+    return Markup('<script nonce="{}">\n{}</script>').format(nonce, Markup(source.replace("</script", "<\\/script")))
+
+
+def _data(name: str, value: Any) -> Markup:
+    dumps: Callable[..., str] = lambda value, **_: json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # noqa: E731
+    return Markup('<script type="application/json" id="{}">{}</script>').format(name, htmlsafe_json_dumps(value, dumps=dumps))

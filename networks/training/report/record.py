@@ -50,7 +50,10 @@ class SampleRecord:
 
 @dataclass
 class WrittenFile:
-    """A file that the training wrote: for whom, and how they use it. ``checked``: how much of it they load, such as "240 of 240 keys"."""
+    """A file that the training wrote: for whom, and how they use it.
+
+    ``checked``: how much of it they load, such as "240 of 240 keys".
+    """
 
     file: str
     readers: str

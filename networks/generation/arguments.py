@@ -35,7 +35,7 @@ from networks.generation.record import REPEAT_FLAG, SHOW_FLAG
 from networks.generation.requests import TIME, Request, without_effect
 from networks.generation.sampler import injecting_where_needed
 from networks.generation.settings import GenerationSettings
-from networks.generation.sheets import BatchSheet
+from networks.generation.sheets.sheet import BatchSheet
 from networks.generation.starts import FindStarts, expand_starts, one_for_each
 from networks.merging import complete_multipliers
 from utils.cli.arguments import StoreOnce, finite_float, require_flags

@@ -20,7 +20,7 @@ from networks.generation.record import Recorder, with_flags
 from networks.generation.requests import Request, share_of
 from networks.generation.sampler import Sampler, read_loras
 from networks.generation.settings import GenerationSettings
-from networks.generation.sheets import BatchSheet
+from networks.generation.sheets.sheet import BatchSheet
 from networks.generation.starts import ReadStart, prepare_with_vae
 from utils.devices import explain_out_of_memory, free_memory
 from utils.errors import UserError, first_line, name_some

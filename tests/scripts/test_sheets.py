@@ -12,7 +12,8 @@ from bench import refused
 from PIL import Image
 from safetensors.torch import load_file
 
-from networks.generation import sampler, sheets
+from networks.generation import sampler
+from networks.generation.sheets import sheet as sheet_of_batch
 from tiny.variants import write_lora
 
 
@@ -131,8 +132,8 @@ def test_a_failed_cell_stays_empty_with_the_reason(generate, tmp_path, monkeypat
         return sample(self, request, *arguments, **options)
 
     monkeypatch.setattr(sampler.Sampler, "sample", failing)
-    draw = sheets.ContactSheet.picture
-    monkeypatch.setattr(sheets.ContactSheet, "picture", lambda sheet: said.append(sheet) or draw(sheet))
+    draw = sheet_of_batch.ContactSheet.picture
+    monkeypatch.setattr(sheet_of_batch.ContactSheet, "picture", lambda sheet: said.append(sheet) or draw(sheet))
     ended = generate("--prompt", "a ball", "--xy", "seed=1,2", "steps=1,2")
     assert ended.status == 1 and "--xy, 'seed 2', 'steps 1' was not made: the driver fell asleep" in caplog.text
     (sheet,) = said

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from networks.generation import batch, sheets
+from networks.generation import batch
+from networks.generation.sheets import sheet
 from utils.media.metadata import read_media_metadata
 from utils.media.writing import save_picture
 
@@ -202,7 +203,7 @@ def test_a_comparison_goes_on_with_the_random_seed_that_it_began_with(call_scrip
 def test_a_sheet_whose_video_was_not_written_is_made_again(generate, tmp_path, monkeypatch):
     clips = ("--video_length", 5)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="interrupted"):
-        patch.setattr(sheets, "save_video", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(sheet, "save_video", Mock(side_effect=KeyboardInterrupt))
         generate(LINES[:2], *clips)
     assert generate(LINES[:2], *clips) == []
     assert {"evening_sheet.png", "evening_sheet.mp4"} < {path.name for path in (tmp_path / "out").iterdir()}

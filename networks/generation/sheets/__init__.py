@@ -1,0 +1,1 @@
+"""What shows the results of a batch side by side."""

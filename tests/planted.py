@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from dataset.preview.facts import Concern
 from utils.media.writing import save_video
 
-MARKUP = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked=1"> & \'more\''
+MARKUP = "</script><script>window.hacked = 1</script><img src=x onerror=\"window.hacked=1\"> & 'more'"
 # Windows has no such names
 MARKUP_NAME = "Tom & 'Jerry'" if os.name == "nt" else "Tom & \"Jerry\" <script>window.hacked = 1<!-- 'x'"
 LONG = "a white rocket stands upright on its launch pad at dusk between four tall steel towers, " + ", ".join(

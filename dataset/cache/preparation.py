@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,11 +101,15 @@ def plan_targets(item: Item) -> tuple[Target, ...]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and the record of the source when they were read."""
+    """Pixels (F, H, W, 3) uint8 RGB at the size of the target's bucket, and the record of the source when they were read.
+
+    ``seen``: what ``see`` made of the file's first frame, before it was fitted.
+    """
 
     target: Target
     pixels: np.ndarray
     source: dict[str, str]
+    seen: Any = None
 
 
 @dataclass(frozen=True)
@@ -130,15 +135,17 @@ class Later:
 
 
 Result = Prepared | Finished | Failure
+Wanted = Callable[[Target], bool]
+See = Callable[[np.ndarray], Any]
 CLIP_MEMORY = SharedMemory(1 << 30)  # for what decodes large frames before it is due
 
 
-def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: True) -> Iterator[Result | Later]:
+def prepare_item(item: Item, wanted: Wanted = lambda target: True, see: See = lambda frame: None) -> Iterator[Result | Later]:
     """Prepare one item: each wanted target, then ``Finished``; or, wherever it fails, a ``Failure`` and nothing more.
 
     Before all that there may be ``Later``.
     """
-    taken = 0
+    taken, seen = 0, []
     try:
         needed = decoding_bytes(item.path) if item.dataset.kind == "video" else 0
         if not CLIP_MEMORY.take(needed):
@@ -153,11 +160,12 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
             source = source_record(item.path, item.dataset.kind)
             bucket, resampling = targets[0].bucket, targets[0].resampling
             if item.dataset.kind == "image":
-                cut = [(None, read_image(item.path, bucket)[None])]
+                cut = [(None, read_image(item.path, bucket, lambda frame: seen.append(see(frame)))[None])]
             else:
-                cut = read_clip_windows(item.path, missing, bucket, resampling and resampling.indices)
+                indices = resampling and resampling.indices
+                cut = read_clip_windows(item.path, missing, bucket, indices, lambda frame: seen.append(see(frame)))
             for window, pixels in cut:
-                yield Prepared(missing[window], pixels, source)
+                yield Prepared(missing[window], pixels, source, *seen)
     except UserError as error:
         yield Failure(item, str(error))
     except Exception as error:
@@ -175,17 +183,18 @@ def prepare_item(item: Item, wanted: Callable[[Target], bool] = lambda target: T
 def prepare(
     items: Iterable[Item],
     num_workers: int,
-    wanted: Callable[[Target], bool] = lambda target: True,
+    wanted: Wanted = lambda target: True,
     watchdog: Watchdog | None = None,
+    see: See = lambda frame: None,
 ) -> Iterator[Result]:
     """``prepare_item`` over many items in ``num_workers`` threads, with the results in the order of the items.
 
     Memory is bounded: of the item that is due and of ``num_workers + 1`` items after it one result each is prepared ahead, besides
-    the windows that are being cut; of clips with large frames only as many are read ahead as ``CLIP_MEMORY`` allows. ``wanted`` is
-    called in the threads. ``watchdog`` says which file is waited for.
+    the windows that are being cut; of clips with large frames only as many are read ahead as ``CLIP_MEMORY`` allows. ``wanted`` and
+    ``see`` are called in the threads. ``watchdog`` says which file is waited for.
     """
     watchdog = watchdog or Watchdog()
-    started = ((item, prepare_item(item, wanted)) for item in items)
+    started = ((item, prepare_item(item, wanted, see)) for item in items)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="prepare") as pool:
         waiting = deque((item, results, pool.submit(next, results, None)) for item, results in islice(started, num_workers + 1))
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,11 @@ def iterate_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def read_clip_windows(
-    path: Path, windows: Iterable[Window], bucket: tuple[int, int], indices: Sequence[int] | None = None
+    path: Path,
+    windows: Iterable[Window],
+    bucket: tuple[int, int],
+    indices: Sequence[int] | None = None,
+    see: Callable[[np.ndarray], object] = lambda frame: None,
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """Cut windows out of a video in one pass, each frame fitted to ``bucket`` once.
 
@@ -116,6 +120,7 @@ def read_clip_windows(
     Args:
         indices: which frames of the file are the frames that windows count; they never fall, and one may come several times.
             None: every frame.
+        see: is called with the first frame of the first window before it is fitted; with HDR perhaps shrunk.
 
     Raises:
         MediaError: as ``iterate_frames``, or the video ends before a window does.
@@ -138,7 +143,10 @@ def read_clip_windows(
                 needed_until = max(needed_until, sum(not_started.popleft()))
             if count <= needed_until:
                 if frame is not fitted_frame:
-                    fitted_frame, fitted = frame, fit_to_bucket(video.rgb(frame, bucket), bucket)
+                    pixels = video.rgb(frame, bucket)
+                    if fitted is None:
+                        see(pixels)
+                    fitted_frame, fitted = frame, fit_to_bucket(pixels, bucket)
                 kept[count - 1] = fitted
             for window in by_end.get(count, ()):
                 finished.add(window)

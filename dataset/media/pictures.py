@@ -68,7 +68,9 @@ UNREADABLE_PROFILE = "unreadable colour profile, taken for sRGB"
 _memory = SharedMemory(MOST_DECODING_BYTES)
 
 
-def read_image(path: Path, bucket: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    path: Path, bucket: tuple[int, int] | None = None, see: Callable[[np.ndarray], object] = lambda pixels: None
+) -> np.ndarray:
     """The picture as (H, W, 3) uint8 sRGB, upright. Of an animation the first frame is read.
 
     Transparent parts become white. 16 bit greys are scaled to 8 bits, floating-point greys from 0..1 or 0..255. Colour profiles,
@@ -76,6 +78,7 @@ def read_image(path: Path, bucket: tuple[int, int] | None = None) -> np.ndarray:
 
     Args:
         bucket: fit it to this size.
+        see: is called with the whole picture before.
 
     Raises:
         MediaError: missing, not a picture, cut short, too large, or with values that have no agreed meaning.
@@ -89,13 +92,14 @@ def read_image(path: Path, bucket: tuple[int, int] | None = None) -> np.ndarray:
                 )
         del image
         with _memory.of(size):  # until all but the result is freed
-            return _read(path, bucket)
+            return _read(path, bucket, see)
 
 
-def _read(path: Path, bucket: tuple[int, int] | None) -> np.ndarray:
+def _read(path: Path, bucket: tuple[int, int] | None, see: Callable[[np.ndarray], object]) -> np.ndarray:
     with Image.open(path, formats=readable_formats()) as image:
         pixels = picture_to_rgb(image, path)
     del image
+    see(pixels)
     return pixels if bucket is None else fit_to_bucket(pixels, bucket)
 
 

@@ -70,6 +70,15 @@ def test_windows_of_a_clip_hold_its_frames(tmp_path):
     assert {target.window for target in results[-1].targets} == set(clips)
 
 
+def test_the_first_frame_is_seen_whole_before_it_is_fitted(tmp_path):
+    write_clip(tmp_path / "a.mp4", 10)
+    dataset = video_dataset(tmp_path, target_frames=(5,), frame_extraction="chunk")
+    *results, _ = prepare_item(list_items(dataset)[0], see=lambda frame: (frame.shape, frame.mean() // 2))
+    assert [result.seen for result in results] == [((48, 64, 3), 0)] * 2
+    write_pictures(tmp_path, 1)
+    assert next(prepare_item(list_items(image_dataset(tmp_path, resolution=(32, 16)))[0], see=np.shape)).seen == (64, 64, 3)
+
+
 def test_only_wanted_targets_are_decoded(tmp_path, monkeypatch):
     write_clip(tmp_path / "a.mp4", 10)
     item = list_items(video_dataset(tmp_path, target_frames=(1, 5)))[0]
@@ -85,9 +94,9 @@ def test_results_come_in_the_order_of_the_items(tmp_path, monkeypatch):
     stems = write_pictures(tmp_path, 12)
     read = preparation.read_image
 
-    def read_unevenly(path: Path, bucket: tuple[int, int]) -> np.ndarray:
+    def read_unevenly(path: Path, bucket: tuple[int, int], *see) -> np.ndarray:
         time.sleep(0.02 * (int(path.stem) % 3))
-        return read(path, bucket)
+        return read(path, bucket, *see)
 
     monkeypatch.setattr(preparation, "read_image", read_unevenly)
     results = list(prepare(list_items(image_dataset(tmp_path)), num_workers=3))
@@ -166,11 +175,11 @@ def test_a_file_that_is_read_for_too_long_is_named(tmp_path, monkeypatch, caplog
     def is_said() -> bool:
         return any(line.endswith(f"reading {tmp_path / '001.png'}") for line in caplog.messages)
 
-    def hangs(path, bucket):
+    def hangs(path, *rest):
         ends = time.monotonic() + 10
         while path.name == "001.png" and not is_said() and time.monotonic() < ends:
             time.sleep(0.01)
-        return read_image(path, bucket)
+        return read_image(path, *rest)
 
     monkeypatch.setattr(preparation, "read_image", hangs)
     with Watchdog(0.05) as watchdog:

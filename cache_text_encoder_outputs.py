@@ -27,7 +27,7 @@ from dataset.cache.preparation import Failure
 from dataset.cache.report import format_table
 from dataset.items import Item
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments, text_encoder_settings
-from hunyuan_model.text.encoding import CutText, cut_texts, fingerprints
+from hunyuan_model.text.encoding import TextLength, cut_texts, fingerprints
 from utils.cli.arguments import add_device_argument, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
@@ -160,7 +160,7 @@ def share_batches(items: Sequence[Item], batch_size: int | None, ranks: Ranks) -
 def count_cut(jobs: Sequence[Job], tokenizers: Sequence[PreTrainedTokenizerBase], ranks: Ranks) -> None:
     """Count the captions of each dataset that the encoders do not read to their ends, and name them."""
 
-    def cut_ones(captions: Sequence[str]) -> list[CutText | None]:
+    def cut_ones(captions: Sequence[str]) -> list[TextLength | None]:
         cut = cut_texts(captions, tokenizers)
         return [cut.get(caption) for caption in captions]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hunyuan_model.runtime.gradient_checkpointing import enable_gradient_checkpointing
     from hunyuan_model.runtime.loading import check_transformer_file, load_transformer
     from hunyuan_model.text.clip import load_text_encoder_2
-    from hunyuan_model.text.encoding import check_text_encoder_files, encode_prompts, load_tokenizers
+    from hunyuan_model.text.encoding import check_text_encoder_files, encode_prompts, load_tokenizers, text_lengths
     from hunyuan_model.text.llm import load_text_encoder_1
     from hunyuan_model.vae.loading import check_vae_file, load_vae
 
@@ -38,6 +38,7 @@ _HOMES = {
     "encode_prompts": "hunyuan_model.text.encoding",
     "load_transformer": "hunyuan_model.runtime.loading",
     "load_vae": "hunyuan_model.vae.loading",
+    "text_lengths": "hunyuan_model.text.encoding",
     "load_text_encoder_1": "hunyuan_model.text.llm",
     "load_text_encoder_2": "hunyuan_model.text.clip",
     "load_tokenizers": "hunyuan_model.text.encoding",

@@ -190,7 +190,7 @@ def read_picture(path: Path) -> None:
 
 def read_video(path: Path) -> None:
     info = probe_video(path)
-    count, resampling = frames_at_rate(path, info.fps, 24.0, 5)
+    count, resampling, _ = frames_at_rate(path, info.fps, 24.0, 5)
     _all_of(
         lambda: list(read_clip_windows(path, [(0, min(5, count))], (32, 32), resampling and resampling.indices)),
         lambda: list(islice(iterate_frames(path), 30)),

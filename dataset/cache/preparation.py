@@ -79,24 +79,48 @@ class Target:
         return {**target_record(self.bucket, self.window, frame_rate), PIXELS: self.done}
 
 
-def plan_targets(item: Item) -> tuple[Target, ...]:
-    """The cache files an item calls for; none for a clip that is too short. Decodes no more than that needs.
+@dataclass(frozen=True)
+class Source:
+    """What is known of an item's file before it is cut; but for the first two fields of a clip.
+
+    Attributes:
+        size: (W, H) of its upright frames.
+        done: to the pixels, as ``VideoInfo.done``.
+        frames: that windows are cut from, as far as they were counted.
+        resampling: as ``Target.resampling``.
+        fps: by the times of the frames, or as stated where they do not count.
+        seconds, filmed_fps: as ``VideoInfo`` has them.
+    """
+
+    size: tuple[int, int]
+    done: str
+    frames: int = 1
+    resampling: Resampling | None = None
+    fps: float | None = None
+    seconds: float | None = None
+    filmed_fps: float | None = None
+
+
+def read_source(item: Item) -> Source:
+    """Decodes no more than ``plan_targets`` needs. Raises a MediaError where the file is unreadable."""
+    dataset = item.dataset
+    if dataset.kind == "image":
+        return Source(*probe_image(item.path))
+    info = probe_video(item.path)
+    needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
+    counted = frames_at_rate(item.path, info.fps, dataset.target_fps, needed, dataset.source_fps)
+    return Source((info.width, info.height), info.done, *counted, info.seconds, info.filmed_fps)
+
+
+def plan_targets(item: Item, source: Source | None = None) -> tuple[Target, ...]:
+    """The cache files an item calls for; none for a clip that is too short. ``source``: where it was read before.
 
     Raises a MediaError where the file is unreadable.
     """
-    dataset = item.dataset
-    windows: list[Window | None] = [None]
-    resampling = None
-    if dataset.kind == "image":
-        size, done = probe_image(item.path)
-    else:
-        info = probe_video(item.path)
-        size, done = (info.width, info.height), info.done
-        needed = frames_needed(dataset.target_frames, dataset.frame_extraction, dataset.max_frames)
-        count, resampling = frames_at_rate(item.path, info.fps, dataset.target_fps, needed, dataset.source_fps)
-        windows = list(dataset.windows_of(count))
-    bucket = dataset.bucket_for(size)
-    return tuple(Target(item, window, size, bucket, resampling, done) for window in windows)
+    dataset, source = item.dataset, source or read_source(item)
+    windows = [None] if dataset.kind == "image" else dataset.windows_of(source.frames)
+    bucket = dataset.bucket_for(source.size)
+    return tuple(Target(item, window, source.size, bucket, source.resampling, source.done) for window in windows)
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,7 @@ class Finished:
     """An item is through. ``targets``: all that it calls for, also unwanted ones; none means that the clip is too short."""
 
     item: Item
+    source: Source
     targets: tuple[Target, ...]
     decoded: bool
 
@@ -152,12 +177,13 @@ def prepare_item(item: Item, wanted: Wanted = lambda target: True, see: See = la
             yield Later()
             CLIP_MEMORY.take(needed, anyway=True)
         taken = needed
-        targets = plan_targets(item)
+        source = read_source(item)
+        targets = plan_targets(item, source)
         if taken:
             return_freed_memory()
         missing = {target.window: target for target in targets if wanted(target)}
         if missing:
-            source = source_record(item.path, item.dataset.kind)
+            record = source_record(item.path, item.dataset.kind)
             bucket, resampling = targets[0].bucket, targets[0].resampling
             if item.dataset.kind == "image":
                 cut = [(None, read_image(item.path, bucket, lambda frame: seen.append(see(frame)))[None])]
@@ -165,7 +191,7 @@ def prepare_item(item: Item, wanted: Wanted = lambda target: True, see: See = la
                 indices = resampling and resampling.indices
                 cut = read_clip_windows(item.path, missing, bucket, indices, lambda frame: seen.append(see(frame)))
             for window, pixels in cut:
-                yield Prepared(missing[window], pixels, source, *seen)
+                yield Prepared(missing[window], pixels, record, *seen)
     except UserError as error:
         yield Failure(item, str(error))
     except Exception as error:
@@ -173,7 +199,7 @@ def prepare_item(item: Item, wanted: Wanted = lambda target: True, see: See = la
         logger.debug("%s", item.path, exc_info=True)
         yield Failure(item, f"{item.path}: {type(error).__name__}: {first_line(error)}")
     else:
-        yield Finished(item, targets, decoded=bool(missing))
+        yield Finished(item, source, targets, decoded=bool(missing))
     finally:
         if taken:
             return_freed_memory()

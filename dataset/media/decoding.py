@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.media.errors import MediaError
-from dataset.media.frame_rate import MODEL_FPS, Resampling, resample
+from dataset.media.frame_rate import MODEL_FPS, Resampling, own_rate, resample
 from dataset.media.frames import Window
 from dataset.media.resizing import fit_to_bucket
 from dataset.media.videos import Frame, open_video
@@ -29,20 +29,25 @@ LONGEST_GAP = 10.0  # seconds between two frames, beyond which a timestamp is ta
 class VideoInfo:
     """What is known of a video without decoding all of it. Width and height are those of the upright picture.
 
-    ``done``: what is done to its pixels, such as "HLG to SDR"; empty for a plain video.
+    Attributes:
+        done: what is done to its pixels, such as "HLG to SDR"; empty for a plain video.
+        seconds: how long it plays, as stated.
+        filmed_fps: the rate of the camera, where the file says that; slow motion plays at a lower one.
     """
 
     width: int
     height: int
     fps: float | None
     done: str = ""
+    seconds: float | None = None
+    filmed_fps: float | None = None
 
 
 def probe_video(path: Path) -> VideoInfo:
     """Size, stated frame rate, and what is done to the pixels; decodes the first frames."""
     with open_video(path) as video:
         width, height = video.size(next(video.frames()))
-        return VideoInfo(width, height, video.fps, video.done)
+        return VideoInfo(width, height, video.fps, video.done, video.seconds, video.filmed_fps)
 
 
 def frame_times(
@@ -78,8 +83,9 @@ def frame_times(
 
 def frames_at_rate(
     path: Path, fps: float | None, target_fps: float, needed: int | None = None, source_fps: float | None = None
-) -> tuple[int, Resampling | None]:
-    """How many frames a video has at ``target_fps`` (0: at its own rate), and which of the file they are; None: every frame.
+) -> tuple[int, Resampling | None, float | None]:
+    """How many frames a video has at ``target_fps`` (0: at its own rate), which of the file they are (None: every frame), and the
+    rate of the file: by the times of its frames, or as stated where there is one frame or ``source_fps`` counts.
 
     Args:
         fps: what the file states.
@@ -91,7 +97,8 @@ def frames_at_rate(
         limit = needed, max(needed / target_fps, RATE_SECONDS) if target_fps else 0.0
     times = frame_times(path, source_fps or fps, source_fps is None, limit)
     resampling = resample(times, source_fps or fps, target_fps, given=source_fps is not None)
-    return len(times if resampling is None else resampling.indices), resampling
+    own = fps if source_fps is not None or len(times) < 2 else own_rate(np.asarray(times), fps)
+    return len(times if resampling is None else resampling.indices), resampling, own
 
 
 def iterate_frames(path: Path) -> Iterator[np.ndarray]:

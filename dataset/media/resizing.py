@@ -12,19 +12,24 @@ import numpy as np
 from PIL import Image
 
 
+def kept_box(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, width and height of what ``fit_to_bucket`` keeps of a frame of ``size`` (W, H), in its pixels."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    width, height = min(size[0], bucket[0] / scale), min(size[1], bucket[1] / scale)
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return (int(left), int(top), *bucket) if scale == 1 else (left, top, width, height)
+
+
 def fit_to_bucket(frame: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
     """Resize (H, W, 3) uint8 to cover ``bucket`` and crop the centre -> (bucket height, bucket width, 3) uint8.
 
     Lanczos when enlarging. When shrinking, each pixel is the mean of the exact area it covers.
     """
     height, width = frame.shape[:2]
-    scale = max(bucket[0] / width, bucket[1] / height)
-    covered_width, covered_height = min(width, bucket[0] / scale), min(height, bucket[1] / scale)
-    left, top = (width - covered_width) / 2, (height - covered_height) / 2
-    if scale == 1:
-        left, top = int(left), int(top)
+    left, top, covered_width, covered_height = kept_box((width, height), bucket)
+    if (covered_width, covered_height) == bucket:
         return np.ascontiguousarray(frame[top : top + bucket[1], left : left + bucket[0]])
-    if scale > 1:
+    if covered_width < bucket[0]:
         box = (left, top, left + covered_width, top + covered_height)
         return np.array(Image.fromarray(frame).resize(bucket, Image.Resampling.LANCZOS, box=box))
     rows = _area_taps(height, top, covered_height, bucket[1])

@@ -61,7 +61,7 @@ def read_start(kind: str, path: Path, size: tuple[int, int], length: int) -> np.
         return np.repeat(read_image(path, bucket)[None], length, axis=0)
     if path.is_dir():
         return np.stack([read_image(file, bucket) for file in _frames_in(path)[:length]])
-    _, resampling = frames_at_rate(path, probe_video(path).fps, MODEL_FPS, length)
+    _, resampling, _ = frames_at_rate(path, probe_video(path).fps, MODEL_FPS, length)
     ((_, frames),) = read_clip_windows(path, [(0, length)], bucket, resampling and resampling.indices)
     return frames
 
@@ -98,7 +98,7 @@ def _check_video(path: Path, length: int) -> str:
         if path.suffix.lower() in STILLS:
             raise MediaError(f"{path} is a picture, not a video: give it as --image_path.")
         info = probe_video(path)
-        count, resampling = frames_at_rate(path, info.fps, MODEL_FPS, length)
+        count, resampling, _ = frames_at_rate(path, info.fps, MODEL_FPS, length)
         size, changes = f"{info.width}x{info.height}", [str(change) for change in (resampling, info.done) if change]
     if count < length:
         at_rate = "" if path.is_dir() else f" at {MODEL_FPS} frames per second"

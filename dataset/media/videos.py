@@ -6,6 +6,7 @@ deinterlaced, over white. Every size is (width, height).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ MOST_FRAME_PIXELS, MOST_FRAME_BYTES = 40_000_000, 160_000_000  # 8192x4320 has 3
 LARGE_FRAME_PIXELS = 10_000_000  # of larger frames as few as possible are kept: one is looked at, and threads share it
 KEPT_FRAMES, CONVERSION_BYTES = 17, 14  # by a decoder of H.264 or HEVC at most; for each pixel, as RGB and while it is fitted
 DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})  # of what is not also HDR10, HLG or SDR
+FILMED_FPS_TAG = "com.android.capture.fps"
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
 
 
@@ -99,6 +101,8 @@ class Video:
 
     Attributes:
         decoded: the frames as they are in the file, each once; ``frames`` reads them too.
+        fps, seconds: as stated.
+        filmed_fps: the rate of the camera, as phones with Android state it.
         done: what ``frames`` and ``rgb`` do to the pixels, for people.
     """
 
@@ -114,6 +118,8 @@ class Video:
         stream.thread_type = "SLICE" if is_large else "AUTO"
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate else None
+        self.seconds = _stated_seconds(container, stream)
+        self.filmed_fps = _positive_number(container.metadata.get(FILMED_FPS_TAG))
         decoded = _decode(container, stream, path)
         first = list(islice(decoded, 1 if is_large else FIRST_FRAMES))
         if not first:
@@ -209,7 +215,7 @@ class Animation:
     def __init__(self, image: Image.Image, path: Path) -> None:
         _require_small(path, *image.size)
         self.decoded = _animation_frames(image, path)
-        self.fps = None
+        self.fps = self.seconds = self.filmed_fps = None
         done = colour_conversion(image, path)[0], "transparency over white" if image.has_transparency_data else ""
         self.done = ", ".join(filter(None, done))
 
@@ -286,6 +292,21 @@ def _deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
                     yield graph.pull()
                 except (av.BlockingIOError, EOFError):
                     break
+
+
+def _stated_seconds(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:
+    if stream.duration and stream.time_base:
+        return _positive_number(stream.duration * stream.time_base)
+    return _positive_number(container.duration and container.duration / av.time_base)
+
+
+def _positive_number(value: object) -> float | None:
+    """What a file states, if it is a number that can be meant."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def _colour_of(frame: av.VideoFrame, codec: av.CodecContext) -> Colour | None:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from dataset.cache.preparation import Failure, Finished, Source
+from dataset.config import DatasetConfig
 from dataset.items import Item
 from dataset.media.buckets import Size
-from dataset.media.frames import Window
+from dataset.media.frame_rate import MODEL_FPS, TOLERANCE
+from dataset.media.frames import Window, longest_clip
+from dataset.media.resizing import kept_box
+from dataset.preview.duplicates import Alike, Fingerprints
+from utils.errors import SHOWN_NAMES, name_some
+
+if TYPE_CHECKING:
+    from hunyuan_model.text.encoding import TextLength
+
+# An enlargement by less is rounding: sides are multiples of 16, which is 6 % of 256.
+ENLARGED = 1.1
+# Of the area. A picture of 3:2 loses 33 % in a square, one of 4:3 25 % there and in 16:9; a panorama of 3:1 loses 41 % in 16:9.
+MOST_CUT_AWAY = 0.35
+# Of a clip's frames may show the one before them once more. Animation on twos, 12 frames per second, has half of them.
+MOST_REPEATS = 0.55
+# Phones film fewer frames in the dark than they state: 24 of 30, 50 of 60. The slowest slow motion films 60 and plays 30.
+SLOW_MOTION = 1.5
 
 
 class Concern(StrEnum):
@@ -18,6 +43,7 @@ class Concern(StrEnum):
     CROPPED = "much cut away"
     UPSCALED = "enlarged"
     SPEED = "wrong speed"
+    STUTTER = "stutters"
     DUPLICATE = "near-duplicate"
     NO_CAPTION = "no caption"
     SAME_CAPTION = "same caption"
@@ -49,7 +75,9 @@ class ItemFacts:
         bucket: the size it is trained at.
         kept: left, top, width, height of what is not cut away, in pixels of the file.
         fps: of a clip's file; None for pictures.
-        windows: the clips that are cut from it, as first frame and frames at the model's rate.
+        windows: the clips that are cut from it, as first frame and frames at the rate that is trained.
+        seconds: how long a clip's file plays; None for pictures, and where the file does not say.
+        spans: the parts of a clip's file that are in a window, from second to second, in order.
         changes: what is done to its frames, as ``Target.changes``.
         tokens: for encoder 1 and 2; None where no tokenizers were given.
     """
@@ -60,6 +88,209 @@ class ItemFacts:
     kept: tuple[float, float, float, float] | None = None
     fps: float | None = None
     windows: list[Window] = field(default_factory=list)
+    seconds: float | None = None
+    spans: list[tuple[float, float]] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     tokens: tuple[TokenCount, TokenCount] | None = None
     notes: list[Note] = field(default_factory=list)
+
+    @property
+    def use(self) -> str:
+        """How much of a clip is trained, such as "2.0 of 14.5 s are used"; empty for pictures and what cannot be read."""
+        if self.fps is None:
+            return ""
+        used = sum(end - start for start, end in self.spans)
+        whole = "" if self.seconds is None else f" of {self.seconds:.1f}"
+        return f"{used:.1f}{whole} s are used"
+
+
+def facts_of(finished: Finished) -> ItemFacts:
+    """What is known of a file that was read, also of a clip that is too short. ``compare_items`` adds what needs the others."""
+    item, source, dataset = finished.item, finished.source, finished.item.dataset
+    bucket = dataset.bucket_for(source.size)
+    facts = ItemFacts(item, source.size, bucket, kept_box(source.size, bucket))
+    facts.changes = finished.targets[0].changes if finished.targets else []
+    notes = [_cropped(facts), _enlarged(facts)]
+    if dataset.kind == "video":
+        rate = frames_of_a_second(source, dataset)
+        facts.fps, facts.seconds = source.fps or MODEL_FPS, source.seconds
+        facts.windows = [target.window for target in finished.targets]
+        facts.spans = [(start / rate, end / rate) for start, end in _joined(facts.windows)]
+        notes += [_short(source, finished), _speed(source, dataset), _stutter(source, facts.windows)]
+    facts.notes = [note for note in notes if note is not None]
+    return facts
+
+
+def facts_of_failure(failure: Failure) -> ItemFacts:
+    """Of a file that cannot be read."""
+    return ItemFacts(failure.item, notes=[Note(Concern.FAILED, failure.message)])
+
+
+def compare_items(
+    facts: Sequence[ItemFacts], fingerprints: Fingerprints, lengths: Mapping[str, TextLength] | None = None
+) -> None:
+    """Add the notes and token counts of captions, and the notes of near-duplicates.
+
+    ``lengths``: of all captions, as ``hunyuan_model.text_lengths`` counts them.
+    """
+    names = _Names([each.item for each in facts])
+    _add_caption_notes(facts, names, lengths)
+    alike = fingerprints.alike()
+    for each in facts:
+        if (found := alike.get(each.item)) is not None:
+            each.notes.append(_duplicate(found, names))
+
+
+class _Names:
+    """What notes call files: by their names, and where several have the same one, with the folder. One file may be several items."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._folders: dict[str, set[str]] = defaultdict(set)
+        for item in items:
+            self._folders[item.path.name].add(os.path.abspath(item.path.parent))
+
+    def __call__(self, item: Item) -> str:
+        is_unique = len(self._folders[item.path.name]) == 1
+        return item.path.name if is_unique else f"{item.path.parent.name}/{item.path.name}"
+
+
+def _add_caption_notes(facts: Sequence[ItemFacts], names: _Names, lengths: Mapping[str, TextLength] | None) -> None:
+    files: dict[str, dict[str, Item]] = defaultdict(dict)  # of each caption: one item of each file
+    for each in facts:
+        if each.item.caption:
+            files[each.item.caption].setdefault(os.path.realpath(each.item.path), each.item)
+    shared = {
+        caption: f"{len(items)} files have this same caption: {_name_some([*map(names, islice(items.values(), SHOWN_NAMES))], len(items))}. "
+        "Say in each what only that one shows."
+        for caption, items in files.items()
+        if len(items) > 1
+    }
+    for each in facts:
+        caption = each.item.caption
+        if not caption:
+            what = "It has no caption" if caption is None else "Its caption is empty"
+            each.notes.append(Note(Concern.NO_CAPTION, f"{what}. Write down what it shows."))
+        elif caption in shared:
+            each.notes.append(Note(Concern.SAME_CAPTION, shared[caption]))
+        if lengths is not None and caption is not None:
+            length = lengths[caption]
+            each.tokens = tuple(TokenCount(*counts) for counts in length.counts)
+            if length.is_cut:
+                text = f"The end of its caption is not read: it has {length}. Shorten it, with what matters first."
+                each.notes.append(Note(Concern.LONG_CAPTION, text))
+
+
+def _duplicate(found: Alike, names: _Names) -> Note:
+    first = [f"{names(item)}{' (mirrored)' if item in found.mirrored else ''}" for item in found.first]
+    text = f"It looks nearly the same as {_name_some(first, found.count)}. Keep one, or the model learns it as often as it is there."
+    return Note(Concern.DUPLICATE, text)
+
+
+def _name_some(first: Sequence[str], count: int) -> str:
+    """``name_some`` of ``count`` names, of which the first suffice."""
+    more = f" and {count - SHOWN_NAMES} more" if count > SHOWN_NAMES else ""
+    return name_some(first[:SHOWN_NAMES]) + more
+
+
+def frames_of_a_second(source: Source, dataset: DatasetConfig) -> float:
+    """How many of the frames that windows count come from one second of a clip's file."""
+    own = source.fps or MODEL_FPS
+    if source.resampling is None:
+        return own
+    return dataset.target_fps * own / (dataset.source_fps or own)
+
+
+def _joined(windows: Sequence[Window]) -> list[tuple[int, int]]:
+    """First frame and end of each stretch of frames that are in a window."""
+    stretches: list[tuple[int, int]] = []
+    for start, length in sorted(windows):
+        if stretches and start <= stretches[-1][1]:
+            stretches[-1] = stretches[-1][0], max(stretches[-1][1], start + length)
+        else:
+            stretches.append((start, start + length))
+    return stretches
+
+
+def _cropped(facts: ItemFacts) -> Note | None:
+    (width, height), (_, _, kept_width, kept_height) = facts.size, facts.kept
+    lost = 1 - kept_width * kept_height / (width * height)
+    if lost <= MOST_CUT_AWAY:
+        return None
+    sides = "left and right" if width - kept_width > height - kept_height else "top and bottom"
+    advice = "" if facts.item.dataset.enable_bucket else ", or set enable_bucket = true"
+    return Note(
+        Concern.CROPPED,
+        f"{lost:.0%} of {_sides(facts.size)} is cut away at the {sides}, to fit {_sides(facts.bucket)}. "
+        f"Crop it yourself to what matters{advice}.",
+    )
+
+
+def _enlarged(facts: ItemFacts) -> Note | None:
+    times = facts.bucket[0] / facts.kept[2]
+    if times < ENLARGED:
+        return None
+    advice = "set bucket_no_upscale = true" if facts.item.dataset.enable_bucket else "set a smaller resolution"
+    return Note(
+        Concern.UPSCALED,
+        f"{_sides(facts.size)} is enlarged {times:.1f} times to fit {_sides(facts.bucket)} and looks soft. "
+        f"Take a larger original, or {advice}.",
+    )
+
+
+def _short(source: Source, finished: Finished) -> Note | None:
+    if finished.targets:
+        return None
+    dataset, count = finished.item.dataset, source.frames
+    at_rate = f" at {dataset.target_fps:g} per second" if dataset.target_fps else ""
+    return Note(
+        Concern.SHORT,
+        f"It has {count} frame{'s' if count > 1 else ''}{at_rate}, and the smallest of target_frames is {min(dataset.target_frames)}: "
+        f"nothing of it is trained. Take a longer clip, or add {longest_clip(count)} to target_frames.",
+    )
+
+
+def _speed(source: Source, dataset: DatasetConfig) -> Note | None:
+    own = source.fps or MODEL_FPS
+    filmed = source.filmed_fps or own
+    if max(filmed / own, own / filmed) < SLOW_MOTION:
+        filmed = own
+    rate = frames_of_a_second(source, dataset) * filmed / own  # trained frames of one second before the camera
+    if abs(rate / MODEL_FPS - 1) <= TOLERANCE:
+        return None
+    result = f"it is trained at {MODEL_FPS / rate:.3g} times its speed"
+    if filmed != own:
+        text = (
+            f"It was filmed at {filmed:.4g} frames per second, and its file plays {own:.4g} of them in a second: {result}. "
+            f"Put such clips into a dataset of their own with source_fps = {filmed:.4g}, or say in the caption how fast it is."
+        )
+    elif source.resampling is not None and source.resampling.given:
+        text = (
+            f"It was filmed at {own:.4g} frames per second by its file, and source_fps takes them for {dataset.source_fps:.4g}: "
+            f"{result}. Remove source_fps unless the file is wrong."
+        )
+    else:
+        text = (
+            f"It was filmed at {own:.4g} frames per second, and target_fps = {dataset.target_fps:g} makes it "
+            f"{rate:.4g} of the {MODEL_FPS} that are one second for the model: {result}. Remove target_fps."
+        )
+    return Note(Concern.SPEED, text)
+
+
+def _stutter(source: Source, windows: Sequence[Window]) -> Note | None:
+    if source.resampling is None or not windows:
+        return None
+    repeats = np.diff(source.resampling.indices) == 0
+    before = np.concatenate([[0], np.cumsum(repeats)])  # repeats up to a frame
+    repeated = sum(int(before[start + length - 1] - before[start]) for start, length in windows)
+    share = repeated / max(1, sum(length - 1 for _, length in windows))
+    if share <= MOST_REPEATS:
+        return None
+    return Note(
+        Concern.STUTTER,
+        f"It has {source.fps or MODEL_FPS:.3g} frames per second, so that {share:.0%} of the frames that are trained "
+        f"only repeat the one before. Take a version with more frames per second, or leave it out.",
+    )
+
+
+def _sides(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -55,24 +55,41 @@ def check_text_encoder_files(text_encoder_1: str | os.PathLike[str], text_encode
     check_text_encoder_2(text_encoder_2)
 
 
-class CutText(NamedTuple):
-    """How long a text is that one of the encoders does not read to its end, in tokens of each."""
+class TextLength(NamedTuple):
+    """How long a text is, in tokens of each encoder."""
 
     tokens1: int  # with what follows the prompt in the template; encoder 1 reads 256
     tokens2: int  # with the begin and the end; encoder 2 reads 77
+
+    @property
+    def counts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """For encoder 1 and 2: the tokens, and how many it reads."""
+        return (self.tokens1, TEXT_LENGTH), (self.tokens2, CLIP_LENGTH)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether one of the encoders does not read to the end."""
+        return any(count > limit for count, limit in self.counts)
 
     def __str__(self) -> str:
         return f"{self.tokens1} of {TEXT_LENGTH} tokens for encoder 1, {self.tokens2} of {CLIP_LENGTH} for encoder 2"
 
 
-def cut_texts(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, CutText]:
-    """Those of the texts that are too long for an encoder, each once."""
+def text_lengths(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, TextLength]:
+    """The lengths of the texts, each once."""
     llama_tokenizer, clip_tokenizer = tokenizers
     distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
     before = len(token_ids(llama_tokenizer, [TEMPLATE_BEFORE_PROMPT])[0])
     llama = token_ids(llama_tokenizer, [apply_prompt_template(text) for text in distinct])
-    lengths = [CutText(len(one) - before, len(two) + 2) for one, two in zip(llama, token_ids(clip_tokenizer, distinct))]
-    return {text: cut for text, cut in zip(distinct, lengths) if cut.tokens1 > TEXT_LENGTH or cut.tokens2 > CLIP_LENGTH}
+    clip_ids = token_ids(clip_tokenizer, distinct)
+    return {text: TextLength(len(one) - before, len(two) + 2) for text, one, two in zip(distinct, llama, clip_ids)}
+
+
+def cut_texts(texts: Iterable[str], tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, TextLength]:
+    """Those of the texts that are too long for an encoder, each once."""
+    return {text: length for text, length in text_lengths(texts, tokenizers).items() if length.is_cut}
 
 
 def encode_prompts(

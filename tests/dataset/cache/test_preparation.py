@@ -66,7 +66,7 @@ def test_windows_of_a_clip_hold_its_frames(tmp_path):
     frames = np.stack(list(iterate_frames(tmp_path / "a_b.mp4")))
     np.testing.assert_array_equal(clips[9, 9].pixels, frames[9:18])
     np.testing.assert_array_equal(clips[21, 1].pixels, frames[21:])
-    assert results[-1] == Finished(results[-1].item, results[-1].targets, decoded=True)
+    assert results[-1] == Finished(results[-1].item, results[-1].source, results[-1].targets, decoded=True)
     assert {target.window for target in results[-1].targets} == set(clips)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "load_tokenizers",
     "load_transformer",
     "load_vae",
+    "text_lengths",
 ]
 
 _HOMES = {
@@ -38,10 +39,10 @@ _HOMES = {
     "encode_prompts": "hunyuan_model.text.encoding",
     "load_transformer": "hunyuan_model.runtime.loading",
     "load_vae": "hunyuan_model.vae.loading",
-    "text_lengths": "hunyuan_model.text.encoding",
     "load_text_encoder_1": "hunyuan_model.text.llm",
     "load_text_encoder_2": "hunyuan_model.text.clip",
     "load_tokenizers": "hunyuan_model.text.encoding",
+    "text_lengths": "hunyuan_model.text.encoding",
 }
 
 

@@ -126,9 +126,7 @@ def facts_of_failure(failure: Failure) -> ItemFacts:
     return ItemFacts(failure.item, notes=[Note(Concern.FAILED, failure.message)])
 
 
-def compare_items(
-    facts: Sequence[ItemFacts], fingerprints: Fingerprints, lengths: Mapping[str, TextLength] | None = None
-) -> None:
+def compare_items(facts: Sequence[ItemFacts], fingerprints: Fingerprints, lengths: Mapping[str, TextLength] | None = None) -> None:
     """Add the notes and token counts of captions, and the notes of near-duplicates.
 
     ``lengths``: of all captions, as ``hunyuan_model.text_lengths`` counts them.
@@ -142,7 +140,7 @@ def compare_items(
 
 
 class _Names:
-    """What notes call files: by their names, and where several have the same one, with the folder. One file may be several items."""
+    """What notes call files: by their names, and where several have the same one, with the folder."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._folders: dict[str, set[str]] = defaultdict(set)
@@ -159,18 +157,16 @@ def _add_caption_notes(facts: Sequence[ItemFacts], names: _Names, lengths: Mappi
     for each in facts:
         if each.item.caption:
             files[each.item.caption].setdefault(os.path.realpath(each.item.path), each.item)
-    shared = {
-        caption: f"{len(items)} files have this same caption: {_name_some([*map(names, islice(items.values(), SHOWN_NAMES))], len(items))}. "
-        "Say in each what only that one shows."
-        for caption, items in files.items()
-        if len(items) > 1
-    }
+    shared = {}
+    for caption, items in files.items():
+        some = _name_some([names(item) for item in islice(items.values(), SHOWN_NAMES)], len(items))
+        shared[caption] = f"{len(items)} files have this same caption: {some}. Say in each what only that one shows."
     for each in facts:
         caption = each.item.caption
         if not caption:
             what = "It has no caption" if caption is None else "Its caption is empty"
             each.notes.append(Note(Concern.NO_CAPTION, f"{what}. Write down what it shows."))
-        elif caption in shared:
+        elif len(files[caption]) > 1:
             each.notes.append(Note(Concern.SAME_CAPTION, shared[caption]))
         if lengths is not None and caption is not None:
             length = lengths[caption]
@@ -182,7 +178,7 @@ def _add_caption_notes(facts: Sequence[ItemFacts], names: _Names, lengths: Mappi
 
 def _duplicate(found: Alike, names: _Names) -> Note:
     first = [f"{names(item)}{' (mirrored)' if item in found.mirrored else ''}" for item in found.first]
-    text = f"It looks nearly the same as {_name_some(first, found.count)}. Keep one, or the model learns it as often as it is there."
+    text = f"It looks nearly the same as {_name_some(first, found.count)}. Keep one of them."
     return Note(Concern.DUPLICATE, text)
 
 
@@ -244,7 +240,7 @@ def _short(source: Source, finished: Finished) -> Note | None:
     at_rate = f" at {dataset.target_fps:g} per second" if dataset.target_fps else ""
     return Note(
         Concern.SHORT,
-        f"It has {count} frame{'s' if count > 1 else ''}{at_rate}, and the smallest of target_frames is {min(dataset.target_frames)}: "
+        f"It has {count} frame{'s' if count > 1 else ''}{at_rate}, fewer than the {min(dataset.target_frames)} of target_frames: "
         f"nothing of it is trained. Take a longer clip, or add {longest_clip(count)} to target_frames.",
     )
 
@@ -269,9 +265,10 @@ def _speed(source: Source, dataset: DatasetConfig) -> Note | None:
             f"{result}. Remove source_fps unless the file is wrong."
         )
     else:
+        taken = "every frame" if dataset.target_fps == 0 else f"{dataset.target_fps:g} frames of each second"
         text = (
-            f"It was filmed at {own:.4g} frames per second, and target_fps = {dataset.target_fps:g} makes it "
-            f"{rate:.4g} of the {MODEL_FPS} that are one second for the model: {result}. Remove target_fps."
+            f"It was filmed at {own:.4g} frames per second. target_fps = {dataset.target_fps:g} takes {taken}, and "
+            f"{MODEL_FPS} are a second for the model: {result}. Remove target_fps."
         )
     return Note(Concern.SPEED, text)
 

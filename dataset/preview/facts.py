@@ -48,6 +48,7 @@ class Concern(StrEnum):
     NO_CAPTION = "no caption"
     SAME_CAPTION = "same caption"
     LONG_CAPTION = "caption too long"
+    CACHE = "cache not current"
 
 
 @dataclass(frozen=True)

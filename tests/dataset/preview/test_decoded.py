@@ -1,0 +1,102 @@
+"""What the cache holds is shown as the VAE decodes it, and what is wrong with it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dataset.cache.latents import LatentEncoder
+from dataset.cache.preparation import Failure, Prepared, prepare
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.items import list_items
+from dataset.preview.decoded import CacheDecoder
+from dataset.preview.facts import Concern
+from examples.toy.model_files import require_model
+from hunyuan_model.vae.loading import load_vae
+from hunyuan_model.vae.memory import VAESettings
+from utils.processes.watchdog import Watchdog
+from utils.safetensors_io import save_tensors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings() -> VAESettings:
+    return VAESettings(str(require_model().vae), torch.float32)
+
+
+@pytest.fixture
+def datasets(tiny_dataset, settings) -> tuple[DatasetConfig, ...]:
+    """A dataset of pictures and one of clips, cached."""
+    datasets = load_dataset_config(tiny_dataset).datasets
+    encoder = LatentEncoder.load(settings, CPU)
+    for dataset in datasets:
+        for result in prepare(list_items(dataset), 1):
+            assert not isinstance(result, Failure)
+            if isinstance(result, Prepared):
+                list(encoder.save([result]))
+    return datasets
+
+
+def decode(dataset: DatasetConfig, settings: VAESettings) -> tuple[CacheDecoder, list[Prepared]]:
+    decoder = CacheDecoder.load(settings, CPU)
+    results = list(decoder.decode(prepare(list_items(dataset), 1), Watchdog()))
+    return decoder, [result for result in results if isinstance(result, Prepared)]
+
+
+def change(path: Path, record: dict[str, str], add: float = 0.0) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **record}
+    metadata.pop("checksum")
+    save_tensors(path, {name: tensor + add for name, tensor in load_file(path).items()}, metadata)
+
+
+def test_pixels_are_those_that_the_vae_makes_of_the_cached_tensors(datasets, settings):
+    vae = load_vae(settings.vae, device="cpu", dtype=torch.float32)
+    for dataset, count in zip(datasets, (6, 4)):
+        decoder, results = decode(dataset, settings)
+        assert len(results) == count
+        assert not any(decoder.notes.values())
+        for result in results:
+            (latents,) = load_file(result.target.cache_path).values()
+            with torch.no_grad():
+                expected = ((vae.decode(latents[None])[0] + 1) * 127.5).clamp(0, 255).permute(1, 2, 3, 0).numpy()
+            assert result.pixels.shape == (result.target.frames, *result.target.bucket[::-1], 3)
+            # the cached values are multiplied by the scaling factor and divided by it again, which may round
+            assert np.abs(result.pixels - expected).max() <= 0.502
+
+
+def test_what_is_wrong_with_a_cache_is_said(datasets, settings):
+    pictures, clips = datasets
+    paths = {path.name.rpartition("_")[0].rpartition("_")[0]: path for path in pictures.cache_directory.glob("*.safetensors")}
+    paths["red_circle"].unlink()
+    change(paths["yellow_square"], {}, add=float("nan"))
+    change(paths["white_triangle"], {"vae": "of another"})
+    paths["orange_circle"].write_bytes(b"no cache")
+    Image.new("RGB", (72, 128)).save(pictures.directory / "blue_square.png")
+    decoder, results = decode(pictures, settings)
+    assert {result.target.item.stem for result in results} == {"white_triangle", "blue_square", "green_triangle"}
+    notes = {item.stem: notes for item, notes in decoder.notes.items() if notes}
+    assert {note.concern for found in notes.values() for note in found} == {Concern.CACHE}
+    texts = {stem: " ".join(note.text for note in found) for stem, found in notes.items()}
+    assert texts.keys() == {"red_circle", "yellow_square", "white_triangle", "orange_circle", "blue_square"}
+    assert texts["red_circle"] == "This picture has no cache of its latents; run cache_latents.py."
+    assert "NaN or infinity" in texts["yellow_square"]
+    assert "(another VAE)" in texts["white_triangle"]
+    assert str(paths["orange_circle"]) in texts["orange_circle"]
+    assert "(source replaced)" in texts["blue_square"]
+
+
+def test_clips_of_one_file_are_named_by_their_frames(datasets, settings):
+    clips = datasets[1]
+    next(clips.cache_directory.glob("red_circle_moving_00000-009*")).unlink()
+    decoder, results = decode(clips, settings)
+    assert len(results) == 3
+    (note,) = (note for notes in decoder.notes.values() for note in notes)
+    assert note.text == "The clip of frames 0 to 8 has no cache of its latents; run cache_latents.py."

@@ -73,7 +73,7 @@ def test_pixels_are_those_that_the_vae_makes_of_the_cached_tensors(datasets, set
 
 
 def test_what_is_wrong_with_a_cache_is_said(datasets, settings):
-    pictures, clips = datasets
+    pictures, _ = datasets
     paths = {path.name.rpartition("_")[0].rpartition("_")[0]: path for path in pictures.cache_directory.glob("*.safetensors")}
     paths["red_circle"].unlink()
     change(paths["yellow_square"], {}, add=float("nan"))

@@ -20,7 +20,7 @@ MARKUP = "</script><script>window.hacked = 1</script><img src=x onerror=\"window
 # Windows has no such names
 MARKUP_NAME = "Tom & 'Jerry'" if os.name == "nt" else "Tom & \"Jerry\" <script>window.hacked = 1<!-- 'x'"
 LONG = "a white rocket stands upright on its launch pad at dusk between four tall steel towers, " + ", ".join(
-    f"lamp number {number} shines in warm yellow light" for number in range(1, 13)
+    f"lamp number {number} shines in warm yellow light" for number in range(1, 8)
 )
 
 # Photographs of scikit-image: name of our file, theirs, caption.
@@ -61,6 +61,7 @@ PLANTED: dict[str, frozenset[Concern]] = {
     "broken": frozenset({Concern.FAILED}),
     "crossing": frozenset({Concern.SHORT}),
     "phone": frozenset({Concern.SPEED}),
+    "driver": frozenset({Concern.STUTTER}),
     "street": frozenset({Concern.SPEED}),
 }
 """What is wrong with which file, by its name without the ending. With all others nothing is."""
@@ -139,6 +140,9 @@ def _plant_clips(clips: Path, every_frame: Path) -> None:
     _caption(clips / "crossing", "a crossing in a town")
     _save_as_phone(clips / "phone.mp4", _frames(film, *BICYCLE), 30, 240)
     _caption(clips / "phone", "a man walks past a bicycle")
+    driver = _frames(source / "carphone_pristine.mp4", 0, 100)[::4]
+    save_video(clips / "driver.mp4", [frame.repeat(2, 0).repeat(2, 1) for frame in driver], 8)
+    _caption(clips / "driver", "a man talks in a car")
     save_video(every_frame / "cars.mp4", _frames(film, *CARS), 25)
     _caption(every_frame / "cars", "a man between cars")
     save_video(every_frame / "street.mp4", _frames(film, *STREET), 60)

@@ -137,17 +137,23 @@ class DatasetReport:
         yield from self.notes
 
 
+def table_rows(reports: Sequence[DatasetReport]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """A label, the cells of ``COLUMNS``, and the lines below them, for each dataset."""
+    for report in reports:
+        values = (getattr(report, column.replace(" ", "_")) for column in COLUMNS)
+        kinds = {other.dataset.kind for other in reports if other.dataset.directory == report.dataset.directory}
+        label = f"{report.dataset.index + 1} ({report.dataset.kind}s)"
+        yield label, ["-" if value is None else str(value) for value in values], list(report.lines(kinds))
+
+
 def format_table(reports: Sequence[DatasetReport]) -> str:
     """The counts as plain text: a row for each dataset, and lines below it."""
-    labels = [f"{report.dataset.index + 1} ({report.dataset.kind}s)" for report in reports]
-    width = max(len("dataset"), *map(len, labels))
+    rows = list(table_rows(reports))
+    width = max(len("dataset"), *(len(label) for label, _, _ in rows))
     lines = ["  ".join(["dataset".ljust(width), *COLUMNS])]
-    for label, report in zip(labels, reports):
-        values = (getattr(report, column.replace(" ", "_")) for column in COLUMNS)
-        cells = (("-" if value is None else str(value)).rjust(len(column)) for column, value in zip(COLUMNS, values))
-        lines.append("  ".join([label.ljust(width), *cells]))
-        kinds = {other.dataset.kind for other in reports if other.dataset.directory == report.dataset.directory}
-        lines += [f"    {line}" for line in report.lines(kinds)]
+    for label, cells, below in rows:
+        lines.append("  ".join([label.ljust(width), *(cell.rjust(len(column)) for column, cell in zip(COLUMNS, cells))]))
+        lines += [f"    {line}" for line in below]
     return "\n".join(lines)
 
 

@@ -10,8 +10,12 @@ import utils.startup  # noqa: F401  # isort: skip
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+
+import hunyuan_model
 from dataset.arguments import add_dataset_arguments
 from dataset.cache.caching import CachingSettings, Job, close_job, open_caching, open_jobs, print_failures, require_seen
 from dataset.cache.debug_view import CONSOLE_BACKS, ViewSettings, show_items
@@ -22,6 +26,8 @@ from dataset.cache.preparation import Failure, Target, prepare
 from dataset.cache.report import DatasetReport, format_table, require_batches
 from dataset.cache.sharing import share_items
 from dataset.items import Item
+from dataset.preview.page import CountTokens, write_preview
+from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.loading import check_vae_file
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
@@ -36,6 +42,7 @@ from utils.progress import ProgressBar
 
 logger = logging.getLogger("cache_latents")
 
+TOKEN_FLAGS = ("--text_encoder1", "--text_encoder2", "--tokenizer1", "--tokenizer2")
 MAX_CONSOLE_WIDTH = 1000  # more than any terminal has; every character of a picture costs 40 bytes
 
 
@@ -56,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     debug = parser.add_argument_group("looking at the data, without caching")
     debug.add_argument(
         "--debug_mode",
-        choices=("image", "video", "console"),
-        help="write contact sheets (image), or clips as MP4 (video), to the folder debug in the cache directory, or print in the "
-        "terminal (console) (default: cache latents)",
+        choices=("html", "image", "video", "console"),
+        help="write one page for a browser (html), contact sheets (image), or clips as MP4 (video), to the folder debug in the "
+        "cache directory, or print in the terminal (console) (default: cache latents)",
     )
     debug.add_argument("--console_width", type=int_up_to(MAX_CONSOLE_WIDTH), metavar="N", help="columns of a picture (default: 80)")
     debug.add_argument(
@@ -68,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="characters on a background of this colour (default: in half blocks, which cover it)",
     )
     debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="print only the first N (default: all)")
+    tokens = parser.add_argument_group("token counts of captions, for --debug_mode html")
+    add_text_encoder_arguments(tokens, required=False, weights=False)
     return parser
 
 
@@ -76,6 +85,8 @@ def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     unused = {f"--{name}": "with --debug_mode" for name in ("skip_existing", "remove_orphans") if args.debug_mode}
     if args.debug_mode != "console":
         unused |= dict.fromkeys(("--console_width", "--console_back", "--console_num_images"), "without --debug_mode console")
+    if args.debug_mode != "html":
+        unused |= dict.fromkeys(TOKEN_FLAGS, "without --debug_mode html")
     for flag, when in unused.items():
         if getattr(args, flag[2:]):
             logger.warning("%s has no effect %s.", flag, when)
@@ -174,10 +185,25 @@ def cache(settings: CachingSettings, encoder: LatentEncoder, jobs: Sequence[Job]
     return [failure for work in works for failure in work.failures]
 
 
-def look(settings: CachingSettings, view: ViewSettings) -> int:
+def token_counter(args: argparse.Namespace) -> CountTokens | None:
+    """What counts the tokens of captions by the flags of the text encoders, of which no weights are read."""
+    if not any(getattr(args, flag[2:]) for flag in TOKEN_FLAGS):
+        return None
+    if not (args.text_encoder1 and args.text_encoder2):
+        raise UserError("to count tokens, give both --text_encoder1 and --text_encoder2, or neither.")
+    tokenizers = hunyuan_model.load_tokenizers(settings_from(TextEncoderSettings, args, text_encoder_dtype=torch.float32))
+    return partial(hunyuan_model.text_lengths, tokenizers=tokenizers)
+
+
+def look(settings: CachingSettings, view: ViewSettings, count_tokens: CountTokens | None) -> int:
     """Show the data, in this process alone."""
     jobs = open_jobs(settings.dataset_config, writes=view.debug_mode != "console")
-    return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
+    if view.debug_mode != "html":
+        return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
+    path, failures = write_preview(jobs, settings.dataset_config, settings.num_workers, count_tokens)
+    status = print_failures(failures)
+    show(path)
+    return status
 
 
 def main() -> int:
@@ -189,7 +215,7 @@ def main() -> int:
         device = pick_device(args.device, ranks)
         vae = vae_settings(args, device)
         if view.debug_mode:
-            return look(settings, view) if ranks.is_main else 0
+            return look(settings, view, token_counter(args)) if ranks.is_main else 0
         if vae.vae is None:
             raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
         check_vae_file(vae.vae)

@@ -76,6 +76,21 @@ def logs(text: str) -> Effect:
     return becomes(lambda run: text in run.done.log, True)
 
 
+def counts_other_tokens(encoder: int) -> Effect:
+    """On the page of a preview, for that encoder alone."""
+
+    def counts(run: Run) -> list[list[str]]:
+        assert run.done
+        page = run.file("cache/debug/preview.html").read_text(encoding="utf-8")
+        return [re.findall(rf"text encoder {number}\">(\d+) of", page) for number in (1, 2)]
+
+    def effect(run: Run, without: Run) -> None:
+        differ = [one != other for one, other in zip(counts(run), counts(without), strict=True)]
+        assert differ == [encoder == 1, encoder == 2]
+
+    return effect
+
+
 def both(*effects: Effect) -> Effect:
     def effect(run: Run, without: Run) -> None:
         for one in effects:

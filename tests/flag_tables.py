@@ -20,6 +20,7 @@ from flag_effects import (
     columns,
     computed_steps,
     computes_in,
+    counts_other_tokens,
     differs,
     dtypes,
     every_four_cover_the_range,
@@ -298,6 +299,7 @@ TRAINING = (
 
 
 CONSOLE = "--debug_mode console"
+COUNTS = "--debug_mode html --text_encoder1 {model}/text_encoder --text_encoder2 {model}/text_encoder_2"
 UNCAPTIONED = "--dataset_config {out}/uncaptioned.toml"
 
 LATENTS = (
@@ -316,6 +318,10 @@ LATENTS = (
     Row("--device cpu", becomes(warns_of_the_cpu, False)),
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--debug_mode image", both(writes("cache/debug/a_0288x0064_hv.png"), becomes(seen("encoded"), []))),
+    Row("--text_encoder1 {model}/text_encoder", works, beside="--debug_mode html --text_encoder2 {model}/text_encoder_2"),
+    Row("--text_encoder2 {model}/text_encoder_2", works, beside="--debug_mode html --text_encoder1 {model}/text_encoder"),
+    Row("--tokenizer1 {data}/tokenizer1", counts_other_tokens(1), beside=COUNTS),
+    Row("--tokenizer2 {data}/tokenizer2", counts_other_tokens(2), beside=COUNTS),
     Row("--console_width 40", becomes(columns, {40}), beside=CONSOLE),
     Row("--console_back RED", prints("\x1b[41m"), beside=CONSOLE),
     Row("--console_num_images 1", becomes(lambda run: run.done.output.count("-> 288x64"), 1), beside=CONSOLE),

@@ -26,7 +26,7 @@ CONSOLE_WIDTH = 80
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """The flags of looking at the data: ``debug_mode`` is "image", "video", "console", or None to cache instead."""
+    """The flags of looking at the data: ``debug_mode`` is "html", "image", "video", "console", or None to cache instead."""
 
     debug_mode: str | None = None
     console_width: int | None = None

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataset.cache.caching import Job
 from dataset.cache.preparation import Failure, Prepared, Result, Target, prepare
@@ -21,9 +21,15 @@ from dataset.preview.media import CAPTION_LETTERS, Room, WindowView
 from utils.pages.page import render, write_page
 from utils.progress import ProgressBar
 
+if TYPE_CHECKING:
+    from hunyuan_model.text.encoding import TextLength
+
 TEMPLATE = Path(__file__).with_name("preview.html.j2")
 PAGE_NAME = "preview.html"
+FIRST_LETTERS = 160  # of a caption; a click shows the rest
 WAITING_BYTES = 256 * 2**20  # of pixels that wait until they are made small
+
+CountTokens = Callable[[Iterable[str]], Mapping[str, "TextLength"]]
 
 
 @dataclass
@@ -39,11 +45,18 @@ class ItemView:
         return self.facts.item.path.name
 
     @property
-    def caption(self) -> str:
-        return (self.facts.item.caption or "")[:CAPTION_LETTERS]
+    def caption_parts(self) -> tuple[str, str]:
+        """The caption as it is shown at once, and the rest, as far as it is shown; cut between words if that goes."""
+        caption = (self.facts.item.caption or "")[:CAPTION_LETTERS]
+        if len(caption) <= FIRST_LETTERS:
+            return caption, ""
+        place = (
+            max(caption.rfind(" ", FIRST_LETTERS // 2, FIRST_LETTERS), caption.rfind("\n", FIRST_LETTERS // 2, FIRST_LETTERS)) + 1
+        )
+        return caption[: place or FIRST_LETTERS], caption[place or FIRST_LETTERS :]
 
     @property
-    def caption_rest(self) -> int:
+    def caption_left_out(self) -> int:
         """Characters that are not shown."""
         return max(0, len(self.facts.item.caption or "") - CAPTION_LETTERS)
 
@@ -73,7 +86,7 @@ class Group:
     """Items of one bucket, or without any."""
 
     title: str
-    kind: str  # as that of a dataset
+    is_wide: bool  # what is shown of its items needs room: three frames side by side, or a message
     views: list[ItemView] = field(default_factory=list)
 
 
@@ -81,13 +94,15 @@ def write_preview(
     jobs: Sequence[Job],
     config: str,
     num_workers: int,
-    count_tokens: Callable[[Iterable[str]], Mapping[str, Any]] | None = None,
+    count_tokens: CountTokens | None = None,
+    through: Callable[[Iterable[Result]], Iterable[Result]] = lambda results: results,
 ) -> tuple[Path, list[Failure]]:
     """Write the page of all datasets into the folder ``debug`` of the first cache directory, and fill in the reports.
 
     Args:
         config: the path of the dataset TOML.
-        count_tokens: gives the ``TextLength`` of each caption; None: the page says how to get them.
+        count_tokens: counts the tokens of captions; None: the page says how to get them.
+        through: what is shown in place of what ``prepare`` gives.
 
     Returns:
         The path of the page, and the files that cannot be read; they are on the page, too.
@@ -101,7 +116,7 @@ def write_preview(
         report.decoded = report.too_short = report.failed = 0
         results = prepare(job.items, num_workers, wanted=_first_windows(room), see=room.overview)
         with ProgressBar(total=len(job.items), desc=job.dataset.label, unit="item") as progress:
-            for view in collect_views(results, room, fingerprints, num_workers, failures):
+            for view in collect_views(through(results), room, fingerprints, num_workers, failures):
                 progress.update()
                 views.append(view)
                 concerns = {note.concern for note in view.facts.notes}
@@ -207,5 +222,5 @@ def group_views(views: Iterable[ItemView]) -> Iterator[Group]:
             key, title = (2, kind, facts.bucket, *lengths), f"{width} x {height}, pictures"
             if lengths:
                 title = f"{width} x {height}, clips of {' and '.join(map(str, lengths))} frame{'s' if lengths != [1] else ''}"
-        groups.setdefault(key, Group(title, kind)).views.append(view)
+        groups.setdefault(key, Group(title, kind == "video" or facts.bucket is None)).views.append(view)
     yield from (groups[key] for key in sorted(groups))

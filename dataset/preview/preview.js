@@ -12,7 +12,7 @@ const sections = [...document.querySelectorAll(".group")].map((section) => ({
 const total = sections.reduce((sum, { items }) => sum + items.length, 0);
 
 function wordsOf(item) { // read when first asked for
-  item.words ??= ["h3", ".caption"].map((part) => item.element.querySelector(part)?.textContent ?? "").join("\n").toLowerCase();
+  item.words ??= ["h4", ".caption"].map((part) => item.element.querySelector(part)?.textContent ?? "").join("\n").toLowerCase();
   return item.words;
 }
 

@@ -34,8 +34,10 @@ class TextEncoderSettings:
     text_cache: str | None = None
 
 
-def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool, cache: bool = False) -> None:
-    """--text_encoder1/2 with their tokenizers and precision, and --text_cache where there is a ``cache``."""
+def add_text_encoder_arguments(
+    group: argparse._ArgumentGroup, *, required: bool, weights: bool = True, cache: bool = False
+) -> None:
+    """--text_encoder1/2 with their tokenizers, their precision if ``weights`` are loaded, --text_cache if there is a ``cache``."""
     group.add_argument(
         "--text_encoder1",
         metavar="PATH",
@@ -54,14 +56,17 @@ def add_text_encoder_arguments(group: argparse._ArgumentGroup, *, required: bool
     group.add_argument(
         "--tokenizer2", metavar="PATH", help="tokenizer folder or hub id for --text_encoder2 (default: the one beside the weights)"
     )
-    group.add_argument(
-        "--text_encoder_dtype",
-        metavar="DTYPE",
-        help="precision of the text encoders (default: float16 on CUDA, float32 on the CPU)",
-    )
-    group.add_argument(
-        "--fp8_llm", action="store_true", help="keep text encoder 1's weights in float8: 7.6 GB in place of 14.1 GB (default: off)"
-    )
+    if weights:
+        group.add_argument(
+            "--text_encoder_dtype",
+            metavar="DTYPE",
+            help="precision of the text encoders (default: float16 on CUDA, float32 on the CPU)",
+        )
+        group.add_argument(
+            "--fp8_llm",
+            action="store_true",
+            help="keep text encoder 1's weights in float8: 7.6 GB in place of 14.1 GB (default: off)",
+        )
     if cache:
         group.add_argument(
             "--text_cache",

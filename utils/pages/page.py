@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable
 from functools import cache
@@ -33,25 +34,31 @@ def render(template: Path, **values: Any) -> str:
         chart_library(): Plotly.
     """
     nonce = secrets.token_urlsafe(16)
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, HERE]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment(template.parent)
 
     def source(name: str) -> str:
         return environment.loader.get_source(environment, name)[0]
 
-    environment.globals |= {
+    helpers = {
         "policy": POLICY.format(nonce),
         "script": lambda name: _script(source(name), nonce),
         "style": lambda name: Markup("<style>\n{}</style>").format(Markup(source(name))),
         "data": _data,
         "chart_library": lambda: _script(chart_library(), nonce),
     }
-    return environment.get_template(template.name).render(values)
+    return environment.get_template(template.name).render(helpers, **values)
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    """Jinja2 for the templates of a folder, which keeps what it compiled."""
+    return Environment(
+        loader=FileSystemLoader([folder, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def write_page(path: Path, page: str) -> None:
@@ -62,8 +69,9 @@ def write_page(path: Path, page: str) -> None:
 
 @cache
 def chart_library() -> str:
-    """The source of Plotly, as its package ships it."""
-    return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+    """The source of Plotly, as its package ships it, in ASCII."""
+    source = files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+    return re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", source)
 
 
 def _script(source: str, nonce: str) -> Markup:
@@ -71,5 +79,6 @@ def _script(source: str, nonce: str) -> Markup:
 
 
 def _data(name: str, value: Any) -> Markup:
-    dumps: Callable[..., str] = lambda value, **_: json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # noqa: E731
-    return Markup('<script type="application/json" id="{}">{}</script>').format(name, htmlsafe_json_dumps(value, dumps=dumps))
+    """JSON in ASCII: a page of many MB takes four times the memory and time once one character needs more than a byte."""
+    dumps: Callable[..., str] = lambda value, **_: json.dumps(value, allow_nan=False, separators=(",", ":"))  # noqa: E731
+    return Markup(f'<script type="application/json" id="{name}">{htmlsafe_json_dumps(value, dumps=dumps)}</script>')

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from dataset.cache.files import bucket_of, read_latents
 from dataset.cache.freshness import judge_latents
-from dataset.cache.names import CacheListing, list_caches, newest
-from dataset.cache.preparation import Prepared, Result, Target
+from dataset.cache.names import CacheKey, CacheListing, list_caches, newest, newest_latents
+from dataset.cache.preparation import Failure, Prepared, Result, Target
 from dataset.cache.records import latents_made
 from dataset.config import DatasetConfig
 from dataset.items import Item
+from dataset.media.frames import Window
 from dataset.preview.facts import Concern, Note
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
@@ -22,7 +25,6 @@ from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import VAESettings
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
 from utils.errors import UserError, name_some
-from utils.processes.watchdog import Watchdog
 
 
 class CacheDecoder:
@@ -43,49 +45,82 @@ class CacheDecoder:
         vae = load_vae(settings.vae, device=device, dtype=settings.vae_dtype)
         return cls(vae, settings, fingerprint_weights(open_checkpoint_of(Kind.VAE, settings.vae, "--vae")), device)
 
-    def decode(self, results: Iterable[Result], watchdog: Watchdog) -> Iterator[Result]:
-        """``results`` of ``prepare``, with the pixels of the cache that training would read; those without a cache are left out.
+    def decode(self, results: Iterable[Result]) -> Iterator[Result]:
+        """``results`` of ``prepare``, with the pixels of the caches that training would read; without frames where there is none.
 
-        Raises a UserError where memory does not suffice.
+        Of a file that cannot be read, the caches come before its ``Failure``: the first one of each length.
+
+        Raises:
+            UserError: memory does not suffice.
         """
-        faults: dict[str, list[Target]] = {}
+        faults: dict[CacheKey, str | None] = {}
         for result in results:
             if isinstance(result, Prepared):
-                with watchdog.during("decoding", result.target.label.__str__):
-                    decoded, fault = self._decoded(result)
-                if decoded is not None:
-                    yield decoded
-                if fault is not None:
-                    faults.setdefault(fault, []).append(result.target)
+                decoded, faults[result.target.key] = self._decoded(result.target)
+                pixels = result.pixels[:0] if decoded is None else decoded
+                yield replace(result, pixels=pixels)
+                continue
+            if isinstance(result, Failure):
+                yield from self._decoded_of(result.item)
             else:
-                self.notes[result.item] = [Note(Concern.CACHE, _sentence(fault, targets)) for fault, targets in faults.items()]
-                faults = {}
-                yield result
+                faults |= {target.key: self._judged(target)[1] for target in result.targets if target.key not in faults}
+            self.notes[result.item] = list(_notes(faults))
+            faults = {}
+            yield result
 
-    def _decoded(self, prepared: Prepared) -> tuple[Prepared | None, str | None]:
-        """What the cache holds, if that can be shown, and what is wrong with it."""
-        target = prepared.target
-        dataset = target.item.dataset
+    def _caches(self, dataset: DatasetConfig) -> CacheListing:
         if dataset not in self._listings:
             self._listings[dataset] = list_caches(dataset)
-        listing = self._listings[dataset]
-        paths = listing.latents.get(target.key)
-        if not paths:
+        return self._listings[dataset]
+
+    def _judged(self, target: Target) -> tuple[Path | None, str | None]:
+        """The cache that training would read, and what is wrong with it."""
+        listing = self._caches(target.item.dataset)
+        if not (paths := listing.latents.get(target.key)):
             return None, "has no cache of its latents; run cache_latents.py."
-        path = newest(paths)
         try:
-            latents_made(path)
-            latents = read_latents(path)
+            latents_made(newest(paths))
         except UserError as error:
             return None, f"has a cache that training cannot use: {error}"
         reason = judge_latents(listing, target, self._fingerprint, skip_existing=True).reason
-        pixels = self._decode(latents[None].float() * self._scale)[0].numpy()
-        fault = (
-            None if reason is None else f"has a cache that is not what would be made now ({reason}); run cache_latents.py again."
-        )
-        return replace(prepared, target=replace(target, bucket=bucket_of(latents.shape)[:2]), pixels=pixels), fault
+        again = "has a cache that is not what would be made now ({}); run cache_latents.py again."
+        return newest(paths), None if reason is None else again.format(reason)
+
+    def _decoded(self, target: Target) -> tuple[np.ndarray | None, str | None]:
+        """Frames (F, H, W, 3), and what is wrong with the cache."""
+        path, fault = self._judged(target)
+        if path is None:
+            return None, fault
+        try:
+            latents = read_latents(path)
+        except UserError as error:
+            return None, f"has a cache that training cannot use: {error}"
+        return self._frames(latents), fault
+
+    def _decoded_of(self, item: Item) -> Iterator[Prepared]:
+        """From the caches alone."""
+        first: dict[int, tuple[Window | None, Path]] = {}
+        for (stem, window), path in newest_latents(self._caches(item.dataset)).items():
+            if stem == item.stem:
+                first.setdefault(window[1] if window else 1, (window, path))
+        for window, path in first.values():
+            try:
+                latents = read_latents(path)
+            except UserError:  # what is said of the file itself suffices
+                continue
+            size = bucket_of(latents.shape)[:2]
+            yield Prepared(Target(item, window, size, size), self._frames(latents), {})
+
+    def _frames(self, latents: torch.Tensor) -> np.ndarray:
+        return self._decode(latents[None].float() * self._scale)[0].numpy()
 
 
-def _sentence(fault: str, targets: Sequence[Target]) -> str:
-    windows = [f"{target.window[0]} to {target.window[0] + target.window[1] - 1}" for target in targets if target.window]
-    return f"{f'The clip of frames {name_some(windows)}' if windows else 'This picture'} {fault}"
+def _notes(faults: Mapping[CacheKey, str | None]) -> Iterator[Note]:
+    """One for all windows that have the same fault."""
+    windows: dict[str, list[Window | None]] = {}
+    for (_, window), fault in faults.items():
+        if fault is not None:
+            windows.setdefault(fault, []).append(window)
+    for fault, those in windows.items():
+        frames = name_some(f"{window[0]} to {window[0] + window[1] - 1}" for window in those if window)
+        yield Note(Concern.CACHE, f"{f'The clip of frames {frames}' if frames else 'This picture'} {fault}")

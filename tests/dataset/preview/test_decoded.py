@@ -20,7 +20,6 @@ from dataset.preview.facts import Concern
 from examples.toy.model_files import require_model
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import VAESettings
-from utils.processes.watchdog import Watchdog
 from utils.safetensors_io import save_tensors
 
 CPU = torch.device("cpu")
@@ -46,8 +45,8 @@ def datasets(tiny_dataset, settings) -> tuple[DatasetConfig, ...]:
 
 def decode(dataset: DatasetConfig, settings: VAESettings) -> tuple[CacheDecoder, list[Prepared]]:
     decoder = CacheDecoder.load(settings, CPU)
-    results = list(decoder.decode(prepare(list_items(dataset), 1), Watchdog()))
-    return decoder, [result for result in results if isinstance(result, Prepared)]
+    results = list(decoder.decode(prepare(list_items(dataset), 1)))
+    return decoder, [result for result in results if isinstance(result, Prepared) and len(result.pixels)]
 
 
 def change(path: Path, record: dict[str, str], add: float = 0.0) -> None:
@@ -91,6 +90,16 @@ def test_what_is_wrong_with_a_cache_is_said(datasets, settings):
     assert "(another VAE)" in texts["white_triangle"]
     assert str(paths["orange_circle"]) in texts["orange_circle"]
     assert "(source replaced)" in texts["blue_square"]
+
+
+def test_caches_are_shown_where_the_file_itself_cannot_be_read(datasets, settings):
+    pictures = datasets[0]
+    (pictures.directory / "blue_square.png").write_bytes(b"damaged")
+    decoder, results = decode(pictures, settings)
+    assert len(results) == 6
+    first = results[0]
+    assert first.target.item.stem == "blue_square" and first.pixels.shape == (1, *first.target.bucket[::-1], 3)
+    assert not any(decoder.notes.values())
 
 
 def test_clips_of_one_file_are_named_by_their_frames(datasets, settings):

@@ -26,10 +26,12 @@ from dataset.cache.preparation import Failure, Target, prepare
 from dataset.cache.report import DatasetReport, format_table, require_batches
 from dataset.cache.sharing import share_items
 from dataset.items import Item
+from dataset.preview.decoded import CacheDecoder
 from dataset.preview.page import CountTokens, write_preview
 from hunyuan_model.text.arguments import TextEncoderSettings, add_text_encoder_arguments
 from hunyuan_model.vae.arguments import add_vae_arguments, vae_settings
 from hunyuan_model.vae.loading import check_vae_file
+from hunyuan_model.vae.memory import VAESettings
 from utils.cli.arguments import add_device_argument, int_up_to, positive_int, script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
 from utils.cli.settings import settings_from
@@ -75,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="characters on a background of this colour (default: in half blocks, which cover it)",
     )
     debug.add_argument("--console_num_images", type=positive_int, metavar="N", help="print only the first N (default: all)")
+    debug.add_argument(
+        "--preview_latents",
+        action="store_true",
+        help="with --debug_mode html, show what --vae decodes from the latent caches, as the network sees it (default: the media)",
+    )
     tokens = parser.add_argument_group("token counts of captions, for --debug_mode html")
     add_text_encoder_arguments(tokens, required=False, weights=False)
     return parser
@@ -195,12 +202,19 @@ def token_counter(args: argparse.Namespace) -> CountTokens | None:
     return partial(hunyuan_model.text_lengths, tokenizers=tokenizers)
 
 
-def look(settings: CachingSettings, view: ViewSettings, count_tokens: CountTokens | None) -> int:
+def look(
+    settings: CachingSettings, view: ViewSettings, vae: VAESettings, device: torch.device, count_tokens: CountTokens | None
+) -> int:
     """Show the data, in this process alone."""
+    if view.preview_latents:
+        if vae.vae is None:
+            raise UserError("--preview_latents needs --vae: give the VAE checkpoint that made the latents.")
+        check_vae_file(vae.vae)
     jobs = open_jobs(settings.dataset_config, writes=view.debug_mode != "console")
     if view.debug_mode != "html":
         return print_failures(show_items([item for job in jobs for item in job.items], view, settings.num_workers))
-    path, failures = write_preview(jobs, settings.dataset_config, settings.num_workers, count_tokens)
+    decoder = CacheDecoder.load(vae, device) if view.preview_latents else None
+    path, failures = write_preview(jobs, settings.dataset_config, settings.num_workers, count_tokens, decoder)
     status = print_failures(failures)
     show(path)
     return status
@@ -214,8 +228,10 @@ def main() -> int:
         warn_of_flags_without_effect(args)
         device = pick_device(args.device, ranks)
         vae = vae_settings(args, device)
+        if view.preview_latents:
+            warn_of_cpu(args.device, device)
         if view.debug_mode:
-            return look(settings, view, token_counter(args)) if ranks.is_main else 0
+            return look(settings, view, vae, device, token_counter(args)) if ranks.is_main else 0
         if vae.vae is None:
             raise UserError("--vae is missing: give the VAE checkpoint, or --debug_mode to look at the data only.")
         check_vae_file(vae.vae)

@@ -318,6 +318,7 @@ LATENTS = (
     Row("--device cpu", becomes(warns_of_the_cpu, False)),
     Row("--device cuda", refused("torch finds no CUDA device")),
     Row("--debug_mode image", both(writes("cache/debug/a_0288x0064_hv.png"), becomes(seen("encoded"), []))),
+    Row("--preview_latents", writes("cache/debug/preview_latents.html"), beside="--debug_mode html"),
     Row("--text_encoder1 {model}/text_encoder", works, beside="--debug_mode html --text_encoder2 {model}/text_encoder_2"),
     Row("--text_encoder2 {model}/text_encoder_2", works, beside="--debug_mode html --text_encoder1 {model}/text_encoder"),
     Row("--tokenizer1 {data}/tokenizer1", counts_other_tokens(1), beside=COUNTS),

@@ -14,6 +14,7 @@ from PIL import Image
 from dataset.cache.preparation import Failure, Prepared, prepare
 from dataset.items import Item
 from dataset.media.frame_rate import MODEL_FPS
+from utils.errors import UserError
 from utils.media.writing import save_picture, save_video
 from utils.output import show
 
@@ -32,6 +33,11 @@ class ViewSettings:
     console_width: int | None = None
     console_back: str | None = None
     console_num_images: int | None = None
+    preview_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preview_latents and self.debug_mode != "html":
+            raise UserError("--preview_latents is a way of looking at the data: give --debug_mode html, too.")
 
 
 def show_items(items: Sequence[Item], view: ViewSettings, num_workers: int) -> list[Failure]:

@@ -15,6 +15,7 @@ from dataset.cache.preparation import Failure, Prepared, Result, Target, prepare
 from dataset.cache.report import COLUMNS, table_rows
 from dataset.items import Item
 from dataset.media.frame_rate import MODEL_FPS
+from dataset.preview.decoded import CacheDecoder
 from dataset.preview.duplicates import Fingerprints
 from dataset.preview.facts import Concern, ItemFacts, compare_items, facts_of, facts_of_failure
 from dataset.preview.media import CAPTION_LETTERS, Room, WindowView
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from hunyuan_model.text.encoding import TextLength
 
 TEMPLATE = Path(__file__).with_name("preview.html.j2")
-PAGE_NAME = "preview.html"
+PAGE_NAME, PAGE_NAME_DECODED = "preview.html", "preview_latents.html"
 FIRST_LETTERS = 160  # of a caption; a click shows the rest
 WAITING_BYTES = 256 * 2**20  # of pixels that wait until they are made small
 
@@ -95,14 +96,14 @@ def write_preview(
     config: str,
     num_workers: int,
     count_tokens: CountTokens | None = None,
-    through: Callable[[Iterable[Result]], Iterable[Result]] = lambda results: results,
+    decoder: CacheDecoder | None = None,
 ) -> tuple[Path, list[Failure]]:
     """Write the page of all datasets into the folder ``debug`` of the first cache directory, and fill in the reports.
 
     Args:
         config: the path of the dataset TOML.
         count_tokens: counts the tokens of captions; None: the page says how to get them.
-        through: what is shown in place of what ``prepare`` gives.
+        decoder: shows what is in the cache, in place of the media.
 
     Returns:
         The path of the page, and the files that cannot be read; they are on the page, too.
@@ -116,9 +117,12 @@ def write_preview(
         report.decoded = report.too_short = report.failed = 0
         results = prepare(job.items, num_workers, wanted=_first_windows(room), see=room.overview)
         with ProgressBar(total=len(job.items), desc=job.dataset.label, unit="item") as progress:
-            for view in collect_views(through(results), room, fingerprints, num_workers, failures):
+            shown = results if decoder is None else decoder.decode(results)
+            for view in collect_views(shown, room, fingerprints, num_workers, failures):
                 progress.update()
                 views.append(view)
+                if decoder is not None:
+                    view.facts.notes += decoder.notes[view.facts.item]
                 concerns = {note.concern for note in view.facts.notes}
                 report.failed += Concern.FAILED in concerns
                 report.decoded += Concern.FAILED not in concerns
@@ -127,12 +131,12 @@ def write_preview(
                     report.note_changes(view.facts.item, view.facts.changes)
     captions = {view.facts.item.caption for view in views} - {None}
     compare_items([view.facts for view in views], fingerprints, count_tokens and count_tokens(captions))
-    path = jobs[0].dataset.cache_directory / "debug" / PAGE_NAME
-    write_page(path, make_page(views, jobs, config, has_tokens=count_tokens is not None))
+    path = jobs[0].dataset.cache_directory / "debug" / (PAGE_NAME if decoder is None else PAGE_NAME_DECODED)
+    write_page(path, make_page(views, jobs, config, has_tokens=count_tokens is not None, is_decoded=decoder is not None))
     return path, failures
 
 
-def make_page(views: Sequence[ItemView], jobs: Sequence[Job], config: str, *, has_tokens: bool) -> str:
+def make_page(views: Sequence[ItemView], jobs: Sequence[Job], config: str, *, has_tokens: bool, is_decoded: bool = False) -> str:
     """The page as HTML."""
     counted = Counter(concern for view in views for concern in {note.concern for note in view.facts.notes})
     return render(
@@ -146,6 +150,7 @@ def make_page(views: Sequence[ItemView], jobs: Sequence[Job], config: str, *, ha
         concerns=[(place, concern, counted[concern]) for place, concern in enumerate(Concern) if counted[concern]],
         groups=list(group_views(views)),
         has_tokens=has_tokens,
+        is_decoded=is_decoded,
         model_fps=MODEL_FPS,
     )
 
@@ -173,10 +178,11 @@ def collect_views(
             if isinstance(result, Prepared):
                 while running and sum(size for _, size in running) + result.pixels.nbytes > WAITING_BYTES:
                     running.popleft()[0].result()
-                if not windows:
+                if not overviews and result.seen is not None:
                     overviews.append(pool.submit(room.overview_uri, result.seen))
-                windows.append(pool.submit(view, result))
-                running.append((windows[-1], result.pixels.nbytes))
+                if len(result.pixels):
+                    windows.append(pool.submit(view, result))
+                    running.append((windows[-1], result.pixels.nbytes))
                 continue
             if isinstance(result, Failure):
                 failures.append(result)

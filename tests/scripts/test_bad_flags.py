@@ -29,6 +29,7 @@ ROWS = [
     (LATENTS, ["--batch_size", 0], ["--batch_size", "not a whole number of at least 1"]),
     (LATENTS, ["--vae_chunk_size", BEYOND], ["--vae_chunk_size", "too large for a whole number"]),
     (LATENTS, ["--debug_mode", "console", "--console_width", 2000], ["--console_width", "from 1 to 1000"]),
+    (LATENTS, ["--preview_latents"], ["--preview_latents", "--debug_mode html"]),
     (LATENTS, ["--debug_mode", "console", "--console_back", "pink"], ["--console_back", "invalid choice: 'PINK'"]),
     (LATENTS, ["--vae_dtype", "float64"], ["--vae_dtype", "'float64'; use float32"]),
     (LATENTS, ["--device", "cuda:x"], ["--device", "'cuda:x'; use cpu"]),

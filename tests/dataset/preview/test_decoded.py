@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,23 @@ def test_clips_of_one_file_are_named_by_their_frames(datasets, settings):
     assert len(results) == 3
     (note,) = (note for notes in decoder.notes.values() for note in notes)
     assert note.text == "The clip of frames 0 to 8 has no cache of its latents; run cache_latents.py."
+
+
+def test_the_page_of_what_the_network_sees(call_script, datasets, settings, tiny_dataset):
+    pictures = datasets[0]
+    next(pictures.cache_directory.glob("red_circle_*")).unlink()
+    (pictures.directory / "blue_square.png").write_bytes(b"damaged")
+    look = ("--dataset_config", tiny_dataset, "--debug_mode", "html", "--preview_latents", "--device", "cpu")
+    ended = call_script("cache_latents", *look, "--vae", settings.vae)
+    page = Path(ended.stdout.splitlines()[-1])
+    assert (page, ended.status) == (pictures.cache_directory / "debug" / "preview_latents.html", 1)
+    of_card = {
+        re.search(r'<h4 title="[^"]*?(\w+)\.\w+">', card)[1]: card
+        for card in page.read_text(encoding="utf-8").split("<article ")[1:]
+    }
+    assert {name for name, card in of_card.items() if "decoded from the cache" not in card} == {"red_circle"}
+    assert {name for name, card in of_card.items() if Concern.CACHE in card} == {"red_circle"}
+    assert {name for name, card in of_card.items() if 'alt="the whole of' not in card} == {"blue_square"}
+
+    refused = call_script("cache_latents", *look)
+    assert refused.status == 2 and "--vae" in refused.stderr

@@ -4,7 +4,7 @@ const WINDOWS = [1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500];
 const DASHES = ["solid", "dash", "dot", "dashdot"], MARKS = ["", "dashed", "dotted", "dashed"];
 const KNOWN = [
   { title: "Loss", names: ["loss/current", "loss/validation"], smooth: true, tall: true },
-  { title: "Learning rate", prefix: "lr/" },
+  { title: "Learning rate", prefix: "lr/", format: ".3~e" },
   { title: "Gradient norm", names: ["grad_norm"], smooth: true },
   { title: "Size of the updates", names: ["update/relative_norm"], note: "of the weights, at each save" },
   { title: "Seconds per step", names: ["seconds_per_step"], smooth: true, cut: true },
@@ -40,7 +40,7 @@ const charts = [];
 for (const known of [...KNOWN, ...names.map(name => ({ title: name, names: [name] }))]) {
   const own = names.filter(name => known.prefix ? name.startsWith(known.prefix) : known.names.includes(name));
   if (own.some(name => charts.some(chart => chart.own.includes(name))) || !own.length) continue;
-  charts.push({ ...known, own });
+  charts.push({ limit: Infinity, ...known, own });
 }
 const shown = new Set(runs.keys());
 const longest = Math.max(0, ...curves.flatMap(each => [...each.values()].map(curve => curve.steps.at(-1))));
@@ -57,6 +57,15 @@ function color(value, alpha = 1) {
   return `rgba(${red},${green},${blue},${alpha})`;
 }
 
+// Where a few steps are very long, as the first often is, the axis ends above the others and the mean leaves them out.
+function cut(chart) {
+  const values = curves.flatMap(each => [...each.get(chart.own[0])?.values ?? []]).filter(value => !Number.isNaN(value)).sort((a, b) => a - b);
+  const limit = 1.5 * values[Math.floor(values.length * .98)];
+  if (!(values.at(-1) > 2 * limit)) return;
+  chart.limit = limit;
+  chart.note = `longer ones, not shown: ${values.filter(value => value > limit).length.toLocaleString("en")}`;
+}
+
 function traces(chart) {
   const result = [];
   for (const number of shown) {
@@ -67,12 +76,12 @@ function traces(chart) {
       const hue = color(runColor(runs.length === 1 && validation ? 1 : number));
       const words = [runs.length > 1 ? escaped(runs[number].name).slice(0, 60) : "", chart.prefix ? escaped(name.slice(chart.prefix.length)) : validation ? "validation" : ""];
       const label = words.filter(Boolean).join(" ");
-      const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: "%{y:.4~g}", line: { color: hue, width: 2 } };
+      const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: `%{y:${chart.format ?? ".4~g"}}`, line: { color: hue, width: 2 } };
       if (chart.smooth && !validation) {
         const faint = color(runColor(number), runs.length > 1 ? .2 : .3), steps = windowSteps();
         const every = { ...trace, y: curve.values, name: `${label} each step`.trim(), line: { color: faint, width: 1 } };
         if (steps === 1) return result.push({ ...every, line: { color: hue, width: 1 } });
-        result.push(every, { ...trace, y: means(curve.values, steps), name: `${label} mean`.trim() });
+        result.push(every, { ...trace, y: means(curve.values.map(value => value > chart.limit ? NaN : value), steps), name: `${label} mean`.trim() });
       } else {
         const few = curve.steps.length <= 200;
         const dashed = { ...trace.line, dash: validation && runs.length > 1 ? "dot" : chart.prefix ? DASHES[order % 4] : "solid" };
@@ -85,14 +94,14 @@ function traces(chart) {
 
 function layout(chart, all) {
   const ink = color("var(--ink)"), quiet = color("var(--quiet)"), line = color("var(--line)"), raised = color("var(--raised)");
-  const axis = { gridcolor: line, linecolor: line, zeroline: false, tickfont: { color: quiet }, fixedrange: false };
-  const yaxis = { ...axis, type: chart.tall && logarithmic ? "log" : "linear", tickformat: ".3~g", nticks: chart.tall ? 8 : 5 };
-  if (chart.tall && logarithmic) yaxis.dtick = undefined;
-  if (chart.cut) {
-    const top = highest(all);
-    if (top) Object.assign(yaxis, { range: [0, top.limit], autorange: false });
-    chart.caption.textContent = top ? `slower steps above the axis: ${top.above.toLocaleString("en")}` : "";
-  }
+  const axis = { gridcolor: line, linecolor: line, zeroline: false, tickfont: { color: quiet } };
+  const yaxis = { ...axis, type: chart.tall && logarithmic ? "log" : "linear", tickformat: chart.format ?? ".3~g", nticks: chart.tall ? 8 : 5 };
+  yaxis.fixedrange = true; // the pointer zooms steps, and values follow
+  if (range) {
+    const seen = all.flatMap(({ x, y }) => [...y].filter((value, index) => x[index] >= range[0] && x[index] <= range[1] && value <= chart.limit));
+    const low = Math.min(...seen), high = Math.max(...seen), room = (high - low || Math.abs(high)) * .05;
+    if (seen.length) yaxis.range = yaxis.type === "log" ? [Math.log10(low), Math.log10(high)] : [low - room, high + room];
+  } else if (chart.limit < Infinity) Object.assign(yaxis, { range: [0, chart.limit], autorange: false });
   return {
     autosize: true, showlegend: false, hovermode: "x unified", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     margin: { l: 54, r: 14, t: 10, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -102,23 +111,27 @@ function layout(chart, all) {
     yaxis,
   };
 }
-// Where a few steps are very long, as the first often is, the axis ends above the others.
-function highest(all) {
-  const values = all.filter(trace => !trace.name.endsWith("mean")).flatMap(trace => [...trace.y]).filter(value => !Number.isNaN(value)).sort((a, b) => a - b);
-  const usual = values[Math.floor(values.length * .98)], limit = usual * 1.5;
-  return values.at(-1) > 2 * limit ? { limit, above: values.length - values.findIndex(value => value > limit) } : null;
-}
-
 function draw(chart) {
   const all = traces(chart);
-  Plotly.react(chart.plot, all, layout(chart, all), { displayModeBar: false, responsive: true, doubleClick: false });
+  Plotly.react(chart.plot, all, layout(chart, all), { displayModeBar: false, responsive: true, doubleClick: false, showTips: false });
 }
 const drawAll = () => charts.filter(chart => chart.drawn).forEach(draw);
 
 function zoom(next) {
   range = next;
-  charts.filter(chart => chart.drawn).forEach(chart => Plotly.relayout(chart.plot, { "xaxis.range": range ?? [0, longest * 1.01 + 1], "yaxis.autorange": !chart.cut || range !== null }));
-  if (range === null) drawAll();
+  hover(null, null);
+  drawAll();
+}
+
+// One line through all charts at the step under the pointer.
+let hovering = false;
+function hover(source, step) {
+  if (hovering) return;
+  hovering = true;
+  for (const chart of charts.filter(each => each.drawn && each !== source)) {
+    step === null ? Plotly.Fx.unhover(chart.plot) : Plotly.Fx.hover(chart.plot, { xval: step }, ["xy"]);
+  }
+  hovering = false;
 }
 
 function key() {
@@ -136,9 +149,9 @@ function key() {
 }
 
 for (const chart of charts) {
+  if (chart.cut) cut(chart);
   chart.plot = make("div", { className: "plot" });
-  chart.caption = make("span", {}, chart.note ?? "");
-  const caption = make("figcaption", {}, chart.title, chart.caption);
+  const caption = make("figcaption", {}, chart.title, make("span", {}, chart.note ?? ""));
   if (chart.prefix && chart.own.length > 1) {
     chart.own.forEach((name, order) => caption.append(make("span", {}, make("i", { className: `mark ${MARKS[order % 4]}` }), bdi(name.slice(chart.prefix.length)))));
   }
@@ -159,8 +172,10 @@ if (charts.length) {
         if (change["xaxis.range[0]"] !== undefined) zoom([change["xaxis.range[0]"], change["xaxis.range[1]"]]);
       });
       chart.plot.on("plotly_doubleclick", () => zoom(null));
+      chart.plot.on("plotly_hover", event => hover(chart, event.xvals?.[0] ?? event.points[0].x));
+      chart.plot.on("plotly_unhover", () => hover(chart, null));
     }
-  }, { rootMargin: "300px" });
+  }, { rootMargin: "50px" });
   charts.forEach(chart => near.observe(chart.plot));
   byId("window").addEventListener("input", () => { key(); drawAll(); });
   byId("log").addEventListener("click", event => {

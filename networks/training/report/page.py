@@ -88,9 +88,9 @@ def _number(value: float | None) -> str | None:
 
 
 def _moment(seconds: float) -> str:
-    """Local time, as the training's machine has it."""
+    """In the time zone of this machine."""
     try:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")
     except (OverflowError, OSError, ValueError):  # a record may hold any number
         return "unknown"
 

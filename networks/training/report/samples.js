@@ -105,7 +105,10 @@ class Media {
       this.element.replaceChildren(make("span", { className: "quiet" }, sample ? "left out" : "no sample"));
     } else if (!this.image) {
       this.image = make("img", { alt: "" });
-      this.image.addEventListener("load", () => this.element.style.setProperty("--ratio", this.image.naturalWidth / this.image.naturalHeight));
+      this.image.addEventListener("load", event => {
+        const ratio = event.target.naturalWidth / event.target.naturalHeight;
+        for (const element of [this.element, this.element.closest("tr")]) element?.style.setProperty("--ratio", ratio);
+      });
       this.element.replaceChildren(this.image);
     }
     if (shown) this.enter();

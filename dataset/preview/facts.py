@@ -178,8 +178,8 @@ def _add_caption_notes(facts: Sequence[ItemFacts], names: _Names, lengths: Mappi
 
 
 def _duplicate(found: Alike, names: _Names) -> Note:
-    first = [f"{names(item)}{' (mirrored)' if item in found.mirrored else ''}" for item in found.first]
-    text = f"It looks nearly the same as {_name_some(first, found.count)}. Keep one of them."
+    some = [f"{names(item)}{' (mirrored)' if item in found.mirrored else ''}" for item in found.items[:SHOWN_NAMES]]
+    text = f"It looks nearly the same as {_name_some(some, len(found.items))}. Keep one of them."
     return Note(Concern.DUPLICATE, text)
 
 

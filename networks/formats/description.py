@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from networks.formats.reading import LoraFile, fit_to_model, lora_path, read_lor
 from networks.formats.updates import DoRA, LowRank, Replacement, Update
 from networks.formats.writing import to_layout
 from utils.errors import UserError, shown
+from utils.processes.command_line import command_line
 from utils.safetensors_io import read_tensors
 
 THIS_PROJECT = "this project"
@@ -297,4 +297,4 @@ def _command(path: str | os.PathLike[str], target: str, lora: LoraFile) -> str:
         source = Path(os.curdir, source).absolute()
     output = source.with_name(f"{source.stem if source.suffix == '.safetensors' else source.name}_{target}.safetensors")
     words = ["python", "convert_lora.py", "--input", str(source), "--output", str(output), "--target", target]
-    return shlex.join(words + ["--lora_partial"] * bool(transformer_keys(lora.left_out)))
+    return command_line(words + ["--lora_partial"] * bool(transformer_keys(lora.left_out)))

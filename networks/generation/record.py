@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -25,6 +24,7 @@ from utils.checksums import file_sha256
 from utils.devices import device_name
 from utils.errors import UserError
 from utils.media.metadata import PICTURE, SETTINGS, read_media_metadata
+from utils.processes.command_line import command_line
 from utils.toml_files import read_toml
 
 logger = logging.getLogger(__name__)
@@ -216,21 +216,36 @@ def described(path: str) -> str:
         UserError: as of ``read_media_metadata``.
     """
     metadata = read_media_metadata(path, SHOW_FLAG)
-    settings = settings_of(metadata)
-    lines = [path, *(f"  {key}: {value}" for key, value in metadata.items() if value and key not in (SETTINGS, "lora"))]
+    lines = [path, *(f"  {name}: {text}" for name, text in facts(metadata))]
+    again = command_again(metadata, _folder(Path(path)))
+    return "\n".join([*lines, "", again] if again else lines)
+
+
+def facts(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What metadata say of a result, as names and texts for people."""
+    found, settings = [(key, text) for key, text in metadata.items() if text and key != SETTINGS], settings_of(metadata)
     if settings is None:
-        loras = metadata.get("lora")
-        return "\n".join([*lines, *([f"  lora: {loras}"] if loras else [])])
-    files = [(f"multiplier {entry.get('multiplier')}", entry) for entry in settings["lora"]]
-    files += [("start", settings["start"])] if settings["start"] else []
-    lines += [f"  {entry.get('file')}: {role}, SHA-256 {str(entry.get('sha256'))[:_SHOWN_DIGITS]}..." for role, entry in files]
-    lines.append(f"  made with {', '.join(f'{name} {version}' for name, version in settings['versions'].items())}")
+        return found
+    files = [("LoRA", f"multiplier {entry.get('multiplier')}", entry) for entry in settings["lora"]]
+    files += [("start", f"strength {settings['flags'].get('strength')}", settings["start"])] if settings["start"] else []
+    return [
+        *(fact for fact in found if fact[0] != "lora"),
+        *((kind, f"{each.get('file')}: {how}, SHA-256 {str(each.get('sha256'))[:_SHOWN_DIGITS]}...") for kind, how, each in files),
+        ("made with", ", ".join(f"{name} {version}" for name, version in settings["versions"].items())),
+    ]
+
+
+def command_again(metadata: Mapping[str, str], folder: Path) -> str | None:
+    """The command that makes it again into ``folder``; None where metadata do not say how."""
+    settings = settings_of(metadata)
+    if settings is None:
+        return None
     flags = {name: value for name, value in settings["flags"].items() if name not in RUN_FLAGS}
-    return "\n".join([*lines, "", command({**flags, "save_path": str(_folder(Path(path)))})])
+    return command({**flags, "save_path": str(folder)})
 
 
 def command(flags: Mapping[str, Any]) -> str:
-    """The command line with these flags, in the words of a POSIX shell."""
+    """The command line of generation with these flags."""
     words = ["python", "hv_generate_video.py"]
     for name, value in flags.items():
         if isinstance(value, list):
@@ -241,7 +256,7 @@ def command(flags: Mapping[str, Any]) -> str:
             words.append(f"--{name}={value}")
         else:
             words += [f"--{name}", str(value)]
-    return shlex.join(words)
+    return command_line(words)
 
 
 def _folder(path: Path) -> Path:

@@ -1,13 +1,21 @@
-"""The command line of this process, which other people of the machine can read."""
+"""Command lines: that of this process, which other people of the machine can read, and those that people copy."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The words as the shells of this system read them: of POSIX, or of Windows."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def hide_on_command_line(secret: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from networks.training.saving.latest import find_latest_state
 from networks.training.saving.resume import Resumed
 from networks.training.saving.state import LATEST, read_state_file, verify_state
 from utils.errors import UserError, first_line
+from utils.processes.command_line import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -51,5 +49,4 @@ def command_to_go_on(words: Sequence[str], state: Path, folder: Path, launcher: 
             kept.append(word)
         takes_value = word == "--resume"
     inside = state.parent.resolve() == folder.resolve()
-    command = [*launcher, *kept, "--resume", LATEST if inside else str(state)]
-    return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
+    return command_line([*launcher, *kept, "--resume", LATEST if inside else str(state)])

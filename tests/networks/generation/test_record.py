@@ -151,6 +151,6 @@ def test_strange_values_of_a_file_are_no_traceback(tmp_path):
     assert identity(text) is not None
     save_picture(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text)
     warn_of_changes(str(tmp_path / "a.png"), recorder(tmp_path).metadata(request()))
-    assert "made with torch []" in described(str(tmp_path / "a.png"))
+    assert "made with: torch []" in described(str(tmp_path / "a.png"))
     save_picture(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), {"settings": "damaged"})
     assert described(str(tmp_path / "a.png")) == str(tmp_path / "a.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from utils.cli.arguments import script_parser
 from utils.cli.config_files import add_config_file_argument, parse_with_config
+from utils.processes.command_line import command_line
 
 KEY = "0123-not-a-real-key-4567"
 SHOWS = """
@@ -70,3 +72,11 @@ def test_an_error_of_a_config_file_does_not_hold_the_key(tmp_path: Path, capsys,
     run(["--config_file", str(path)])
     said = capsys.readouterr().err
     assert "wandb_api_key" in said and KEY not in said
+
+
+def test_a_command_to_copy_is_in_the_words_of_the_systems_shell(monkeypatch):
+    words = ["python", "a b.py", 'say "it\'s"', "--x=$HOME"]
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert shlex.split(command_line(words)) == words
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert command_line(words) == 'python "a b.py" "say \\"it\'s\\"" --x=$HOME'

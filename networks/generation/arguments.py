@@ -48,7 +48,7 @@ from utils.media.writing import unused_stem
 logger = logging.getLogger(__name__)
 
 MODEL_FLAGS = ("save_path", "dit", "text_encoder1", "text_encoder2")  # that sampling needs
-SHEET_ENDINGS = (".png", ".mp4")
+SHEET_ENDINGS = (".png", ".mp4", ".html")
 
 
 class Asked(NamedTuple):
@@ -186,7 +186,8 @@ def add_request_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sheet",
         metavar="PATH",
-        help="PNG for the contact sheet of several results (default: in --save_path, xy_TIME.png or FILE_sheet.png)",
+        help="PNG for the contact sheet of several results, with a page and, for clips, an MP4 beside it (default: in --save_path, "
+        "xy_TIME.png or FILE_sheet.png)",
     )
 
 
@@ -249,8 +250,9 @@ def sheet_path(args: argparse.Namespace, stem: str) -> Path:
         return folder / f"{stem if args.skip_existing else unused_stem(folder, stem, SHEET_ENDINGS)}.png"
     path = Path(args.sheet)
     if path.suffix.lower() != ".png":
-        raise UserError(f"--sheet {path} must end in .png; clips become an .mp4 beside it.")
-    require_possible_file(path, "--sheet")
+        raise UserError(f"--sheet {path} must end in .png; the .html, and for clips the .mp4, are beside it.")
+    for ending in SHEET_ENDINGS:
+        require_possible_file(path.with_suffix(ending), "--sheet")
     require_writable_folder(path.parent, "the folder of --sheet,")
     return path
 

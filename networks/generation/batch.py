@@ -107,11 +107,14 @@ class Batch:
             if path in missing:
                 sheet.add_failure(request, "not seen by the process that makes this sheet")
             else:
-                sheet.add(request, read_frames(path))
+                sheet.add(request, read_frames(path), path)
         for request, reason in self._reasons.items():
             sheet.add_failure(request, reason)
-        metadata = {**self.recorder.of_batch(self.requests), **sheet.about}
-        for path in sheet.save({} if output.no_metadata else metadata):
+        metadata, of_each = {}, {}
+        if not output.no_metadata:
+            metadata = {**self.recorder.of_batch(self.requests), **sheet.about}
+            of_each = {request: self.recorder.metadata(request) for request in self.requests}
+        for path in sheet.save(metadata, of_each):
             show(path)
 
     def _sample_all(self, requests: Sequence[Request], loaders: Ranks) -> list[Sampled]:
@@ -174,7 +177,7 @@ class Batch:
             latents, _ = read_latents(result.stored, "the latents")
             frames = decode(latents)[0]
             if self.sheet is not None and self.ranks.is_main:
-                self.sheet.add(result.request, frames.numpy())
+                self.sheet.add(result.request, frames.numpy(), self.settings.output.path_of_frames(result.stem))
             if result.preview:  # before the result appears: a run that is killed leaves no preview beside it
                 result.preview.remove()
             show(self.settings.output.save_frames(result.stem, frames, result.metadata))

@@ -104,7 +104,9 @@ class TestInThreads:
         given = ("--from_file", tmp_path / "p.txt")
         assert generate(4, *given) == [0] * 4
         assert sorted(request.prompt for request in computed) == ["a ball"] * 4 + ["a cat"] * 4
-        assert len(list((tmp_path / "out").iterdir())) == 6, "two videos, their latents, and a sheet as a picture and as a video"
+        assert len(list((tmp_path / "out").iterdir())) == 7, (
+            "two videos, their latents, and a sheet as a picture, a video and a page"
+        )
         computed.clear()
         assert generate(4, *given, "--skip_existing") == [0] * 4 and not computed
 

@@ -105,7 +105,7 @@ def test_a_cell_of_a_comparison_and_the_whole_are_made_again(script, loras):
     assert len(results()) == 5, "without LoRA the multiplier makes no difference"
     for path in results():
         assert is_made_again(script, path)
-    (sheet,) = [path for path in Path("out").iterdir() if path.name.startswith("xy_20")]
+    (sheet,) = [path for path in Path("out").iterdir() if path.name.startswith("xy_20") and path.suffix == ".png"]
     script("--repeat", sheet, "--save_path", "whole", models=False)
     assert [frames(path) for path in results("whole")] == [frames(path) for path in results()]
 

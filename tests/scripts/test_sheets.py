@@ -56,7 +56,8 @@ def test_a_comparison_is_what_single_runs_make_in_one_sheet(generate, tmp_path, 
     ended = generate("--prompt", "a red ball", "--xy", f"lora={tmp_path}/lora*.safetensors,none", "multiplier=0.5,1")
     assert ended.status == 0, ended.stderr
     assert loads == [1]
-    *results, sheet_path = map(Path, ended.stdout.split())
+    *results, sheet_path, page = map(Path, ended.stdout.split())
+    assert page == sheet_path.with_suffix(".html") and page.exists()
     assert [path.name for path in results] == ["xy_1_1_5", "xy_1_2_5", "xy_1_3_5", "xy_2_1_5", "xy_2_2_5"]
     assert "xy_2_3 is the same as xy_1_3" in caplog.text
     with Image.open(sheet_path) as sheet:
@@ -83,7 +84,7 @@ def test_prompts_and_clips_become_a_sheet_and_a_video_in_step(generate, tmp_path
     flags = ("--video_length", 5, "--fps", 12, "--output_type", "both", "--sheet", tmp_path / "sheets" / "all.png")
     ended = generate("--xy", 'prompt="a ball, red",猫が歩く 🐱', "seed=1,2", *flags)
     assert ended.status == 0, ended.stderr
-    assert ended.stdout.split()[-2:] == [str(tmp_path / "sheets" / f"all.{ending}") for ending in ("png", "mp4")]
+    assert ended.stdout.split()[-3:] == [str(tmp_path / "sheets" / f"all.{ending}") for ending in ("png", "mp4", "html")]
     latents = [load_file(path)["latent"] for path in sorted((tmp_path / "out").glob("xy_*_latent.safetensors"))]
     assert len(latents) == 4 and not torch.equal(latents[0], latents[1])
     with av.open(str(tmp_path / "sheets" / "all.mp4")) as container, Image.open(tmp_path / "sheets" / "all.png") as sheet:
@@ -97,7 +98,7 @@ def test_a_config_file_compares_as_well(generate, tmp_path) -> None:
     config, sheet = tmp_path / "night.toml", tmp_path / "s.png"
     config.write_text(f"prompt = 'a ball'\nxy = ['steps=1', 'guidance=1,6']\nsheet = '{sheet}'\n", encoding="utf-8")
     ended = generate("--config_file", config)
-    assert ended.status == 0 and ended.stdout.split()[-1] == str(sheet), ended.stderr
+    assert ended.status == 0 and ended.stdout.split()[-2] == str(sheet), ended.stderr
 
 
 def test_every_prompt_file_gets_a_sheet_with_its_prompts(generate, tmp_path) -> None:
@@ -106,16 +107,17 @@ def test_every_prompt_file_gets_a_sheet_with_its_prompts(generate, tmp_path) -> 
     for name in ("night_sheet.png", "night_sheet-2.png"):
         ended = generate("--from_file", prompts)
         assert ended.status == 0, ended.stderr
-        *_, sheet = ended.stdout.split()
+        *_, sheet, _ = ended.stdout.split()
         assert Path(sheet).name == name
         with Image.open(sheet) as image:
             assert image.text["infer_steps"] == "2" and "prompt" not in image.text
     restarted = generate("--from_file", prompts, "--skip_existing", "--no_metadata")
     assert restarted.status == 0 and not restarted.stdout
     (tmp_path / "out" / "night_sheet.png").rename(tmp_path / "first.png")
-    assert generate("--from_file", prompts, "--skip_existing", "--no_metadata").stdout.split() == [
-        str(tmp_path / "out/night_sheet.png")
-    ]
+    (tmp_path / "out" / "night_sheet.html").unlink()
+    again = generate("--from_file", prompts, "--skip_existing", "--no_metadata").stdout.split()
+    assert again == [str(tmp_path / f"out/night_sheet.{ending}") for ending in ("png", "html")]
+    assert "hv_generate_video" not in Path(again[1]).read_text(encoding="utf-8")
     with Image.open(tmp_path / "first.png") as first, Image.open(tmp_path / "out" / "night_sheet.png") as again:
         assert not getattr(again, "text", {}) and np.array_equal(np.asarray(first), np.asarray(again))
     ended = generate("--from_file", prompts, "--output_type", "latent", folder="latents")

@@ -1,8 +1,9 @@
 "use strict";
-// A clip (an element with data-clip, the data URI of a video, around a picture) plays while the pointer or the focus is on it.
+// A clip (an element with data-clip, the data URI of a video, around a picture) plays while the pointer or the focus is on it,
+// but with data-held is left to whoever set that.
 for (const clip of document.querySelectorAll("[data-clip]")) {
   const play = () => {
-    if (clip.querySelector("video")) return;
+    if (clip.querySelector("video") || "held" in clip.dataset) return;
     const still = clip.querySelector("img"), video = document.createElement("video");
     Object.assign(video, { src: clip.dataset.clip, muted: true, loop: true, autoplay: true, playsInline: true });
     video.style.width = `${still.clientWidth}px`;
@@ -11,7 +12,7 @@ for (const clip of document.querySelectorAll("[data-clip]")) {
     still.after(video);
   };
   const stop = () => {
-    if (clip.matches(":hover") || clip.contains(document.activeElement)) return;
+    if (clip.matches(":hover") || clip.contains(document.activeElement) || "held" in clip.dataset) return;
     clip.querySelector("video")?.remove();
     clip.querySelector("img").hidden = false;
   };

@@ -1,4 +1,4 @@
-"""The contact sheet of a batch: its cells come as they are decoded."""
+"""The contact sheet of a batch, as files and as a page: its cells come as they are decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from networks.generation.requests import Request
+from networks.generation.sheets.page import BatchPage, Shown
 from utils.media.writing import save_picture, save_video
+from utils.pages.page import write_page
 from utils.sheets.contact_sheet import Cell, ContactSheet, cell_side, reduced
 
 SEPARATOR = " · "
@@ -21,7 +23,7 @@ class BatchSheet:
     """Collects the results of a batch, reduced to what the sheet shows, and outside of memory.
 
     Attributes:
-        path: of the PNG; clips become an MP4 beside it as well.
+        path: of the PNG; a page stands beside it, and for clips an MP4.
         grid: the requests by row and column; a request may stand there several times.
         lora_weight: the LoRA files that the multipliers of the requests are for.
         column_labels, row_labels: without them the cells have captions.
@@ -36,6 +38,7 @@ class BatchSheet:
     row_labels: Sequence[str] = ()
     about: Mapping[str, str] = field(default_factory=dict)
     _frames: dict[Request, np.ndarray] = field(default_factory=dict)
+    _paths: dict[Request, Path] = field(default_factory=dict)
     _failures: dict[Request, str] = field(default_factory=dict)
 
     @property
@@ -43,8 +46,9 @@ class BatchSheet:
         """Pixels of the longer side of a cell."""
         return cell_side(max(map(len, self.grid)))
 
-    def add(self, request: Request, frames: np.ndarray) -> None:
-        """Keep the frames (T, H, W, 3) uint8 of a request."""
+    def add(self, request: Request, frames: np.ndarray, path: Path) -> None:
+        """Keep the frames (T, H, W, 3) uint8 of a request, whose file or folder is ``path``."""
+        self._paths[request] = path
         frames = np.ascontiguousarray(reduced(frames, self.side))
         with TemporaryFile() as file:
             file.write(frames.data)
@@ -55,29 +59,50 @@ class BatchSheet:
         """Its cell stays empty, with the reason."""
         self._failures[request] = reason
 
-    def save(self, metadata: Mapping[str, str]) -> list[Path]:
-        """Write the sheet; returns the paths of what was written."""
+    def save(self, metadata: Mapping[str, str], of_each: Mapping[Request, Mapping[str, str]]) -> list[Path]:
+        """Write the sheet with its metadata and, on its page, those of each result; returns the paths of what was written."""
         parts = {request: in_words(request, self.lora_weight) for row in self.grid for request in row}
         first = next(iter(parts.values()))
         shared = {name: text for name, text in first.items() if all(each.get(name) == text for each in parts.values())}
         others = SEPARATOR.join(text for name, text in shared.items() if name != "prompt")
+        title = list(filter(None, (shared.get("prompt"), others)))
+        captions = {
+            request: [] if self.column_labels else [text for name, text in words.items() if name not in shared]
+            for request, words in parts.items()
+        }
         sheet = ContactSheet(
-            [[self._cell(request, parts[request], shared) for request in row] for row in self.grid],
+            [[self._cell(request, captions[request]) for request in row] for row in self.grid],
             self.side,
             self.column_labels,
             self.row_labels,
-            "\n".join(filter(None, (shared.get("prompt"), others))),
+            "\n".join(title),
         )
         clips = [self.path.with_suffix(".mp4")] if sheet.length > 1 else []
         for clip in clips:
             save_video(clip, sheet.clip(), self.fps, dict(metadata))
+        places = {request: number for number, request in enumerate(captions)}
+        page = BatchPage(
+            self.path,
+            [self._shown(request, caption, of_each.get(request, {})) for request, caption in captions.items()],
+            [[places[request] for request in row] for row in self.grid],
+            self.fps,
+            self.side,
+            self.column_labels,
+            self.row_labels,
+            title,
+            metadata,
+        )
+        write_page(self.path.with_suffix(".html"), page.html())
         save_picture(self.path, sheet.picture(), dict(metadata))  # last: with it a restarted batch has its sheet
-        return [self.path, *clips]
+        return [self.path, *clips, self.path.with_suffix(".html")]
 
-    def _cell(self, request: Request, parts: Mapping[str, str], shared: Mapping[str, str]) -> Cell:
-        lines = [] if self.column_labels else [text for name, text in parts.items() if name not in shared]
-        lines += filter(None, [self._failures.get(request)])
-        return Cell(self._frames.get(request), "\n".join(lines), failed=request in self._failures)
+    def _cell(self, request: Request, caption: Sequence[str]) -> Cell:
+        reason = [self._failures[request]] if request in self._failures else []
+        return Cell(self._frames.get(request), "\n".join([*caption, *reason]), failed=bool(reason))
+
+    def _shown(self, request: Request, caption: Sequence[str], metadata: Mapping[str, str]) -> Shown:
+        frames, reason = self._frames.get(request), self._failures.get(request, "")
+        return Shown(frames, caption, reason, self._paths.get(request), metadata)
 
 
 def in_words(request: Request, lora_weight: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,8 @@ def results(folder: Path) -> Iterator[Path]:
 
 
 def content(path: Path) -> bytes:
+    if path.suffix == ".html":  # whose commands name the folder
+        return path.read_bytes()[-8:]
     if path.suffix == ".png":
         with Image.open(path) as picture:
             return np.asarray(picture).tobytes()

@@ -206,4 +206,4 @@ def test_a_sheet_whose_video_was_not_written_is_made_again(generate, tmp_path, m
         patch.setattr(sheet, "save_video", Mock(side_effect=KeyboardInterrupt))
         generate(LINES[:2], *clips)
     assert generate(LINES[:2], *clips) == []
-    assert {"evening_sheet.png", "evening_sheet.mp4"} < {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"evening_sheet.png", "evening_sheet.mp4", "evening_sheet.html"} < {path.name for path in (tmp_path / "out").iterdir()}

@@ -75,7 +75,7 @@ def test_files_and_sheet_are_those_of_one_process(generate, bench, monkeypatch, 
     assert len(sampled) == 5 and set(sampled.values()) == {1}
     assert equal(bench.folder / "out", bench.folder / "shared")
     lines = printed.splitlines()
-    assert len(lines) == len(set(lines)) == 7, "five results, and the sheet as PNG and MP4"
+    assert len(lines) == len(set(lines)) == 8, "five results, and the sheet as PNG, MP4 and page"
 
 
 def test_seeds_that_nobody_gave_are_those_of_the_main_process(generate, bench) -> None:

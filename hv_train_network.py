@@ -60,8 +60,9 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
     """
     groups = find_cached_items(load_dataset_config(settings.dataset_config, require_media=False))
     reports = [report_cached_group(group) for group in groups]
+    table = format_table(reports)
     if accelerator.is_main_process:
-        show(format_table(reports))
+        show(table)
     require_batches(reports)
     require_model_sizes(groups, config.in_channels, config.text_dim, config.pooled_dim)
     loop, held_out = settings.loop, []
@@ -78,6 +79,7 @@ def open_training_data(settings: TrainingSettings, config: TransformerConfig, se
         reader=EpochReader(groups, order, loop.max_data_loader_n_workers, loop.persistent_data_loader_workers),
         largest=largest_batch(groups, config),
         facts=data_facts(groups),
+        table=table,
         held_out=HeldOut(held_out),
         prior_preservation=any(group.dataset.prior_preservation for group in groups),
     )

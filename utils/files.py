@@ -36,11 +36,12 @@ def explain_failed_writing(final: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], keep_name: bool = False, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
 
     On any exception the temporary file is removed and whatever stood under ``path`` is untouched. The temporary name
-    keeps the suffix, which some writers look at; with ``keep_name`` all of the name (see ``final_of_temporary``).
+    keeps the suffix, which some writers look at; with ``keep_name`` all of the name (see ``final_of_temporary``). Without
+    ``flush``, a power cut may leave an older file or a damaged one, for what is written again soon.
 
     Raises:
         UserError: the folder cannot be written to, or nothing can have the name ``path``.
@@ -56,9 +57,11 @@ def atomic_path(path: str | os.PathLike[str], keep_name: bool = False) -> Iterat
             yield temporary
             with _where_supported(final.parent, "permissions"):
                 os.chmod(temporary, mode)
-            _flush_file(temporary)
+            if flush:
+                _flush_file(temporary)
             _rename(temporary, final)
-            _flush_folder(final.parent)
+            if flush:
+                _flush_folder(final.parent)
     finally:
         with suppress(OSError):  # usually gone by now, or its folder could not be made
             temporary.unlink()

@@ -23,6 +23,7 @@ from networks.training.loss.timestep_sampling import TimestepSampler
 from networks.training.optim.lr_schedules import make_lr_scheduler
 from networks.training.optim.optimizers import describe_optimizer, make_optimizer
 from networks.training.preflight import TrainingPlan
+from networks.training.report.beginning import begin_report
 from networks.training.run import Training, TrainingData, batch_order
 from networks.training.samples.sampling import prepare_samples
 from networks.training.saving.metadata import new_session_id, training_metadata
@@ -117,6 +118,9 @@ def build_training(
         order = batch_order(settings, data.reader, accelerator)
         training.progress = restore(resumed, training.restorable, order, settings.flags)
     training.progress.log_runs = logs.runs
+    if accelerator.is_main_process:
+        training.report = begin_report(settings, plan, data, training.progress, accelerator)
+        logs.trackers.append(training.report)
     known = {
         "session_id": training.progress.session_id,
         "training_started_at": training.progress.started_at,

@@ -61,6 +61,7 @@ class TrainingData:
     reader: BatchReader
     largest: LargestBatch
     facts: DataFacts
+    table: str = ""  # of the datasets, as it was printed
     held_out: Sequence[Mapping[str, Any]] = ()  # batches of one item for the validation loss
     prior_preservation: bool = False  # whether any dataset wants the model's own predictions kept
 

@@ -14,10 +14,12 @@ from networks.training.dry_step import dry_step, wants_dry_step
 from networks.training.logging.loss_log import LossLog
 from networks.training.optim.optimizers import learning_rates, set_optimizer_mode
 from networks.training.pause import paused_training
+from networks.training.report.record import Status
 from networks.training.requests import Request, TrainingRequests
 from networks.training.run import (
     Training,
     TrainingBroken,
+    end_report,
     require_finite_weights,
     rotate,
     save,
@@ -26,10 +28,11 @@ from networks.training.run import (
     save_model,
     save_training_state,
     say_how_to_go_on,
+    write_report,
 )
 from networks.training.saving.files import epoch_name, final_name, step_name
 from networks.training.step import Step, require_some_made, train_step
-from utils.errors import ANOTHER_ENDED, STATUS_FAILED, first_line
+from utils.errors import ANOTHER_ENDED, STATUS_FAILED, STATUS_INTERRUPTED, first_line
 from utils.free_memory import SpillWatch
 from utils.output import show
 from utils.processes.launcher import says_that_another_ended
@@ -48,17 +51,29 @@ def run_training(training: Training) -> int:
     try:
         status = train(training)
     except TrainingBroken as error:
+        end_report(training, Status.FAILED, str(error))
         say_how_to_go_on(training)
         show(f"error: {error}", error=True)
         return STATUS_FAILED
-    except BaseException:
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        end_report(training, *((Status.STOPPED, "by a second signal") if stopped else (Status.FAILED, first_line(error))))
         say_how_to_go_on(training)
         raise
+    end_report(training, *_ending(training, status))
     if training.uploads is not None:
         with training.watchdog, training.watchdog.during("uploading"):
             training.uploads.finish()
     say_how_to_go_on(training)
     return status
+
+
+def _ending(training: Training, status: int) -> tuple[Status, str]:
+    """How a training ended that returned ``status``, and why."""
+    if status == 0 and training.progress.step >= training.plan.steps:
+        return Status.FINISHED, ""
+    reasons = {0: "as a file in the output folder asked for", STATUS_INTERRUPTED: "by SIGINT, as of Ctrl-C"}
+    return Status.STOPPED, reasons.get(status, "by SIGTERM or SIGHUP")
 
 
 def train(training: Training) -> int:
@@ -89,6 +104,7 @@ def train_steps(training: Training, requests: TrainingRequests, loss_log: LossLo
     settings, progress = training.settings, training.progress
     training.first_step = progress.step
     training.keep_place()
+    write_report(training)
     if wants_dry_step(settings.loop.dry_step, training.accelerator.device):
         compiling = CompileWatch()
         dry_step(training, training.data.largest.load())
@@ -233,3 +249,5 @@ def make_samples(training: Training, requests: TrainingRequests, epoch: int, epo
             stop=stop,
         )
         training.logs.samples(saved, training.progress.step)
+    if saved:
+        write_report(training)

@@ -22,6 +22,8 @@ from networks.training.loss.flow_matching import FlowMatching
 from networks.training.optim.optimizers import describe_optimizer
 from networks.training.pause import evaluation_weights
 from networks.training.preflight import TrainingPlan
+from networks.training.report.record import Status
+from networks.training.report.writer import TrainingReport
 from networks.training.samples.sampling import TrainingSamples
 from networks.training.saving.files import remove_outdated, state_name, step_name, unused_step_name
 from networks.training.saving.going_on import command_to_go_on, usable_state
@@ -49,6 +51,7 @@ class Training:
     Attributes:
         gradients: of all processes; None where there is only this one.
         changed: there on the main process, for networks whose updates can be measured.
+        report: there on the main process.
         place: where the random generators stood when ``progress`` changed last.
         updating: whether the weights may be of a step that ``progress`` does not count yet.
         first_step: after which this run began.
@@ -71,6 +74,7 @@ class Training:
     gradients: SharedGradients | None = None
     changed: ChangedWeights | None = None
     uploads: HubUploads | None = None
+    report: TrainingReport | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     watchdog: Watchdog = field(default_factory=Watchdog)
     place: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +111,22 @@ def save(training: Training, file_name: str, epoch: int, with_state: bool) -> No
     """Save the model, and the state beside it; see ``require_finite_weights``."""
     require_finite_weights(training)
     save_model(training, file_name, epoch)
+    write_report(training)
     if with_state:
         save_training_state(training, file_name)
+
+
+def write_report(training: Training) -> None:
+    """Bring the report up to date. Before a state is saved: whoever goes on from that finds its steps in the report."""
+    if training.report is not None:
+        with training.watchdog.during("saving", training.report.path.__str__):
+            training.report.write()
+
+
+def end_report(training: Training, status: Status, reason: str = "") -> None:
+    """Write into the report how the training ended."""
+    if training.report is not None:
+        training.report.end(status, reason)
 
 
 def save_model(training: Training, file_name: str, epoch: int, at_end: bool = False) -> None:
@@ -126,6 +144,8 @@ def save_model(training: Training, file_name: str, epoch: int, at_end: bool = Fa
     if size is not None:
         log_size(size, at_end)
         training.logs.values(step, {"update/relative_norm": size})
+    if training.report is not None:
+        training.report.wrote(files, training.settings)
     if training.uploads is not None:
         with training.watchdog.during("uploading", file_name.__str__):
             for path in files:
@@ -144,6 +164,7 @@ def save_training_state(training: Training, model_name: str, rescued: bool = Fal
         lineage=training.plan.beginning.lineage,
     )
     folder = training.settings.saving.folder / state_name(model_name)
+    write_report(training)
     with training.watchdog.during("saving", folder.__str__):
         save_state(folder, training.restorable, state, training.place if rescued else None, alone=rescued)
     if training.uploads is not None and training.uploads.settings.save_state_to_huggingface:

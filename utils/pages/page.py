@@ -61,9 +61,12 @@ def _environment(folder: Path) -> Environment:
     )
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write a page, whole or not at all. Halves of surrogates, which file names may hold, are written as escapes."""
-    with atomic_path(path) as temporary:
+def write_page(path: Path, page: str, flush: bool = True) -> None:
+    """Write a page, whole or not at all. Halves of surrogates, which file names may hold, are written as escapes.
+
+    ``flush`` as in ``atomic_path``.
+    """
+    with atomic_path(path, flush=flush) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 

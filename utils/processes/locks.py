@@ -103,6 +103,14 @@ def sole_run(path: Path, doing: str, remedy: str) -> Iterator[None]:
                 folder.rmdir()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a run that lives holds the lock file, as far as can be known."""
+    try:
+        return _content(path) is not None and _life(path)[0]
+    except (OSError, UserError):
+        return False
+
+
 def _take(path: Path, text: str, doing: str, remedy: str) -> None:
     settled = True  # whether nobody else can have taken it at the same moment
     while True:
@@ -114,22 +122,28 @@ def _take(path: Path, text: str, doing: str, remedy: str) -> None:
             if _content(path) == text:
                 return
         found = _content(path)
-        holder = _holder(path)
-        if holder is not None and holder.is_here:
-            lives, who, hint = start_of(holder.pid) == holder.started, f"process {holder.pid}", ""
-        else:
-            silence = _silence(path)
-            if silence is None:
-                continue  # it has gone meanwhile
-            lives, hint = silence <= LOST_SECONDS, f" If it has ended, delete {path}."
-            who = f"process {holder.pid} on {holder.host}" if holder is not None else "an unknown process"
-            who += f", which wrote to {path.name} {max(silence, 0):.0f} seconds ago"
+        lives, who, hint = _life(path)
+        if not who:
+            continue  # it has gone meanwhile
         if lives:
             raise UserError(f"another run {doing} ({who}). Wait for its end, or {remedy}.{hint}")
         logger.info("%s is the lock of a run that has ended (%s); it is replaced.", path, who)
         if _content(path) == found:  # and not that of a run that was quicker
             path.unlink(missing_ok=True)
         settled = False
+
+
+def _life(path: Path) -> tuple[bool, str, str]:
+    """Whether the run that holds a lock lives, which process it is, and a hint; no words where the lock is gone."""
+    holder = _holder(path)
+    if holder is not None and holder.is_here:
+        return start_of(holder.pid) == holder.started, f"process {holder.pid}", ""
+    silence = _silence(path)
+    if silence is None:
+        return False, "", ""
+    who = f"process {holder.pid} on {holder.host}" if holder is not None else "an unknown process"
+    who += f", which wrote to {path.name} {max(silence, 0):.0f} seconds ago"
+    return silence <= LOST_SECONDS, who, f" If it has ended, delete {path}."
 
 
 def _create(path: Path, text: str) -> bool | None:

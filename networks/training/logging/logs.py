@@ -15,6 +15,7 @@ from networks.training.pause import kept_random_state
 from utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    from networks.training.report.writer import TrainingReport
     from networks.training.samples.sampling import SavedSample
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class TrainingLogs:
     """
 
     def __init__(self, device: torch.device | None = None, runs: Mapping[str, str] | None = None) -> None:
-        self.trackers: list[TensorBoard | WandB] = []
+        self.trackers: list[TensorBoard | WandB | TrainingReport] = []
         self.device = device
         self.runs = dict(runs or {})
 
@@ -134,7 +135,7 @@ class TrainingLogs:
         self._attempt(lambda tracker: tracker.finish())
         self.trackers.clear()
 
-    def _attempt(self, call: Callable[[TensorBoard | WandB], None]) -> None:
+    def _attempt(self, call: Callable[[TensorBoard | WandB | TrainingReport], None]) -> None:
         for tracker in list(self.trackers):
             try:
                 call(tracker)

@@ -41,7 +41,7 @@ class SampleRecord:
         step: optimizer steps done.
         index: of its prompt in the file of prompts.
         file: relative to the folder of the page, with forward slashes.
-        uri: of a picture, or of the first frame of a clip, as data; empty where it was left out for want of room.
+        uri: of a picture, or of the first frame of a clip, as data; empty where it was left out for want of room, or unreadable.
         clip: of a clip, as data; empty for pictures.
         settings: what else made it, in words by name.
     """
@@ -58,9 +58,13 @@ class SampleRecord:
 
 @dataclass
 class WrittenFile:
-    """A file that the training wrote: for whom, and how they use it.
+    """A file that the training wrote, for one program. A file that several programs read stands there several times.
 
-    ``checked``: how much of it they load, such as "240 of 240 keys".
+    Attributes:
+        file: as in ``SampleRecord``.
+        readers: the program.
+        usage: what to do with it there: a sentence, or a command.
+        checked: how much of it is loaded, such as "240 of 240 keys"; empty where that was not looked at.
     """
 
     file: str
@@ -77,10 +81,11 @@ class RunRecord:
         session_id: of its first beginning.
         steps: done, of ``planned_steps``.
         started_at, written_at: seconds since 1970.
-        curves: by name: loss/current, loss/average, loss/validation, lr/..., grad_norm, seconds_per_step, memory/peak_gib,
-            update/relative_norm.
+        curves: by name: loss/current, loss/average, loss/validation, lr/..., grad_norm, seconds_per_step, memory/peak_gib (of a
+            GPU), memory/resident_gib (of the process, on the CPU), update/relative_norm (at saves).
+        not_finite: steps whose loss or gradient was not finite; they changed no weights.
         data: of each dataset, what ``data_facts`` says.
-        table: of the datasets, as text.
+        table: of the datasets, as text in columns.
         flags: without secrets.
         command: to make it again.
         reason: why it ended, if it failed or was stopped.
@@ -94,6 +99,7 @@ class RunRecord:
     started_at: float
     written_at: float
     curves: dict[str, Curve] = field(default_factory=dict)
+    not_finite: list[int] = field(default_factory=list)
     samples: list[SampleRecord] = field(default_factory=list)
     written: list[WrittenFile] = field(default_factory=list)
     flags: Mapping[str, Any] = field(default_factory=dict)

@@ -27,6 +27,11 @@ COMFYUI = "comfyui"  # the copy that ends a training
 COPIES = (*TARGETS, COMFYUI)
 
 
+def lock_file(folder: Path, name: str) -> Path:
+    """The lock of the training that saves as ``name``."""
+    return folder / f".{name}.lock"
+
+
 def final_name(name: str) -> str:
     """The file of the finished training."""
     return f"{name}{MODEL_SUFFIX}"

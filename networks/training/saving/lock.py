@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from networks.training.saving.files import SaveSettings
+from networks.training.saving.files import SaveSettings, lock_file
 from utils.errors import UserError
 from utils.processes.locks import sole_run
 
@@ -26,7 +26,7 @@ def sole_training(settings: SaveSettings, accelerator: Accelerator) -> Iterator[
             name, folder = settings.output_name, settings.folder
             try:
                 remedy = "give another --output_name or --output_dir"
-                stack.enter_context(sole_run(folder / f".{name}.lock", f"trains {name} in {folder}", remedy))
+                stack.enter_context(sole_run(lock_file(folder, name), f"trains {name} in {folder}", remedy))
             except UserError as error:
                 refusal = str(error)
         if (refusal := broadcast_object_list([refusal])[0]) is not None:

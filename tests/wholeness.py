@@ -54,6 +54,8 @@ def _fault(path: Path) -> str | None:
             return "no PNG with an end"
         if path.suffix == ".mp4" and b"moov" not in path.read_bytes():  # the table of frames, which is written last
             return "no MP4 with an end"
+        if path.suffix == ".html" and not path.read_bytes().rstrip().endswith(b"</html>"):
+            return "no page with an end"
         if path.suffix == ".pt" and not zipfile.is_zipfile(path):  # looks for the directory, which is written last
             return "no zip file with an end"
     except (OSError, ValueError, KeyError, TypeError) as error:

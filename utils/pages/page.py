@@ -66,7 +66,7 @@ def write_page(path: Path, page: str, flush: bool = True) -> None:
 
     ``flush`` as in ``atomic_path``.
     """
-    with atomic_path(path, flush=flush) as temporary:
+    with atomic_path(path, keep_name=True, flush=flush) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from networks.training.report.reading import REPORT_FILE, move_links, read_report
 from networks.training.report.record import Curve, RunRecord, Status
 from networks.training.saving.files import lock_file
 from utils.errors import UserError
-from utils.files import MAX_NAME_BYTES
+from utils.files import MAX_NAME_BYTES, remove_leftovers_of
 from utils.media.writing import unused_stem
 from utils.processes.locks import is_held
 
@@ -43,6 +44,8 @@ def make_place(folder: Path, record: RunRecord) -> Path:
     """
     common, own = _places(folder, record.name)
     for path in (common, own):
+        with suppress(OSError):
+            remove_leftovers_of(path)
         earlier = _record_in(path)
         if earlier is not None and (earlier.session_id, earlier.name) == (record.session_id, record.name):
             return path

@@ -24,6 +24,7 @@ from networks.lora import create_network_from_weights
 from networks.merging import merge_patch, read_lora_files
 from networks.training.loss.flow_matching import FlowMatching
 from networks.training.loss.timestep_sampling import TimestepSampler, TimestepSettings
+from networks.training.report.reading import REPORT_FILE
 from utils.cli.settings import settings_from
 from utils.safetensors_io import read_header, read_tensors
 
@@ -138,7 +139,7 @@ def test_what_is_saved_and_when(train, tmp_path):
     assert train(*flags, "--network_dim", 2, "--training_comment", "a côté").status == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     saved = ["lora-000001", "lora-000002", "lora-step00000003", "lora", "lora_comfyui"]
-    assert names == [f"{name}.safetensors" for name in saved]
+    assert names == [*(f"{name}.safetensors" for name in saved), REPORT_FILE]
     metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
     expected = {
         "ss_base_model_version": "hunyuan_video",
@@ -202,7 +203,7 @@ def test_command_of_the_readme_trains(tiny_model, cached, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["lora-000001.safetensors", "lora.safetensors", "lora_comfyui.safetensors"]
+    assert names == ["lora-000001.safetensors", "lora.safetensors", "lora_comfyui.safetensors", REPORT_FILE]
     assert "--discrete_flow_shift" not in ended.stderr  # 1.0 is the default: nothing to warn about
     read_lora(tmp_path / "out" / "lora.safetensors")
 

@@ -312,5 +312,5 @@ def test_a_signal_to_the_launcher_and_its_processes_saves_and_stops(tiny_model, 
             process.kill()
     text = (tmp_path / "log").read_text("utf-8")
     assert "stopped after step" in text and "reads the caches" not in text, text
-    saved = sorted(path.name.partition("-step")[2][8:] for path in (tmp_path / "out").iterdir())
+    saved = sorted(path.name.partition("-step")[2][8:] for path in (tmp_path / "out").glob("*-step*"))
     assert saved == ["-state", ".safetensors"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from networks.formats.layouts import TARGETS
 from networks.formats.reading import LoraFile, read_lora
+from networks.training.report.reading import REPORT_FILE
 from networks.training.saving import models
 from networks.training.saving.files import output_names
 from utils.errors import UserError
@@ -20,7 +21,7 @@ from utils.safetensors_io import read_header
 
 
 def saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(REPORT_FILE))
 
 
 def rows_of_updates(lora: LoraFile) -> dict[str, torch.Tensor]:

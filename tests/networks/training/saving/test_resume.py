@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from networks.training import loop
+from networks.training.report.reading import REPORT_FILE
 from networks.training.saving import state as training_state
 from networks.training.saving.latest import find_latest_state, recover_state
 from networks.training.saving.state import plain_state, read_state_file
@@ -275,7 +276,7 @@ def test_a_signal_saves_model_and_state_after_the_step(train, out: Path, after_s
     after_step(4, lambda: signal.raise_signal(getattr(signal, name)))
     ended = train(*FLAGS)
     assert ended.status == status and "stopped after step 4 of 9" in caplog.text, ended.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["lora-step00000004-state", "lora-step00000004.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["lora-step00000004-state", "lora-step00000004.safetensors", REPORT_FILE]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no such signal")
@@ -310,7 +311,7 @@ def test_where_the_state_cannot_be_saved_a_signal_saves_the_model(
     ended = train(*odd)
     assert "A training that is stopped will save its model only" in caplog.text
     assert ended.status == 2 and "the model lora-step00000004.safetensors was saved" in ended.stderr, ended.stderr
-    assert [path.name for path in out.iterdir()] == ["lora-step00000004.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["lora-step00000004.safetensors", REPORT_FILE]
 
 
 def test_after_a_signal_latest_goes_on(train, whole: Path, after_step) -> None:
@@ -352,7 +353,7 @@ def test_a_full_disk_leaves_older_states_whole(train, whole: Path, monkeypatch) 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if not path.name.endswith(REPORT_FILE)}
     monkeypatch.setattr(training_state, "save_tensors", full)
     ended = train(*FLAGS, *STATES, name="other")
     assert ended.status == 2 and "other-step00000001-state" in ended.stderr and "No space left" in ended.stderr
@@ -367,11 +368,13 @@ def test_leftovers_of_a_killed_save_are_removed_by_the_next_run(train, out: Path
     (out / ".0123abcd.tmp.lora-000002_other.safetensors").touch()
     (out / ".0123abcd.tmp.lora_comfyui.safetensors").touch()
     (out / ".0123abcd.tmp.another.safetensors").touch()
+    (out / f".0123abcd.tmp.{REPORT_FILE}").touch()
     assert train("--max_train_steps", 1).status == 0
     assert sorted(path.name for path in out.iterdir()) == [
         ".0123abcd.tmp.another.safetensors",
         "lora.safetensors",
         "lora_comfyui.safetensors",
+        REPORT_FILE,
     ]
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from networks.training import loop
 from networks.training.loss.flow_matching import FlowMatching
+from networks.training.report.reading import REPORT_FILE
 from networks.training.saving.state import read_state_file
 from networks.training.step import MAX_SKIPPED_IN_A_ROW
 
@@ -18,7 +19,7 @@ FINAL = ("lora.safetensors", "lora_comfyui.safetensors")
 
 
 def saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(REPORT_FILE))
 
 
 def steps(numbers: list[int], suffix: str = ".safetensors") -> list[str]:

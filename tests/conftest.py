@@ -46,10 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With -m gpu, files without such tests are not even imported."""
-    if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and "mark.gpu" not in collection_path.read_text("utf-8"):
-        return True
-    return None
+    """With -m gpu or -m slow, files without such tests are not even imported."""
+    wanted = {"gpu": ("mark.gpu",), "slow": ("mark.slow", "slow_but")}.get(config.option.markexpr)
+    if wanted is None or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text("utf-8")
+    return None if any(mark in text for mark in wanted) else True
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,6 +68,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 def little_garbage() -> None:
     """The product collects garbage after each model; what pytest and the libraries hold is left out of that, as it takes long."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """What tests write need not survive a power cut. Tests of flushing replace this again, and scripts in processes of their own
+    flush as always."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

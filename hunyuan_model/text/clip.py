@@ -100,13 +100,20 @@ def check_text_encoder_2(path: str | os.PathLike[str]) -> None:
     require_same_tensors(*_model_and_weights(open_checkpoint_of(Kind.CLIP_TEXT, path, FLAG)))
 
 
+class _EmptyCLIP(CLIPTextModel):
+    """Not filled with initial values, which takes longer than building it: all of its weights are loaded."""
+
+    def init_weights(self) -> None:
+        pass
+
+
 def _model_and_weights(checkpoint: Checkpoint) -> tuple[CLIPTextModel, Checkpoint]:
     """The model on the meta device, and the tensors that are used, under its names."""
     text = checkpoint.under_prefix(checkpoint.prefix_of(_EMBEDDING))
     require_scales(text, "Use a file that holds its scales, or one in bfloat16.")
     # Position numbers are computed, not loaded.
     with building_from_config(checkpoint.path, FLAG), init_empty_weights(include_buffers=False):
-        model = CLIPTextModel(_clip_config(text))
+        model = _EmptyCLIP(_clip_config(text))
     # Names of models have a prefix before transformers 5 and none since.
     prefix = next(name for name in model.state_dict() if name.endswith(_EMBEDDING)).removesuffix(_EMBEDDING)
     return model, text.rename(lambda name: prefix + name if name.startswith(_PARTS) and not name.endswith(_COMPUTED) else None)

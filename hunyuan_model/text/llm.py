@@ -174,6 +174,13 @@ def check_text_encoder_1(path: str | os.PathLike[str]) -> None:
     require_same_tensors(*_model_and_weights(open_checkpoint_of(Kind.LLAMA, path, FLAG)))
 
 
+class _EmptyLlama(LlamaModel):
+    """Not filled with initial values, which takes longer than building it: all of its weights are loaded."""
+
+    def init_weights(self) -> None:
+        pass
+
+
 def _model_and_weights(checkpoint: Checkpoint) -> tuple[LlamaModel, Checkpoint]:
     """The model on the meta device, and the tensors that are used, under its names."""
     official, _ = official_names(checkpoint, (LLAMA, gguf_llama(_head_dim(checkpoint))), _EMBEDDING)
@@ -183,7 +190,7 @@ def _model_and_weights(checkpoint: Checkpoint) -> tuple[LlamaModel, Checkpoint]:
     weights = official.rename(lambda name: name if name.startswith(used) and not name.endswith(_COMPUTED) else None)
     # Rotary frequencies are computed, not loaded.
     with building_from_config(checkpoint.path, FLAG), init_empty_weights(include_buffers=False):
-        model = LlamaModel(config)
+        model = _EmptyLlama(config)
     model.norm = nn.Identity()
     return model, weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from variations import slow_but
 
 from examples.toy import world, zorp
 from examples.toy.reading import STAR, read
@@ -29,7 +30,7 @@ def shapes(outline: world.Distance, x: list[float], y: list[float] | None = None
     return world.coverage(outline, centres, np.broadcast_to(radius, len(x)).astype(float))
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", slow_but([1, 5, 9], 1, 5))
 @pytest.mark.parametrize("how", ["drawn", "blurred"])
 def test_drawn_scenes_are_read_right(frames: int, how: str) -> None:
     rng = world.generator(1, frames)
@@ -47,7 +48,7 @@ def test_drawn_scenes_are_read_right(frames: int, how: str) -> None:
         assert all(reading.right(attributes).values())
 
 
-@pytest.mark.parametrize("background", world.COLOURS)
+@pytest.mark.parametrize("background", slow_but(world.COLOURS, "red", "white"))
 def test_zorps_are_zorps_also_where_their_stripes_blur(background: str) -> None:
     rng = world.generator(2)
     for frames, motion in ((1, None), (1, None), (5, "growing"), (9, "shrinking"), (9, "left")):

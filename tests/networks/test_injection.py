@@ -112,7 +112,11 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "split"), [*((kind, split) for kind in KINDS for split in (False, True)), ("norms and biases", False)]
+    ("kind", "split"),
+    [
+        *(pytest.param(kind, split, marks=() if split else pytest.mark.slow) for kind in KINDS for split in (False, True)),
+        ("norms and biases", False),
+    ],
 )
 def test_injected_is_merged_at_every_multiplier(dit, kind, split):
     transformer = load(dit)

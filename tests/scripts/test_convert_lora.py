@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from variations import slow_but
 
 from networks.formats.clients import Verdict
 from networks.formats.description import describe
@@ -305,7 +306,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, refused):
     assert "--dit" in refused("--check", LORA, "--dit", LORA)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "default", "other", "hunyuan", "lycoris", "peft-diffusers"))
 def test_the_printed_commands_make_files_that_match_whole(tmp_path, convert, layout):
     path = tmp_path / "my lora.safetensors"  # to be quoted
     tensors = in_layout(layout)
@@ -366,7 +367,7 @@ def damaged(tensors: dict[str, torch.Tensor], dice: random.Random) -> dict[str, 
     return tensors
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "default", "diffusers", "peft"))
 def test_damaged_files_give_a_sentence_or_a_file(tmp_path, convert, layout):
     dice, whole = random.Random(layout), in_layout(layout)
     path, output = tmp_path / "x.safetensors", tmp_path / "out.safetensors"

@@ -103,7 +103,7 @@ def test_a_config_file_compares_as_well(generate, tmp_path) -> None:
 
 def test_every_prompt_file_gets_a_sheet_with_its_prompts(generate, tmp_path) -> None:
     prompts = tmp_path / "night.txt"
-    prompts.write_text("a red ball\na blue cube --d 9 --w 32\n" + "a long prompt " * 30 + "\n", encoding="utf-8")
+    prompts.write_text("a red ball\na blue cube --d 9 --w 32\n" + "a long prompt " * 12 + "\n", encoding="utf-8")
     for name in ("night_sheet.png", "night_sheet-2.png"):
         ended = generate("--from_file", prompts)
         assert ended.status == 0, ended.stderr

@@ -16,7 +16,7 @@ from utils.sheets.text import Lettering, clusters, pieces
 
 JAPANESE = "夜の街を歩く猫、雨に濡れた道路。カメラは（ゆっくりと）下がる"
 EMOJI = "a cat 🐱, a family 👩‍👩‍👧, a wave 👋🏽 and a flag 🇯🇵"
-LONG = "a slow shot of a fisherman who repairs a red net on a wooden pier at dawn, " * 4 + "hyper" * 30
+LONG = "a slow shot of a fisherman who repairs a red net on a wooden pier at dawn, " * 2 + "hyper" * 30
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255), (0, 200, 200), (200, 200, 0))
 
 

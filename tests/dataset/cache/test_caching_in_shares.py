@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from several_processes import in_each, join_threads
+from variations import slow_but
 
 import cache_latents
 import cache_text_encoder_outputs
@@ -59,7 +60,7 @@ def same(first: dict[str, dict[str, torch.Tensor]], second: dict[str, dict[str, 
     )
 
 
-@pytest.mark.parametrize("count", [2, 3, 11])
+@pytest.mark.parametrize("count", slow_but([2, 3, 11], 3))
 def test_latents_are_those_of_one_process(run, tiny_dataset: Path, monkeypatch, count: int) -> None:
     folder = tiny_dataset.parent
     (folder / "images" / "blue_square.png").write_bytes(b"no picture")

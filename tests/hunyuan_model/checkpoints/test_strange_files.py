@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -159,7 +160,8 @@ def test_indexes_of_shards(tmp_path: Path, index: str) -> None:
 @pytest.mark.parametrize("names", [["layers.0." * 1000], [f"x{index}" for index in range((1 << 16) + 1)]])
 def test_names_without_end(tmp_path: Path, names: list[str]) -> None:
     path = tmp_path / "m.safetensors"
-    save_file({name: torch.ones(1) for name in names}, path)
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
     refused(path, rf"holds {len(names)} tensors with names of up to \d+ characters")
     for read in (read_header, read_tensors):
         with pytest.raises(UserError, match="tensors with names of up to"):

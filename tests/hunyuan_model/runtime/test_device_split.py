@@ -16,6 +16,7 @@ from small_transformer import CONFIG, CPU, make_inputs, make_transformer, same, 
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from variations import slow_but
 
 import networks.lora
 from hunyuan_model.quantization.formats import WeightFormat
@@ -84,7 +85,7 @@ RUNTIMES = [
 ]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
+@pytest.mark.parametrize("runtime", slow_but(RUNTIMES, {}, *RUNTIMES[-2:]), ids=str)
 @pytest.mark.parametrize("counts", [(2, 5), pytest.param((4, 3), marks=pytest.mark.slow)], ids=str)
 def test_outputs_and_gradients_are_the_same_to_the_bit(dit, two_devices, runtime, counts) -> None:
     def run(**split: tuple[int, ...]) -> list[torch.Tensor]:
@@ -94,7 +95,7 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(dit, two_devices, runtime
     assert same(run(split_blocks=counts), run())
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
+@pytest.mark.parametrize("runtime", slow_but(RUNTIMES, *RUNTIMES[-3:]), ids=str)
 def test_no_operator_reads_tensors_of_two_devices(dit, two_devices, runtime) -> None:
     with device_tags() as tags:
         transformer = load(dit, DEVICES[0], **runtime, split_blocks=(2, 5))
@@ -247,7 +248,7 @@ def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([False, True], True))
 def test_torch_finds_the_operands_of_a_training_step_on_one_device(monkeypatch, checkpointing) -> None:
     """With tensors without values that say which device they are on: torch itself refuses operators between devices."""
     monkeypatch.setattr(model, "_valid_text", lambda text, mask: (text, None))  # it reads values

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from variations import slow_but
 
 from hunyuan_model.quantization.formats import is_quantized_name, quantize_groups
 from hunyuan_model.quantization.linear import enable_quantized_linears
@@ -73,7 +74,7 @@ def as_int8(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
-@pytest.mark.parametrize("weights", ["float32", "float8", "int8"])
+@pytest.mark.parametrize("weights", slow_but(["float32", "float8", "int8"], "int8"))
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
 @pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])  # the counter knows no attention on the CPU
 def test_the_last_products_are_computed_once(wholly, weights: str, offload: bool, keep: bool) -> None:
@@ -178,9 +179,7 @@ NETWORKS = {
 @pytest.mark.parametrize(
     ("kind", "network_args"),
     [
-        pytest.param(
-            kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" and kind in ("plain", "int8") else pytest.mark.slow
-        )
+        pytest.param(kind, network_args, id=f"{kind}-{name}", marks=() if name == "LoRA" and kind == "plain" else pytest.mark.slow)
         for kind in ("plain", "float8", "int8", "swapped")
         for name, network_args in NETWORKS.items()
     ],

@@ -14,7 +14,7 @@ from hunyuan_model.sampling.prompts import PROMPT_SETTINGS, PromptEntry, options
 from utils.errors import UserError
 
 FLAG = "--from_file"
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

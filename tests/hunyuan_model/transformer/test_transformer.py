@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from variations import slow_but
 
 from hunyuan_model.transformer.attention import make_attention
 from hunyuan_model.transformer.config import transformer_config_from_shapes
@@ -186,7 +187,7 @@ def test_guidance(weights, reference):
         assert torch.equal(without(*inputs[:5]), model(*inputs))
 
 
-@pytest.mark.parametrize("lengths", [None, [5, 13]])
+@pytest.mark.parametrize("lengths", slow_but([None, [5, 13]], [5, 13]))
 def test_blocks_trace_into_one_graph(model, lengths):
     """Each block compiles without a graph break (traced only: no code generator is needed)."""
     torch.manual_seed(0)

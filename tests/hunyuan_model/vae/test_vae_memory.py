@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from variations import slow_but
 
 import hunyuan_model.vae.convolution as vae_convolution
 import hunyuan_model.vae.memory as vae_memory
@@ -80,9 +81,9 @@ def run(vae: AutoencoderKLCausal3D, clip: Clip, encode: bool) -> tuple[torch.Ten
     [
         (WHOLE, Clip(1, 1, 64, 96), torch.float32, 0.15),
         (WHOLE, Clip(2, 9, 64, 48), torch.float32, 0.15),
-        (WHOLE, Clip(1, 33, 48, 64), torch.float32, 0.15),
+        pytest.param(WHOLE, Clip(1, 33, 48, 64), torch.float32, 0.15, marks=pytest.mark.slow),
         (WHOLE, Clip(1, 17, 64, 64), torch.bfloat16, 0.2),
-        (Splitting(16), Clip(1, 33, 48, 64), torch.float32, 0.15),
+        pytest.param(Splitting(16), Clip(1, 33, 48, 64), torch.float32, 0.15, marks=pytest.mark.slow),
         (Splitting(None, 32), Clip(1, 1, 64, 96), torch.float32, 0.15),
         (Splitting(16, 32), Clip(1, 33, 48, 64), torch.float32, 0.15),
     ],
@@ -121,7 +122,11 @@ def test_each_choice_takes_less_than_the_one_before(encode):
 
 
 @ENCODE
-@pytest.mark.parametrize("splitting", [WHOLE, Splitting(8), Splitting(8, 32)], ids=lambda given: str(given) or "whole")
+@pytest.mark.parametrize(
+    "splitting",
+    slow_but([WHOLE, Splitting(8), Splitting(8, 32)], WHOLE, Splitting(8, 32)),
+    ids=lambda given: str(given) or "whole",
+)
 def test_what_is_chosen_gives_what_its_flags_give(encode, splitting, monkeypatch, caplog):
     monkeypatch.setattr(vae_memory, "CHOICES", (WHOLE, Splitting(8), Splitting(8, 32)))
     clip = Clip(1, 5, 64, 64)

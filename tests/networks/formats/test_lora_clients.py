@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from variations import slow_but
 
 from networks.formats.clients import CLIENTS, Match, Verdict, match
 from networks.formats.layouts import LAYOUTS, flat_name
@@ -90,7 +91,7 @@ def loaded_by_diffusers(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("endings", [PEFT, KOHYA, OLD], ids=lambda endings: endings[0])
+@pytest.mark.parametrize("endings", slow_but([PEFT, KOHYA, OLD], PEFT, KOHYA), ids=lambda endings: endings[0])
 @pytest.mark.parametrize(
     "others", [(), ("alpha",), ("lora_magnitude_vector.weight",), ("diff_b",)], ids=lambda others: "".join(others)
 )
@@ -111,7 +112,7 @@ def test_diffusers_loads_nothing_with_the_name_of_an_adapter(loaded_by_diffusers
     assert matched("diffusers", tensors).keys == loaded_by_diffusers(tensors)[1] == 0
 
 
-@pytest.mark.parametrize("module", EXTRAS)
+@pytest.mark.parametrize("module", slow_but(EXTRAS, *list(EXTRAS)[::3]))
 def test_diffusers_loads_other_modules_as_the_table_says(loaded_by_diffusers, module):
     for layout in ("default", "other", "diffusers", "comfy", "diffusion-pipe", "original"):
         for modules in (LINEAR, WITHOUT_QKV, {}):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from several_processes import in_each, join_threads
+from variations import slow_but
 
 import hv_generate_video
 from hunyuan_model.sampling.generation import SamplingSettings
@@ -66,7 +67,7 @@ def watch_sampling(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) 
     return sampled
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", slow_but([2, 5], 2))
 def test_files_and_sheet_are_those_of_one_process(generate, bench, monkeypatch, count: int) -> None:
     assert generate(1, "--seed", 5)[0] == [0]
     sampled = watch_sampling(monkeypatch)

@@ -33,7 +33,7 @@ def test_gpus_are_tried_unless_flags_say_otherwise(choice: str, device: str, wan
             "--gradient_checkpointing --blocks_to_swap 4 --gradient_accumulation_steps 2 --optimizer_type SGD",
             marks=pytest.mark.slow,
         ),
-        "--mixed_precision bf16 --int8_base",
+        pytest.param("--mixed_precision bf16 --int8_base", marks=pytest.mark.slow),
     ],
 )
 def test_the_training_is_the_same_to_the_bit(train, tmp_path, flags: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from variations import slow_but
 
 import hunyuan_model
 import hv_train_network
@@ -76,7 +77,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 # Waiting for the device
 
 
-@pytest.mark.parametrize("batches_of_a_step", [1, 3])
+@pytest.mark.parametrize("batches_of_a_step", slow_but([1, 3], 3))
 def test_a_step_waits_for_the_device_once(train, each_step, monkeypatch, batches_of_a_step) -> None:
     """Timesteps are sampled on the host, and the transformer reads the lengths of the texts there."""
     sample = TimestepSampler.sample

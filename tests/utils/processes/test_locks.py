@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from variations import slow_but
 
 from utils.errors import UserError
 from utils.processes import locks
@@ -184,7 +185,7 @@ def test_a_mount_without_exclusive_files_is_said_once(tmp_path, monkeypatch, cap
     assert caplog.text.count("its content decides") == 1
 
 
-@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("stale", slow_but([False, True], True))
 def test_of_many_at_once_one_gets_the_lock(tmp_path, monkeypatch, stale):
     """Each thread stands for a process of its own."""
     path, inside, most, refused = tmp_path / ".a.lock", [], [], []

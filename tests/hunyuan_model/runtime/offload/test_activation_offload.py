@@ -133,7 +133,12 @@ def step(transformer: nn.Module, seed: int = 0, **sizes: tuple[int, ...]) -> Non
         (0, False, {}),
         (MOST, True, {}),
         pytest.param(2, False, {"rank_dropout": "0.5", "dropout": "0.3"}, marks=pytest.mark.slow),
-        (0, False, {"exclude_patterns": "['.*']", "include_patterns": "['single_blocks.1.linear1', 'single_blocks.3.*']"}),
+        pytest.param(
+            0,
+            False,
+            {"exclude_patterns": "['.*']", "include_patterns": "['single_blocks.1.linear1', 'single_blocks.3.*']"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "swapped float8", "dropouts", "late blocks learn"],
 )

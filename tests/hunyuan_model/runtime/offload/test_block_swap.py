@@ -95,7 +95,7 @@ def plain_run():
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize(
     ("swapped", "fp8"),
-    [(1, False), (3, False), (MOST, False), (MOST, True)],
+    [pytest.param(1, False, marks=pytest.mark.slow), (3, False), pytest.param(MOST, False, marks=pytest.mark.slow), (MOST, True)],
     ids=lambda value: {True: "float8", False: "float32"}[value] if isinstance(value, bool) else None,
 )
 def test_outputs_and_gradients_are_the_same_to_the_bit(monkeypatch, plain_run, swapped, fp8, checkpointing):

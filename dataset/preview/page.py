@@ -169,10 +169,6 @@ def collect_views(
     running: deque[tuple[Future[WindowView], int]] = deque()
     overviews, windows = [], []
 
-    def view(prepared: Prepared) -> WindowView:
-        fingerprints.add(prepared)
-        return room.view(prepared)
-
     try:
         for result in results:
             if isinstance(result, Prepared):
@@ -181,7 +177,8 @@ def collect_views(
                 if not overviews and result.seen is not None:
                     overviews.append(pool.submit(room.overview_uri, result.seen))
                 if len(result.pixels):
-                    windows.append(pool.submit(view, result))
+                    fingerprints.add(result)
+                    windows.append(pool.submit(room.view, result))
                     running.append((windows[-1], result.pixels.nbytes))
                 continue
             if isinstance(result, Failure):

@@ -76,9 +76,11 @@ Pairs = dict[tuple[int, int], bool]  # two positions, the smaller first: whether
 
 
 def _pairs(thumbnails: Sequence[np.ndarray]) -> Pairs:
+    if not thumbnails:
+        return {}
     clips = np.flatnonzero([len(frames) > 1 for frames in thumbnails])
     pictures = np.flatnonzero([len(frames) == 1 for frames in thumbnails])
-    first = np.stack([frames[0] for frames in thumbnails]) if thumbnails else np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+    first = np.stack([frames[0] for frames in thumbnails])
     vectors = _whole_vectors(first)
     pairs = _alike_pairs(first, vectors)
     if len(clips):

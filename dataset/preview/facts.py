@@ -110,14 +110,18 @@ def facts_of(finished: Finished) -> ItemFacts:
     item, source, dataset = finished.item, finished.source, finished.item.dataset
     bucket = dataset.bucket_for(source.size)
     facts = ItemFacts(item, source.size, bucket, kept_box(source.size, bucket))
-    facts.changes = finished.targets[0].changes if finished.targets else []
-    notes = [_cropped(facts), _enlarged(facts)]
     if dataset.kind == "video":
         rate = frames_of_a_second(source, dataset)
         facts.fps, facts.seconds = source.fps or MODEL_FPS, source.seconds
         facts.windows = [target.window for target in finished.targets]
         facts.spans = [(start / rate, end / rate) for start, end in _joined(facts.windows)]
-        notes += [_short(source, finished), _speed(source, dataset), _stutter(source, facts.windows)]
+    if not finished.targets:
+        facts.notes = [_short(source, dataset)]
+        return facts
+    facts.changes = finished.targets[0].changes
+    notes = [_cropped(facts), _enlarged(facts)]
+    if dataset.kind == "video":
+        notes += [_speed(source, dataset), _stutter(source, facts.windows)]
     facts.notes = [note for note in notes if note is not None]
     return facts
 
@@ -234,10 +238,8 @@ def _enlarged(facts: ItemFacts) -> Note | None:
     )
 
 
-def _short(source: Source, finished: Finished) -> Note | None:
-    if finished.targets:
-        return None
-    dataset, count = finished.item.dataset, source.frames
+def _short(source: Source, dataset: DatasetConfig) -> Note:
+    count = source.frames
     at_rate = f" at {dataset.target_fps:g} per second" if dataset.target_fps else ""
     return Note(
         Concern.SHORT,
@@ -275,7 +277,7 @@ def _speed(source: Source, dataset: DatasetConfig) -> Note | None:
 
 
 def _stutter(source: Source, windows: Sequence[Window]) -> Note | None:
-    if source.resampling is None or not windows:
+    if source.resampling is None:
         return None
     repeats = np.diff(source.resampling.indices) == 0
     before = np.concatenate([[0], np.cumsum(repeats)])  # repeats up to a frame

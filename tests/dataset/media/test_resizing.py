@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.media.resizing import fit_to_bucket
+from dataset.media.resizing import fit_to_bucket, kept_box
 
 
 @pytest.fixture
@@ -63,3 +65,13 @@ def test_any_size_covers_the_bucket_without_a_border(size):
     fitted = fit_to_bucket(frame, (48, 32))
     assert fitted.shape == (32, 48, 3)
     assert (fitted == 200).all()
+
+
+@pytest.mark.parametrize(("size", "bucket"), [((120, 40), (32, 16)), ((40, 120), (16, 32)), ((70, 33), (32, 16))])
+def test_the_kept_box_is_what_is_seen(size, bucket):
+    left, top, width, height = kept_box(size, bucket)
+    frame = np.zeros((size[1], size[0], 3), np.uint8)
+    frame[math.floor(top) : math.ceil(top + height), math.floor(left) : math.ceil(left + width)] = 255
+    assert fit_to_bucket(frame, bucket).min() == 255
+    frame[math.ceil(top) : math.floor(top + height), math.ceil(left) : math.floor(left + width)] = 0
+    assert fit_to_bucket(frame, bucket)[1:-1, 1:-1].max() == 0

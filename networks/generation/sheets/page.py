@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,7 @@ from utils.pages.media import clip_uri, picture_uri
 from utils.pages.page import render
 from utils.sheets.contact_sheet import SIDES, enlarged
 
-logger = logging.getLogger(__name__)
-
-MOST_BYTES = 18 << 20  # of all pictures and clips of a page, as text
-CRFS = (28, 34, 40)  # of clips: the first with which a clip is small enough
+MOST_BYTES = 17 << 20  # about, of all pictures and clips of a page, as text
 MOST_THREADS = 8
 
 
@@ -70,13 +66,10 @@ class BatchPage:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def html(self) -> str:
-        """The page. Its pictures and clips are the smaller the more there are."""
+        """The page. The more clips there are, the coarser they are."""
         share = MOST_BYTES // sum(map(len, self.grid))
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
             media = list(pool.map(lambda result: self._media(result.frames, share), self.results))
-        clips = [result.frames is not None and len(result.frames) > 1 for result in self.results]
-        if left_out := sum(wanted and not clip for wanted, (_, clip) in zip(clips, media)):
-            logger.info("%s: %d clips stand as pictures only, as all would be too large for a page.", self.sheet.stem, left_out)
         sizes = [enlarged(result.frames[0], self.side).shape for result in self.results if result.frames is not None]
         return render(
             Path(__file__).with_name("sheet.html.j2"),
@@ -93,22 +86,17 @@ class BatchPage:
             enlarged=any(result.frames is not None and max(result.frames.shape[1:3]) < SIDES[0] for result in self.results),
             ratio="{1} / {0}".format(*next(iter(sizes), (1, 1))),
             details=[self._details(result) for result in self.results],
-            left_out=left_out,
             failures=sum(bool(result.reason) for result in self.results),
             commands=self._commands(),
             random=(settings_of(self.metadata) or {}).get("random") == ["seed"],
         )
 
     def _media(self, frames: np.ndarray | None, share: int) -> tuple[str, str]:
-        """Data URIs of the middle frame and of the clip; empty where there is none, or it is larger than its share."""
+        """Data URIs of the middle frame and of the clip, with about ``share`` bytes; empty where there is none."""
         if frames is None:
             return "", ""
         picture = picture_uri(frames[len(frames) // 2], self.side)
-        for crf in CRFS if len(frames) > 1 else ():
-            clip = clip_uri(frames, self.fps, self.side, crf)
-            if len(picture) + len(clip) <= share:
-                return picture, clip
-        return picture, ""
+        return picture, clip_uri(frames, self.fps, self.side, most_bytes=share - len(picture)) if len(frames) > 1 else ""
 
     def _details(self, result: Shown) -> dict[str, Any]:
         """What the page shows of a single result, in JSON."""

@@ -8,7 +8,7 @@ const KNOWN = [
   { title: "Gradient norm", names: ["grad_norm"], smooth: true },
   { title: "Size of the updates", names: ["update/relative_norm"], note: "of the weights, at each save" },
   { title: "Seconds per step", names: ["seconds_per_step"], smooth: true, cut: true },
-  { title: "Peak memory", names: ["memory/peak_gib"], note: "GiB" },
+  { title: "Memory", prefix: "memory/", note: "GiB" },
 ];
 
 function unpacked(text, Kind) {
@@ -46,6 +46,7 @@ const shown = new Set(runs.keys());
 const longest = Math.max(0, ...curves.flatMap(each => [...each.values()].map(curve => curve.steps.at(-1))));
 let logarithmic = false, range = null;
 
+const shortName = (chart, name) => name.slice(chart.prefix.length).replace(/_gib$/, "");
 const windowSteps = () => WINDOWS[byId("window").value];
 const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 // A colour of the style sheet as the browser resolves it now.
@@ -74,7 +75,7 @@ function traces(chart) {
       if (!curve) return;
       const validation = name === "loss/validation";
       const hue = color(runColor(runs.length === 1 && validation ? 1 : number));
-      const words = [runs.length > 1 ? escaped(runs[number].name).slice(0, 60) : "", chart.prefix ? escaped(name.slice(chart.prefix.length)) : validation ? "validation" : ""];
+      const words = [runs.length > 1 ? escaped(runs[number].name).slice(0, 60) : "", chart.prefix ? escaped(shortName(chart, name)) : validation ? "validation" : ""];
       const label = words.filter(Boolean).join(" ");
       const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: `%{y:${chart.format ?? ".4~g"}}`, line: { color: hue, width: 2 } };
       if (chart.smooth && !validation) {
@@ -150,10 +151,10 @@ function key() {
 
 for (const chart of charts) {
   if (chart.cut) cut(chart);
-  chart.plot = make("div", { className: "plot" });
+  chart.plot = make("div", { className: "plot", role: "img", ariaLabel: `${chart.title} over ${longest.toLocaleString("en")} steps` });
   const caption = make("figcaption", {}, chart.title, make("span", {}, chart.note ?? ""));
   if (chart.prefix && chart.own.length > 1) {
-    chart.own.forEach((name, order) => caption.append(make("span", {}, make("i", { className: `mark ${MARKS[order % 4]}` }), bdi(name.slice(chart.prefix.length)))));
+    chart.own.forEach((name, order) => caption.append(make("span", {}, make("i", { className: `mark ${MARKS[order % 4]}` }), bdi(shortName(chart, name)))));
   }
   byId("charts").append(make("figure", { className: chart.tall ? "chart tall" : "chart" }, caption, chart.plot));
 }
@@ -193,5 +194,11 @@ if (charts.length) {
     }));
   }
 }
+runs.forEach((run, number) => {
+  const steps = run.not_finite ?? [];
+  if (!steps.length) return;
+  const words = `numbers were not finite at ${steps.length.toLocaleString("en")} steps: ${steps.slice(0, 10).join(", ")}${steps.length > 10 ? ", ..." : ""}`;
+  byId("charts").before(make("p", {}, make("span", { className: "warning" }, ...(runs.length > 1 ? [bdi(run.name), ": "] : []), words)));
+});
 byId("no-curves").hidden = charts.length > 0;
 byId("curve-controls").hidden = !charts.length;

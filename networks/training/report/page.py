@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +16,6 @@ from utils.pages.page import render
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 RECENT = 100  # steps, for what stands in the head
-WORDS = {Status.RUNNING: "running", Status.STOPPED: "stopped", Status.FAILED: "failed", Status.FINISHED: "finished"}
 
 
 def report_page(runs: Sequence[RunRecord]) -> str:
@@ -36,31 +36,32 @@ def report_page(runs: Sequence[RunRecord]) -> str:
 
 def _head(run: RunRecord) -> dict[str, Any]:
     """Where a training stands, in words."""
-    seconds = _mean(run, "seconds_per_step")
+    seconds = _recent(run, "seconds_per_step", median)
     is_running = run.status == Status.RUNNING and seconds is not None
+    memory = _recent(run, "memory/peak_gib", max) or _recent(run, "memory/resident_gib", max)
     facts = {
         "steps": f"{run.steps:,} of {run.planned_steps:,}",
         "seconds per step": f"{seconds:.3g}" if seconds is not None else None,
         "time taken": _duration(run.written_at - run.started_at),
         "time left": _duration(seconds * max(0, run.planned_steps - run.steps)) if is_running else None,
-        "loss": _number(_mean(run, "loss/current")),
-        "validation loss": _number(_mean(run, "loss/validation", 1)),
-        "peak memory": f"{memory:.1f} GiB" if (memory := _mean(run, "memory/peak_gib", 1)) is not None else None,
+        "loss": _number(_recent(run, "loss/current", mean)),
+        "validation loss": _number(_recent(run, "loss/validation", mean, 1)),
+        "memory": f"{memory:.1f} GiB" if memory is not None else None,
         "samples": f"{len(run.samples):,}" if run.samples else None,
     }
     return {
-        "status": WORDS[run.status],
+        "status": str(run.status),
         "started": _moment(run.started_at),
         "written": _moment(run.written_at),
         "facts": {name: value for name, value in facts.items() if value is not None},
     }
 
 
-def _mean(run: RunRecord, name: str, count: int = RECENT) -> float | None:
-    """The mean of the last finite values of a curve."""
+def _recent(run: RunRecord, name: str, summary: Callable[[list[float]], float], count: int = RECENT) -> float | None:
+    """A summary of the last values of a curve, of those that are finite."""
     values = run.curves[name].values[-count:] if name in run.curves else []
     finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
+    return summary(finite) if finite else None
 
 
 def _table(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:

@@ -51,8 +51,9 @@ def test_text_of_strangers_is_escaped_everywhere():
 
 
 def test_several_trainings_stand_side_by_side():
-    page = text(report_page([synthetic_run("fox", seed=1), synthetic_run("hare", seed=2)]))
-    assert "2 trainings compared" in page
+    running = {"status": Status.RUNNING, "planned_steps": 500, "samples": []}
+    page = text(report_page([synthetic_run("fox", seed=1), synthetic_run("hare", seed=2, **running)]))
+    assert "2 trainings compared" in page and "time left" in page and "400 of 500" in page
     differing = re.findall(r'<tr class="differs"><th scope="row"><bdi>(.*?)</bdi>', page)
     assert differing == ["seed"]
 

@@ -79,12 +79,12 @@ function traces(chart) {
       const label = words.filter(Boolean).join(" ");
       const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: `%{y:${chart.format ?? ".4~g"}}`, line: { color: hue, width: 2 } };
       if (chart.smooth && !validation) {
-        const faint = color(runColor(number), runs.length > 1 ? .2 : .3), steps = windowSteps();
+        const faint = color(runColor(number), longest < 1000 ? .45 : runs.length > 1 ? .2 : .3), steps = windowSteps();
         const every = { ...trace, y: curve.values, name: `${label} each step`.trim(), line: { color: faint, width: 1 } };
         if (steps === 1) return result.push({ ...every, line: { color: hue, width: 1 } });
         result.push(every, { ...trace, y: means(curve.values.map(value => value > chart.limit ? NaN : value), steps), name: `${label} mean`.trim() });
       } else {
-        const few = curve.steps.length <= 200;
+        const few = curve.steps.length <= 200 && curve.steps.length * 2 < longest;
         const dashed = { ...trace.line, dash: validation && runs.length > 1 ? "dot" : chart.prefix ? DASHES[order % 4] : "solid" };
         result.push({ ...trace, y: curve.values, name: label || chart.title.toLowerCase(), mode: few ? "lines+markers" : "lines", line: dashed, marker: { size: 6 } });
       }

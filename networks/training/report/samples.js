@@ -13,6 +13,9 @@ runs.forEach((run, number) => {
 });
 const lines = [...prompts.values()];
 const stepsOf = [...new Set(runs.flatMap(run => run.samples.map(sample => sample.step)))].sort((a, b) => a - b);
+const listed = entries => entries.map(([name, value]) => `${name} ${value}`).join(", ");
+const everySample = runs.flatMap(run => run.samples);
+const common = Object.entries(everySample[0]?.settings ?? {}).filter(([name, value]) => everySample.every(sample => sample.settings[name] === value));
 const counted = number => number.toLocaleString("en");
 
 function href(file) { // bytes of a name that are no UTF-8 come as halves of surrogates
@@ -82,7 +85,7 @@ const player = {
 };
 
 // A place for a sample. Its picture is loaded when it comes into view, its clip when clips are used.
-const inView = new Set(), places = new WeakMap();
+const inView = new Set(), places = new WeakMap(), ratios = new Map(); // width to height, by prompt
 const watched = new IntersectionObserver(entries => {
   for (const { target, isIntersecting } of entries) {
     const media = places.get(target);
@@ -99,7 +102,8 @@ class Media {
   show(sample) {
     this.sample = sample;
     this.detach();
-    const shown = inView.has(this);
+    const shown = inView.has(this), ratio = ratios.get(sample?.prompt);
+    if (ratio) this.element.style.setProperty("--ratio", ratio);
     if (!sample?.uri) {
       this.image = null;
       this.element.replaceChildren(make("span", { className: "quiet" }, sample ? "left out" : "no sample"));
@@ -107,6 +111,7 @@ class Media {
       this.image = make("img", { alt: "" });
       this.image.addEventListener("load", event => {
         const ratio = event.target.naturalWidth / event.target.naturalHeight;
+        ratios.set(this.sample.prompt, ratio);
         for (const element of [this.element, this.element.closest("tr")]) element?.style.setProperty("--ratio", ratio);
       });
       this.element.replaceChildren(this.image);
@@ -156,8 +161,8 @@ class Figure {
     this.media.show(sample);
     const parts = prompt ? [make("p", {}, bdi(prompt))] : [];
     if (sample) {
-      const settings = [["step", counted(sample.step)], ["seed", String(sample.seed)], ...Object.entries(sample.settings)];
-      parts.push(make("p", { className: "quiet" }, bdi(settings.map(([name, value]) => `${name} ${value}`).join(", "))));
+      const own = Object.entries(sample.settings).filter(([name]) => !common.some(([shared]) => shared === name));
+      parts.push(make("p", { className: "quiet" }, bdi(listed([["step", counted(sample.step)], ["seed", sample.seed], ...own]))));
       parts.push(make("p", {}, make("a", { href: href(sample.file) }, bdi(sample.file.split("/").at(-1)))));
     }
     this.media.element.setAttribute("role", "img");
@@ -273,11 +278,12 @@ function view(name) {
 }
 
 if (lines.length) {
-  const all = runs.flatMap(run => run.samples), left = all.filter(sample => !sample.uri).length;
+  const left = everySample.filter(sample => !sample.uri).length;
   byId("sample-parts").hidden = false;
-  byId("player").hidden = !all.some(sample => sample.clip);
+  byId("player").hidden = !everySample.some(sample => sample.clip);
+  byId("common").textContent = common.length ? `all samples: ${listed(common)}` : "";
   byId("left-out").hidden = !left;
-  byId("left-out").textContent = `${counted(left)} of ${counted(all.length)} samples are left out of this page for want of room. They are in the folder of samples.`;
+  byId("left-out").textContent = `${counted(left)} of ${counted(everySample.length)} samples are left out of this page for want of room. They are in the folder of samples.`;
   byId("step").value = 0;
   fillGrid();
   document.querySelectorAll("[data-view]").forEach(button => button.addEventListener("click", () => view(button.dataset.view)));

@@ -71,6 +71,7 @@ def test_a_page_of_a_long_training_is_small_and_quick_to_make():
 def two_runs(tmp_path):
     path = tmp_path / "report.html"
     second = synthetic_run("<b>hare</b>", steps=300, seed=5, status=Status.FAILED, reason=EVIL, written=[])
+    second.samples[0].uri = second.samples[0].clip = ""
     write_page(path, report_page([synthetic_run("fox"), second]))
     return path
 
@@ -137,6 +138,7 @@ def test_a_long_report_opens_and_its_samples_are_looked_at_by_keyboard_and_mouse
         until(page, "player.ready.length == 2 && [...player.videos].every(video => !video.seeking && video.readyState > 1)")
         assert max(times(page)) - min(times(page)) < 1 / 24
         captions = page.locator(".pair figcaption").all_inner_texts()
+        assert page.inner_text("#common") == "all samples: size 96x64, steps 20"
         assert "step 6,200," in captions[0] and "step 10,000," in captions[1] and " ".join(EVIL.split()) in captions[0]
         assert page.title().startswith(EVIL) and not serious_faults(page)
 
@@ -157,6 +159,7 @@ def test_trainings_are_compared(two_runs, width, dark):
         page.uncheck("#differing")
         page.fill("#filter", "flag_3")
         assert page.locator("#settings tbody tr:visible").count() == 11
+        assert page.inner_text("#left-out").startswith("1 of 16 samples")
         for view in ("step", "pair", "grid"):
             page.focus(f"[data-view={view}]")
             page.keyboard.press("Enter")

@@ -21,6 +21,7 @@ from dataset.preview.facts import Concern, Note
 from hunyuan_model.checkpoints.fingerprint import fingerprint_weights
 from hunyuan_model.checkpoints.identify import Kind, open_checkpoint_of
 from hunyuan_model.sampling.decoding import decoder_of
+from hunyuan_model.sampling.flow import LATENT_CHANNELS
 from hunyuan_model.vae.loading import load_vae
 from hunyuan_model.vae.memory import VAESettings
 from hunyuan_model.vae.model import AutoencoderKLCausal3D
@@ -92,7 +93,7 @@ class CacheDecoder:
         if path is None:
             return None, fault
         try:
-            latents = read_latents(path)
+            latents = self._read(path)
         except UserError as error:
             return None, f"has a cache that training cannot use: {error}"
         return self._frames(latents), fault
@@ -105,11 +106,17 @@ class CacheDecoder:
                 first.setdefault(window[1] if window else 1, (window, path))
         for window, path in first.values():
             try:
-                latents = read_latents(path)
+                latents = self._read(path)
             except UserError:  # what is said of the file itself suffices
                 continue
             size = bucket_of(latents.shape)[:2]
             yield Prepared(Target(item, window, size, size), self._frames(latents), {})
+
+    def _read(self, path: Path) -> torch.Tensor:
+        latents = read_latents(path)
+        if len(latents) != LATENT_CHANNELS:
+            raise UserError(f"{path} holds latents of {len(latents)} channels, not {LATENT_CHANNELS}.")
+        return latents
 
     def _frames(self, latents: torch.Tensor) -> np.ndarray:
         return self._decode(latents[None].float() * self._scale)[0].numpy()

@@ -79,17 +79,19 @@ def test_what_is_wrong_with_a_cache_is_said(datasets, settings):
     change(paths["yellow_square"], {}, add=float("nan"))
     change(paths["white_triangle"], {"vae": "of another"})
     paths["orange_circle"].write_bytes(b"no cache")
+    save_tensors(paths["green_triangle"], {"latents_1x8x8_float32": torch.zeros(4, 1, 8, 8)}, {})
     Image.new("RGB", (72, 128)).save(pictures.directory / "blue_square.png")
     decoder, results = decode(pictures, settings)
-    assert {result.target.item.stem for result in results} == {"white_triangle", "blue_square", "green_triangle"}
+    assert {result.target.item.stem for result in results} == {"white_triangle", "blue_square"}
     notes = {item.stem: notes for item, notes in decoder.notes.items() if notes}
     assert {note.concern for found in notes.values() for note in found} == {Concern.CACHE}
     texts = {stem: " ".join(note.text for note in found) for stem, found in notes.items()}
-    assert texts.keys() == {"red_circle", "yellow_square", "white_triangle", "orange_circle", "blue_square"}
+    assert texts.keys() == {"red_circle", "yellow_square", "white_triangle", "orange_circle", "blue_square", "green_triangle"}
     assert texts["red_circle"] == "This picture has no cache of its latents; run cache_latents.py."
     assert "NaN or infinity" in texts["yellow_square"]
     assert "(another VAE)" in texts["white_triangle"]
     assert str(paths["orange_circle"]) in texts["orange_circle"]
+    assert "4 channels" in texts["green_triangle"]
     assert "(source replaced)" in texts["blue_square"]
 
 

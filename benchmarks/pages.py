@@ -131,7 +131,7 @@ def long_run(steps: int, samples: int) -> RunRecord:
         prompt = f"prompt {number % PROMPTS}: a street in the morning"
         uri = picture_uri(pixels, SAMPLE_SIDE)
         records.append(SampleRecord(step, number % PROMPTS, prompt, 1, f"sample/{number}.png", uri))
-    return RunRecord("long", "0", Status.FINISHED, steps, steps, time.time() - steps, time.time(), curves, records)
+    return RunRecord("long", "0", Status.FINISHED, steps, steps, time.time() - steps, time.time(), curves=curves, samples=records)
 
 
 def opening_seconds(path: Path) -> float | None:

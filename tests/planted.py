@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 from conftest import package_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from dataset.preview.facts import Concern
 from utils.media.writing import save_video
@@ -56,8 +56,7 @@ STREET, CARS, CYCLIST, CROSSING, BICYCLE = (0, 37), (40, 34), (80, 41), (156, 8)
 PLANTED: dict[str, frozenset[Concern]] = {
     **{name: frozenset({concern}) for name, _, _, concern in SPOILT},
     "cat and path": frozenset({Concern.CROPPED}),
-    "astronaut": frozenset({Concern.DUPLICATE}),
-    "IMG_2041": frozenset({Concern.DUPLICATE}),
+    **dict.fromkeys(("astronaut", "IMG_2041", "coffee", "cup", "motorcycle", "garage"), frozenset({Concern.DUPLICATE})),
     "broken": frozenset({Concern.FAILED}),
     "crossing": frozenset({Concern.SHORT}),
     "phone": frozenset({Concern.SPEED}),
@@ -121,8 +120,15 @@ def _plant_pictures(folder: Path) -> None:
     Image.fromarray(panorama.astype(np.uint8)).save(folder / "cat and path.jpg", quality=90)
     _caption(folder / "cat and path", "a cat at the right end of a path")
 
+    # the same again: cropped and smaller, mirrored, brighter
     Image.open(source / "astronaut.png").crop((8, 6, 506, 508)).resize((400, 403)).save(folder / "IMG_2041.jpg", quality=55)
     _caption(folder / "IMG_2041", "an astronaut smiles")
+
+    ImageOps.mirror(Image.open(source / "coffee.png")).save(folder / "cup.png")
+    _caption(folder / "cup", "a hot drink")
+
+    ImageEnhance.Brightness(Image.open(source / "motorcycle_left.png")).enhance(1.3).save(folder / "garage.webp", quality=70)
+    _caption(folder / "garage", "a garage with a motorcycle in it")
 
     whole = (source / "hubble_deep_field.jpg").read_bytes()
     (folder / "broken.jpg").write_bytes(whole[: len(whole) // 2])

@@ -81,7 +81,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of an item's file before it is cut; but for the first two fields of a clip.
+    """What is known of an item's file before it is cut; from ``frames`` on, of a clip.
 
     Attributes:
         size: (W, H) of its upright frames.

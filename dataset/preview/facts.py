@@ -111,7 +111,7 @@ def facts_of(finished: Finished) -> ItemFacts:
     bucket = dataset.bucket_for(source.size)
     facts = ItemFacts(item, source.size, bucket, kept_box(source.size, bucket))
     if dataset.kind == "video":
-        rate = frames_of_a_second(source, dataset)
+        rate = _frames_of_a_second(source, dataset)
         facts.fps, facts.seconds = source.fps or MODEL_FPS, source.seconds
         facts.windows = [target.window for target in finished.targets]
         facts.spans = [(start / rate, end / rate) for start, end in _joined(facts.windows)]
@@ -193,7 +193,7 @@ def _name_some(first: Sequence[str], count: int) -> str:
     return name_some(first[:SHOWN_NAMES]) + more
 
 
-def frames_of_a_second(source: Source, dataset: DatasetConfig) -> float:
+def _frames_of_a_second(source: Source, dataset: DatasetConfig) -> float:
     """How many of the frames that windows count come from one second of a clip's file."""
     own = source.fps or MODEL_FPS
     if source.resampling is None:
@@ -230,7 +230,9 @@ def _enlarged(facts: ItemFacts) -> Note | None:
     times = facts.bucket[0] / facts.kept[2]
     if times < ENLARGED:
         return None
-    advice = "set bucket_no_upscale = true" if facts.item.dataset.enable_bucket else "set a smaller resolution"
+    dataset = facts.item.dataset
+    could_keep_size = dataset.enable_bucket and not dataset.bucket_no_upscale
+    advice = "set bucket_no_upscale = true" if could_keep_size else "set a smaller resolution"
     return Note(
         Concern.UPSCALED,
         f"{_sides(facts.size)} is enlarged {times:.1f} times to fit {_sides(facts.bucket)} and looks soft. "
@@ -253,7 +255,7 @@ def _speed(source: Source, dataset: DatasetConfig) -> Note | None:
     filmed = source.filmed_fps or own
     if max(filmed / own, own / filmed) < SLOW_MOTION:
         filmed = own
-    rate = frames_of_a_second(source, dataset) * filmed / own  # trained frames of one second before the camera
+    rate = _frames_of_a_second(source, dataset) * filmed / own  # trained frames of one second before the camera
     if abs(rate / MODEL_FPS - 1) <= TOLERANCE:
         return None
     result = f"it is trained at {MODEL_FPS / rate:.3g} times its speed"
@@ -262,7 +264,7 @@ def _speed(source: Source, dataset: DatasetConfig) -> Note | None:
             f"It was filmed at {filmed:.4g} frames per second, and its file plays {own:.4g} of them in a second: {result}. "
             f"Put such clips into a dataset of their own with source_fps = {filmed:.4g}, or say in the caption how fast it is."
         )
-    elif source.resampling is not None and source.resampling.given:
+    elif dataset.source_fps is not None and dataset.target_fps:
         text = (
             f"It was filmed at {own:.4g} frames per second by its file, and source_fps takes them for {dataset.source_fps:.4g}: "
             f"{result}. Remove source_fps unless the file is wrong."
@@ -287,7 +289,7 @@ def _stutter(source: Source, windows: Sequence[Window]) -> Note | None:
         return None
     return Note(
         Concern.STUTTER,
-        f"It has {source.fps or MODEL_FPS:.3g} frames per second, so that {share:.0%} of the frames that are trained "
+        f"It has {source.resampling.fps:.3g} frames per second, so that {share:.0%} of the frames that are trained "
         f"only repeat the one before. Take a version with more frames per second, or leave it out.",
     )
 

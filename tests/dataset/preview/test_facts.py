@@ -135,6 +135,9 @@ def test_words_of_a_wrong_speed():
         "It was filmed at 60 frames per second. target_fps = 0 takes every frame, and 24 are a second for the model: "
         "it is trained at 0.4 times its speed. Remove target_fps."
     )
+    for source_fps in (24, 30):
+        facts, _ = facts_of_clip(60, 60, source_fps=source_fps)
+        assert f"source_fps takes them for {source_fps}: " in text_of(facts, Concern.SPEED)
 
 
 @pytest.mark.parametrize(("fps", "share"), [(8, "67%"), (10, "58%"), (12, None), (24, None), (30, None)])

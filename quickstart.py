@@ -42,6 +42,7 @@ LAUNCH = "launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_
 
 # (title, command): what a user would type in the project folder.
 STAGES = [
+    ("A look at the data: a page with every picture, clip and caption", f"python cache_latents.py {DATA} --debug_mode html"),
     ("Stage 1 of 5: cache latents of ten pictures and two clips of a zorp", f"python cache_latents.py {DATA} {VAE} --device cpu"),
     (
         "Stage 2 of 5: cache text encoder outputs of their captions",
@@ -54,11 +55,8 @@ STAGES = [
         "--learning_rate 3e-3 --lr_scheduler cosine --network_module networks.lora --network_dim 16 --network_alpha 16 "
         "--network_args \"include_patterns=['.*mod.*']\" --timestep_sampling shift --discrete_flow_shift 3.0 --guidance_scale 6 "
         "--max_train_steps 1200 --max_data_loader_n_workers 0 --seed 42 "
-        f"--output_dir quickstart_output/lora --output_name zorp --loss_log {LORA}_loss.csv",
-    ),
-    (
-        "The loss of the training",
-        f"python -m examples.toy.loss_curve --input {LORA}_loss.csv --output quickstart_output/loss_curve.png",
+        f"{VAE} {ENCODERS} --sample_prompts examples/toy/zorp_samples.txt --sample_at_first --sample_every_n_steps 400 "
+        "--output_dir quickstart_output/lora --output_name zorp",
     ),
     (
         "Pictures before and after",
@@ -78,9 +76,10 @@ STAGES = [
     ),
 ]
 RESULTS = [  # (pattern, what to look at)
+    ("quickstart_output/cache/pictures/debug/preview.html", "the data: what training will see of it, and what is worth a look"),
     ("quickstart_output/before_after.png", "the same prompts and noise: above without the LoRA, below with it"),
     ("quickstart_output/clip/*.mp4", f"{CLIP_PROMPT}: the LoRA learned from clips of other motions on other backgrounds"),
-    ("quickstart_output/loss_curve.png", "the loss of each training step; the bold line is a moving average"),
+    ("quickstart_output/lora/report.html", "the training: its loss, and samples that show how the zorp appears"),
     (f"{LORA}.safetensors", "the LoRA, for hv_generate_video.py"),
     (f"{LORA}_comfyui.safetensors", "the same LoRA for ComfyUI, which training writes beside it"),
     (f"{LORA}_other_format.safetensors", "the same LoRA with the keys that other programs read"),

@@ -61,9 +61,10 @@
 
   // All clips from their first frame on; shorter ones wait for the longest with their last frame.
   const button = byId("together");
-  let playing = [];
-  const start = () => playing.forEach((video) => { video.currentTime = 0; video.play(); });
+  let playing = [], keeper;
+  const start = () => playing.forEach((video) => { video.currentTime = 0; video.playbackRate = 1; video.play(); });
   const stop = () => {
+    clearInterval(keeper);
     for (const video of playing) {
       const cell = video.parentElement;
       delete cell.dataset.held;
@@ -93,6 +94,9 @@
     const longest = playing.reduce((one, other) => ((other.duration || 0) > (one.duration || 0) ? other : one));
     longest.addEventListener("ended", start);
     start();
+    keeper = setInterval(() => { // a busy machine starts some later: they catch up
+      for (const video of playing) video.playbackRate = Math.min(2, Math.max(.5, 1 + longest.currentTime - video.currentTime));
+    }, 200);
   };
   button?.addEventListener("click", () => {
     const pressed = button.ariaPressed !== "true";

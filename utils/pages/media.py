@@ -14,7 +14,6 @@ from PIL import Image
 
 PICTURE_QUALITY = 80  # of WebP, from 0 to 100
 CLIP_CRF = 28  # of x264, from 0 (lossless) to 51
-SAMPLES = 4  # of a picture's pixels, along each side of a smaller one, are enough to tell their mean
 CONTAINER_BYTES, FRAME_BYTES = 800, 16  # of an MP4 file beside its frames, and for each of them
 
 
@@ -55,8 +54,7 @@ def clip_uri(frames: Sequence[np.ndarray], fps: int, side: int, crf: int = CLIP_
 
 def smaller(pixels: np.ndarray, side: int) -> Image.Image:
     """A picture (H, W, 3) uint8, reduced so that its longer side is at most ``side`` pixels."""
-    step = max(1, max(pixels.shape[:2]) // (side * SAMPLES))
-    picture = Image.fromarray(np.ascontiguousarray(pixels[step // 2 :: step, step // 2 :: step]))
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
     scale = side / max(picture.size)
     if scale >= 1:
         return picture

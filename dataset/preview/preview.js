@@ -43,6 +43,7 @@ for (const button of buttons) {
   button.addEventListener("click", () => {
     concern.value = concern.value === button.dataset.concern ? "" : button.dataset.concern;
     filter();
+    if (concern.value) document.getElementById("files").scrollIntoView();
   });
 }
 form.addEventListener("input", filter);

@@ -69,7 +69,7 @@ class Fingerprints:
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2))
 
 
 Pairs = dict[tuple[int, int], bool]  # two positions, the smaller first: whether one is mirrored

@@ -188,7 +188,7 @@ if (charts.length) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   if (runs.length > 1) {
     byId("run-boxes").append(...runs.map((run, number) => {
-      const box = make("input", { type: "checkbox", checked: true });
+      const box = make("input", { type: "checkbox", checked: true, ariaLabel: `curves of ${run.name}` });
       box.addEventListener("change", () => { box.checked ? shown.add(number) : shown.delete(number); drawAll(); });
       return make("label", {}, box, dot(number), bdi(run.name));
     }));

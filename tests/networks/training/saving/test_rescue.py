@@ -152,7 +152,7 @@ def test_before_the_first_step_there_is_nothing(train, out: Path, monkeypatch, c
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop, "train_step", fails)
-    assert train(*FLAGS).status == 2 and not out.exists()
+    assert train(*FLAGS).status == 2 and names(out) == []
     assert "there is no state of this training to go on from" in caplog.text
 
 
@@ -190,7 +190,7 @@ def test_losses_that_are_not_finite_at_the_end_are_no_success(train, out: Path, 
         assert ended.status == 0
         return
     assert ended.status == 1 and f"{len(fail)} steps in a row were skipped at the end" in ended.stderr
-    assert (names(out) == ["lora-step00000006-state", "lora-step00000006.safetensors"]) if saved else not out.exists()
+    assert (names(out) == ["lora-step00000006-state", "lora-step00000006.safetensors"]) if saved else names(out) == []
     if saved:
         assert train(*FLAGS, "--resume", "latest").status == 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -158,3 +160,13 @@ def test_no_test_file_imports_another():
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     wrong = [f"{name} imports {other}" for name, text in texts.items() for other in imported.findall(text)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_the_oldest_python_has_what_is_used():
+    """``requires-python`` of pyproject.toml. Of ``tomllib`` there is a substitute."""
+    vermin = Path(sys.executable).with_name("vermin")
+    sources = [str(path) for path in modules().values()]
+    options = ("-t=3.10-", "--violations", "--no-tips", "--no-parse-comments", "--exclude", "tomllib", "-q")
+    found = subprocess.run([vermin, *options, *sources], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout

@@ -7,9 +7,17 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from utils.errors import UserError, first_line, shown
+
+
+class TextEnum(str, Enum):
+    """Members are texts: what ``enum.StrEnum`` is from Python 3.11 on."""
+
+    __str__ = str.__str__
+    __format__ = str.__format__
 
 
 def parse_key_values(words: Sequence[str] | None, flag: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from dataset.media.frames import Window, longest_clip
 from dataset.media.resizing import kept_box
 from dataset.preview.duplicates import Alike, Fingerprints
 from utils.errors import SHOWN_NAMES, name_some
+from utils.key_values import TextEnum
 
 if TYPE_CHECKING:
     from hunyuan_model.text.encoding import TextLength
@@ -35,7 +35,7 @@ MOST_REPEATS = 0.55
 SLOW_MOTION = 1.5
 
 
-class Concern(StrEnum):
+class Concern(TextEnum):
     """What may be wrong with a file, in the words of the page's filter."""
 
     FAILED = "cannot be read"

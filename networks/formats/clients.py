@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from hunyuan_model.checkpoints.layouts import COMFYUI, DIFFUSERS, OFFICIAL, NameLayout
 from networks.formats.layouts import DEFAULT_PREFIX, OTHER_MODELS, split_ending
+from utils.key_values import TextEnum
 
 HIDDEN = 3072  # width of HunyuanVideo, which some loaders have as a constant
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Verdict(StrEnum):
+class Verdict(TextEnum):
     """What becomes of a file in a program."""
 
     ALL = "all"

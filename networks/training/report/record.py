@@ -7,16 +7,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+
+from utils.key_values import TextEnum
 
 MEDIA = re.compile(r"data:(image/(webp|png|jpeg)|video/mp4);base64,[A-Za-z0-9+/]*={0,2}")
 PACKED = {"steps": "<i4", "values": "<f4"}
 
 
-class Status(StrEnum):
+class Status(TextEnum):
     """Where a training stood when its report was written."""
 
     RUNNING = "running"

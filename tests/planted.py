@@ -43,7 +43,7 @@ CLEAN = (
     ("\U0001fa99 coins", "coins.png", "old coins \U0001fa99\u2728"),
     (MARKUP_NAME, "clock_motion.png", MARKUP),
 )
-SPOILT = (
+FAULTY = (
     ("grass", "grass.png", "the ground seen from above", Concern.SAME_CAPTION),
     ("gravel", "gravel.png", "the ground seen from above", Concern.SAME_CAPTION),
     ("moon", "moon.png", None, Concern.NO_CAPTION),
@@ -54,7 +54,7 @@ SPOILT = (
 STREET, CARS, CYCLIST, CROSSING, BICYCLE = (0, 37), (40, 34), (80, 41), (156, 8), (192, 41)
 
 PLANTED: dict[str, frozenset[Concern]] = {
-    **{name: frozenset({concern}) for name, _, _, concern in SPOILT},
+    **{name: frozenset({concern}) for name, _, _, concern in FAULTY},
     "cat and path": frozenset({Concern.CROPPED}),
     **dict.fromkeys(("astronaut", "IMG_2041", "coffee", "cup", "motorcycle", "garage"), frozenset({Concern.DUPLICATE})),
     "broken": frozenset({Concern.FAILED}),
@@ -109,7 +109,7 @@ def plant(folder: Path) -> Path:
 
 def _plant_pictures(folder: Path) -> None:
     source = package_folder("skimage") / "data"
-    for name, file, caption, *_ in (*CLEAN, *SPOILT):
+    for name, file, caption, *_ in (*CLEAN, *FAULTY):
         (folder / f"{name}{Path(file).suffix}").write_bytes((source / file).read_bytes())
         _caption(folder / name, caption)
 

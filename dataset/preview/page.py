@@ -69,7 +69,9 @@ class ItemView:
 
     @property
     def cut_away(self) -> str:
-        """The share of the picture that is cut away, in words."""
+        """The share of the picture that is cut away, in words; empty where it is none, or not known."""
+        if self.facts.size is None:
+            return ""
         (width, height), (_, _, kept_width, kept_height) = self.facts.size, self.facts.kept
         share = 1 - kept_width * kept_height / (width * height)
         return f"{share:.0%}" if share >= 0.005 else ""
@@ -125,7 +127,7 @@ def write_preview(
                     view.facts.notes += decoder.notes[view.facts.item]
                 concerns = {note.concern for note in view.facts.notes}
                 report.failed += Concern.FAILED in concerns
-                report.decoded += Concern.FAILED not in concerns
+                report.decoded += not concerns & {Concern.FAILED, Concern.SHORT}
                 report.too_short += Concern.SHORT in concerns
                 if view.windows:
                     report.note_changes(view.facts.item, view.facts.changes)
@@ -224,6 +226,8 @@ def group_views(views: Iterable[ItemView]) -> Iterator[Group]:
             width, height = facts.bucket
             key, title = (2, kind, facts.bucket, *lengths), f"{width} x {height}, pictures"
             if lengths:
-                title = f"{width} x {height}, clips of {' and '.join(map(str, lengths))} frame{'s' if lengths != [1] else ''}"
+                *others, longest = map(str, lengths)
+                counts = f"{', '.join(others)} and {longest}" if others else longest
+                title = f"{width} x {height}, clips of {counts} frame{'s' if lengths != [1] else ''}"
         groups.setdefault(key, Group(title, kind == "video" or facts.bucket is None)).views.append(view)
     yield from (groups[key] for key in sorted(groups))

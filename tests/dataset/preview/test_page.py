@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -13,16 +14,31 @@ import pytest
 from browser import opened, serious_faults, until
 from PIL import Image
 
-from dataset.cache.preparation import Failure, prepare
+from dataset.cache.caching import Job
+from dataset.cache.preparation import Failure, Prepared, Target, prepare
+from dataset.cache.report import DatasetReport
 from dataset.config import DatasetConfig
 from dataset.items import Item, list_items
 from dataset.preview.duplicates import Fingerprints
+from dataset.preview.facts import ItemFacts
 from dataset.preview.media import LEAST_SIDE, PAGE_BYTES, Room
-from dataset.preview.page import collect_views, group_views
+from dataset.preview.page import ItemView, collect_views, group_views, make_page
 from utils.media.writing import save_video
 
 EVIL = """</script><script>document.title = "run"</script><img src=x onerror="document.title='run'"> &amp; "q" 'q'"""
 HEBREW = "כוס קפה שחור 🦊"
+# The words of the table and the sizes that stand on more than one line.
+BROKEN_WORDS = """[...document.querySelectorAll("th, td.number, .sizes")].flatMap((element) => {
+  const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT), broken = [], range = document.createRange();
+  while (walker.nextNode()) {
+    for (const { 0: word, index } of walker.currentNode.data.matchAll(/\\S+/g)) {
+      range.setStart(walker.currentNode, index);
+      range.setEnd(walker.currentNode, index + word.length);
+      if (range.getClientRects().length > 1) broken.push(word);
+    }
+  }
+  return broken;
+})"""
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -84,9 +100,12 @@ def shown(uri: str) -> np.ndarray:
 def test_the_page_says_what_there_is(page):
     html = page.read_text(encoding="utf-8")
     assert html.count("<article") == 6 and "<script>document" not in html and "<img src=x" not in html
-    for text in ("6 files of", "cannot be read <b>1", "too short <b>1", "no caption <b>1", "96x64", "→&nbsp;64x64", "33% cut away"):
+    for text in ("6 files of", "cannot be read <b>1", "too short <b>1", "no caption <b>1", "96x64", "→ 64x64", "33% cut away"):
         assert text in html, text
     assert re.search(r"1 \(images\)</th><td[^>]*>4</td><td[^>]*>1</td><td[^>]*>3</td>", html)
+    assert re.search(r"2 \(videos\)</th><td[^>]*>2</td><td[^>]*>0</td><td[^>]*>1</td><td[^>]*>1</td>", html), (
+        "as caching counts them"
+    )
     assert "48 -&gt; 24 frames per second: long.mp4" in html
     assert "4 windows" in html and html.count("data-clip=") == 3 and "and 1 more window<" in html
     assert re.search(r'for text encoder 1">\d+ of 256', html) and re.search(r'for text encoder 2">\d+ of 77', html)
@@ -146,6 +165,20 @@ def test_clips_show_three_frames_and_play_at_the_rate_of_the_model(tmp_path):
         assert len(frames) == 9 and container.streams.video[0].average_rate == 24
 
 
+def test_a_clip_that_breaks_off_is_on_the_page_with_what_was_read(tmp_path):
+    """As where a disk fails after the frames were counted."""
+    config = DatasetConfig(0, "video", tmp_path, None, tmp_path / "cache", resolution=(64, 32), target_frames=(1, 5, 9))
+    item = Item(config, tmp_path / "a.mp4", "a", "a")
+    target, room, failures = Target(item, (0, 5), (64, 64), (64, 32)), Room.for_items([item]), []
+    results = [
+        Prepared(target, noise(5, 32, 64), {}, room.overview(noise(64, 64))),
+        Failure(item, "a.mp4 cannot be read any more."),
+    ]
+    views = list(collect_views(results, room, Fingerprints(), 1, failures))
+    html = make_page(views, [Job([item], DatasetReport(config))], "data.toml", has_tokens=False)
+    assert "a.mp4 cannot be read any more." in html and html.count("data-clip=") == 1 and failures == results[1:]
+
+
 @pytest.mark.parametrize("count", [1, 50, 2000, 20_000])
 def test_a_page_of_any_pictures_keeps_to_its_size(tmp_path, count):
     item = image_item(tmp_path, caption="a" * 500)
@@ -168,6 +201,10 @@ def test_items_are_grouped_by_what_they_are_trained_as(tmp_path):
         ("64 x 32, pictures", ["a.png", "b.png"]),
     ]
     assert [type(failure) for failure in failures] == [Failure]
+    clip = Item(replace(items[0].dataset, kind="video"), tmp_path / "a.mp4", "a", "a")
+    for lengths, title in ((1,), "1 frame"), ((5,), "5 frames"), ((9, 1, 5), "1, 5 and 9 frames"):
+        facts = ItemFacts(clip, bucket=(64, 32), windows=[(0, length) for length in lengths])
+        assert [group.title for group in group_views([ItemView(facts)])] == [f"64 x 32, clips of {title}"]
 
 
 @pytest.mark.slow
@@ -182,6 +219,7 @@ def test_a_browser_filters_plays_and_shows_text_as_text(page, width, dark):
         assert shown.evaluate("[...document.querySelectorAll('.caption')].map(e => e.textContent)").count(EVIL) == 1
         assert shown.evaluate("[...document.querySelectorAll('h4')].map(e => e.textContent)").count("<b>&'x.png") == 1
         assert not serious_faults(shown)
+        assert shown.evaluate(BROKEN_WORDS) == []
 
         shown.click("button[data-concern='1']")
         assert visible() == 1 and shown.inner_text("#count") == "1 of 6 files"

@@ -54,17 +54,22 @@ class Fingerprints:
             self._thumbnails[item] = np.stack([_thumbnail(pixels) for pixels in chosen])
 
     def alike(self) -> dict[Item, Alike]:
-        """Every item that looks like another: clips where all three frames do, a picture and a clip where one does."""
+        """Every item that looks like another: clips where all three frames do, a picture and a clip where one does.
+
+        A file in several datasets is among those of another once.
+        """
         items = list(self._thumbnails)
-        files = [os.path.realpath(item.path) for item in items]  # one file may be in several datasets
+        files = [os.path.realpath(item.path) for item in items]
         found: dict[Item, Alike] = {}
+        named = set(enumerate(files))
         for (first, second), is_mirrored in sorted(_pairs(list(self._thumbnails.values())).items()):
-            if files[first] != files[second]:
-                for one, other in ((items[first], items[second]), (items[second], items[first])):
-                    alike = found.setdefault(one, Alike())
-                    alike.items.append(other)
+            for one, other in ((first, second), (second, first)):
+                if (one, files[other]) not in named:
+                    named.add((one, files[other]))
+                    alike = found.setdefault(items[one], Alike())
+                    alike.items.append(items[other])
                     if is_mirrored:
-                        alike.mirrored.add(other)
+                        alike.mirrored.add(items[other])
         return found
 
 

@@ -18,7 +18,7 @@ from dataset.cache.preparation import Finished, Prepared, prepare
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.items import list_items
 from dataset.preview.duplicates import Fingerprints
-from dataset.preview.facts import Concern, compare_items, facts_of
+from dataset.preview.facts import Concern, ItemFacts, compare_items, facts_of
 from utils.media.writing import save_video
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,8 +26,8 @@ PICTURES = ("known_pictures/085_yellow_ring.png", "pictures/zorp_01_red.png")
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "rocket.jpg")
 
 
-def alike_in(*datasets: DatasetConfig) -> dict[str, set[str]]:
-    """Of each file that looks like another, which; with a note of the mirrored ones, as notes have it."""
+def facts_in(*datasets: DatasetConfig) -> list[ItemFacts]:
+    """With the notes of near-duplicates."""
     fingerprints, facts = Fingerprints(), []
     for result in prepare([item for dataset in datasets for item in list_items(dataset)], num_workers=2):
         if isinstance(result, Prepared):
@@ -36,6 +36,12 @@ def alike_in(*datasets: DatasetConfig) -> dict[str, set[str]]:
             assert isinstance(result, Finished)
             facts.append(facts_of(result))
     compare_items(facts, fingerprints)
+    return facts
+
+
+def alike_in(*datasets: DatasetConfig) -> dict[str, set[str]]:
+    """Of each file that looks like another, which; with a note of the mirrored ones, as notes have it."""
+    facts = facts_in(*datasets)
     notes = {each.item.path.name: [note for note in each.notes if note.concern == Concern.DUPLICATE] for each in facts}
     names = lambda text: set(text.removeprefix("It looks nearly the same as ").split(". ")[0].split(", "))  # noqa: E731
     return {name: names(note.text) for name, found in notes.items() for note in found}
@@ -153,6 +159,18 @@ def test_a_file_in_two_datasets_and_plain_pictures_are_no_copies(tmp_path):
         grey = np.full((64, 64, 3), 100, np.uint8)
         Image.fromarray(grey + np.random.default_rng(number).integers(0, 2, (64, 64, 1), np.uint8)).save(tmp_path / f"{number}.png")
     assert alike_in(pictures_in(tmp_path), pictures_in(tmp_path, resolution=(128, 128))) == {}
+
+
+def test_a_copy_of_a_file_in_two_datasets_is_named_once(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.open(ROOT / "examples" / "toy" / "concept" / PICTURES[0]).save(tmp_path / name)
+    [note] = {
+        note.text
+        for each in facts_in(pictures_in(tmp_path), pictures_in(tmp_path, resolution=(128, 128)))
+        for note in each.notes
+        if each.item.path.name == "a.png" and note.concern == Concern.DUPLICATE
+    }
+    assert note == "It looks nearly the same as b.png, c.png. Keep one of them."
 
 
 def test_many_copies_are_named_in_part(tmp_path):

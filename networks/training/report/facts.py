@@ -41,7 +41,7 @@ def hardware(device: torch.device, processes: int) -> dict[str, str]:
 def cpu_name() -> str:
     """As its maker calls it, where the system says so."""
     with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
             return found[1]
     return platform.processor() or platform.machine()

@@ -13,6 +13,8 @@ from utils.files import explain_failed_reading, require_file
 REPORT_FILE = "report.html"
 RUNS = "runs"  # the id of the data in a page
 MOST_BYTES = 100 << 20
+MOST_DEPTH = 30
+LATEST = 1e11  # seconds since 1970: the year 5138
 _BEGIN = f'<script type="application/json" id="{RUNS}">'.encode()  # texts in a page have no "<" that is not escaped
 _END = b"</script>"
 
@@ -36,6 +38,8 @@ def read_report(path: Path) -> list[RunRecord]:
         runs = json.loads(content[begin:end].decode("utf-8", "replace"), parse_constant=_refuse)
         if not isinstance(runs, list) or not runs:
             raise ValueError("it holds no training")
+        if _depth(runs) > MOST_DEPTH:
+            raise ValueError("what it holds is nested too deeply")
         records = [from_json(run) for run in runs]
         for record in records:
             _check(record)
@@ -57,8 +61,15 @@ def _refuse(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
+def _depth(value: object) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inside), default=0)
+
+
 def _check(record: RunRecord) -> None:
     """Raise a ValueError for what has the right type and cannot be."""
+    if not all(0 <= moment <= LATEST for moment in (record.started_at, record.written_at)):
+        raise ValueError("a time in it cannot be")
     counts = [record.steps, record.planned_steps, *record.not_finite, *(sample.step for sample in record.samples)]
     counts += [step for curve in record.curves.values() for step in curve.steps[:1]]
     counts += [sample.index for sample in record.samples]

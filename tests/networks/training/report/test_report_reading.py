@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_what_was_written_is_read(tmp_path, page):
 @pytest.mark.parametrize(
     "changed",
     [{"steps": -1}, {"not_finite": [2**31]}, {"curves": {"loss": Curve([-1], [1.0])}}]
-    + [{"written": [WrittenFile(file, "x", "y")]} for file in ("/etc/passwd", "a\\b")],
+    + [{"written": [WrittenFile(file, "x", "y")]} for file in ("/etc/passwd", "a\\b")]
+    + [{"started_at": -1e308, "written_at": 1e308}, {"flags": {"a": json.loads("[" * 40 + "]" * 40)}}],
 )
 def test_what_cannot_be_is_refused(tmp_path, changed):
     write_page(tmp_path / "report.html", report_page([replace(RUN, **changed)]), flush=False)

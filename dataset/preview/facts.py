@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from dataset.media.resizing import kept_box
 from dataset.preview.duplicates import Alike, Fingerprints
 from utils.errors import SHOWN_NAMES, name_some
 from utils.key_values import TextEnum
+from utils.output import visible
 
 if TYPE_CHECKING:
     from hunyuan_model.text.encoding import TextLength
@@ -53,10 +54,24 @@ class Concern(TextEnum):
 
 @dataclass(frozen=True)
 class Note:
-    """One concern, as a sentence that says what is wrong and what to do."""
+    """One concern, as a sentence that says what is wrong and what to do.
+
+    ``mentions``: what the sentence calls other files, in its order, for links to them.
+    """
 
     concern: Concern
     text: str
+    mentions: tuple[tuple[str, Item], ...] = ()
+
+    @property
+    def parts(self) -> Iterator[tuple[str, Item | None]]:
+        """The text in pieces, with the file that a piece names."""
+        rest = self.text
+        for name, item in self.mentions:
+            before, name, rest = rest.partition(name)
+            yield before, None
+            yield name, item
+        yield rest, None
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,8 @@ class ItemFacts:
         seconds: how long a clip's file plays; None for pictures, and where the file does not say.
         spans: the parts of a clip's file that are in a window, from second to second, in order.
         changes: what is done to its frames, as ``Target.changes``.
+        rate: of a clip, in words: frames per second of its file, and what is made of them.
+        done: to its pixels, as ``VideoInfo.done``.
         tokens: for encoder 1 and 2; None where no tokenizers were given.
     """
 
@@ -92,6 +109,8 @@ class ItemFacts:
     seconds: float | None = None
     spans: list[tuple[float, float]] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    rate: str = ""
+    done: str = ""
     tokens: tuple[TokenCount, TokenCount] | None = None
     notes: list[Note] = field(default_factory=list)
 
@@ -113,14 +132,16 @@ def facts_of(finished: Finished) -> ItemFacts:
     if dataset.kind == "video":
         rate = _frames_of_a_second(source, dataset)
         facts.fps, facts.seconds = source.fps or MODEL_FPS, source.seconds
+        facts.rate = f"{facts.fps:.4g} fps"
         facts.windows = [target.window for target in finished.targets]
         facts.spans = [(start / rate, end / rate) for start, end in _joined(facts.windows)]
     if not finished.targets:
         facts.notes = [_short(source, dataset)]
         return facts
-    facts.changes = finished.targets[0].changes
+    facts.changes, facts.done = finished.targets[0].changes, source.done
     notes = [_cropped(facts), _enlarged(facts)]
     if dataset.kind == "video":
+        facts.rate = _rate(source, dataset)
         notes += [_speed(source, dataset), _stutter(source, facts.windows)]
     facts.notes = [note for note in notes if note is not None]
     return facts
@@ -184,7 +205,7 @@ def _add_caption_notes(facts: Sequence[ItemFacts], names: _Names, lengths: Mappi
 def _duplicate(found: Alike, names: _Names) -> Note:
     some = [f"{names(item)}{' (mirrored)' if item in found.mirrored else ''}" for item in found.items[:SHOWN_NAMES]]
     text = f"It looks nearly the same as {_name_some(some, len(found.items))}. Keep one of them."
-    return Note(Concern.DUPLICATE, text)
+    return Note(Concern.DUPLICATE, text, tuple((visible(names(item)), item) for item in found.items[:SHOWN_NAMES]))
 
 
 def _name_some(first: Sequence[str], count: int) -> str:
@@ -199,6 +220,18 @@ def _frames_of_a_second(source: Source, dataset: DatasetConfig) -> float:
     if source.resampling is None:
         return own
     return dataset.target_fps * own / (dataset.source_fps or own)
+
+
+def _rate(source: Source, dataset: DatasetConfig) -> str:
+    own = source.fps or MODEL_FPS
+    stated = f"{own:.4g} fps" + (f", taken for {dataset.source_fps:g}" if dataset.source_fps and dataset.target_fps else "")
+    if source.resampling is None:
+        text = f"{stated}, every frame taken"
+    else:
+        uneven = "uneven " if source.resampling.uneven else ""
+        text = f"{uneven}{stated} → {source.resampling.target_fps:.4g} fps, resampled"
+    speed = MODEL_FPS / _frames_of_a_second(source, dataset)
+    return text if abs(speed - 1) <= TOLERANCE else f"{text}: plays at {speed:.2g}x"
 
 
 def _joined(windows: Sequence[Window]) -> list[tuple[int, int]]:
@@ -246,7 +279,7 @@ def _short(source: Source, dataset: DatasetConfig) -> Note:
     return Note(
         Concern.SHORT,
         f"It has {count} frame{'s' if count > 1 else ''}{at_rate}, fewer than the {min(dataset.target_frames)} of target_frames: "
-        f"nothing of it is trained. Take a longer clip, or add {longest_clip(count)} to target_frames.",
+        f"nothing of it is trained. Take a longer clip, or put {longest_clip(count)} into the list target_frames.",
     )
 
 

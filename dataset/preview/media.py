@@ -20,6 +20,7 @@ LEAST_ITEM_BYTES, MOST_ITEM_BYTES = 3000, 160_000
 CAPTION_LETTERS = 2000  # that are shown; the encoders read less
 SIDES = {40_000: 256, 18_000: 192, 13_000: 144}  # of pictures and clips, by the bytes that a file may take at least
 LEAST_SIDE = 128
+LONG = 2.2  # from this ratio of its sides on, a whole file is shown longer than others
 OVERVIEW_SHARE, CLIP_SHARE = 0.2, 0.55  # of the bytes of a file, and of those of a window
 QUALITIES = (80, 60, 40, 20)
 
@@ -46,12 +47,14 @@ class Room:
         return max(1, self.windows // self._lengths(item))
 
     def overview(self, frame: np.ndarray) -> Image.Image:
-        """A whole frame (H, W, 3) uint8 of a file, made small."""
-        return smaller(frame, self.side)
+        """A whole frame (H, W, 3) uint8 of a file, made small; a long one less, so that its short side can be seen."""
+        height, width, _ = frame.shape
+        ratio = max(height / width, width / height)
+        return smaller(frame, round(self.side * min(4, max(1, (ratio / 1.5) ** 0.5))))
 
     def overview_uri(self, overview: Image.Image) -> str:
         """The small picture of a whole frame, as a data URI."""
-        return _picture_within(np.asarray(overview), self.side, self.item_bytes * OVERVIEW_SHARE)
+        return _picture_within(np.asarray(overview), max(overview.size), self.item_bytes * OVERVIEW_SHARE)
 
     def view(self, prepared: Prepared) -> WindowView:
         """A picture, or the first, middle and last frame of a clip, and the clip."""

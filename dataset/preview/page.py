@@ -18,7 +18,7 @@ from dataset.media.frame_rate import MODEL_FPS
 from dataset.preview.decoded import CacheDecoder
 from dataset.preview.duplicates import Fingerprints
 from dataset.preview.facts import Concern, ItemFacts, compare_items, facts_of, facts_of_failure
-from dataset.preview.media import CAPTION_LETTERS, Room, WindowView
+from dataset.preview.media import CAPTION_LETTERS, LONG, Room, WindowView
 from utils.pages.page import render, write_page
 from utils.progress import ProgressBar
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("preview.html.j2")
 PAGE_NAME, PAGE_NAME_DECODED = "preview.html", "preview_latents.html"
 FIRST_LETTERS = 160  # of a caption; a click shows the rest
+OF_CACHES = ("latents", "texts", "cut", "used", "batches")  # columns that are left out where they say nothing
 WAITING_BYTES = 256 * 2**20  # of pixels that wait until they are made small
 
 CountTokens = Callable[[Iterable[str]], Mapping[str, "TextLength"]]
@@ -77,6 +78,12 @@ class ItemView:
         return f"{share:.0%}" if share >= 0.005 else ""
 
     @property
+    def shape(self) -> str:
+        """Whether the whole file is long, for the stylesheet."""
+        width, height = self.facts.size or (1, 1)
+        return "wide" if width > LONG * height else "tall" if height > LONG * width else ""
+
+    @property
     def kept_style(self) -> str:
         """Where the kept rectangle lies on the whole picture, as CSS."""
         (width, height), (left, top, kept_width, kept_height) = self.facts.size, self.facts.kept
@@ -91,6 +98,11 @@ class Group:
     title: str
     is_wide: bool  # what is shown of its items needs room: three frames side by side, or a message
     views: list[ItemView] = field(default_factory=list)
+
+    @property
+    def columns(self) -> int:
+        """How many its files take side by side."""
+        return sum(2 if self.is_wide or view.shape == "wide" else 1 for view in self.views)
 
 
 def write_preview(
@@ -140,14 +152,22 @@ def write_preview(
 
 def make_page(views: Sequence[ItemView], jobs: Sequence[Job], config: str, *, has_tokens: bool, is_decoded: bool = False) -> str:
     """The page as HTML."""
+    rows = list(table_rows([job.report for job in jobs]))
+    columns = [
+        place
+        for place, column in enumerate(COLUMNS)
+        if column not in OF_CACHES or any(cells[place] not in ("-", "0") for _, cells, _ in rows)
+    ]
     counted = Counter(concern for view in views for concern in {note.concern for note in view.facts.notes})
     return render(
         TEMPLATE,
         config=config,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         count=len(views),
-        columns=COLUMNS,
-        rows=list(table_rows([job.report for job in jobs])),
+        columns=[COLUMNS[place] for place in columns],
+        of_caches=[COLUMNS[place] for place in columns if COLUMNS[place] in OF_CACHES],
+        rows=[(label, [cells[place] for place in columns], lines) for label, cells, lines in rows],
+        places={view.facts.item: place for place, view in enumerate(views)},
         several_datasets=len(jobs) > 1,
         concerns=[(place, concern, counted[concern]) for place, concern in enumerate(Concern) if counted[concern]],
         groups=list(group_views(views)),

@@ -35,6 +35,8 @@ function filter() {
     number.textContent = here < items.length ? `${here} of ${items.length}` : items.length;
     shown += here;
   }
+  document.getElementById("nothing").hidden = shown > 0;
+  for (const field of [group, concern, text]) field.classList.toggle("on", Boolean(field.value));
   count.textContent = `${shown} of ${total} files`;
   for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.concern === concern.value);
 }
@@ -50,3 +52,36 @@ form.addEventListener("input", filter);
 form.addEventListener("reset", () => setTimeout(filter));
 form.addEventListener("submit", (event) => event.preventDefault());
 filter();
+
+const larger = document.getElementById("larger"), [model, whole] = larger.querySelectorAll("figure");
+
+function enlarge(item, row) {
+  larger.querySelector("h2").replaceChildren(...item.querySelector("h4").cloneNode(true).childNodes);
+  const overview = item.querySelector(".whole > div");
+  if (row) put(model, row.querySelector("img"), row.dataset.clip);
+  if (overview) put(whole, overview.querySelector("img"), null, overview.querySelector("i"));
+  larger.showModal();
+}
+
+function put(figure, still, clip, kept) { // at twice its size, if that fits
+  const box = document.createElement("div"), { naturalWidth: width, naturalHeight: height } = still;
+  const shown = clip ? document.createElement("video") : still.cloneNode();
+  if (clip) Object.assign(shown, { src: clip, muted: true, loop: true, autoplay: true, playsInline: true, controls: true });
+  box.style.width = `min(${2 * width}px, ${75 * width / height}vh)`;
+  shown.style.width = "100%";
+  box.append(shown);
+  if (kept) box.append(kept.cloneNode());
+  figure.append(box);
+}
+
+document.addEventListener("click", (event) => {
+  const picture = event.target.closest(".row, .whole"), item = event.target.closest(".item");
+  if (picture) enlarge(item, event.target.closest(".row") ?? item.querySelector(".row"));
+  const link = event.target.closest("a[href^='#item-']");
+  if (link && document.querySelector(link.hash).closest("[hidden]")) { // before the browser goes there
+    form.reset();
+    filter();
+  }
+  if (event.target === larger || event.target.closest("dialog button")) larger.close();
+});
+larger.addEventListener("close", () => [model, whole].forEach((figure) => figure.querySelector("div")?.remove()));

@@ -140,6 +140,20 @@ def test_words_of_a_wrong_speed():
         assert f"source_fps takes them for {source_fps}: " in text_of(facts, Concern.SPEED)
 
 
+@pytest.mark.parametrize(
+    ("fps", "values", "words"),
+    [
+        (60, {}, "60 fps → 24 fps, resampled"),
+        (60, {"target_fps": 0}, "60 fps, every frame taken: plays at 0.4x"),
+        (25, {}, "25 fps, every frame taken"),
+        (30, {"source_fps": 240}, "30 fps, taken for 240 → 24 fps, resampled: plays at 8x"),
+        (24, {"target_fps": 12}, "24 fps → 12 fps, resampled: plays at 2x"),
+    ],
+)
+def test_words_of_the_rate(fps, values, words):
+    assert facts_of_clip(fps, 1000, target_frames=(49,), **values)[0].rate == words
+
+
 @pytest.mark.parametrize(("fps", "share"), [(8, "67%"), (10, "58%"), (12, None), (24, None), (30, None)])
 def test_clips_that_repeat_frames_stutter(fps, share):
     facts, _ = facts_of_clip(fps, 10 * fps, target_frames=(25, 49))
@@ -164,7 +178,7 @@ def test_a_clip_that_is_too_short_and_a_file_that_is_broken():
     facts, _ = facts_of_clip(24, 12, target_frames=(25, 49))
     assert facts.windows == [] and concerns(facts) == {Concern.SHORT} and facts.size == (640, 360) and facts.kept is not None
     assert "It has 12 frames at 24 per second, fewer than the 25 of target_frames" in text_of(facts, Concern.SHORT)
-    assert text_of(facts, Concern.SHORT).endswith("or add 9 to target_frames.")
+    assert text_of(facts, Concern.SHORT).endswith("or put 9 into the list target_frames.")
     broken = facts_of_failure(Failure(item(dataset("video")), "a.mp4 is cut short."))
     assert broken.size is None and broken.use == "" and text_of(broken, Concern.FAILED) == "a.mp4 is cut short."
 

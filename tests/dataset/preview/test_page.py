@@ -100,14 +100,15 @@ def shown(uri: str) -> np.ndarray:
 def test_the_page_says_what_there_is(page):
     html = page.read_text(encoding="utf-8")
     assert html.count("<article") == 6 and "<script>document" not in html and "<img src=x" not in html
-    for text in ("6 files of", "cannot be read <b>1", "too short <b>1", "no caption <b>1", "96x64", "→ 64x64", "33% cut away"):
+    for text in ("6 files of", "cannot be read <b>1", "too short <b>1", "no caption <b>1", "96x64", "→&nbsp;64x64", "33% cut away"):
         assert text in html, text
     assert re.search(r"1 \(images\)</th><td[^>]*>4</td><td[^>]*>1</td><td[^>]*>3</td>", html)
     assert re.search(r"2 \(videos\)</th><td[^>]*>2</td><td[^>]*>0</td><td[^>]*>1</td><td[^>]*>1</td>", html), (
         "as caching counts them"
     )
     assert "48 -&gt; 24 frames per second: long.mp4" in html
-    assert "4 windows" in html and html.count("data-clip=") == 3 and "and 1 more window<" in html
+    assert "4 windows" in html and html.count("data-clip=") == 3 and "and 1 more window, trained too, but left out" in html
+    assert "48 fps → 24 fps, resampled" in html and ">batches<" not in html
     assert re.search(r'for text encoder 1">\d+ of 256', html) and re.search(r'for text encoder 2">\d+ of 77', html)
     assert "--text_encoder1</code>" not in html
 
@@ -179,6 +180,14 @@ def test_a_clip_that_breaks_off_is_on_the_page_with_what_was_read(tmp_path):
     assert "a.mp4 cannot be read any more." in html and html.count("data-clip=") == 1 and failures == results[1:]
 
 
+@pytest.mark.parametrize(("size", "expected"), [((2048, 256), (591, 74)), ((100, 4000), (26, 1024)), ((640, 480), (256, 192))])
+def test_long_files_are_shown_longer(tmp_path, size, expected):
+    room = Room.for_items([image_item(tmp_path)])
+    overview = room.overview(noise(size[1], size[0]))
+    assert overview.size == expected
+    assert shown(room.overview_uri(overview)).shape[1::-1] == expected
+
+
 @pytest.mark.parametrize("count", [1, 50, 2000, 20_000])
 def test_a_page_of_any_pictures_keeps_to_its_size(tmp_path, count):
     item = image_item(tmp_path, caption="a" * 500)
@@ -241,5 +250,16 @@ def test_a_browser_filters_plays_and_shows_text_as_text(page, width, dark):
         shown.focus("#text")
         until(shown, "!document.querySelector('.clip video')")
         shown.evaluate("document.querySelector('.clip').scrollIntoView({block: 'center'})")
-        shown.hover(".clip")
+        shown.hover(".clip img:last-child")
         until(shown, "document.querySelector('.clip video')?.currentTime > 0")
+        shown.click(".clip img:last-child")
+        until(shown, "document.querySelector('dialog[open] video')?.currentTime > 0")
+        assert not serious_faults(shown)
+        shown.keyboard.press("Escape")
+        until(shown, "!document.querySelector('dialog[open], dialog video')")
+
+        shown.fill("#text", "no such name")
+        assert visible() == 0 and shown.is_visible("#nothing")
+        shown.click("#nothing button")
+        until(shown, "document.querySelectorAll('.item:not([hidden])').length === 6")
+        assert not shown.is_visible("#nothing")

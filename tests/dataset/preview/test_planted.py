@@ -7,12 +7,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from browser import opened
+from browser import opened, until
 from planted import MARKUP, PLANTED, plant
 
 from examples.toy.model_files import require_model
 
-CARD = re.compile(r'<article class="item".*?</article>', re.DOTALL)
+CARD = re.compile(r'<article class="item\b.*?</article>', re.DOTALL)
 NAME = re.compile(r'<h4 title="([^"]*)">')
 NOTE = re.compile(r"<li><b>([^<]*)</b>")
 
@@ -34,3 +34,7 @@ def test_the_page_says_what_is_wrong_with_which_file_and_nothing_else(real_media
         captions = page.evaluate("[...document.querySelectorAll('.caption')].map(each => each.textContent.trim())")
         assert MARKUP in captions and "old coins \U0001fa99\u2728" in captions
         assert page.evaluate("window.hacked === undefined")
+        page.fill("#text", "garage.webp")
+        page.click(".notes a:has-text('motorcycle.png')")
+        until(page, "document.querySelector('.item:target:not([hidden]) h4')?.textContent === 'motorcycle.png'")
+        until(page, "document.querySelector('.item:target').getBoundingClientRect().top < innerHeight")

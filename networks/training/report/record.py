@@ -64,8 +64,8 @@ class WrittenFile:
     Attributes:
         file: as in ``SampleRecord``.
         readers: the program.
-        usage: what to do with it there: a sentence, or a command.
-        checked: how much of it is loaded, such as "240 of 240 keys"; empty where that was not looked at.
+        usage: what to do with it there, or how to convert it first: a sentence, or a command; empty where nothing helps.
+        checked: how much of it is loaded, such as "240 of 240 keys", and why that is not all.
     """
 
     file: str
@@ -89,7 +89,7 @@ class RunRecord:
         table: of the datasets, as text in columns.
         flags: without secrets.
         command: to make it again.
-        reason: why it ended, if it failed or was stopped.
+        reason: why it failed or was stopped, in a sentence.
     """
 
     name: str

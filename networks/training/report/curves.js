@@ -4,11 +4,12 @@ const WINDOWS = [1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500];
 const DASHES = ["solid", "dash", "dot", "dashdot"], MARKS = ["", "dashed", "dotted", "dashed"];
 const KNOWN = [
   { title: "Loss", names: ["loss/current", "loss/validation"], smooth: true, tall: true },
-  { title: "Learning rate", prefix: "lr/", format: ".3~e" },
+  { title: "Learning rate", prefix: "lr/", hover: ".3~e" },
   { title: "Gradient norm", names: ["grad_norm"], smooth: true },
   { title: "Size of the updates", names: ["update/relative_norm"], note: "of the weights, at each save" },
   { title: "Seconds per step", names: ["seconds_per_step"], smooth: true, cut: true },
-  { title: "Memory", prefix: "memory/", note: "GiB" },
+  { title: "Memory of the GPU", names: ["memory/peak_gib"], note: "highest so far, in GiB" },
+  { title: "Memory of the process", names: ["memory/resident_gib"], note: "in GiB" },
 ];
 
 function unpacked(text, Kind) {
@@ -46,7 +47,7 @@ const shown = new Set(runs.keys());
 const longest = Math.max(0, ...curves.flatMap(each => [...each.values()].map(curve => curve.steps.at(-1))));
 let logarithmic = false, range = null;
 
-const shortName = (chart, name) => name.slice(chart.prefix.length).replace(/_gib$/, "");
+const shortName = (chart, name) => name.slice(chart.prefix.length);
 const windowSteps = () => WINDOWS[byId("window").value];
 const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 // A colour of the style sheet as the browser resolves it now.
@@ -77,7 +78,7 @@ function traces(chart) {
       const hue = color(runColor(runs.length === 1 && validation ? 1 : number));
       const words = [runs.length > 1 ? escaped(runs[number].name).slice(0, 60) : "", chart.prefix ? escaped(shortName(chart, name)) : validation ? "validation" : ""];
       const label = words.filter(Boolean).join(" ");
-      const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: `%{y:${chart.format ?? ".4~g"}}`, line: { color: hue, width: 2 } };
+      const trace = { x: curve.steps, type: "scatter", mode: "lines", hovertemplate: `%{y:${chart.hover ?? ".4~g"}}`, line: { color: hue, width: 2 } };
       if (chart.smooth && !validation) {
         const faint = color(runColor(number), longest < 1000 ? .45 : runs.length > 1 ? .2 : .3), steps = windowSteps();
         const every = { ...trace, y: curve.values, name: `${label} each step`.trim(), line: { color: faint, width: 1 } };
@@ -93,16 +94,28 @@ function traces(chart) {
   return result;
 }
 
+// From 0, but for losses from the lowest in view, to above the highest.
+function yRange(chart, all) {
+  const logs = chart.tall && logarithmic;
+  let low = Infinity, high = -Infinity;
+  for (const { x, y } of all) {
+    y.forEach((value, index) => {
+      if (!(value <= chart.limit) || (logs && value <= 0) || (range && (x[index] < range[0] || x[index] > range[1]))) return;
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    });
+  }
+  if (low > high) return logs ? [-1, 0] : [0, 1];
+  if (logs) return [Math.log10(low) - .05, Math.log10(high) + .05];
+  const room = .05 * (chart.tall ? high - low || high : high) || 1;
+  return [Math.min(low, chart.tall ? Math.max(0, low - room) : 0), high + Math.abs(room)];
+}
+
 function layout(chart, all) {
   const ink = color("var(--ink)"), quiet = color("var(--quiet)"), line = color("var(--line)"), raised = color("var(--raised)");
   const axis = { gridcolor: line, linecolor: line, zeroline: false, tickfont: { color: quiet } };
-  const yaxis = { ...axis, type: chart.tall && logarithmic ? "log" : "linear", tickformat: chart.format ?? ".3~g", nticks: chart.tall ? 8 : 5 };
-  yaxis.fixedrange = true; // the pointer zooms steps, and values follow
-  if (range) {
-    const seen = all.flatMap(({ x, y }) => [...y].filter((value, index) => x[index] >= range[0] && x[index] <= range[1] && value <= chart.limit));
-    const low = Math.min(...seen), high = Math.max(...seen), room = (high - low || Math.abs(high)) * .05;
-    if (seen.length) yaxis.range = yaxis.type === "log" ? [Math.log10(low), Math.log10(high)] : [low - room, high + room];
-  } else if (chart.limit < Infinity) Object.assign(yaxis, { range: [0, chart.limit], autorange: false });
+  const yaxis = { ...axis, type: chart.tall && logarithmic ? "log" : "linear", exponentformat: "e", minexponent: 2, nticks: chart.tall ? 8 : 5 };
+  Object.assign(yaxis, { range: yRange(chart, all), fixedrange: true }); // the pointer zooms steps, and values follow
   return {
     autosize: true, showlegend: false, hovermode: "x unified", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     margin: { l: 54, r: 14, t: 10, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",

@@ -283,7 +283,7 @@ if (lines.length) {
   byId("player").hidden = !everySample.some(sample => sample.clip);
   byId("common").textContent = common.length ? `all samples: ${listed(common)}` : "";
   byId("left-out").hidden = !left;
-  byId("left-out").textContent = `${counted(left)} of ${counted(everySample.length)} samples are left out of this page for want of room. They are in the folder of samples.`;
+  byId("left-out").textContent = `${counted(left)} of ${counted(everySample.length)} samples are left out to keep this page small, or could not be read. Their files are in the folder of samples.`;
   byId("step").value = 0;
   fillGrid();
   document.querySelectorAll("[data-view]").forEach(button => button.addEventListener("click", () => view(button.dataset.view)));

@@ -54,6 +54,8 @@ def test_text_of_strangers_is_escaped_everywhere():
 def test_several_trainings_stand_side_by_side():
     running = {"status": Status.RUNNING, "planned_steps": 500, "samples": []}
     page = text(report_page([synthetic_run("fox", seed=1), synthetic_run("hare", seed=2, **running)]))
+    failed = synthetic_run("hare", status=Status.FAILED, reason="The device is lost.")
+    assert "<bdi>hare</bdi>: <bdi>The device is lost.</bdi>" in report_page([synthetic_run("fox"), failed])
     assert "2 trainings compared" in page and "time left" in page and "400 of 500" in page
     differing = re.findall(r'<tr class="differs"><th scope="row"><bdi>(.*?)</bdi>', page)
     assert differing == ["seed"]
@@ -151,6 +153,9 @@ def test_a_report_opens_without_curves_and_with_odd_ones(tmp_path):
     write_page(tmp_path / "report.html", report_page([bare, synthetic_run("\udc80\ud800", 2, 1, 1, curves=curves)]))
     with opened(tmp_path / "report.html") as page:
         until(page, "charts.every(chart => chart.drawn)")
+        (low, high), *_ = page.evaluate("charts.filter(chart => chart.prefix).map(chart => chart.plot.layout.yaxis.range)")
+        assert low == 0 and 1e-4 < high < 1.2e-4, "of one value"
+        page.click("#log")
         page.click("[data-view=step]")
         assert page.evaluate("document.querySelector('#step-samples a').href").endswith("/sample/%80%3F_000002_00_20260101_0.mp4")
         assert not serious_faults(page)

@@ -42,7 +42,7 @@ def _head(run: RunRecord) -> dict[str, Any]:
     facts = {
         "steps": f"{run.steps:,} of {run.planned_steps:,}",
         "seconds per step": f"{seconds:.3g}" if seconds is not None else None,
-        "time taken": _duration(run.written_at - run.started_at),
+        "time since the start": _duration(run.written_at - run.started_at),
         "time left": _duration(seconds * max(0, run.planned_steps - run.steps)) if is_running else None,
         "loss": _number(_recent(run, "loss/current", mean)),
         "validation loss": _number(_recent(run, "loss/validation", mean, 1)),
@@ -90,10 +90,7 @@ def _number(value: float | None) -> str | None:
 
 def _moment(seconds: float) -> str:
     """In the time zone of this machine."""
-    try:
-        return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")
-    except (OverflowError, OSError, ValueError):  # a record may hold any number
-        return "unknown"
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")
 
 
 def _duration(seconds: float) -> str:

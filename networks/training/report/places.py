@@ -30,6 +30,7 @@ def go_on(record: RunRecord, folders: Sequence[Path]) -> None:
                 count = sum(step <= record.steps for step in curve.steps)
                 record.curves[name] = Curve(curve.steps[:count], curve.values[:count])
             record.not_finite = [step for step in earlier.not_finite if step <= record.steps]
+            record.written = earlier.written
             record.samples = [sample for sample in earlier.samples if sample.step <= record.steps]
             if folder != folders[0]:
                 move_links(record, folder, folders[0])

@@ -73,7 +73,8 @@ def _check(record: RunRecord) -> None:
     counts = [record.steps, record.planned_steps, *record.not_finite, *(sample.step for sample in record.samples)]
     counts += [step for curve in record.curves.values() for step in curve.steps[:1]]
     counts += [sample.index for sample in record.samples]
-    if not all(0 <= count < 2**31 for count in counts):
+    times = [record.started_at, record.written_at]
+    if not all(0 <= count < 2**31 for count in counts) or not all(0 <= seconds < 2**34 for seconds in times):
         raise ValueError("a number in it is too small or too large")
     for file in (*record.samples, *record.written):
         if file.file.startswith("/") or "\\" in file.file:

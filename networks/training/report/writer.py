@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from networks.training.report.page import report_page
 from networks.training.report.record import Curve, RunRecord, SampleRecord, Status
 from networks.training.report.samples import small_media, thin_out
 from networks.training.report.written import written_files
@@ -59,7 +60,7 @@ class TrainingReport:
             values = {**values, "memory/resident_gib": self._process.memory_info().rss / 2**30}
         for name, value in values.items():
             put(record.curves.setdefault(name, Curve()), step, value)
-        if not all(map(math.isfinite, values.values())):
+        if not all(map(math.isfinite, values.values())) and record.not_finite[-1:] != [step]:
             record.not_finite.append(step)
         now = time.monotonic()
         self.seconds += now - began
@@ -100,8 +101,6 @@ class TrainingReport:
         began = time.monotonic()
         self.record.written_at = time.time()
         try:
-            from networks.training.report.page import report_page  # with packages that a training can do without
-
             thin_out(self.record.samples)
             if (free := shutil.disk_usage(self.path.parent).free) < LEFT_FREE:
                 raise UserError(f"{free >> 20} MB are free, and the report leaves {LEFT_FREE >> 20} MB to models and states")

@@ -10,7 +10,7 @@ import pytest
 
 from networks.training.report.page import report_page
 from networks.training.report.places import go_on, make_place
-from networks.training.report.record import Curve, RunRecord, SampleRecord, Status
+from networks.training.report.record import Curve, RunRecord, SampleRecord, Status, WrittenFile
 from utils.pages.page import write_page
 from utils.processes.locks import Holder
 
@@ -71,11 +71,14 @@ def test_two_trainings_at_once_have_two_reports(tmp_path):
 
 
 def test_a_record_goes_on_to_the_step_of_the_state(tmp_path):
-    write(tmp_path / "old", run(session="7", steps=6))
+    earlier = run(session="7", steps=6)
+    earlier.written = [WrittenFile("a.safetensors", "ComfyUI", "")]
+    write(tmp_path / "old", earlier)
     record = RunRecord("a", "7", Status.RUNNING, 3, 9, 1.0, 2.0)
     go_on(record, [tmp_path / "new", tmp_path / "old"])
     assert record.curves == {"loss": Curve([1, 2, 3], [0.5, 0.5, 0.5])} and record.not_finite == [2, 3]
     assert [sample.file for sample in record.samples] == ["../old/sample/0.png", "../old/sample/2.png"]
+    assert [file.file for file in record.written] == ["../old/a.safetensors"]
     other = RunRecord("a", "8", Status.RUNNING, 3, 9, 1.0, 2.0)
     go_on(other, [tmp_path / "old"])
     assert not other.curves and not other.samples

@@ -36,6 +36,7 @@ def logs(report) -> TrainingLogs:
 def test_numbers_that_are_not_finite_are_noted(report, logs):
     for step, loss in enumerate((0.5, math.nan, 0.25, math.inf), 1):
         logs.step(step, loss=loss, average=0.5, rates={"unet": 1e-3}, gradient_norm=loss, seconds=0.1)
+    logs.values(4, {"loss/validation": math.nan})
     logs.values(3, {"update/relative_norm": 0.1})
     logs.values(3, {"update/relative_norm": 0.2})
     report.end(Status.FAILED, "a\x1b[31m reason")
@@ -95,6 +96,6 @@ def test_the_last_room_on_a_disk_is_left_to_models(report, monkeypatch, caplog):
 
 
 def test_a_fault_of_the_page_is_a_warning(report, monkeypatch, caplog):
-    monkeypatch.setattr("networks.training.report.page.report_page", lambda runs: json.loads("x"))
+    monkeypatch.setattr(writer, "report_page", lambda runs: json.loads("x"))
     report.end(Status.FINISHED)
     assert "is not written (Expecting value" in caplog.text and not report.path.exists()

@@ -57,7 +57,7 @@ def run_training(training: Training) -> int:
         return STATUS_FAILED
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        end_report(training, *((Status.STOPPED, "by a second signal") if stopped else (Status.FAILED, first_line(error))))
+        end_report(training, *((Status.STOPPED, "A signal ended it at once.") if stopped else (Status.FAILED, first_line(error))))
         say_how_to_go_on(training)
         raise
     end_report(training, *_ending(training, status))
@@ -72,8 +72,8 @@ def _ending(training: Training, status: int) -> tuple[Status, str]:
     """How a training ended that returned ``status``, and why."""
     if status == 0 and training.progress.step >= training.plan.steps:
         return Status.FINISHED, ""
-    reasons = {0: "as a file in the output folder asked for", STATUS_INTERRUPTED: "by SIGINT, as of Ctrl-C"}
-    return Status.STOPPED, reasons.get(status, "by SIGTERM or SIGHUP")
+    reasons = {0: "The file save_and_stop in the output folder stopped it.", STATUS_INTERRUPTED: "Ctrl-C (SIGINT) stopped it."}
+    return Status.STOPPED, reasons.get(status, "SIGTERM or SIGHUP stopped it, as a cluster or a closed terminal sends them.")
 
 
 def train(training: Training) -> int:

@@ -14,7 +14,6 @@ from networks.formats.reading import read_lora
 from networks.formats.writing import save_lora
 from networks.training.report.written import USAGE, written_files
 
-
 LOHA = ("w1_a", "w1_b", "w2_a", "w2_b")
 
 

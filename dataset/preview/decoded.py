@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from dataset.cache.files import bucket_of, read_latents
 from dataset.cache.freshness import judge_latents
 from dataset.cache.names import CacheKey, CacheListing, list_caches, newest, newest_latents
-from dataset.cache.preparation import Failure, Prepared, Result, Target
+from dataset.cache.preparation import Failure, Finished, Prepared, Result, Target
 from dataset.cache.records import latents_made
 from dataset.config import DatasetConfig
 from dataset.items import Item
@@ -49,7 +49,7 @@ class CacheDecoder:
     def decode(self, results: Iterable[Result]) -> Iterator[Result]:
         """``results`` of ``prepare``, with the pixels of the caches that training would read; without frames where there is none.
 
-        Of a file that cannot be read, the caches come before its ``Failure``: the first one of each length.
+        Of a file of which nothing can be read, the caches come before its ``Failure``: the first one of each length.
 
         Raises:
             UserError: memory does not suffice.
@@ -61,9 +61,9 @@ class CacheDecoder:
                 pixels = result.pixels[:0] if decoded is None else decoded
                 yield replace(result, pixels=pixels)
                 continue
-            if isinstance(result, Failure):
+            if isinstance(result, Failure) and not faults:
                 yield from self._decoded_of(result.item)
-            else:
+            elif isinstance(result, Finished):
                 faults |= {target.key: self._judged(target)[1] for target in result.targets if target.key not in faults}
             self.notes[result.item] = list(_notes(faults))
             faults = {}
@@ -129,5 +129,11 @@ def _notes(faults: Mapping[CacheKey, str | None]) -> Iterator[Note]:
         if fault is not None:
             windows.setdefault(fault, []).append(window)
     for fault, those in windows.items():
-        frames = name_some(f"{window[0]} to {window[0] + window[1] - 1}" for window in those if window)
-        yield Note(Concern.CACHE, f"{f'The clip of frames {frames}' if frames else 'This picture'} {fault}")
+        yield Note(Concern.CACHE, f"{_subject(those)} {fault}")
+
+
+def _subject(windows: Sequence[Window | None]) -> str:
+    if windows[0] is None:
+        return "This picture"
+    frames = name_some(f"{start} to {start + length - 1}" if length > 1 else str(start) for start, length in sorted(windows))
+    return f"{'The clip' if len(windows) == 1 else 'Each of the clips'} of frames {frames}"

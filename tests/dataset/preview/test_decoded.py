@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,20 @@ def test_clips_of_one_file_are_named_by_their_frames(datasets, settings):
     assert len(results) == 3
     (note,) = (note for notes in decoder.notes.values() for note in notes)
     assert note.text == "The clip of frames 0 to 8 has no cache of its latents; run cache_latents.py."
+    decoder, _ = decode(replace(clips, frame_extraction="uniform", frame_sample=3, target_frames=(1, 5)), settings)
+    texts = {note.text.partition(" has ")[0] for notes in decoder.notes.values() for note in notes}
+    assert texts == {
+        f"Each of the clips of frames {frames}"
+        for frames in ("0 to 4, 4 to 8, 6, 8 to 12, 12", "0 to 4, 10 to 14, 12, 20 to 24, 24")
+    }
+
+
+def test_a_clip_that_breaks_off_is_shown_once(datasets, settings):
+    item = list_items(datasets[1])[0]
+    *clips, _ = prepare([item], 1)
+    decoder = CacheDecoder.load(settings, CPU)
+    shown = list(decoder.decode([clips[0], Failure(item, "a disk failed.")]))
+    assert [type(result) for result in shown] == [Prepared, Failure] and decoder.notes == {item: []}
 
 
 def test_the_page_of_what_the_network_sees(call_script, datasets, settings, tiny_dataset):

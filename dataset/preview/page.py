@@ -19,7 +19,7 @@ from dataset.preview.decoded import CacheDecoder
 from dataset.preview.duplicates import Fingerprints
 from dataset.preview.facts import Concern, ItemFacts, compare_items, facts_of, facts_of_failure
 from dataset.preview.media import CAPTION_LETTERS, LONG, Room, WindowView
-from utils.pages.page import render, write_page
+from utils.pages.page import render, require_templates, write_page
 from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def write_preview(
     Returns:
         The path of the page, and the files that cannot be read; they are on the page, too.
     """
+    require_templates()
     room = Room.for_items([item for job in jobs for item in job.items])
     fingerprints = Fingerprints()
     views: list[ItemView] = []

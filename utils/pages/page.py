@@ -8,12 +8,14 @@ import secrets
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from utils.errors import UserError
 from utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 HERE = Path(__file__).parent
 # Scripts run only with the page's own nonce, which whoever wrote a caption or a file name could not know.
@@ -30,6 +32,9 @@ def render(template: Path, **values: Any) -> str:
         script(name), style(name): a file beside it, or in this folder, inside the page.
         data(id, value): ``value`` as JSON, for scripts to read; floats must be finite.
         chart_library(): Plotly.
+
+    Raises:
+        UserError: Jinja2 or Plotly is not installed.
     """
     nonce = secrets.token_urlsafe(16)
     environment = _environment(template.parent)
@@ -40,16 +45,27 @@ def render(template: Path, **values: Any) -> str:
     helpers = {
         "policy": POLICY.format(nonce),
         "script": lambda name: _script(source(name), nonce),
-        "style": lambda name: Markup("<style>\n{}</style>").format(Markup(source(name))),
+        "style": lambda name: _markup(f"<style>\n{source(name)}</style>"),
         "data": _data,
         "chart_library": lambda: _script(chart_library(), nonce),
     }
     return environment.get_template(template.name).render(helpers, **values)
 
 
+def require_templates() -> None:
+    """Raise a UserError where pages cannot be made."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise UserError("pages need Jinja2. Install it with: pip install Jinja2") from error
+
+
 @cache
 def _environment(folder: Path) -> Environment:
     """Jinja2 for the templates of a folder, which keeps what it compiled."""
+    require_templates()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         loader=FileSystemLoader([folder, HERE]),
         autoescape=True,
@@ -70,13 +86,18 @@ def write_page(path: Path, page: str, flush: bool = True) -> None:
 
 @cache
 def chart_library() -> str:
-    """The source of Plotly, as its package ships it, in ASCII."""
-    source = files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+    """The source of Plotly, as its package ships it, in ASCII. Raises a UserError where that is not installed."""
+    try:
+        package = files("plotly")
+    except ImportError as error:
+        raise UserError("pages with charts need plotly. Install it with: pip install plotly") from error
+    source = package.joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     return re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", source)
 
 
 def _script(source: str, nonce: str) -> Markup:
-    return Markup('<script nonce="{}">\n{}</script>').format(nonce, Markup(source.replace("</script", "<\\/script")))
+    text = source.replace("</script", "<\\/script")
+    return _markup(f'<script nonce="{nonce}">\n{text}</script>')
 
 
 def _data(name: str, value: Any) -> Markup:
@@ -85,4 +106,11 @@ def _data(name: str, value: Any) -> Markup:
     In a script element only "<" could mean anything to the browser.
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return Markup(f'<script type="application/json" id="{name}">{text}</script>')
+    return _markup(f'<script type="application/json" id="{name}">{text}</script>')
+
+
+def _markup(html: str) -> Markup:
+    """HTML that templates do not escape."""
+    from markupsafe import Markup  # which comes with Jinja2
+
+    return Markup(html)

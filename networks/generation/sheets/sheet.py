@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 
 from networks.generation.requests import Request
 from networks.generation.sheets.page import BatchPage, Shown
+from utils.errors import UserError, first_line
 from utils.media.writing import save_picture, save_video
 from utils.pages.page import write_page
 from utils.sheets.contact_sheet import Cell, ContactSheet, cell_side, reduced
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = " · "
 
@@ -80,6 +84,7 @@ class BatchSheet:
         clips = [self.path.with_suffix(".mp4")] if sheet.length > 1 else []
         for clip in clips:
             save_video(clip, sheet.clip(), self.fps, dict(metadata))
+        page_path = self.path.with_suffix(".html")
         places = {request: number for number, request in enumerate(captions)}
         page = BatchPage(
             self.path,
@@ -92,9 +97,14 @@ class BatchSheet:
             title,
             metadata,
         )
-        write_page(self.path.with_suffix(".html"), page.html())
+        try:
+            write_page(page_path, page.html())
+            pages = [page_path]
+        except (UserError, OSError) as error:  # the results matter more than their page
+            logger.warning("%s is not written (%s); the contact sheet is.", page_path, first_line(error).rstrip("."))
+            pages = []
         save_picture(self.path, sheet.picture(), dict(metadata))  # last: with it a restarted batch has its sheet
-        return [self.path, *clips, self.path.with_suffix(".html")]
+        return [self.path, *clips, *pages]
 
     def _cell(self, request: Request, caption: Sequence[str]) -> Cell:
         reason = [self._failures[request]] if request in self._failures else []

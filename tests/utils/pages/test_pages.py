@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import sys
 
 import av
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from browser import opened, serious_faults, until
 from PIL import Image
 
+from utils.errors import UserError
 from utils.pages.media import clip_uri, picture_uri
-from utils.pages.page import render, write_page
+from utils.pages.page import chart_library, render, require_templates, write_page
 
 EVIL = """</script><script>document.title = "run"</script><img src=x onerror="document.title='run'">&amp; "q" 'q' שלום 🦊"""
 TEMPLATE = """{% extends "base.html.j2" %}
@@ -70,3 +72,10 @@ def test_a_browser_shows_text_as_text_and_plays_clips(page, dark):
         shown.keyboard.press("Tab")
         until(shown, "document.querySelector('video')?.currentTime > 0")
         assert not serious_faults(shown)
+
+
+@pytest.mark.parametrize(("name", "use"), [("jinja2", require_templates), ("plotly", chart_library.__wrapped__)])
+def test_a_package_that_is_missing_is_named(monkeypatch, name, use):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"(?i)pip install {name}"):
+        use()

@@ -183,3 +183,11 @@ def test_a_browser_opens_results_and_plays_them_in_sync(save, width, dark):
 
 def _details(path: Path) -> list[dict]:
     return Elements(path.read_text(encoding="utf-8")).details
+
+
+def test_without_its_page_the_sheet_is_written(tmp_path, caplog):
+    made = BatchSheet(tmp_path / "xy.png", [[request(1)]], 12)
+    made.add(request(1), np.zeros((1, 32, 48, 3), np.uint8), tmp_path / "1.png")
+    (tmp_path / "xy.html").mkdir()  # nothing can have this name
+    assert made.save({}, {}) == [made.path] and made.path.exists()
+    assert "xy.html is not written" in caplog.text

@@ -14,7 +14,7 @@ from hunyuan_model.runtime.arguments import (
 )
 from hunyuan_model.transformer.attention import ATTENTION_MODES
 from networks.formats.layouts import DEFAULT, TARGETS
-from networks.training.logging.logs import LogSettings
+from networks.training.logging.trackers import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import DISTRIBUTIONS, WEIGHTING_SCHEMES, TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings

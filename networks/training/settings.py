@@ -11,7 +11,7 @@ import torch
 
 from hunyuan_model.runtime.settings import KernelSettings, RuntimeSettings
 from networks.merging import complete_multipliers
-from networks.training.logging.logs import LogSettings
+from networks.training.logging.trackers import LogSettings
 from networks.training.loss.flow_matching import FlowSettings
 from networks.training.loss.timestep_sampling import TimestepSettings
 from networks.training.optim.lr_schedules import ScheduleSettings

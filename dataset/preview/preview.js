@@ -36,7 +36,7 @@ function filter() {
     shown += here;
   }
   document.getElementById("nothing").hidden = shown > 0;
-  for (const field of [group, concern, text]) field.classList.toggle("on", Boolean(field.value));
+  for (const field of [group, concern]) field.classList.toggle("on", Boolean(field.value));
   count.textContent = `${shown} of ${total} files`;
   for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.concern === concern.value);
 }
@@ -45,7 +45,7 @@ for (const button of buttons) {
   button.addEventListener("click", () => {
     concern.value = concern.value === button.dataset.concern ? "" : button.dataset.concern;
     filter();
-    if (concern.value) document.getElementById("files").scrollIntoView();
+    if (concern.value) document.querySelector(".groups").scrollIntoView();
   });
 }
 form.addEventListener("input", filter);

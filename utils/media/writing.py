@@ -17,7 +17,7 @@ from utils.media.metadata import as_exif, as_json, as_mp4_tags, as_png_text
 logger = logging.getLogger(__name__)
 
 VIDEO_CRF = "16"  # visually close to lossless; x264's scale runs from 0 (lossless) to 51
-X264_SMALL = 64  # pixels of a side; below it x264's macroblock tree reads memory that nobody wrote, and results vary
+X264_PARAMS = "mbtree=0"  # the macroblock tree reads memory that nobody wrote, and results vary
 WEBP_QUALITY = 90
 GIF_UNIT = 10  # milliseconds, in which a GIF counts
 GIF_SHORTEST = 20  # milliseconds; what is shorter players show for 100
@@ -42,8 +42,7 @@ def save_video(path: Path, frames: Iterable[np.ndarray], fps: int, metadata: dic
     first = next(frames)
     with atomic_path(path) as temporary, av.open(str(temporary), mode="w", format="mp4") as container:
         container.metadata.update(as_mp4_tags(metadata or {}))
-        options = {"crf": VIDEO_CRF} | ({"x264-params": "mbtree=0"} if min(first.shape[:2]) < X264_SMALL else {})
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=fps, options={"crf": VIDEO_CRF, "x264-params": X264_PARAMS})
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in itertools.chain([first], frames):

@@ -85,7 +85,7 @@ function traces(chart) {
         if (steps === 1) return result.push({ ...every, line: { color: hue, width: 1 } });
         result.push(every, { ...trace, y: means(curve.values.map(value => value > chart.limit ? NaN : value), steps), name: `${label} mean`.trim() });
       } else {
-        const few = curve.steps.length <= 200 && curve.steps.length * 2 < longest;
+        const few = curve.steps.length <= 200 && curve.steps.length * 2 < curve.steps.at(-1) - curve.steps[0] + 3;
         const dashed = { ...trace.line, dash: validation && runs.length > 1 ? "dot" : chart.prefix ? DASHES[order % 4] : "solid" };
         result.push({ ...trace, y: curve.values, name: label || chart.title.toLowerCase(), mode: few ? "lines+markers" : "lines", line: dashed, marker: { size: 6 } });
       }

@@ -73,7 +73,7 @@ def test_a_page_of_a_long_training_is_small_and_quick_to_make():
 @pytest.fixture
 def two_runs(tmp_path):
     path = tmp_path / "report.html"
-    second = synthetic_run("<b>hare</b>", steps=300, seed=5, status=Status.FAILED, reason=EVIL, written=[])
+    second = synthetic_run("<b>hare</b>", steps=150, seed=5, status=Status.FAILED, reason=EVIL, written=[])
     second.samples[0].uri = second.samples[0].clip = ""
     write_page(path, report_page([synthetic_run("fox"), second]))
     return path
@@ -165,7 +165,8 @@ def test_a_report_opens_without_curves_and_with_odd_ones(tmp_path):
 @pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, True)], ids=["wide light", "phone dark"])
 def test_trainings_are_compared(two_runs, width, dark):
     with opened(two_runs, width=width, dark=dark) as page:
-        until(page, "charts[0].drawn")
+        until(page, "charts[0].drawn && charts.find(chart => chart.prefix).drawn")
+        assert page.evaluate("charts.find(chart => chart.prefix).plot.data.every(trace => trace.mode === 'lines')"), "of both"
         assert page.evaluate("new Set(charts[0].plot.data.map(trace => trace.line.color)).size") >= 2
         assert page.evaluate("charts[0].plot.data.some(trace => trace.name.startsWith('&lt;b&gt;hare'))")
         colors = page.evaluate("charts[0].plot.layout.font.color")

@@ -35,6 +35,7 @@ def go_on(record: RunRecord, folders: Sequence[Path]) -> None:
             if folder != folders[0]:
                 move_links(record, folder, folders[0])
             return
+    logger.info("no report of the steps before is found: that of this training begins after step %d", record.steps)
 
 
 def make_place(folder: Path, record: RunRecord) -> Path:
@@ -91,6 +92,6 @@ def _give_way(path: Path, name: str) -> None:
     free = path.with_name(unused_stem(path.parent, stem, [ending]) + ending)
     try:
         os.rename(path, free)
-        logger.info("the report of another training, %s, is now %s", path, free)
+        logger.info("%s, which is not of this training or damaged, is now %s", path, free)
     except OSError as error:
         logger.warning("%s is replaced, as it cannot be renamed (%s)", path, error.strerror or error)

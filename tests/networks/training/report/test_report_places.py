@@ -70,7 +70,8 @@ def test_two_trainings_at_once_have_two_reports(tmp_path):
     assert make_place(tmp_path, run("a")).name == "a_report.html", "it stays where it is"
 
 
-def test_a_record_goes_on_to_the_step_of_the_state(tmp_path):
+def test_a_record_goes_on_to_the_step_of_the_state(tmp_path, caplog):
+    caplog.set_level("INFO")
     earlier = run(session="7", steps=6)
     earlier.written = [WrittenFile("a.safetensors", "ComfyUI", "")]
     write(tmp_path / "old", earlier)
@@ -80,8 +81,9 @@ def test_a_record_goes_on_to_the_step_of_the_state(tmp_path):
     assert [sample.file for sample in record.samples] == ["../old/sample/0.png", "../old/sample/2.png"]
     assert [file.file for file in record.written] == ["../old/a.safetensors"]
     other = RunRecord("a", "8", Status.RUNNING, 3, 9, 1.0, 2.0)
+    assert not caplog.text
     go_on(other, [tmp_path / "old"])
-    assert not other.curves and not other.samples
+    assert not other.curves and not other.samples and "begins after step 3" in caplog.text
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path):

@@ -34,7 +34,7 @@ from networks.training.settings import TrainingSettings
 from utils.devices import free_memory
 from utils.errors import UserError, first_line
 from utils.hub import HubUploads
-from utils.processes.launcher import launcher_words
+from utils.processes.launcher import words_before_script
 from utils.processes.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -229,13 +229,11 @@ def say_how_to_go_on(training: Training) -> None:
     """Log the newest state that can be used, and the command that goes on from it; or that there is none."""
     if not training.accelerator.is_main_process:
         return
-    saving, launcher = training.settings.saving, ["python"]
+    folder = training.settings.saving.folder
     if (state := _usable_state(training)) is None:
         logger.info("there is no state of this training to go on from")
         return
-    if training.accelerator.num_processes > 1:
-        launcher = launcher_words() or ["accelerate", "launch"]
-    command = command_to_go_on(sys.argv, state, saving.folder, launcher)
+    command = command_to_go_on(sys.argv, state, folder, words_before_script(training.accelerator.num_processes))
     more = ", and a higher --max_train_steps" if training.progress.step >= training.plan.steps else ""
     logger.info("the newest state is %s; go on with: %s%s", state, command, more)
 

@@ -30,6 +30,11 @@ def launcher_words() -> list[str]:
     return words
 
 
+def words_before_script(processes: int) -> list[str]:
+    """What a command begins with that starts so many processes like this one."""
+    return ["python"] if processes == 1 else launcher_words() or ["accelerate", "launch"]
+
+
 def end_with_launcher() -> None:
     """Have Linux send SIGTERM to this process once its launcher is gone, killed say: nobody else would end it."""
     # The launcher of torch starts processes from its main thread: the signal comes when the thread ends that did.

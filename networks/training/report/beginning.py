@@ -15,7 +15,7 @@ from networks.training.report.writer import TrainingReport
 from networks.training.saving.state import Progress
 from networks.training.settings import TrainingSettings
 from utils.processes.command_line import command_line
-from utils.processes.launcher import launcher_words
+from utils.processes.launcher import words_before_script
 
 
 def begin_report(
@@ -23,9 +23,7 @@ def begin_report(
 ) -> TrainingReport:
     """The report of a training after ``progress``, with what an earlier run of it left; not written yet."""
     saving, resumed = settings.saving, plan.beginning.resumed
-    launcher = ["python"]
-    if accelerator.num_processes > 1:
-        launcher = launcher_words() or ["accelerate", "launch"]
+    words = words_before_script(accelerator.num_processes) + words_to_repeat(sys.argv, plan.beginning.flags)
     record = RunRecord(
         name=saving.output_name,
         session_id=progress.session_id,
@@ -39,7 +37,7 @@ def begin_report(
         table=data.table,
         hardware=hardware(accelerator.device, accelerator.num_processes),
         versions=versions(),
-        command=command_line([*launcher, *words_to_repeat(sys.argv, plan.beginning.flags)]),
+        command=command_line(words),
     )
     if resumed is not None:
         go_on(record, [saving.folder, resumed.folder.parent])

@@ -40,20 +40,18 @@ class TrainingReport:
     Attributes:
         record: what the page shows.
         path: of the page.
-        seconds: that all of this has taken.
     """
 
     name = "the report"
 
     def __init__(self, record: RunRecord, path: Path) -> None:
-        self.record, self.path, self.seconds = record, path, 0.0
+        self.record, self.path = record, path
         self._changed, self._failed = True, False
         self._written, self._took = time.monotonic(), 0.0
         self._process = psutil.Process()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of a step. One where they are not finite is noted."""
-        began = time.monotonic()
         record, self._changed = self.record, True
         record.steps = max(record.steps, step)
         if "loss/current" in values and "memory/peak_gib" not in values:
@@ -62,32 +60,25 @@ class TrainingReport:
             put(record.curves.setdefault(name, Curve()), step, value)
         if not all(map(math.isfinite, values.values())) and record.not_finite[-1:] != [step]:
             record.not_finite.append(step)
-        now = time.monotonic()
-        self.seconds += now - began
-        if now - self._written > max(EVERY_SECONDS, LEAST_WAIT * self._took):
+        if time.monotonic() - self._written > max(EVERY_SECONDS, LEAST_WAIT * self._took):
             self.write()
 
     def log_sample(self, sample: SavedSample, step: int) -> None:
         """A sample, made small once. One that cannot be read stands there by its name."""
-        began = time.monotonic()
         file = os.path.relpath(sample.path, self.path.parent).replace(os.sep, "/")
         entry = SampleRecord(step, sample.index, sample.prompt.prompt, sample.prompt.sampling.seed, file, "")
         entry.settings = {name: text for name, text in sample.prompt.metadata().items() if name not in ("prompt", "seed")}
         self.record.samples.append(entry)
         self._changed = True
-        try:
-            entry.uri, entry.clip = small_media(sample.path)
-        finally:
-            self.seconds += time.monotonic() - began
+        entry.uri, entry.clip = small_media(sample.path)
 
     def wrote(self, models: Sequence[Path], settings: TrainingSettings) -> None:
         """The model that was saved last and its copies, in place of those before."""
-        began, self._changed = time.monotonic(), True
+        self._changed = True
         try:
             self.record.written = written_files(models, settings)
         except Exception as error:  # as when writing
             logger.warning("%s does not name what was saved (%s); training continues.", self.path, first_line(error).rstrip("."))
-        self.seconds += time.monotonic() - began
 
     def end(self, status: Status, reason: str = "") -> None:
         """Write it for the last time."""
@@ -112,7 +103,6 @@ class TrainingReport:
             self._failed = True
         self._written = time.monotonic()
         self._took = self._written - began
-        self.seconds += self._took
 
     def finish(self) -> None:
         """Nothing is left to do: the page is whole whenever it is there."""

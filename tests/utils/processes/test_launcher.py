@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from utils.errors import UserError, run_script
-from utils.processes.launcher import launcher_words, says_that_another_ended
+from utils.processes.launcher import launcher_words, says_that_another_ended, words_before_script
 from utils.processes.locks import start_of
 
 
@@ -29,6 +29,7 @@ def test_the_words_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for line, words in lines.items():
         monkeypatch.setattr("psutil.Process.cmdline", lambda _, line=line: [*line])
         assert launcher_words() == words
+        assert words_before_script(2) == (words or ["accelerate", "launch"]) and words_before_script(1) == ["python"]
 
 
 def test_a_mistake_that_all_processes_find_is_said_by_the_first(monkeypatch, capsys) -> None:

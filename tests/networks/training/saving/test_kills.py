@@ -15,6 +15,8 @@ from wholeness import LOG, is_saved, unfinished
 
 from examples.toy.make_concept import CONCEPT
 from examples.toy.model_files import FOLDER, files_in
+from networks.training.report.reading import REPORT_FILE, read_report
+from networks.training.report.record import Status
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,6 +71,11 @@ def training(dit: Path, dataset: Path, output: Path, *flags: object) -> list[obj
     ]
 
 
+def saved(folder: Path) -> list[str]:
+    """Models and states; not the reports of what was killed before its first state."""
+    return sorted(path.name for path in folder.glob("lora*") if path.suffix != ".html")
+
+
 def killed_training(tmp_path: Path, dit: Path, dataset: Path, kills: int, steps: int, at_once: int, workers: int) -> None:
     """Train to the end in spite of the kills, each within ``at_once`` steps, and compare with what was never killed."""
     flags = ("--max_train_steps", steps, "--max_data_loader_n_workers", workers)
@@ -79,7 +86,9 @@ def killed_training(tmp_path: Path, dit: Path, dataset: Path, kills: int, steps:
     assert (whole / LOG).read_text("utf-8") == (killed / LOG).read_text("utf-8")
     # The last run finds and removes what the killed ones left of models and states; of the log only if it rewrites it.
     assert not [path for path in unfinished(killed) if is_saved(path)]
-    assert sorted(path.name for path in killed.glob("lora*")) == sorted(path.name for path in whole.glob("lora*"))
+    assert saved(killed) == saved(whole)
+    report, expected = (read_report(folder / REPORT_FILE)[0] for folder in (killed, whole))
+    assert report.curves["loss/current"] == expected.curves["loss/current"] and report.status == Status.FINISHED
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,6 +19,7 @@ from dataset.preview.decoded import CacheDecoder
 from dataset.preview.duplicates import Fingerprints
 from dataset.preview.facts import Concern, ItemFacts, compare_items, facts_of, facts_of_failure
 from dataset.preview.media import CAPTION_LETTERS, LONG, Room, WindowView
+from utils.files import require_possible_file, require_writable_folder
 from utils.pages.page import render, require_templates, write_page
 from utils.progress import ProgressBar
 
@@ -122,7 +123,10 @@ def write_preview(
     Returns:
         The path of the page, and the files that cannot be read; they are on the page, too.
     """
+    path = jobs[0].dataset.cache_directory / "debug" / (PAGE_NAME if decoder is None else PAGE_NAME_DECODED)
     require_templates()
+    require_possible_file(path)
+    require_writable_folder(path.parent, "the folder of the page,")
     room = Room.for_items([item for job in jobs for item in job.items])
     fingerprints = Fingerprints()
     views: list[ItemView] = []
@@ -146,7 +150,6 @@ def write_preview(
                     report.note_changes(view.facts.item, view.facts.changes)
     captions = {view.facts.item.caption for view in views} - {None}
     compare_items([view.facts for view in views], fingerprints, count_tokens and count_tokens(captions))
-    path = jobs[0].dataset.cache_directory / "debug" / (PAGE_NAME if decoder is None else PAGE_NAME_DECODED)
     write_page(path, make_page(views, jobs, config, has_tokens=count_tokens is not None, is_decoded=decoder is not None))
     return path, failures
 

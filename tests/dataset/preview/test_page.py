@@ -124,6 +124,16 @@ def test_half_of_the_text_encoders_is_refused_and_without_them_the_page_says_how
     assert "--text_encoder1 has no effect without --debug_mode html" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["debug", "debug/preview.html/x"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_media_are_read(data, call_script, monkeypatch, place):
+    taken = data.parent / "cache" / place  # a file where the folder goes, or a folder where the page goes
+    taken.parent.mkdir(parents=True)
+    taken.touch()
+    monkeypatch.setattr("dataset.preview.page.prepare", lambda *args, **keywords: pytest.fail("the media were read"))
+    done = call_script("cache_latents", "--dataset_config", data, "--debug_mode", "html")
+    assert done.status == 2 and ("is a folder" in done.stderr or "is a file" in done.stderr)
+
+
 def test_pictures_show_what_is_trained_and_the_whole(tmp_path):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:16] = 255, 0, 0  # what is cut away

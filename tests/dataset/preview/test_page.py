@@ -28,7 +28,7 @@ from utils.media.writing import save_video
 EVIL = """</script><script>document.title = "run"</script><img src=x onerror="document.title='run'"> &amp; "q" 'q'"""
 HEBREW = "כוס קפה שחור 🦊"
 # The words of the table and the sizes that stand on more than one line.
-BROKEN_WORDS = """[...document.querySelectorAll("th, td.number, .sizes")].flatMap((element) => {
+BROKEN_WORDS = """[...document.querySelectorAll("th, td.number, .facts span")].flatMap((element) => {
   const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT), broken = [], range = document.createRange();
   while (walker.nextNode()) {
     for (const { 0: word, index } of walker.currentNode.data.matchAll(/\\S+/g)) {

@@ -31,11 +31,12 @@ def compared_runs(paths: Sequence[Path], output: Path) -> list[RunRecord]:
         for run in found[place]:
             move_links(run, file.parent, output.parent)
     runs = [run for records in found.values() for run in records]
-    names = Counter(run.name for run in runs)
-    for place, records in found.items():
-        for run in records:
-            if names[run.name] > 1:
-                run.name = f"{Path(place).parent.name}/{run.name}"
+    for longer in ("{folder}/{name}", "{name} ({file})"):  # where names are the same, also those of trainings in one folder
+        names = Counter(run.name for run in runs)
+        for place, records in found.items():
+            for run in records:
+                if names[run.name] > 1:
+                    run.name = longer.format(folder=Path(place).parent.name, name=run.name, file=Path(place).name)
     for run in runs:
         thin_out(run.samples, MOST_CHARACTERS // len(runs))
     return runs

@@ -45,6 +45,12 @@ def test_one_page_about_both(folders, tmp_path, monkeypatch, capsys):
     assert again[0].samples[0].file == "sample/0.png"
 
 
+def test_trainings_of_one_name_and_folder_are_named_by_their_files(folders, tmp_path):
+    (folders[0] / "lora_report.html").write_bytes((folders[1] / "report.html").read_bytes())
+    runs = compared_runs([folders[0], folders[0] / "lora_report.html", folders[1]], tmp_path / "c.html")
+    assert [run.name for run in runs] == ["x/lora (report.html)", "x/lora (lora_report.html)", "y/lora"]
+
+
 def test_samples_of_all_share_the_room(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("networks.training.report.comparison.MOST_CHARACTERS", 8 * len("data:image/webp;base64,AAAA"))
     for run in compared_runs(folders, tmp_path / "c.html"):

@@ -106,7 +106,7 @@ def test_bad_flags_are_one_sentence_and_status_2(train, tmp_path, flags, says):
     assert ended.status == 2
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"], "which says why"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -124,7 +124,7 @@ def test_two_processes_generate_what_one_does(launch, call_script, bench) -> Non
     assert ended.returncode == 0, ended.stderr
     assert "shared by 2 processes" in ended.stderr or not hasattr(os, "memfd_create")
     names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir()) and len(names) == 5 * 2 + 2
+    assert names == sorted(path.name for path in two.iterdir()) and len(names) == 5 * 2 + 3
     assert same(tensors(one), tensors(two))
     clips = [name for name in names if name.startswith("p_0") and name.endswith(".mp4")]
     assert all(np.array_equal(read_frames(one / name), read_frames(two / name)) for name in clips) and len(clips) == 5
